@@ -1,0 +1,87 @@
+"""The one door to Pallas' Triton backend: nothing else here imports `jax.experimental.pallas.triton`.
+
+`call` runs a kernel as machine code on a GPU and in interpret mode on a CPU; which of the two is decided per lowering
+platform, so that a CPU host can lower for `cuda` or `rocm`. The backend is deprecated upstream: should it vanish, `call`
+raises NotImplementedError, which the dispatcher of every operator answers with its XLA body.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+from jax.experimental import pallas as pl
+
+try:
+    from jax.experimental.pallas import triton as pltriton
+except ImportError:  # pragma: no cover - no supported release of jax lacks it
+    pltriton = None  # type: ignore[assignment]
+
+# Pointer arithmetic in this backend is 32-bit in elements: a larger array would be read at wrapped addresses.
+MAX_ELEMENTS = 2**31 - 1
+
+
+def load(ref, *, mask=None, other=None):
+    """Reads `ref` (a `.at[...]` view of a kernel argument); lanes where `mask` is False are not read and give `other`."""
+    return pltriton.load(ref, mask=mask, other=other)
+
+
+def store(ref, value, *, mask=None) -> None:
+    """Writes `value` to `ref`; lanes where `mask` is False are not written (point them out of range in interpret mode)."""
+    pltriton.store(ref, value, mask=mask)
+
+
+def call(
+    kernel: Callable[..., None],
+    *arrays: jax.Array,
+    out_shape: Any,
+    grid: Sequence[int],
+    name: str,
+    num_warps: int = 4,
+    num_stages: int = 1,
+    input_output_aliases: Mapping[int, int] | None = None,
+) -> Any:
+    """Runs `kernel(*input_refs, *output_refs)` over `grid`; every ref is the whole array.
+
+    Args:
+      kernel: a function of refs; arithmetic on arrays, `load` and `store` at the edges.
+      *arrays: inputs, each smaller than 2**31 elements.
+      out_shape: pytree of jax.ShapeDtypeStruct.
+      grid: programs per axis, all at least 1.
+      name: what profilers and code objects call the kernel.
+      num_warps: waves of a program, a power of two, at most 16 (1024 threads of a wave-64 machine).
+      num_stages: software pipelining depth of loops.
+      input_output_aliases: input number to output number, for outputs written in place.
+
+    Raises:
+      NotImplementedError: Pallas' Triton backend is gone from this jax, or an array needs 64-bit offsets.
+    """
+    if pltriton is None:
+        raise NotImplementedError("this jax has no Pallas Triton backend; use implementation='xla'")
+    for number, array in enumerate([*arrays, *jax.tree.leaves(out_shape)]):
+        if math.prod(array.shape) > MAX_ELEMENTS:
+            raise NotImplementedError(
+                f"kernel {name}: array {number} has shape {tuple(array.shape)}, at least 2**31 elements, which 32-bit"
+                " offsets can not address; use smaller caches (one array set per layer) or implementation='xla'"
+            )
+
+    def run(interpret: bool):
+        def body(*inputs):
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "The Pallas Triton backend is deprecated", DeprecationWarning)
+                return pl.pallas_call(
+                    kernel,
+                    out_shape=out_shape,
+                    grid=tuple(grid),
+                    compiler_params=pltriton.CompilerParams(num_warps=num_warps, num_stages=num_stages),
+                    input_output_aliases=dict(input_output_aliases or {}),
+                    interpret=interpret,
+                    name=name,
+                )(*inputs)
+
+        return body
+
+    return jax.lax.platform_dependent(*arrays, cpu=run(True), default=run(False))

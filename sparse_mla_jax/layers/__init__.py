@@ -1,0 +1,1 @@
+"""One attention or MoE layer each, as functions of (params, inputs, caches, metadata)."""

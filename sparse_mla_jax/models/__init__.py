@@ -1,0 +1,1 @@
+"""Whole models as pure functions, and reading their checkpoints."""

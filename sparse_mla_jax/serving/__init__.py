@@ -1,0 +1,1 @@
+"""Continuous batching around one jitted step: pages, scheduler, sampling, engine."""
