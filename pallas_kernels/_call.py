@@ -1,14 +1,13 @@
 """The one door to Pallas' Triton backend: nothing else here imports `jax.experimental.pallas.triton`.
 
 `call` runs a kernel as machine code on a GPU and in interpret mode on a CPU; which of the two is decided per lowering
-platform, so that a CPU host can lower for `cuda` or `rocm`. The backend is deprecated upstream: should it vanish, `call`
+platform, so that a CPU host can lower for `cuda` or `rocm`. The backend is deprecated upstream: without it `call`
 raises NotImplementedError, which the dispatcher of every operator answers with its XLA body.
 """
 
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -25,12 +24,12 @@ MAX_ELEMENTS = 2**31 - 1
 
 
 def load(ref, *, mask=None, other=None):
-    """Reads `ref` (a `.at[...]` view of a kernel argument); lanes where `mask` is False are not read and give `other`."""
+    """Reads `ref`, a `.at[...]` view of a kernel argument; lanes with a False `mask` are not read and give `other`."""
     return pltriton.load(ref, mask=mask, other=other)
 
 
 def store(ref, value, *, mask=None) -> None:
-    """Writes `value` to `ref`; lanes where `mask` is False are not written (point them out of range in interpret mode)."""
+    """Writes `value` to `ref` where `mask`; point the other lanes out of range, or interpret mode rewrites old values."""
     pltriton.store(ref, value, mask=mask)
 
 
@@ -69,19 +68,14 @@ def call(
             )
 
     def run(interpret: bool):
-        def body(*inputs):
-            with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", "The Pallas Triton backend is deprecated", DeprecationWarning)
-                return pl.pallas_call(
-                    kernel,
-                    out_shape=out_shape,
-                    grid=tuple(grid),
-                    compiler_params=pltriton.CompilerParams(num_warps=num_warps, num_stages=num_stages),
-                    input_output_aliases=dict(input_output_aliases or {}),
-                    interpret=interpret,
-                    name=name,
-                )(*inputs)
-
-        return body
+        return pl.pallas_call(
+            kernel,
+            out_shape=out_shape,
+            grid=tuple(grid),
+            compiler_params=pltriton.CompilerParams(num_warps=num_warps, num_stages=num_stages),
+            input_output_aliases=dict(input_output_aliases or {}),
+            interpret=interpret,
+            name=name,
+        )
 
     return jax.lax.platform_dependent(*arrays, cpu=run(True), default=run(False))

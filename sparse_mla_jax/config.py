@@ -10,7 +10,7 @@ from typing import Any
 
 
 def require(condition: bool, message: str) -> None:
-    """Raises ValueError(message) unless `condition`; messages name the argument, what came, what is expected, the remedy."""
+    """Raises ValueError(message) unless `condition`; a message names the argument, what came, what fits, the remedy."""
     if not condition:
         raise ValueError(message)
 
@@ -82,7 +82,9 @@ class DeepseekV32Config:
             value = getattr(self, field.name)
             if isinstance(value, int) and not isinstance(value, bool):
                 low = 0 if field.name in ("first_k_dense_replace", "n_shared_experts", "n_routed_experts") else 1
-                require(value >= low, f"config field {field.name} is {value}; it must be at least {low}. Mend config.json.")
+                require(
+                    value >= low, f"config field {field.name} is {value}; it must be at least {low}. Mend config.json."
+                )
         require(
             self.qk_rope_head_dim % 2 == 0,
             f"config field qk_rope_head_dim is {self.qk_rope_head_dim}; rotation works on pairs, so it must be even.",
@@ -104,7 +106,7 @@ class DeepseekV32Config:
             reachable = self.topk_group * (self.n_routed_experts // self.n_group)
             require(
                 self.num_experts_per_tok <= reachable,
-                f"config field num_experts_per_tok is {self.num_experts_per_tok}; the kept groups hold {reachable} experts.",
+                f"config field num_experts_per_tok is {self.num_experts_per_tok}; kept groups hold {reachable} experts.",
             )
 
     @property
@@ -180,7 +182,9 @@ def config_from_json(data: dict[str, Any]) -> DeepseekV32Config:
         default = field.default
         wanted = (int, float) if isinstance(default, float) else type(default)
         ok = isinstance(value, wanted) and (isinstance(default, bool) or not isinstance(value, bool))
-        require(ok, f"config field {field.name} is {value!r}; a {type(default).__name__} is expected. Mend config.json.")
+        require(
+            ok, f"config field {field.name} is {value!r}; a {type(default).__name__} is expected. Mend config.json."
+        )
         fields[field.name] = type(default)(value)
     return DeepseekV32Config(**fields, rope=_rope_from_json(data))
 
@@ -192,7 +196,9 @@ def load_config(folder: str | os.PathLike[str]) -> DeepseekV32Config:
       ValueError: no such folder or file, not JSON, or a model that this package does not know.
     """
     path = os.path.join(folder, "config.json")
-    require(os.path.isdir(folder), f"model folder {os.fspath(folder)!r} does not exist; give a folder with config.json.")
+    require(
+        os.path.isdir(folder), f"model folder {os.fspath(folder)!r} does not exist; give a folder with config.json."
+    )
     require(os.path.isfile(path), f"{os.fspath(folder)!r} has no config.json; give a Hugging Face model folder.")
     try:
         with open(path, encoding="utf-8") as f:
