@@ -29,7 +29,7 @@ def load(ref, *, mask=None, other=None):
 
 
 def store(ref, value, *, mask=None) -> None:
-    """Writes `value` to `ref` where `mask`; point the other lanes out of range, or interpret mode rewrites old values."""
+    """Writes `value` where `mask`; point the other lanes out of range, or interpret mode rewrites old values."""
     pltriton.store(ref, value, mask=mask)
 
 

@@ -106,7 +106,7 @@ class DeepseekV32Config:
             reachable = self.topk_group * (self.n_routed_experts // self.n_group)
             require(
                 self.num_experts_per_tok <= reachable,
-                f"config field num_experts_per_tok is {self.num_experts_per_tok}; kept groups hold {reachable} experts.",
+                f"config field num_experts_per_tok is {self.num_experts_per_tok}; kept groups hold {reachable}.",
             )
 
     @property

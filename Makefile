@@ -1,0 +1,46 @@
+# `make demo` and `make test` set up .venv by themselves; nothing else has to be installed by hand.
+JAX ?= 0.11.2
+JAX_NEXT ?= 0.12.0
+JOBS ?= 2
+VENV ?= .venv
+BIN = $(VENV)/bin
+
+.PHONY: help demo test test-all lint bench clean
+
+help:
+	@echo "make demo      serve the small trained model on real text"
+	@echo "make test      set up and run the tests (CPU only)"
+	@echo "make test-all  the long sweeps too, then the tests again under jax $(JAX_NEXT)"
+	@echo "make lint      ruff, formatting, types"
+	@echo "make bench     decode throughput of the demo model on this machine"
+
+$(VENV)/.ready: pyproject.toml
+	@for p in $(PYTHON) python3.12 "$$HOME"/.pyenv/versions/3.12*/bin/python3 python3.13 python3.14 python3; do \
+	  if "$$p" -c 'import sys, venv; sys.exit(sys.version_info < (3, 12))' >/dev/null 2>&1; then found="$$p"; break; fi; \
+	done; \
+	if [ -z "$$found" ]; then echo "sparse_mla_jax needs Python 3.12 or newer: install it (pyenv install 3.12) or run make PYTHON=/path/to/python3.12" >&2; exit 1; fi; \
+	echo "setting up $(VENV) with $$found and jax $(JAX) (a few minutes the first time)"; \
+	"$$found" -m venv --clear $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[test,plot]' 'jax==$(JAX)' 'jaxlib==$(JAX)'
+	@touch $@
+
+demo: $(VENV)/.ready
+	@$(BIN)/python -m sparse_mla_jax demo
+
+test: $(VENV)/.ready
+	$(BIN)/python -m pytest -q -n $(JOBS) -m "not slow"
+
+test-all: $(VENV)/.ready
+	$(BIN)/python -m pytest -q -n $(JOBS)
+	$(MAKE) test VENV=.venv-jax-$(JAX_NEXT) JAX=$(JAX_NEXT)
+
+lint: $(VENV)/.ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(VENV)/.ready
+	@$(BIN)/python -m sparse_mla_jax bench examples/tiny_python
+
+clean:
+	rm -rf .venv .venv-jax-* .pytest_cache .ruff_cache .mypy_cache .hypothesis out
