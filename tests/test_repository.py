@@ -1,4 +1,4 @@
-"""The rules of the house that a machine can check: who imports whom, who may touch Pallas' Triton backend, what is typed."""
+"""House rules that a machine can check: who imports whom, who may touch Pallas Triton, what is typed."""
 
 import ast
 import pathlib
