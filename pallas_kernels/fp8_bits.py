@@ -1,0 +1,66 @@
+"""Exact FP8 arithmetic on bit patterns, as plain functions of arrays.
+
+Pallas' Triton backend has no cast from `float8_e4m3fnuz`, and each GPU casts only its own flavour fast. Both flavours
+have a sign, four exponent and three mantissa bits, so seven shifted bits are a float16 whose exponent bias is off by a
+constant: the value is exact after one power of two, subnormals included. float16 is the stepping stone (not bfloat16)
+because a subnormal FP8 value then stays out of the range that a CPU flushes to zero.
+
+NaN codes decode to finite numbers (+-480 in e4m3fn, -0 in e4m3fnuz): what
+must not be read is masked by index, never by value. `is_nan` tells the codes apart for whoever needs it.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+# Powers of two that turn the float16 reading of the bits into the value: 2 ** (15 - bias of the flavour).
+_POWER = {"float8_e4m3fn": 2.0**8, "float8_e4m3fnuz": 2.0**7}
+
+
+def power(dtype) -> float:
+    """What `decode_raw` results are multiplied by to become values of `dtype` (a power of two)."""
+    name = jnp.dtype(dtype).name
+    if name not in _POWER:
+        raise NotImplementedError(f"FP8 flavour {name}; the bit decoder knows {', '.join(_POWER)}")
+    return _POWER[name]
+
+
+def decode_raw(bits: Array) -> Array:
+    """float32 of FP8 codes without the flavour's power of two: bits (any integer dtype, low 8 bits used) -> float32."""
+    code = bits.astype(jnp.uint16)
+    half = ((code & 0x80) << 8) | ((code & 0x7F) << 7)
+    return jax.lax.bitcast_convert_type(half, jnp.float16).astype(jnp.float32)
+
+
+def decode_float32(bits: Array, dtype) -> Array:
+    """float32 values of FP8 codes of flavour `dtype`; exact for every code that is a number."""
+    return decode_raw(bits) * jnp.float32(power(dtype))
+
+
+def truncate_to_bfloat16(x: Array) -> Array:
+    """The upper half of float32 bits: exact for values of at most 8 significant bits, cheaper than a rounding cast."""
+    upper = jax.lax.bitcast_convert_type(x, jnp.uint32) >> 16
+    return jax.lax.bitcast_convert_type(upper.astype(jnp.uint16), jnp.bfloat16)
+
+
+def decode_bfloat16(bits: Array, dtype) -> Array:
+    """bfloat16 values of FP8 codes of flavour `dtype`; exact, since four significant bits fit."""
+    return truncate_to_bfloat16(decode_float32(bits, dtype))
+
+
+def plane(words: Array, byte: int) -> Array:
+    """Byte number `byte` (0..3, little endian) of every uint32 word: the codes of values 4 * i + byte."""
+    return (words >> (8 * byte)) & 0xFF
+
+
+def is_nan(bits: Array, dtype) -> Array:
+    """Whether FP8 codes of flavour `dtype` are NaN."""
+    code = bits.astype(jnp.int32) & 0xFF
+    return code == 0x80 if jnp.dtype(dtype).name == "float8_e4m3fnuz" else (code & 0x7F) == 0x7F
+
+
+def e8m0_to_float32(bits: Array) -> Array:
+    """float32 value 2 ** (code - 127) of E8M0 codes (1..254; code 0 reads as 0 and 255 as inf: no cache writes them)."""
+    return jax.lax.bitcast_convert_type(bits.astype(jnp.uint32) << 23, jnp.float32)

@@ -1,0 +1,436 @@
+"""Sparse latent attention: one program follows the slots of one query row for 16 heads, with an online softmax.
+
+Keys are read where they lie: FP8 latents as 32-bit words of four values, decoded into four byte planes, one matrix
+product per plane (a plane is every fourth column, so the query is read with the same stride). Group scales are float32
+and multiply the scores and the probabilities, never the keys: FP8 values are exact in bfloat16, their products with a
+scale are not. Scores are kept in base 2; lse leaves in base e.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.experimental import pallas as pl
+
+from pallas_kernels import fp8_bits
+from pallas_kernels._call import call, load, store
+from pallas_kernels.plans.attention import AttentionPlan, attention_plan, power_of_two
+
+LOG2E = math.log2(math.e)
+# Scores of keys that are not there; finite, so that differences of two of them are not NaN.
+NONE = -1e30
+
+
+# --- what the kernel reads -------------------------------------------------------------------------------------------
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """One key source and the slots that rows name in it.
+
+    Attributes:
+      latent: uint32 [..., L // 4] words of FP8 values when `scale` is given, else bfloat16 or float32 [..., L].
+      scale: float32 or E8M0 [..., L // group_size], or None.
+      rope: bfloat16 or float32 [..., R], or None.
+      dtype: FP8 flavour of the words (dtype of the latents otherwise).
+      group_size: latent values per scale.
+      values: int32 slots, [T, W] or, with indptr, flat.
+      indptr: int32 [T + 1] or None.
+    """
+
+    latent: Array
+    scale: Array | None
+    rope: Array | None
+    dtype: jnp.dtype
+    group_size: int
+    values: Array
+    indptr: Array | None
+
+    @property
+    def width(self) -> int:
+        """Slots per row: exact for dense rows, the even share of the capacity for ragged ones."""
+        return self.values.shape[1] if self.indptr is None else -(-self.values.shape[0] // (self.indptr.shape[0] - 1))
+
+    @property
+    def num_slots(self) -> int:
+        """Rows of the flattened key arrays."""
+        return math.prod(self.latent.shape[:-1])
+
+
+@dataclasses.dataclass(frozen=True)
+class Tile:
+    """Columns of a key that are read together.
+
+    Attributes:
+      array: which array, "latent" or "rope".
+      start, count: first element of that array and how many (words of four columns when planes is 4).
+      width: count rounded up to a power of two, at least 16.
+      column: column of the key where the tile starts.
+      planes: 4 for FP8 words, else 1.
+      group: number of the scale, or None.
+    """
+
+    array: str
+    start: int
+    count: int
+    width: int
+    column: int
+    planes: int
+    group: int | None
+
+
+def _tiles(array: str, count: int, column: int, widest: int, planes: int = 1, group: int | None = None, start: int = 0):
+    """Cuts `count` elements from `start` on into tiles of at most `widest`."""
+    return [
+        Tile(
+            array,
+            start + at,
+            n := min(widest, count - at),
+            max(16, power_of_two(n)),
+            column + at * planes,
+            planes,
+            group,
+        )
+        for at in range(0, count, widest)
+    ]
+
+
+def layout(source: Source, plan: AttentionPlan) -> tuple[Tile, ...]:
+    """The tiles of a source's keys.
+
+    Raises:
+      NotImplementedError: FP8 groups that split a word of four values.
+    """
+    latent = source.latent.shape[-1] * (1 if source.scale is None else 4)
+    tiles: list[Tile] = []
+    if source.scale is None:
+        tiles += _tiles("latent", latent, 0, plan.tile)
+    else:
+        if source.group_size % 4:
+            raise NotImplementedError(f"FP8 groups of {source.group_size} values; the kernel reads words of four")
+        words = source.group_size // 4
+        for group in range(latent // source.group_size):
+            tiles += _tiles("latent", words, group * source.group_size, plan.tile, 4, group, group * words)
+    if source.rope is not None and source.rope.shape[-1]:
+        tiles += _tiles("rope", source.rope.shape[-1], latent, plan.tile)
+    return tuple(tiles)
+
+
+# --- arithmetic on arrays --------------------------------------------------------------------------------------------
+def dot(a: Array, b: Array, contract_b: int) -> Array:
+    """float32 product of a[M, K] with b[N, K] (contract_b 1) or b[K, N] (0); float32 operands at full precision."""
+    return jax.lax.dot_general(
+        a,
+        b,
+        (((1,), (contract_b,)), ((), ())),
+        precision=jax.lax.Precision.HIGHEST,
+        preferred_element_type=jnp.float32,
+    )
+
+
+def planes_of(words: Array, dtype) -> list[Array]:
+    """uint32 [K, W] -> four arrays [K, W] in `dtype`, FP8 values without the flavour's power of two (exact)."""
+    raw = [fp8_bits.decode_raw(fp8_bits.plane(words, byte)) for byte in range(4)]
+    return [fp8_bits.truncate_to_bfloat16(x) for x in raw] if dtype == jnp.bfloat16 else raw
+
+
+def scores_of(queries, keys, factors) -> Array:
+    """float32 [H, K]: sum over tiles of factor[K] * sum over planes of q[H, W] . k[K, W]."""
+    total = None
+    for qs, ks, factor in zip(queries, keys, factors):
+        part = dot(qs[0], ks[0], 1)
+        for q, k in zip(qs[1:], ks[1:]):
+            part += dot(q, k, 1)
+        part = part if factor is None else part * factor[None, :]
+        total = part if total is None else total + part
+    return total
+
+
+def softmax_step(top: Array, total: Array, scores: Array, valid: Array) -> tuple[Array, Array, Array, Array]:
+    """Online softmax, base 2: (new top[H], new total[H], what kept sums are multiplied by [H], probabilities[H, K])."""
+    scores = jnp.where(valid[None, :], scores, NONE)
+    new = jnp.maximum(top, jnp.max(scores, axis=1))
+    probabilities = jnp.where(valid[None, :], jnp.exp2(scores - new[:, None]), 0.0)
+    keep = jnp.exp2(top - new)
+    return new, total * keep + jnp.sum(probabilities, axis=1), keep, probabilities
+
+
+def sink_share(lse: Array, sinks: Array) -> Array:
+    """What a sink leaves of the output: exp(lse) / (exp(lse) + exp(sink)), 0 for an empty row."""
+    return jnp.where(lse == -jnp.inf, 0.0, 1.0 / (1.0 + jnp.exp(sinks - lse)))
+
+
+# --- kernel ----------------------------------------------------------------------------------------------------------
+@dataclasses.dataclass(frozen=True)
+class _Static:
+    """What the kernel is specialised for."""
+
+    heads: int
+    dim: int
+    value_dim: int
+    scale: float
+    tiles: tuple[Tile, ...]
+    names: tuple[tuple[str, ...], ...]  # arrays of each source, in argument order
+    counts: tuple[int, ...]  # slots of each source
+    widths: tuple[int, ...]  # dense width of each source, 0 when ragged
+    fp8: jnp.dtype | None
+    compute: jnp.dtype
+    has_sinks: bool
+    plan: AttentionPlan
+
+
+def _grid2(rows: Array, columns: Array) -> tuple[Array, Array]:
+    """Index arrays [R, C] of rows[R] and columns[C] (gathers want an index array on every axis)."""
+    shape = (rows.shape[0], columns.shape[0])
+    return jnp.broadcast_to(rows[:, None], shape), jnp.broadcast_to(columns[None, :], shape)
+
+
+def _columns(tile: Tile, byte: int) -> tuple[Array, Array]:
+    """Key columns [width] of one plane of a tile, and which of them exist."""
+    i = jnp.arange(tile.width, dtype=jnp.int32)
+    inside = i < tile.count
+    return jnp.where(inside, tile.column + i * tile.planes + byte, 0), inside
+
+
+def _load_queries(q_ref, token, heads: Array, s: _Static):
+    """q of every tile and plane, [head_block, width] in the compute dtype; zeros for heads and columns not there."""
+    out = []
+    for tile in s.tiles:
+        parts = []
+        for byte in range(tile.planes):
+            columns, inside = _columns(tile, byte)
+            rows, cols = _grid2(jnp.minimum(heads, s.heads - 1), columns)
+            mask = (heads < s.heads)[:, None] & inside[None, :]
+            parts.append(load(q_ref.at[jnp.full_like(rows, token), rows, cols], mask=mask, other=0.0).astype(s.compute))
+        out.append(parts)
+    return out
+
+
+def _load_keys(refs: dict, slots: Array, valid: Array, s: _Static):
+    """Keys of every tile ([key_block, width] per plane, 0 where invalid) and their factors ([key_block] or None)."""
+    keys, factors = [], []
+    for tile in s.tiles:
+        i = jnp.arange(tile.width, dtype=jnp.int32)
+        inside = i < tile.count
+        rows, cols = _grid2(slots, jnp.where(inside, tile.start + i, 0))
+        part = load(refs[tile.array].at[rows, cols], mask=valid[:, None] & inside[None, :], other=0)
+        if tile.group is None:
+            keys.append([part.astype(s.compute)])
+            factors.append(None)
+            continue
+        scale = load(refs["scale"].at[slots, jnp.full_like(slots, tile.group)], mask=valid, other=0)
+        scale = fp8_bits.e8m0_to_float32(scale) if scale.dtype == jnp.uint8 else scale
+        keys.append(planes_of(part, s.compute))
+        factors.append(jnp.where(valid, scale * fp8_bits.power(s.fp8), 0.0))
+    return keys, factors
+
+
+def _over_source(number: int, refs: dict, token, first, last, queries, state, s: _Static):
+    """Folds key blocks first..last-1 of the row in source `number` into the softmax state."""
+    block, width = s.plan.key_block, s.widths[number]
+    start, length = _row(refs, token, width)
+
+    def body(i, state):
+        top, total, sums = state
+        at = i * block + jnp.arange(block, dtype=jnp.int32)
+        inside = at < length
+        slots = load(refs["values"].at[jnp.where(inside, start + at, 0)], mask=inside, other=-1)
+        valid = inside & (slots >= 0) & (slots < s.counts[number])
+        slots = jnp.where(valid, slots, 0)
+        keys, factors = _load_keys(refs, slots, valid, s)
+        scores = scores_of(queries, keys, factors) * (s.scale * LOG2E)
+        top, total, keep, probabilities = softmax_step(top, total, scores, valid)
+        return top, total, _add_values(sums, keep, probabilities, keys, factors, s)
+
+    return jax.lax.fori_loop(first, last, body, state)
+
+
+def _add_values(sums, keep: Array, probabilities: Array, keys, factors, s: _Static):
+    """sums * keep + probabilities . values, per tile and plane that holds value columns."""
+    out, at = [], 0
+    for tile, ks, factor in zip(s.tiles, keys, factors):
+        if tile.column >= s.value_dim:
+            continue
+        weights = _halves(probabilities if factor is None else probabilities * factor[None, :], s)
+        for k in ks:
+            value = dot(weights[0], k, 0)
+            for rest in weights[1:]:
+                value += dot(rest, k, 0)
+            out.append(sums[at] * keep[:, None] + value)
+            at += 1
+    return tuple(out)
+
+
+def _halves(weights: Array, s: _Static) -> list[Array]:
+    """float32 weights in the compute dtype: rounded, and (plan.exact_weights) what rounding left, as a second term."""
+    rounded = weights.astype(s.compute)
+    if s.compute == jnp.float32 or not s.plan.exact_weights:
+        return [rounded]
+    return [rounded, (weights - rounded.astype(jnp.float32)).astype(s.compute)]
+
+
+def _row(refs: dict, token, width: int):
+    """First element and length of a row's slots."""
+    if "indptr" not in refs:
+        return token * width, jnp.int32(width)
+    capacity = refs["values"].shape[0]
+    start = jnp.clip(refs["indptr"][token], 0, capacity)
+    return start, jnp.maximum(jnp.clip(refs["indptr"][token + 1], 0, capacity) - start, 0)
+
+
+def _kernel(*refs, s: _Static):
+    """Grid (T, head blocks, splits): out[split, token, 16 heads, value_dim] and lse[split, token, 16 heads]."""
+    at, sources = 1, []
+    for names in s.names:
+        sources.append(dict(zip(names, refs[at : at + len(names)])))
+        at += len(names)
+    sink_ref = refs[at] if s.has_sinks else None
+    q_ref, (out_ref, lse_ref) = refs[0], refs[-2:]
+    token, split = pl.program_id(0), pl.program_id(2)
+    heads = pl.program_id(1) * s.plan.head_block + jnp.arange(s.plan.head_block, dtype=jnp.int32)
+
+    blocks = [(_row(r, token, w)[1] + s.plan.key_block - 1) // s.plan.key_block for r, w in zip(sources, s.widths)]
+    per_split = (sum(blocks) + s.plan.splits - 1) // s.plan.splits
+    low, high = split * per_split, (split + 1) * per_split
+
+    queries = _load_queries(q_ref, token, heads, s)
+    block = (s.plan.head_block,)
+    state = (
+        jnp.full(block, NONE, jnp.float32),
+        jnp.zeros(block, jnp.float32),
+        tuple(
+            jnp.zeros((*block, tile.width), jnp.float32)
+            for tile in s.tiles
+            if tile.column < s.value_dim
+            for _ in range(tile.planes)
+        ),
+    )
+    before = jnp.int32(0)
+    for number, source in enumerate(sources):
+        first, last = jnp.clip(low - before, 0, blocks[number]), jnp.clip(high - before, 0, blocks[number])
+        state = _over_source(number, source, token, first, last, queries, state, s)
+        before = before + blocks[number]
+    _store_results(out_ref, lse_ref, sink_ref, token, split, heads, state, s)
+
+
+def _store_results(out_ref, lse_ref, sink_ref, token, split, heads: Array, state, s: _Static):
+    top, total, sums = state
+    some = total > 0
+    safe = jnp.where(some, total, 1.0)
+    lse = jnp.where(some, (top + jnp.log2(safe)) * (1 / LOG2E), -jnp.inf)
+    share = 1.0 / safe
+    exists = heads < s.heads
+    if sink_ref is not None:
+        sinks = load(sink_ref.at[jnp.where(exists, heads, 0)], mask=exists, other=0.0)
+        share = share * sink_share(lse, sinks)
+    # Masked lanes point past the array: interpret mode writes old values back through them.
+    target = jnp.where(exists, heads, s.heads)
+    store(lse_ref.at[jnp.full_like(target, split), jnp.full_like(target, token), target], lse, mask=exists)
+    at = 0
+    for tile in s.tiles:
+        if tile.column >= s.value_dim:
+            continue
+        for byte in range(tile.planes):
+            columns, inside = _columns(tile, byte)
+            inside = inside & (columns < s.value_dim)
+            rows, cols = _grid2(target, jnp.where(inside, columns, s.value_dim))
+            where = out_ref.at[jnp.full_like(rows, split), jnp.full_like(rows, token), rows, cols]
+            store(where, (sums[at] * share[:, None]).astype(out_ref.dtype), mask=exists[:, None] & inside[None, :])
+            at += 1
+
+
+# --- launch ----------------------------------------------------------------------------------------------------------
+def merge_splits(outs: Array, lses: Array, sinks: Array | None) -> tuple[Array, Array]:
+    """outs[S, T, H, V], lses[S, T, H] float32 -> (out, lse): splits without keys weigh nothing; order is fixed."""
+    top = jnp.max(lses, axis=0)
+    weights = jnp.exp(lses - jnp.where(top == -jnp.inf, 0.0, top))
+    total = weights.sum(axis=0)
+    safe = jnp.where(total > 0, total, 1.0)
+    lse = jnp.where(total > 0, top + jnp.log(safe), -jnp.inf)
+    share = 1.0 / safe if sinks is None else sink_share(lse, sinks[None, :]) / safe
+    return (outs * (weights * share[None])[..., None]).sum(axis=0), lse
+
+
+def _arrays(source: Source) -> dict[str, Array]:
+    """Kernel arguments of a source, one slot per row; E8M0 scales as their bytes."""
+    flat = {"latent": source.latent.reshape(source.num_slots, -1)}
+    if source.scale is not None:
+        scale = source.scale.reshape(source.num_slots, -1)
+        is_float = scale.dtype == jnp.float32
+        flat["scale"] = scale if is_float else jax.lax.bitcast_convert_type(scale, jnp.uint8)
+    if source.rope is not None and source.rope.shape[-1]:
+        flat["rope"] = source.rope.reshape(source.num_slots, -1)
+    flat["values"] = source.values.reshape(-1)
+    if source.indptr is not None:
+        flat["indptr"] = source.indptr
+    return flat
+
+
+def _compute_dtype(q: Array, sources: Sequence[Source]):
+    """bfloat16 unless q or any unquantised key is float32."""
+    arrays = [q] + [a for s in sources for a in (s.rope, None if s.scale is not None else s.latent) if a is not None]
+    return jnp.dtype(jnp.float32 if any(a.dtype == jnp.float32 for a in arrays) else jnp.bfloat16)
+
+
+def sparse_attention(
+    q: Array,
+    sources: Sequence[Source],
+    *,
+    sm_scale: float,
+    value_dim: int,
+    sinks: Array | None = None,
+    plan: AttentionPlan | None = None,
+) -> tuple[Array, Array]:
+    """Runs the kernel: q[T, H, D] with T > 0 -> (out[T, H, value_dim], lse float32[T, H]); contract of ops.attention.
+
+    Raises:
+      NotImplementedError: sources of different layouts, FP8 groups not of whole words, types without a kernel.
+    """
+    tokens, heads, dim = q.shape
+    sources = [s for s in sources if s.num_slots and math.prod(s.values.shape)]
+    if not sources:
+        return jnp.zeros((tokens, heads, value_dim), q.dtype), jnp.full((tokens, heads), -jnp.inf, jnp.float32)
+    compute = _compute_dtype(q, sources)
+    if plan is None:
+        width = sum(s.width for s in sources)
+        plan = attention_plan(tokens=tokens, heads=heads, width=width, itemsize=compute.itemsize)
+    tiles = {(layout(s, plan), None if s.scale is None else jnp.dtype(s.dtype)) for s in sources}
+    if len(tiles) > 1:
+        raise NotImplementedError("the two sources store keys in different layouts; the kernel follows one layout")
+    if any(a.dtype not in (jnp.bfloat16, jnp.float32) for s in sources if s.scale is None for a in [s.latent]):
+        raise NotImplementedError("unquantised keys must be bfloat16 or float32")
+    ((common, fp8),) = tiles
+    arrays = [_arrays(s) for s in sources]
+    static = _Static(
+        heads=heads,
+        dim=dim,
+        value_dim=value_dim,
+        scale=sm_scale,
+        tiles=common,
+        names=tuple(tuple(a) for a in arrays),
+        counts=tuple(s.num_slots for s in sources),
+        widths=tuple(0 if s.indptr is not None else s.values.shape[1] for s in sources),
+        fp8=fp8,
+        compute=compute,
+        has_sinks=sinks is not None and plan.splits == 1,
+        plan=plan,
+    )
+    out, lse = call(
+        functools.partial(_kernel, s=static),
+        q,
+        *[a for named in arrays for a in named.values()],
+        *([sinks] if static.has_sinks else []),
+        out_shape=(
+            jax.ShapeDtypeStruct((plan.splits, tokens, heads, value_dim), q.dtype if plan.splits == 1 else jnp.float32),
+            jax.ShapeDtypeStruct((plan.splits, tokens, heads), jnp.float32),
+        ),
+        grid=(tokens, -(-heads // plan.head_block), plan.splits),
+        name="sparse_mla",
+        num_warps=plan.num_warps,
+        num_stages=plan.num_stages,
+    )
+    return (out[0], lse[0]) if plan.splits == 1 else merge_splits(out, lse, sinks)

@@ -1,0 +1,195 @@
+"""Byte-exact packed cache layouts of other engines, in and out.
+
+Two layouts of DeepSeek-V3.2 (as in vLLM), both little endian and per token of a page of `bs` tokens:
+
+    row of the main cache, 656 bytes, interleaved:   512 FP8 latent | 4 float32 scales | 64 bfloat16 rope
+    page of the index cache, bs * 132 bytes, planar: bs * 128 FP8 keys | bs float32 scales | padding up to the stride
+
+The functions take the sizes from the cache (or from arguments that default to V3.2's), so that other widths work alike.
+All are pure and jittable, and accept numpy arrays.
+
+**Flavours.** `dtype` says how the packed bytes are to be read: float8_e4m3fn or float8_e4m3fnuz. A cache of the same
+flavour shares every byte with them, whatever the bytes are, so that out and in again (and in and out again) is the
+identity. A cache of the other flavour has the same bytes and scales of twice or half the size (`ops.fp8.reinterpret`),
+exact for every code that this library writes. Other writers may have left three codes that it never writes:
+
+* -0 of e4m3fn (0x80) is NaN in e4m3fnuz. A change of flavour on the way in stores +0 instead.
+* NaN (0x7F and 0xFF of e4m3fn, 0x80 of e4m3fnuz) stays NaN, in the other flavour's code.
+* +-240 of e4m3fnuz (0x7F, 0xFF) would be +-480 in e4m3fn: saturates to +-448 (a relative error of 1/15).
+
+So a change of flavour on the way in (`cache_dtype`) keeps numbers, not always bytes; `ops.cache.reinterpret_cache`
+never looks at the bytes and is for caches that this library wrote. A change of flavour on the way out does not look at
+them either. Float32 scales that are subnormal or NaN keep their bits only where the flavour stays.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax.numpy as jnp
+from jax import Array, lax
+
+from sparse_mla_jax.config import require
+from sparse_mla_jax.ops import fp8
+from sparse_mla_jax.ops.cache import PagedIndexCache, PagedKVCache, check_size
+
+
+def kv_to_v32_rows(cache: PagedKVCache, *, dtype: Any = None) -> Array:
+    """A cache as packed rows: uint8[pages, page_size, L + 4 * (L // group_size) + 2 * R], 656 wide for V3.2.
+
+    E8M0 scales become float32 (exact).
+
+    Args:
+      cache: an FP8 cache.
+      dtype: the flavour that the reader expects, None for the cache's own.
+
+    Raises:
+      ValueError: the cache is not FP8, or dtype is not an FP8 flavour.
+    """
+    codes, scale = _leave(cache.latent, cache.scale, cache.dtype, dtype)
+    return jnp.concatenate([fp8.unpack_words(codes, jnp.uint8), _bytes(scale), _bytes(cache.rope)], axis=-1)
+
+
+def kv_from_v32_rows(
+    rows: Array,
+    *,
+    dtype: Any,
+    cache_dtype: Any = None,
+    latent_dim: int = 512,
+    rope_dim: int = 64,
+    group_size: int = 128,
+) -> PagedKVCache:
+    """A cache from packed rows: the inverse of `kv_to_v32_rows`.
+
+    Args:
+      rows: uint8[pages, page_size, L + 4 * (L // group_size) + 2 * R]. Pages with padding behind them: reshape to
+        [pages, stride], cut to page_size * 656 bytes, reshape.
+      dtype: the flavour of the bytes, float8_e4m3fn or float8_e4m3fnuz.
+      cache_dtype: the flavour of the cache, None for that of the bytes.
+      latent_dim: L, a multiple of 4 and of group_size.
+      rope_dim: R.
+      group_size: latent values that share a scale.
+
+    Raises:
+      ValueError: another type, or a width that does not fit the sizes.
+    """
+    rows = _check_bytes("rows", rows, 3)
+    latent_dim, rope_dim = check_size("latent_dim", latent_dim, 1), check_size("rope_dim", rope_dim, 0)
+    groups = fp8.check_groups(latent_dim, group_size, "latent_dim")
+    require(latent_dim % 4 == 0, f"latent_dim is {latent_dim}; a cache stores FP8 in words of four, give a multiple.")
+    width = latent_dim + 4 * groups + 2 * rope_dim
+    require(
+        rows.shape[2] == width,
+        f"rows have shape {list(rows.shape)}; expected {width} bytes a row: {latent_dim} FP8 values, {groups} float32"
+        f" scales, {rope_dim} bfloat16 values. Give latent_dim, rope_dim and group_size of the rows.",
+    )
+    codes, scale, rope = jnp.split(rows, [latent_dim, latent_dim + 4 * groups], axis=-1)
+    codes, scale, cache_dtype = _enter(codes, _from_bytes(scale, jnp.float32), dtype, cache_dtype)
+    return PagedKVCache(fp8.pack_words(codes), scale, _from_bytes(rope, jnp.bfloat16), cache_dtype, int(group_size))
+
+
+def index_to_planar_blocks(cache: PagedIndexCache, *, dtype: Any = None, block_stride: int | None = None) -> Array:
+    """An index cache as packed pages: uint8[pages, block_stride], keys first, then scales, then zeros.
+
+    Args:
+      cache: an FP8 cache.
+      dtype: the flavour that the reader expects, None for the cache's own.
+      block_stride: bytes from one page to the next, None for page_size * (D + 4), the least.
+
+    Raises:
+      ValueError: the cache is not FP8, dtype is not an FP8 flavour, or the stride is too small.
+    """
+    codes, scale = _leave(cache.data, cache.scale, cache.dtype, dtype)
+    least = cache.page_size * (cache.dim + 4)
+    stride = least if block_stride is None else check_size("block_stride", block_stride, 1)
+    require(
+        stride >= least,
+        f"block_stride is {stride}; pages of {cache.page_size} tokens need {least} bytes ({cache.dim} + 4 a token).",
+    )
+    pages = cache.num_pages
+    blocks = jnp.concatenate([codes.reshape(pages, -1), _bytes(scale)], axis=-1)
+    return jnp.pad(blocks, ((0, 0), (0, stride - least)))
+
+
+def index_from_planar_blocks(
+    blocks: Array, *, page_size: int, dtype: Any, cache_dtype: Any = None, dim: int = 128
+) -> PagedIndexCache:
+    """An index cache from packed pages: the inverse of `index_to_planar_blocks`.
+
+    Keys are read in plain order ([token, D]); the 16x16-shuffled order of some ROCm writers is not this layout.
+
+    Args:
+      blocks: uint8[pages, stride], stride >= page_size * (dim + 4), the rest of a page ignored; or
+        uint8[pages, page_size, dim + 4], the shape that engines declare for the same bytes (it is only a size: data are
+        planar in a page).
+      page_size: tokens of a page.
+      dtype: the flavour of the bytes, float8_e4m3fn or float8_e4m3fnuz.
+      cache_dtype: the flavour of the cache, None for that of the bytes.
+      dim: D, a multiple of 4.
+
+    Raises:
+      ValueError: another type, or a stride that is too small.
+    """
+    blocks = _check_bytes("blocks", blocks, 2, 3)
+    page_size, dim = check_size("page_size", page_size, 1), check_size("dim", dim, 1)
+    require(dim % 4 == 0, f"dim is {dim}; a cache stores FP8 in words of four, give a multiple.")
+    require(
+        blocks.ndim == 2 or blocks.shape[1:] == (page_size, dim + 4),
+        f"blocks have shape {list(blocks.shape)}; expected [pages, stride] or [pages, {page_size}, {dim + 4}].",
+    )
+    pages = blocks.shape[0]
+    blocks = blocks.reshape(pages, -1) if blocks.ndim == 3 else blocks
+    keys, least = page_size * dim, page_size * (dim + 4)
+    require(
+        blocks.shape[1] >= least,
+        f"blocks have {blocks.shape[1]} bytes a page; {page_size} tokens of {dim} + 4 bytes need {least}."
+        " Give the page_size and dim that they were written with.",
+    )
+    scale = _from_bytes(blocks[:, keys:least], jnp.float32)
+    codes, scale, cache_dtype = _enter(blocks[:, :keys].reshape(pages, page_size, dim), scale, dtype, cache_dtype)
+    return PagedIndexCache(codes, scale, cache_dtype)
+
+
+def _leave(stored: Array, scale: Array | None, cache_dtype: Any, dtype: Any) -> tuple[Array, Array]:
+    """Stored bytes of a cache and float32 scales that fit them when read as `dtype`."""
+    if scale is None:
+        raise ValueError(f"cache has dtype {cache_dtype}; the packed layouts hold FP8. Create it with an FP8 dtype.")
+    scale = fp8.scales_to_float32(scale)
+    return stored, fp8.reinterpret_scales(scale, cache_dtype, cache_dtype if dtype is None else dtype)
+
+
+def _enter(codes: Array, scale: Array, dtype: Any, cache_dtype: Any) -> tuple[Array, Array, Any]:
+    """Bytes uint8[...] read as `dtype`, their scales, and the cache's flavour: (codes, scales, flavour)."""
+    source = jnp.dtype(dtype)
+    target = source if cache_dtype is None else jnp.dtype(cache_dtype)
+    scale = fp8.reinterpret_scales(scale, source, target)
+    if source == target:
+        return codes, scale, target
+    magnitude, sign = codes & 0x7F, codes & 0x80
+    if source == fp8.E4M3FN:
+        codes = jnp.where(magnitude == 0x7F, jnp.uint8(0x80), jnp.where(codes == 0x80, jnp.uint8(0), codes))
+    else:
+        codes = jnp.where(codes == 0x80, jnp.uint8(0x7F), sign | jnp.minimum(magnitude, jnp.uint8(0x7E)))
+    return codes, scale, target
+
+
+def _bytes(array: Array) -> Array:
+    """array[..., N] of a type of several bytes as uint8[..., N * itemsize], little endian."""
+    width = array.shape[-1] * array.dtype.itemsize
+    return lax.bitcast_convert_type(array, jnp.uint8).reshape(*array.shape[:-1], width)
+
+
+def _from_bytes(data: Array, dtype: Any) -> Array:
+    """The inverse of _bytes."""
+    size = jnp.dtype(dtype).itemsize
+    return lax.bitcast_convert_type(data.reshape(*data.shape[:-1], data.shape[-1] // size, size), dtype)
+
+
+def _check_bytes(name: str, data: Any, *ndims: int) -> Array:
+    data = jnp.asarray(data)
+    axes = " or ".join(str(n) for n in ndims)
+    require(
+        data.dtype == jnp.uint8 and data.ndim in ndims,
+        f"{name} is {data.dtype}{list(data.shape)}; expected uint8 of {axes} axes. View the packed cache as bytes.",
+    )
+    return data

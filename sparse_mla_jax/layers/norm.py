@@ -1,0 +1,62 @@
+"""Normalisation: float32 arithmetic whatever comes in, the input's type out."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from sparse_mla_jax.config import require
+
+# DeepSeek's norms inside the attention layer (query and key-value latents, indexer key) always use this epsilon.
+INNER_EPS = 1e-6
+
+
+def _check(name: str, vector: Array, x: Array) -> None:
+    require(
+        x.ndim >= 1 and vector.shape == x.shape[-1:],
+        f"{name} has shape {vector.shape}; x of shape {x.shape} needs {x.shape[-1:]}. Give the norm of this width.",
+    )
+
+
+def rms_norm(x: Array, weight: Array, *, eps: float = INNER_EPS) -> Array:
+    """weight * x / sqrt(mean(x ** 2) + eps) over the last axis (arXiv:1910.07467).
+
+    Args:
+      x: [..., D], any float type.
+      weight: [D].
+      eps: added to the mean square.
+
+    Returns:
+      [..., D] in x.dtype, computed in float32.
+
+    Raises:
+      ValueError: weight is not as wide as x.
+    """
+    _check("weight", weight, x)
+    wide = x.astype(jnp.float32)
+    scale = jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
+    return (wide * scale * weight.astype(jnp.float32)).astype(x.dtype)
+
+
+def layer_norm(x: Array, weight: Array, bias: Array, *, eps: float = INNER_EPS) -> Array:
+    """weight * (x - mean) / sqrt(var + eps) + bias over the last axis (arXiv:1607.06450), biased variance.
+
+    Args:
+      x: [..., D], any float type.
+      weight: [D].
+      bias: [D].
+      eps: added to the variance.
+
+    Returns:
+      [..., D] in x.dtype, computed in float32.
+
+    Raises:
+      ValueError: weight or bias is not as wide as x.
+    """
+    _check("weight", weight, x)
+    _check("bias", bias, x)
+    wide = x.astype(jnp.float32)
+    centred = wide - jnp.mean(wide, axis=-1, keepdims=True)
+    scale = jax.lax.rsqrt(jnp.mean(centred * centred, axis=-1, keepdims=True) + eps)
+    return (centred * scale * weight.astype(jnp.float32) + bias.astype(jnp.float32)).astype(x.dtype)

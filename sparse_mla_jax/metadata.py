@@ -1,0 +1,249 @@
+"""The step's metadata, computed inside the program from the lengths; and what depends on shapes only.
+
+Serving engines usually prepare such metadata on the host, between steps, in buffers that live on. Three families of
+published defects come from that, and can not happen here:
+
+* A schedule reused because a fingerprint of the lengths looked the same, although query lengths had changed
+  (vllm-project/vllm#47042: garbage after some 20 000 tokens). Here nothing is remembered between steps: every value
+  is a function of this call's arguments, evaluated by the compiled step itself. Test: `test_nothing_is_remembered`.
+* Lengths, or the number of entries of a ragged list, fetched from the device to size something on the host
+  (vllm-project/vllm#43898, and #54369: 38 % of the decode time). Here sizes are static shapes and lengths stay traced
+  values: asking for one is a trace-time error. Tests: `test_no_value_reaches_the_host`, `test_lengths_never_retrace`.
+* Tails of persistent buffers left by a larger step before this one (vllm-project/vllm#42982). Here there is no
+  persistent buffer, and whatever lies behind the last real token or request is overwritten with neutral values (length
+  0, slot -1, page -1) before any operator can see it. Tests: `test_tails_are_clean`, `test_garbage_in_padding`.
+
+What depends only on shapes, the buckets to which the host pads tokens and requests, is a plan: a pure function of
+static integers, memoised by them.
+"""
+
+from __future__ import annotations
+
+import bisect
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from sparse_mla_jax.config import require
+from sparse_mla_jax.ops.ragged import slots_from_positions
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class StepMetadata:
+    """Where every token of a step belongs, what it may see and where it is written. All arrays are int32 but `valid`.
+
+    T tokens (a static bucket size), B requests, P pages per request. Tokens behind the last real one, and tokens whose
+    position has no place in the page table, are padding.
+
+    Attributes:
+      positions: [T] position in the request's sequence; 0 for padding.
+      request_ids: [T] row of `page_table` that the token belongs to; 0 for padding.
+      slots: [T] cache slot that the token is written to, page * page_size + offset; -1 for padding.
+      lengths: [T] visible keys, position + 1; 0 for padding.
+      valid: bool[T], False for padding.
+      seq_lens: [B] tokens of each request, this step's included; 0 for a padded request.
+      query_indptr: [B + 1] the tokens of request b are query_indptr[b] .. query_indptr[b + 1] - 1.
+      last_token: [B] index of the last token of each request in this step; 0 where it has none.
+      page_table: [B, P] pages of each request; -1 behind the pages that its length needs.
+      page_size: static, tokens per page.
+      max_length: static, P * page_size: no sequence is longer.
+    """
+
+    positions: Array
+    request_ids: Array
+    slots: Array
+    lengths: Array
+    valid: Array
+    seq_lens: Array
+    query_indptr: Array
+    last_token: Array
+    page_table: Array
+    page_size: int = dataclasses.field(metadata={"static": True})
+    max_length: int = dataclasses.field(metadata={"static": True})
+
+    @property
+    def num_tokens(self) -> int:
+        """T, padding included."""
+        return self.positions.shape[0]
+
+    @property
+    def num_requests(self) -> int:
+        """B, padding included."""
+        return self.seq_lens.shape[0]
+
+
+def _check_table(seq_lens: Array, page_table: Array, page_size: int) -> None:
+    for name, array, rank in (("seq_lens", seq_lens, 1), ("page_table", page_table, 2)):
+        require(
+            array.ndim == rank and jnp.issubdtype(array.dtype, jnp.integer),
+            f"{name} is {array.dtype}{list(array.shape)}; an integer array of rank {rank} is expected.",
+        )
+    require(
+        page_table.shape[0] == seq_lens.shape[0],
+        f"page_table has {page_table.shape[0]} rows for {seq_lens.shape[0]} seq_lens; give one row per request.",
+    )
+    require(
+        isinstance(page_size, int) and page_size >= 1,
+        f"page_size is {page_size!r}; a positive int is expected (64 is usual).",
+    )
+    require(
+        page_table.shape[1] * page_size < 2**31,
+        f"page_table with {page_table.shape[1]} pages of {page_size} tokens overflows int32; use fewer pages.",
+    )
+
+
+def _assemble(
+    positions: Array,
+    request_ids: Array,
+    present: Array,
+    seq_lens: Array,
+    indptr: Array,
+    page_table: Array,
+    page_size: int,
+) -> StepMetadata:
+    """Neutralises everything that is padding; the single place where slots and visible lengths are made."""
+    max_length = page_table.shape[1] * page_size
+    used = jnp.arange(page_table.shape[1], dtype=jnp.int32)[None, :] * page_size < seq_lens[:, None]
+    page_table = jnp.where(used, page_table, -1).astype(jnp.int32)
+    valid = present & (positions >= 0) & (positions < max_length)
+    positions = jnp.where(valid, positions, 0)
+    request_ids = jnp.where(valid, request_ids, 0)
+    if min(page_table.shape) == 0:  # no page anywhere: nothing to look up
+        slots = jnp.full(positions.shape, -1, jnp.int32)
+    else:
+        asked = jnp.where(valid, positions, -1)[:, None]
+        slots = slots_from_positions(asked, request_ids, page_table, page_size=page_size)[:, 0]
+    counts = indptr[1:] - indptr[:-1]
+    last = jnp.where(counts > 0, jnp.minimum(indptr[1:], positions.shape[0]) - 1, 0)
+    return StepMetadata(
+        positions=positions,
+        request_ids=request_ids,
+        slots=slots,
+        lengths=jnp.where(valid, positions + 1, 0),
+        valid=valid,
+        seq_lens=jnp.clip(seq_lens, 0, max_length),
+        query_indptr=indptr,
+        last_token=jnp.maximum(last, 0),
+        page_table=page_table,
+        page_size=page_size,
+        max_length=max_length,
+    )
+
+
+def build_metadata(
+    seq_lens: Array, query_lens: Array, page_table: Array, *, num_tokens: int, page_size: int
+) -> StepMetadata:
+    """Metadata of one step of any mix of prefill chunks and decode tokens; call it inside the jitted step.
+
+    Tokens of a request are consecutive, requests lie in order: request b owns rows sum(query_lens[:b]) and on. They
+    are the last query_lens[b] of its seq_lens[b] tokens. A request with seq_len <= 0 or query_len <= 0 owns none,
+    whatever else its entries hold; a query_len above the seq_len counts as the seq_len; tokens that do not fit into
+    num_tokens, or into the pages of the table, are dropped.
+
+    Args:
+      seq_lens: int[B] tokens of each request, those of this step included.
+      query_lens: int[B] tokens of each request in this step.
+      page_table: int[B, P] pages of each request.
+      num_tokens: static T, the bucket to which the step's tokens were padded (see `buckets`).
+      page_size: static, tokens per page.
+
+    Returns:
+      StepMetadata; no value depends on anything but the arguments.
+
+    Raises:
+      ValueError: wrong ranks, types or sizes (at trace time).
+    """
+    seq_lens, query_lens, page_table = jnp.asarray(seq_lens), jnp.asarray(query_lens), jnp.asarray(page_table)
+    _check_table(seq_lens, page_table, page_size)
+    require(
+        query_lens.shape == seq_lens.shape and jnp.issubdtype(query_lens.dtype, jnp.integer),
+        f"query_lens is {query_lens.dtype}{list(query_lens.shape)}; an integer array like seq_lens"
+        f" {list(seq_lens.shape)} is expected.",
+    )
+    require(
+        isinstance(num_tokens, int) and num_tokens >= 0,
+        f"num_tokens is {num_tokens!r}; a static int, the padded number of tokens, is expected.",
+    )
+    seq_lens = jnp.maximum(seq_lens, 0).astype(jnp.int32)
+    owned = jnp.clip(query_lens.astype(jnp.int32), 0, seq_lens)
+    # A row count above num_tokens is never needed, and the bound keeps the running sum far from overflow.
+    ends = jnp.cumsum(jnp.minimum(owned, num_tokens), dtype=jnp.int32)
+    indptr = jnp.minimum(jnp.concatenate([jnp.zeros(1, jnp.int32), ends]), num_tokens)
+    token = jnp.arange(num_tokens, dtype=jnp.int32)
+    if seq_lens.shape[0] == 0:
+        nothing = jnp.zeros(num_tokens, jnp.int32)
+        return _assemble(nothing, nothing, nothing > 0, seq_lens, indptr, page_table, page_size)
+    request = jnp.searchsorted(indptr[1:], token, side="right", method="compare_all").astype(jnp.int32)
+    request = jnp.minimum(request, seq_lens.shape[0] - 1)
+    positions = (seq_lens - owned - indptr[:-1])[request] + token
+    return _assemble(positions, request, token < indptr[-1], seq_lens, indptr, page_table, page_size)
+
+
+def decode_metadata(seq_lens: Array, page_table: Array, *, page_size: int) -> StepMetadata:
+    """Metadata of a pure decode step: row b is the newest token of request b, padding where seq_lens[b] <= 0.
+
+    Differs from `build_metadata` with query lengths of one only in that padded requests keep their row, so that no
+    host-side compaction is needed.
+
+    Args:
+      seq_lens: int[B] tokens of each request, this one included; 0 or less for a padded request.
+      page_table: int[B, P] pages of each request.
+      page_size: static, tokens per page.
+
+    Returns:
+      StepMetadata with T = B.
+
+    Raises:
+      ValueError: wrong ranks, types or sizes (at trace time).
+    """
+    seq_lens, page_table = jnp.asarray(seq_lens), jnp.asarray(page_table)
+    _check_table(seq_lens, page_table, page_size)
+    seq_lens = jnp.maximum(seq_lens, 0).astype(jnp.int32)
+    row = jnp.arange(seq_lens.shape[0], dtype=jnp.int32)
+    indptr = jnp.arange(seq_lens.shape[0] + 1, dtype=jnp.int32)
+    return _assemble(seq_lens - 1, row, seq_lens > 0, seq_lens, indptr, page_table, page_size)
+
+
+@functools.lru_cache(maxsize=256)
+def buckets(max_size: int, *, min_size: int = 1) -> tuple[int, ...]:
+    """Sizes to which the host pads (tokens or requests): min_size, doubling, up to max_size itself.
+
+    At most half of a padded step is padding, and the number of compiled programs is logarithmic. Memoised.
+
+    Args:
+      max_size: the largest size that occurs; need not be a power of two.
+      min_size: the smallest bucket.
+
+    Returns:
+      Strictly ascending sizes that end in max_size.
+
+    Raises:
+      ValueError: sizes below one, or min_size above max_size.
+    """
+    require(
+        1 <= min_size <= max_size,
+        f"min_size is {min_size} and max_size {max_size}; 1 <= min_size <= max_size is expected.",
+    )
+    sizes = []
+    while min_size < max_size:
+        sizes.append(min_size)
+        min_size *= 2
+    return (*sizes, max_size)
+
+
+def bucket_for(size: int, sizes: tuple[int, ...]) -> int:
+    """The smallest of the ascending `sizes` that holds `size`.
+
+    Raises:
+      ValueError: none does; nothing is ever cut to fit.
+    """
+    place = bisect.bisect_left(sizes, size)
+    require(
+        place < len(sizes),
+        f"size is {size}, above the largest bucket {sizes[-1] if sizes else 0}; split the step or enlarge the buckets.",
+    )
+    return sizes[place]

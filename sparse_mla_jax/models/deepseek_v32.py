@@ -1,0 +1,306 @@
+"""DeepSeek-V3.2 as pure functions of (params, tokens, caches, metadata), with prefill and decode steps on top.
+
+Parameters are a plain pytree of arrays, matrices stored input-first ([D_in, ...]) so that a product reads `x @ w`:
+
+    embed_tokens [V, D], norm [D], lm_head [D, V] (absent when tied), layers: one dict per layer with
+      input_layernorm [D], post_attention_layernorm [D], self_attn (see `layers.mla.attention_step`), mlp: SwiGLU
+      {gate_proj [D, I], up_proj [D, I], down_proj [I, D]} or a mixture (see `layers.moe.moe`).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from sparse_mla_jax.config import DeepseekV32Config, require
+from sparse_mla_jax.layers.mla import attention_step
+from sparse_mla_jax.layers.moe import matmul, moe, swiglu
+from sparse_mla_jax.layers.norm import rms_norm
+from sparse_mla_jax.metadata import StepMetadata, build_metadata, decode_metadata
+from sparse_mla_jax.ops.cache import PagedIndexCache, PagedKVCache
+
+Params = dict[str, Any]
+Caches = tuple[tuple[PagedKVCache, PagedIndexCache], ...]
+
+# Kept in float32 whatever the type of the matrices: small, and rounding them is felt.
+_FLOAT32_NAMES = frozenset(
+    {
+        "norm",
+        "input_layernorm",
+        "post_attention_layernorm",
+        "q_a_layernorm",
+        "kv_a_layernorm",
+        "k_norm",
+        "e_score_correction_bias",
+    }
+)
+
+
+def _attention_shapes(c: DeepseekV32Config) -> Params:
+    return {
+        "q_a_proj": (c.hidden_size, c.q_lora_rank),
+        "q_a_layernorm": (c.q_lora_rank,),
+        "q_b_proj": (c.q_lora_rank, c.num_attention_heads, c.qk_head_dim),
+        "kv_a_proj_with_mqa": (c.hidden_size, c.kv_lora_rank + c.qk_rope_head_dim),
+        "kv_a_layernorm": (c.kv_lora_rank,),
+        "kv_b_k": (c.num_attention_heads, c.qk_nope_head_dim, c.kv_lora_rank),
+        "kv_b_v": (c.num_attention_heads, c.kv_lora_rank, c.v_head_dim),
+        "o_proj": (c.num_attention_heads, c.v_head_dim, c.hidden_size),
+        "indexer": {
+            "wq_b": (c.q_lora_rank, c.index_n_heads, c.index_head_dim),
+            "wk": (c.hidden_size, c.index_head_dim),
+            "k_norm": {"weight": (c.index_head_dim,), "bias": (c.index_head_dim,)},
+            "weights_proj": (c.hidden_size, c.index_n_heads),
+        },
+    }
+
+
+def _swiglu_shapes(*stack: int, hidden: int, inner: int) -> Params:
+    return {
+        "gate_proj": (*stack, hidden, inner),
+        "up_proj": (*stack, hidden, inner),
+        "down_proj": (*stack, inner, hidden),
+    }
+
+
+def _mlp_shapes(c: DeepseekV32Config, layer: int) -> Params:
+    if not c.is_moe_layer(layer):
+        return _swiglu_shapes(hidden=c.hidden_size, inner=c.intermediate_size)
+    shapes = {
+        "gate": {"weight": (c.hidden_size, c.n_routed_experts), "e_score_correction_bias": (c.n_routed_experts,)},
+        "experts": _swiglu_shapes(c.n_routed_experts, hidden=c.hidden_size, inner=c.moe_intermediate_size),
+    }
+    if c.n_shared_experts:
+        inner = c.moe_intermediate_size * c.n_shared_experts
+        shapes["shared_experts"] = _swiglu_shapes(hidden=c.hidden_size, inner=inner)
+    return shapes
+
+
+def param_specs(config: DeepseekV32Config, dtype: Any = jnp.float32) -> Params:
+    """The parameters' pytree with a `jax.ShapeDtypeStruct` in place of every array.
+
+    Args:
+      config: the model's shapes.
+      dtype: float32 or bfloat16, of the matrices; norms and the router's bias are float32 always.
+
+    Returns:
+      A pytree like that of `init_params`.
+    """
+    shapes: Params = {
+        "embed_tokens": (config.vocab_size, config.hidden_size),
+        "layers": [
+            {
+                "input_layernorm": (config.hidden_size,),
+                "self_attn": _attention_shapes(config),
+                "post_attention_layernorm": (config.hidden_size,),
+                "mlp": _mlp_shapes(config, layer),
+            }
+            for layer in range(config.num_hidden_layers)
+        ],
+        "norm": (config.hidden_size,),
+    }
+    if not config.tie_word_embeddings:
+        shapes["lm_head"] = (config.hidden_size, config.vocab_size)
+
+    def spec(path: tuple, shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:
+        wide = any(getattr(key, "key", None) in _FLOAT32_NAMES for key in path)
+        return jax.ShapeDtypeStruct(shape, jnp.float32 if wide else dtype)
+
+    return jax.tree_util.tree_map_with_path(spec, shapes, is_leaf=lambda node: isinstance(node, tuple))
+
+
+def init_params(key: Array, config: DeepseekV32Config, dtype: Any = jnp.float32) -> Params:
+    """Random weights: matrices normal with variance 1 / inputs, norms 1, biases 0.
+
+    Args:
+      key: a `jax.random.key`.
+      config: the model's shapes.
+      dtype: float32 or bfloat16, of the matrices.
+
+    Returns:
+      The parameters' pytree.
+    """
+    leaves, tree = jax.tree_util.tree_flatten_with_path(param_specs(config, dtype))
+    # The axes that a product sums over, where it is not the axis before the last one.
+    inputs = {"q_b_proj": (0,), "wq_b": (0,), "kv_b_k": (2,), "o_proj": (0, 1), "embed_tokens": (1,)}
+
+    def init(number: int, path: tuple, spec: jax.ShapeDtypeStruct) -> Array:
+        name = path[-1].key
+        if "bias" in name:
+            return jnp.zeros(spec.shape, spec.dtype)
+        if len(spec.shape) == 1:
+            return jnp.ones(spec.shape, spec.dtype)
+        fan_in = int(np.prod([spec.shape[axis] for axis in inputs.get(name, (-2,))]))
+        values = jax.random.normal(jax.random.fold_in(key, number), spec.shape, jnp.float32)
+        return (values * fan_in**-0.5).astype(spec.dtype)
+
+    return jax.tree_util.tree_unflatten(tree, [init(i, path, spec) for i, (path, spec) in enumerate(leaves)])
+
+
+def create_caches(
+    config: DeepseekV32Config, num_pages: int, page_size: int, *, dtype: Any = jnp.float8_e4m3fnuz
+) -> Caches:
+    """Empty paged caches, one pair of arrays structs per layer, all addressed by the same slots.
+
+    Args:
+      config: the model's shapes.
+      num_pages: pages of each cache.
+      page_size: tokens per page.
+      dtype: float8_e4m3fnuz, float8_e4m3fn, bfloat16 or float32, of latents and index keys.
+
+    Returns:
+      A tuple over layers of (PagedKVCache, PagedIndexCache).
+
+    Raises:
+      ValueError: sizes or a type that the caches do not support.
+    """
+
+    def create() -> tuple[PagedKVCache, PagedIndexCache]:
+        latent = PagedKVCache.create(
+            num_pages,
+            page_size,
+            latent_dim=config.kv_lora_rank,
+            rope_dim=config.qk_rope_head_dim,
+            group_size=config.kv_group_size,
+            dtype=dtype,
+        )
+        return latent, PagedIndexCache.create(num_pages, page_size, dim=config.index_head_dim, dtype=dtype)
+
+    return tuple(create() for _ in range(config.num_hidden_layers))
+
+
+def forward(
+    params: Params,
+    token_ids: Array,
+    caches: Caches,
+    metadata: StepMetadata,
+    *,
+    config: DeepseekV32Config,
+    implementation: str | None = None,
+) -> tuple[Array, Caches]:
+    """One step through all layers, for decode tokens and prefill chunks in any mix.
+
+    Args:
+      params: see the module's docstring.
+      token_ids: int[T]; ids outside the vocabulary, and those of padding, are clamped into it.
+      caches: from `create_caches`; donate them to update in place.
+      metadata: of this step.
+      config: the model's shapes (static).
+      implementation: None, "triton", "xla" or "reference", for every operator.
+
+    Returns:
+      (hidden [T, D] after the final norm, caches).
+
+    Raises:
+      ValueError: token_ids, caches or metadata of other shapes than expected (at trace time).
+    """
+    require(
+        token_ids.shape == (metadata.num_tokens,) and jnp.issubdtype(token_ids.dtype, jnp.integer),
+        f"token_ids is {token_ids.dtype}{list(token_ids.shape)}; metadata needs int32[{metadata.num_tokens}].",
+    )
+    require(
+        len(caches) == config.num_hidden_layers,
+        f"caches has {len(caches)} layers, config {config.num_hidden_layers}; make them with create_caches.",
+    )
+    hidden = params["embed_tokens"][jnp.clip(token_ids, 0, config.vocab_size - 1)]
+    updated = []
+    for number, (layer, (cache, index_cache)) in enumerate(zip(params["layers"], caches, strict=True)):
+        normed = rms_norm(hidden, layer["input_layernorm"], eps=config.rms_norm_eps)
+        out, cache, index_cache = attention_step(
+            layer["self_attn"], normed, cache, index_cache, metadata, config=config, implementation=implementation
+        )
+        updated.append((cache, index_cache))
+        hidden = hidden + out
+        normed = rms_norm(hidden, layer["post_attention_layernorm"], eps=config.rms_norm_eps)
+        mixture = config.is_moe_layer(number)
+        out = moe(layer["mlp"], normed, config=config) if mixture else swiglu(layer["mlp"], normed)
+        hidden = hidden + out.astype(hidden.dtype)
+    return rms_norm(hidden, params["norm"], eps=config.rms_norm_eps), tuple(updated)
+
+
+def logits(params: Params, hidden: Array, config: DeepseekV32Config) -> Array:
+    """Scores of the next token, float32[..., V], from final-normed hidden [..., D]; ask only for rows that you need."""
+    if config.tie_word_embeddings:
+        return jnp.einsum("...d,vd->...v", hidden, params["embed_tokens"], preferred_element_type=jnp.float32)
+    return matmul(hidden, params["lm_head"])
+
+
+def prefill(
+    params: Params,
+    token_ids: Array,
+    caches: Caches,
+    seq_lens: Array,
+    query_lens: Array,
+    page_table: Array,
+    *,
+    config: DeepseekV32Config,
+    implementation: str | None = None,
+) -> tuple[Array, Caches]:
+    """One step over prompts, chunks of prompts, or a mix with decode tokens; see `build_metadata` for the layout.
+
+    Args:
+      params: see the module's docstring.
+      token_ids: int[T] tokens of all requests one after the other, padded behind, T >= 1.
+      caches: from `create_caches`.
+      seq_lens: int[B] tokens of each request, those of this step included.
+      query_lens: int[B] tokens of each request in this step.
+      page_table: int[B, P].
+      config: the model's shapes (static).
+      implementation: None, "triton", "xla" or "reference".
+
+    Returns:
+      (float32[B, V] logits after each request's last token; meaningless for requests without tokens, caches).
+
+    Raises:
+      ValueError: arguments that do not fit together (at trace time).
+    """
+    require(
+        token_ids.ndim == 1 and token_ids.shape[0] >= 1,
+        f"token_ids has shape {token_ids.shape}; int32[T] with at least one token is expected.",
+    )
+    metadata = build_metadata(
+        seq_lens, query_lens, page_table, num_tokens=token_ids.shape[0], page_size=_page_size(caches)
+    )
+    hidden, caches = forward(params, token_ids, caches, metadata, config=config, implementation=implementation)
+    return logits(params, hidden[metadata.last_token], config), caches
+
+
+def decode(
+    params: Params,
+    token_ids: Array,
+    caches: Caches,
+    seq_lens: Array,
+    page_table: Array,
+    *,
+    config: DeepseekV32Config,
+    implementation: str | None = None,
+) -> tuple[Array, Caches]:
+    """One token of every request; row b belongs to request b, and rows with seq_lens[b] <= 0 are padding.
+
+    Args:
+      params: see the module's docstring.
+      token_ids: int[B] the newest token of each request.
+      caches: from `create_caches`.
+      seq_lens: int[B] tokens of each request, the newest included.
+      page_table: int[B, P].
+      config: the model's shapes (static).
+      implementation: None, "triton", "xla" or "reference".
+
+    Returns:
+      (float32[B, V] logits, caches).
+
+    Raises:
+      ValueError: arguments that do not fit together (at trace time).
+    """
+    metadata = decode_metadata(seq_lens, page_table, page_size=_page_size(caches))
+    hidden, caches = forward(params, token_ids, caches, metadata, config=config, implementation=implementation)
+    return logits(params, hidden, config), caches
+
+
+def _page_size(caches: Caches) -> int:
+    require(len(caches) > 0, "caches is empty; make one pair per layer with create_caches.")
+    return caches[0][0].page_size

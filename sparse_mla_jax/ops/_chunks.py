@@ -1,0 +1,50 @@
+"""Bounded memory: rows of an operator in equal chunks, without padding copies, inside one jitted program."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+
+def _axes(leaf: Any) -> frozenset:
+    """The shard_map axes over which an array varies."""
+    kind = jax.typeof(leaf)
+    return kind.manual_axis_type.varying if hasattr(kind, "manual_axis_type") else getattr(kind, "vma", frozenset())
+
+
+def varying(x: Any, *like: Any) -> Any:
+    """`x` (a pytree) marked as varying over the shard_map axes of `like`, so that it may start a loop's carry."""
+    axes = frozenset().union(*(_axes(leaf) for leaf in jax.tree.leaves(like)))
+
+    def mark(leaf):
+        missing = tuple(axes - _axes(leaf))
+        return jax.lax.pcast(leaf, missing, to="varying") if missing else leaf
+
+    return jax.tree.map(mark, x) if axes else x
+
+
+def map_row_chunks(body: Callable[[Array], Any], num_rows: int, chunk: int, *, like: Any) -> Any:
+    """Rows 0..num_rows-1 of `body` in chunks: `body(first)` gives arrays [chunk, ...] for rows first..first+chunk-1.
+
+    The last chunk starts early enough to be whole, so some rows may be computed twice, with the same result. `like`:
+    arrays that `body` closes over (their shard_map axes are those of the result).
+    """
+    if chunk >= num_rows:
+        return body(jnp.int32(0))
+    shapes = jax.eval_shape(body, jax.ShapeDtypeStruct((), jnp.int32))
+    out = varying(jax.tree.map(lambda s: jnp.zeros((num_rows, *s.shape[1:]), s.dtype), shapes), like)
+
+    def step(i, out):
+        start = jnp.minimum(i * chunk, num_rows - chunk).astype(jnp.int32)
+        return jax.tree.map(lambda o, p: jax.lax.dynamic_update_slice_in_dim(o, p, start, 0), out, body(start))
+
+    return jax.lax.fori_loop(0, -(-num_rows // chunk), step, out)
+
+
+def rows_from(x: Array, first: Array, chunk: int) -> Array:
+    """Rows first..first+chunk-1 of `x`, for use inside `map_row_chunks`."""
+    return x if chunk >= x.shape[0] else jax.lax.dynamic_slice_in_dim(x, first, chunk, 0)

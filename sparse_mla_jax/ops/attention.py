@@ -1,0 +1,368 @@
+"""Sparse multi-head latent attention: every query attends to the cache slots that its row names, and to nothing else.
+
+    out[t, h] = sum_s softmax_s(sm_scale * q[t, h] . k_s) v_s,    k_s = [latent, rope] of slot s,   v_s = k_s[:value_dim]
+
+One softmax spans every source of a row; a sink is one more logit in the denominator, with no value. Source of the method:
+DeepSeek-V3.2-Exp's technical report (arXiv:2512.02556), section 2; sinks as in arXiv:2309.17453.
+"""
+
+from __future__ import annotations
+
+import math
+import numbers
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from pallas_kernels import fp8_bits
+from sparse_mla_jax import reference
+from sparse_mla_jax.config import require
+from sparse_mla_jax.ops._chunks import map_row_chunks, rows_from, varying
+from sparse_mla_jax.ops._dispatch import dispatch
+from sparse_mla_jax.ops.cache import PagedKVCache
+from sparse_mla_jax.ops.ragged import Ragged
+
+HIGHEST = jax.lax.Precision.HIGHEST
+# Temporaries of one chunk of the XLA body: larger chunks leave the CPU's cache and gain nothing (measured).
+CHUNK_BYTES = 4 << 20
+# Keys gathered per row and step of the XLA body; longer rows go through the online softmax.
+MAX_BLOCK = 2048
+
+
+# --- public ----------------------------------------------------------------------------------------------------------
+def sparse_mla(
+    q: Array,
+    kv: PagedKVCache | Array,
+    rows: Ragged | Array,
+    *,
+    sm_scale: float,
+    value_dim: int,
+    sinks: Array | None = None,
+    extra: tuple[PagedKVCache | Array, Ragged | Array] | None = None,
+    return_lse: bool = False,
+    implementation: str | None = None,
+) -> Any:
+    """Attention of every query token over the slots that its row names.
+
+    T query tokens, H heads (any number), D = latent + rope dimensions, W row width. A slot that is negative or beyond
+    the cache is no key; a slot named twice counts twice; what no row names is never read into a result, NaN included.
+    A row without keys gives exactly 0 and an lse of -inf. Arithmetic is float32 (keys in a kernel: bfloat16 when q and
+    the cache are not float32); the same inputs give the same bits on every call.
+
+    Args:
+      q: bfloat16 or float32 [T, H, D], latent part first (absorbed queries), rotated rope part last.
+      kv: a PagedKVCache with latent_dim + rope_dim = D, or a plain array [N, D] whose rows are the slots.
+      rows: int32 [T, W] of slots (-1: none), or Ragged with T rows. Slot = page * page_size + offset.
+      sm_scale: a Python number that multiplies the logits; required, since absorbed queries do not tell it.
+      value_dim: the first `value_dim` entries of a key are its value (latent_dim for DeepSeek-V3.2).
+      sinks: float32 [H] natural-log logits, not scaled by sm_scale, in the denominator only; -inf has no effect.
+      extra: (kv, rows) of a second source under the same softmax.
+      return_lse: also return the log-sum-exp.
+      implementation: None for the best that runs here, or "triton", "xla", "reference".
+
+    Returns:
+      out [T, H, value_dim] in q's dtype; with `return_lse`, (out, lse float32 [T, H]): natural log, without the sink.
+
+    Raises:
+      ValueError: shapes or types that do not fit, or an implementation that does not serve the case.
+    """
+    sources = [(kv, rows)] if extra is None else [(kv, rows), _pair(extra)]
+    scale = _check(q, sources, sm_scale, value_dim, sinks)
+    sources = [(kv, _int32(rows)) for kv, rows in sources]
+    sinks = None if sinks is None else jnp.asarray(sinks).astype(jnp.float32)
+    if q.shape[0] == 0:
+        out, lse = jnp.zeros((0, q.shape[1], value_dim), q.dtype), jnp.zeros((0, q.shape[1]), jnp.float32)
+    else:
+        out, lse = dispatch(
+            "sparse_mla",
+            implementation,
+            {
+                "triton": lambda: _triton(q, sources, scale, value_dim, sinks),
+                "xla": lambda: _xla(q, sources, scale, value_dim, sinks),
+                "reference": lambda: _reference(q, sources, scale, value_dim, sinks),
+            },
+        )
+        out = out.astype(q.dtype)
+    return (out, lse) if return_lse else out
+
+
+def merge(outs: Array, lses: Array) -> tuple[Array, Array]:
+    """Joins attention over disjoint parts of the keys: outs[S, T, H, V] with lses[S, T, H] -> (out[T, H, V], lse[T, H]).
+
+    Parts must exclude sinks (apply them once, after). A part whose lse is -inf contributes nothing, whatever its out
+    holds; where all are -inf the result is 0 and -inf. Returns out in outs' dtype and lse in float32 (natural log).
+    """
+    require(
+        outs.ndim == 4 and lses.shape == outs.shape[:3],
+        f"outs has shape {outs.shape} and lses {lses.shape}; expected [S, T, H, V] and [S, T, H]: stack the parts first.",
+    )
+    lses = lses.astype(jnp.float32)
+    top = jnp.max(lses, axis=0, initial=-jnp.inf)
+    weights = jnp.exp(lses - jnp.where(jnp.isneginf(top), 0.0, top))
+    total = weights.sum(axis=0)
+    parts = jnp.where((weights > 0)[..., None], outs.astype(jnp.float32), 0.0) * weights[..., None]
+    out = parts.sum(axis=0) / jnp.where(total > 0, total, 1.0)[..., None]
+    lse = jnp.where(total > 0, top + jnp.log(jnp.where(total > 0, total, 1.0)), -jnp.inf)
+    return out.astype(outs.dtype), lse
+
+
+def apply_sinks(out: Array, lse: Array, sinks: Array) -> Array:
+    """Puts the logits sinks[H] into the denominator of a finished attention: out[T, H, V], lse[T, H] -> out[T, H, V].
+
+    `lse` is natural-log and excludes the sink; a row with lse -inf stays 0, also for a sink of -inf.
+    """
+    require(
+        out.ndim == 3 and lse.shape == out.shape[:2] and sinks.shape == out.shape[1:2],
+        f"out has shape {out.shape}, lse {lse.shape}, sinks {sinks.shape}; expected [T, H, V], [T, H] and [H].",
+    )
+    lse, sinks = lse.astype(jnp.float32), sinks.astype(jnp.float32)
+    share = jnp.where(jnp.isneginf(lse), 0.0, 1.0 / (1.0 + jnp.exp(sinks[None, :] - lse)))
+    return (out.astype(jnp.float32) * share[..., None]).astype(out.dtype)
+
+
+# --- validation ------------------------------------------------------------------------------------------------------
+def _pair(extra: Any) -> tuple[Any, Any]:
+    require(
+        isinstance(extra, tuple | list) and len(extra) == 2,
+        f"extra is {type(extra).__name__}; expected a pair (kv, rows) that names the second source.",
+    )
+    return extra[0], extra[1]
+
+
+def key_dim(kv: PagedKVCache | Array) -> int:
+    """D of a source: latent plus rope dimensions of a cache, or the width of a plain array."""
+    return (kv.latent_dim + kv.rope_dim) if isinstance(kv, PagedKVCache) else kv.shape[1]
+
+
+def _check_source(name: str, kv: Any, rows: Any, tokens: int, dim: int) -> None:
+    if not isinstance(kv, PagedKVCache):
+        require(
+            hasattr(kv, "ndim") and kv.ndim == 2 and jnp.issubdtype(kv.dtype, jnp.floating) and kv.dtype.itemsize > 1,
+            f"{name} is {getattr(kv, 'dtype', type(kv).__name__)}{getattr(kv, 'shape', '')}; expected a PagedKVCache or"
+            " a float array [N, D]. Quantised rows belong into a PagedKVCache.",
+        )
+    require(
+        key_dim(kv) == dim,
+        f"{name} has keys of {key_dim(kv)} dimensions and q of {dim}; they must agree (latent_dim + rope_dim).",
+    )
+    ints = rows.values if isinstance(rows, Ragged) else rows
+    require(
+        hasattr(ints, "dtype") and jnp.issubdtype(ints.dtype, jnp.integer),
+        f"rows of {name} is {getattr(ints, 'dtype', type(ints).__name__)}; expected int32 slots.",
+    )
+    if isinstance(rows, Ragged):
+        require(rows.rows == tokens, f"rows of {name} holds {rows.rows} rows; q has {tokens} tokens: one row for each.")
+    else:
+        require(
+            rows.ndim == 2 and rows.shape[0] == tokens,
+            f"rows of {name} has shape {rows.shape}; expected [T, W] with T = {tokens}, or a Ragged.",
+        )
+
+
+def _check(q: Any, sources: list[tuple[Any, Any]], sm_scale: Any, value_dim: Any, sinks: Any) -> float:
+    """Raises ValueError for what does not fit; returns sm_scale as a float."""
+    require(
+        q.ndim == 3 and q.dtype in (jnp.bfloat16, jnp.float32) and q.shape[1] > 0 and q.shape[2] > 0,
+        f"q is {q.dtype}{q.shape}; expected bfloat16 or float32 [T, H, D]. Cast or reshape it.",
+    )
+    for name, (kv, rows) in zip(("kv", "extra"), sources):
+        _check_source(name, kv, rows, q.shape[0], q.shape[2])
+    require(
+        isinstance(sm_scale, numbers.Real | np.number) and math.isfinite(sm_scale),
+        f"sm_scale is {sm_scale!r}; expected a finite Python number (it is a constant of the compiled program).",
+    )
+    require(
+        isinstance(value_dim, int) and 1 <= value_dim <= q.shape[2],
+        f"value_dim is {value_dim!r}; expected an int from 1 to D = {q.shape[2]} (latent_dim for DeepSeek-V3.2).",
+    )
+    require(
+        sinks is None or tuple(jnp.shape(sinks)) == (q.shape[1],),
+        f"sinks has shape {getattr(sinks, 'shape', type(sinks).__name__)}; expected [{q.shape[1]}], one logit per head.",
+    )
+    return float(sm_scale)
+
+
+def _int32(rows: Ragged | Array) -> Ragged | Array:
+    if isinstance(rows, Ragged):
+        return Ragged(values=rows.values.astype(jnp.int32), indptr=rows.indptr.astype(jnp.int32))
+    return jnp.asarray(rows).astype(jnp.int32)
+
+
+# --- keys ------------------------------------------------------------------------------------------------------------
+def num_slots(kv: PagedKVCache | Array) -> int:
+    """N of a source: slots 0..N-1 exist."""
+    return kv.num_slots if isinstance(kv, PagedKVCache) else kv.shape[0]
+
+
+def _take(array: Array, slots: Array) -> Array:
+    """array[N, ...] at slots that are known to lie in [0, N)."""
+    return array.at[slots].get(mode="promise_in_bounds")
+
+
+def _scale(scales: Array, slots: Array) -> Array:
+    """float32 scales of slots; E8M0 travels as its bytes."""
+    if scales.dtype == jnp.float32:
+        return _take(scales, slots)
+    return fp8_bits.e8m0_to_float32(_take(jax.lax.bitcast_convert_type(scales, jnp.uint8), slots))
+
+
+def _latent(kv: PagedKVCache, slots: Array) -> Array:
+    """float32 [..., L] of the slots, dequantised; poison is not masked here."""
+    flat = kv.latent.reshape(kv.num_slots, -1)
+    if kv.scale is None:
+        return _take(flat, slots).astype(jnp.float32)
+    codes = jax.lax.bitcast_convert_type(_take(flat, slots), jnp.uint8)
+    scale = _scale(kv.scale.reshape(kv.num_slots, -1), slots)
+    values = fp8_bits.decode_float32(codes.reshape(*slots.shape, scale.shape[-1], -1), kv.dtype)
+    return (values * scale[..., None]).reshape(*slots.shape, -1)
+
+
+def _keys(kv: PagedKVCache | Array, slots: Array) -> tuple[list[Array], Array]:
+    """Parts of the keys along D (float32 [..., d_i], exactly 0 where a slot is invalid) and the slots' validity."""
+    count = num_slots(kv)
+    valid = (slots >= 0) & (slots < count)
+    safe = jnp.where(valid, slots, 0)
+    if count == 0:
+        return [jnp.zeros((*slots.shape, key_dim(kv)), jnp.float32)], valid
+    if isinstance(kv, PagedKVCache):
+        parts = [_latent(kv, safe)]
+        if kv.rope_dim:
+            parts.append(_take(kv.rope.reshape(count, -1), safe).astype(jnp.float32))
+    else:
+        parts = [_take(kv, safe).astype(jnp.float32)]
+    return [jnp.where(valid[..., None], part, 0.0) for part in parts], valid
+
+
+# --- XLA body --------------------------------------------------------------------------------------------------------
+def _dot(spec: str, a: Array, b: Array) -> Array:
+    return jnp.einsum(spec, a, b, precision=HIGHEST, preferred_element_type=jnp.float32)
+
+
+def _attend(q: Array, keys: list[Array], valid: Array, value_dim: int, state):
+    """One block of keys [T, W, d_i] into the online softmax (top[T, H], total[T, H], acc[T, H, V]); None starts one."""
+    logits, at = jnp.zeros((), jnp.float32), 0
+    for part in keys:
+        logits = logits + _dot("thd,twd->thw", q[..., at : at + part.shape[-1]], part)
+        at += part.shape[-1]
+    logits = jnp.where(valid[:, None, :], logits, -jnp.inf)
+    top = jnp.max(logits, axis=-1, initial=-jnp.inf)
+    if state is not None:
+        top = jnp.maximum(top, state[0])
+    base = jnp.where(jnp.isneginf(top), 0.0, top)
+    weights = jnp.exp(logits - base[..., None])
+    total, values, at = weights.sum(axis=-1), [], 0
+    for part in keys:
+        width = min(part.shape[-1], value_dim - at)
+        if width > 0:
+            values.append(_dot("thw,twd->thd", weights, part[..., :width]))
+        at += part.shape[-1]
+    acc = values[0] if len(values) == 1 else jnp.concatenate(values, axis=-1)
+    if state is not None:
+        keep = jnp.exp(state[0] - base)
+        total, acc = total + state[1] * keep, acc + state[2] * keep[..., None]
+    return top, total, acc
+
+
+def _row_width(rows: Ragged | Array) -> int:
+    """Keys per row and step: the dense width, or a ragged row's even share of the capacity."""
+    width = -(-rows.capacity // rows.rows) if isinstance(rows, Ragged) else rows.shape[1]
+    return max(1, min(MAX_BLOCK, width))
+
+
+def _over_source(q: Array, kv, rows: Ragged | Array, first: Array, value_dim: int, state):
+    """The state after one source: rows first..first+T-1 of `rows`, a block of keys at a time."""
+    tokens, width = q.shape[0], _row_width(rows)
+    if not isinstance(rows, Ragged):
+        mine = rows_from(rows, first, tokens)
+        if mine.shape[1] <= width:
+            return _attend(q, *_keys(kv, mine), value_dim, state) if mine.shape[1] else state
+        starts, lengths = jnp.arange(tokens, dtype=jnp.int32) * mine.shape[1], jnp.full((tokens,), mine.shape[1])
+        values, blocks = mine.reshape(-1), -(-mine.shape[1] // width)
+    else:
+        if rows.capacity == 0:
+            return state
+        bounds = jnp.clip(jax.lax.dynamic_slice_in_dim(rows.indptr, first, tokens + 1, 0), 0, rows.capacity)
+        starts, lengths, values = bounds[:-1], bounds[1:] - bounds[:-1], rows.values
+        blocks = (jnp.max(lengths) + width - 1) // width
+    if state is None:
+        zero = jnp.zeros(q.shape[:2], jnp.float32)
+        state = (zero - jnp.inf, zero, jnp.zeros((*q.shape[:2], value_dim), jnp.float32))
+    state = varying(state, q, kv, rows)
+
+    def step(i, state):
+        offset = i * width + jnp.arange(width, dtype=jnp.int32)[None, :]
+        at = jnp.minimum(starts[:, None] + offset, values.shape[0] - 1)
+        slots = jnp.where(offset < lengths[:, None], _take(values, at), -1)
+        return _attend(q, *_keys(kv, slots), value_dim, state)
+
+    return jax.lax.fori_loop(0, blocks, step, state)
+
+
+def _finish(state, q: Array, value_dim: int, sinks: Array | None) -> tuple[Array, Array]:
+    if state is None:
+        zero = varying(jnp.zeros(q.shape[:2], jnp.float32), q)
+        return jnp.broadcast_to(zero[..., None], (*zero.shape, value_dim)), zero - jnp.inf
+    top, total, acc = state
+    some = total > 0
+    out = acc / jnp.where(some, total, 1.0)[..., None]
+    lse = jnp.where(some, top + jnp.log(jnp.where(some, total, 1.0)), -jnp.inf)
+    return (out if sinks is None else apply_sinks(out, lse, sinks)), lse
+
+
+def _xla(q, sources, sm_scale: float, value_dim: int, sinks) -> tuple[Array, Array]:
+    """Gathers the keys of a chunk of rows once, dequantises them, two matrix products; longer rows block by block."""
+    tokens, heads, dim = q.shape
+    row_bytes = 4 * (2 * dim + 2 * heads) * max(_row_width(rows) for _, rows in sources)
+    chunk = max(1, min(tokens, CHUNK_BYTES // row_bytes))
+
+    def body(first):
+        mine = rows_from(q, first, chunk).astype(jnp.float32) * sm_scale
+        state = None
+        for kv, rows in sources:
+            state = _over_source(mine, kv, rows, first, value_dim, state)
+        out, lse = _finish(state, mine, value_dim, sinks)
+        return out.astype(q.dtype), lse
+
+    return map_row_chunks(body, tokens, chunk, like=(q, sources, sinks))
+
+
+# --- reference and kernel bodies -------------------------------------------------------------------------------------
+def dense_rows(kv: PagedKVCache | Array) -> Array:
+    """Every slot of a source as float32 [N, D], dequantised."""
+    if not isinstance(kv, PagedKVCache):
+        return kv.astype(jnp.float32)
+    values = kv.values().reshape(kv.num_slots, -1)
+    rope = kv.rope.reshape(kv.num_slots, -1).astype(jnp.float32)
+    if kv.scale is None:
+        return jnp.concatenate([values.astype(jnp.float32), rope], axis=-1)
+    scales = kv.scale.reshape(kv.num_slots, -1).astype(jnp.float32)
+    return jnp.concatenate([reference.dequantize(values, scales, group_size=kv.group_size), rope], axis=-1)
+
+
+def _reference(q, sources, sm_scale: float, value_dim: int, sinks) -> tuple[Array, Array]:
+    plain = [
+        (dense_rows(kv), rows.to_dense(max(1, rows.capacity)) if isinstance(rows, Ragged) else rows)
+        for kv, rows in sources
+    ]
+    return reference.sparse_mla(q, plain, sm_scale=sm_scale, value_dim=value_dim, sinks=sinks)
+
+
+def _triton(q, sources, sm_scale: float, value_dim: int, sinks) -> tuple[Array, Array]:
+    from pallas_kernels import sparse_attention
+
+    tables = [
+        sparse_attention.Source(
+            **(
+                dict(latent=kv.latent, scale=kv.scale, rope=kv.rope, dtype=kv.dtype, group_size=kv.group_size)
+                if isinstance(kv, PagedKVCache)
+                else dict(latent=kv, scale=None, rope=None, dtype=kv.dtype, group_size=0)
+            ),
+            values=rows.values if isinstance(rows, Ragged) else rows,
+            indptr=rows.indptr if isinstance(rows, Ragged) else None,
+        )
+        for kv, rows in sources
+    ]
+    return sparse_attention.sparse_attention(q, tables, sm_scale=sm_scale, value_dim=value_dim, sinks=sinks)

@@ -1,0 +1,278 @@
+"""FP8 values with one scale per group: quantise, dequantise, and move between the two e4m3 flavours.
+
+All arithmetic here is on bit patterns, so that every backend gives the same bytes whether or not it has the type.
+(Kernels have their own copy of the decoder, `pallas_kernels.fp8_bits`, made for what a kernel can express.)
+
+The two flavours are e4m3fn (OCP: exponent bias 7, largest 448, NaN 0x7F and 0xFF, has -0) and e4m3fnuz (gfx942: bias
+8, largest 240, NaN 0x80 only). Normalised to 448 and to 224, and with neither -0 nor NaN ever written, one byte serves
+both: read as fnuz it is exactly half of what it is as fn. Sources: the OCP 8-bit floating point specification (OFP8);
+for fnuz, Noune et al., "8-bit numerical formats for deep neural networks" (arXiv:2206.02915).
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+
+from sparse_mla_jax.config import require
+
+E4M3FN = jnp.dtype(jnp.float8_e4m3fn)
+E4M3FNUZ = jnp.dtype(jnp.float8_e4m3fnuz)
+E8M0 = jnp.dtype(jnp.float8_e8m0fnu)
+FLOAT32 = jnp.dtype(jnp.float32)
+
+# exponent bias, largest value that quantize writes
+_FLAVOURS = {E4M3FN: (7, 448), E4M3FNUZ: (8, 224)}
+
+AMAX_FLOOR = 1e-4
+# Larger magnitudes saturate here, so that whatever is written is finite again in bfloat16, under either type of scale.
+SATURATION = 1.75 * 2.0**127
+
+
+def is_fp8(dtype: Any) -> bool:
+    """Whether `dtype` is one of the two FP8 flavours of a cache: float8_e4m3fn or float8_e4m3fnuz."""
+    return jnp.dtype(dtype) in _FLAVOURS
+
+
+def fp8_max(dtype: Any) -> float:
+    """What a group's amax is mapped to: 448.0 for float8_e4m3fn, 224.0 for float8_e4m3fnuz (its largest is 240).
+
+    Raises:
+      ValueError: another dtype.
+    """
+    return float(_flavour(dtype)[1])
+
+
+def quantize(
+    x: Array, *, group_size: int, dtype: Any = jnp.float8_e4m3fnuz, scale_dtype: Any = jnp.float32
+) -> tuple[Array, Array]:
+    """Rounds x to FP8 with one scale per `group_size` consecutive entries of the last axis.
+
+    scale = max(amax, 1e-4) / fp8_max(dtype); with scale_dtype float8_e8m0fnu, the least power of two not below that.
+    values = x / scale, rounded to nearest, ties to even. A value that rounds to zero is +0: neither -0 (0x80) nor a NaN
+    code is ever written. NaN counts as 0; infinities and magnitudes above 1.75 * 2**127 count as that number (and
+    dominate their group's scale).
+
+    Args:
+      x: [..., D], any floating type; computed in float32.
+      group_size: divides D.
+      dtype: float8_e4m3fnuz or float8_e4m3fn.
+      scale_dtype: float32 or float8_e8m0fnu.
+
+    Returns:
+      (values dtype[..., D], scales scale_dtype[..., D // group_size]).
+
+    Raises:
+      ValueError: x is not floating or has no axis, group_size does not divide D, or another dtype or scale_dtype.
+    """
+    codes, scales = quantize_codes(x, group_size=group_size, dtype=dtype, scale_dtype=scale_dtype)
+    return lax.bitcast_convert_type(codes, jnp.dtype(dtype)), scales
+
+
+def quantize_codes(x: Array, *, group_size: int, dtype: Any, scale_dtype: Any = jnp.float32) -> tuple[Array, Array]:
+    """`quantize` with the values as their bytes, uint8[..., D].
+
+    For scatters: XLA:CPU converts a whole FP8 array to float16 to move a single row of it; bytes it moves in place.
+    """
+    bias, largest = _flavour(dtype)
+    x = jnp.asarray(x)
+    require(
+        x.ndim >= 1 and jnp.issubdtype(x.dtype, jnp.floating),
+        f"x is {x.dtype}{list(x.shape)}; expected floating values [..., D]. Cast or reshape it first.",
+    )
+    groups = check_groups(x.shape[-1], group_size, "x's last axis")
+    check_scale_dtype(scale_dtype)
+    x = x.astype(jnp.float32)
+    x = jnp.clip(jnp.where(jnp.isnan(x), 0.0, x), -SATURATION, SATURATION)
+    x = x.reshape(*x.shape[:-1], groups, group_size)
+    amax = jnp.maximum(jnp.max(jnp.abs(x), axis=-1), AMAX_FLOOR)
+    if jnp.dtype(scale_dtype) == E8M0:
+        # 448 and 224 are 1.75 * 2**8 and 1.75 * 2**7: round the exponent up where the significand exceeds 1.75.
+        bits = lax.bitcast_convert_type(amax, jnp.int32)
+        exponent = ((bits + 0x1FFFFF) >> 23) - (8 if largest == 448 else 7)
+        scale = lax.bitcast_convert_type(exponent << 23, jnp.float32)
+        scales = lax.bitcast_convert_type(exponent.astype(jnp.uint8), E8M0)
+    else:
+        # Always true: XLA, under jit only, would multiply by the rounded reciprocal of a divisor that it can see.
+        scales = scale = amax / jnp.where(amax > 0, float(largest), 1.0)
+    codes = _encode(x / scale[..., None], bias, largest)
+    return codes.reshape(*codes.shape[:-2], groups * group_size), scales
+
+
+def dequantize(values: Array, scales: Array, *, group_size: int, dtype: Any = jnp.bfloat16) -> Array:
+    """values times their group's scale, computed in float32 and rounded once to `dtype`.
+
+    Exact decoding of all 256 codes; NaN codes (0x7F and 0xFF of e4m3fn, 0x80 of e4m3fnuz) give NaN.
+
+    Args:
+      values: float8_e4m3fn or float8_e4m3fnuz [..., D].
+      scales: float32 or float8_e8m0fnu [..., D // group_size].
+      group_size: entries of a group.
+      dtype: floating type of the result.
+
+    Returns:
+      dtype[..., D].
+
+    Raises:
+      ValueError: types or shapes other than these.
+    """
+    _flavour(values.dtype, "values are")
+    return dequantize_codes(
+        lax.bitcast_convert_type(values, jnp.uint8), scales, values.dtype, group_size=group_size, dtype=dtype
+    )
+
+
+def dequantize_codes(codes: Array, scales: Array, flavour: Any, *, group_size: int, dtype: Any) -> Array:
+    """`dequantize` of bytes uint8[..., D] that stand for values of type `flavour`."""
+    require(
+        codes.ndim >= 1 and jnp.issubdtype(jnp.dtype(dtype), jnp.floating),
+        f"values have shape {list(codes.shape)}, dtype is {jnp.dtype(dtype)}; expected [..., D] and a floating type.",
+    )
+    groups = check_groups(codes.shape[-1], group_size, "values' last axis")
+    expected = (*codes.shape[:-1], groups)
+    require(
+        tuple(scales.shape) == expected,
+        f"scales have shape {list(scales.shape)}; expected {list(expected)}, one per group of {group_size} values.",
+    )
+    decoded = decode(codes, flavour).reshape(*expected, group_size)
+    return (decoded * scales_to_float32(scales)[..., None]).reshape(codes.shape).astype(dtype)
+
+
+def reinterpret(values: Array, scales: Array, dtype: Any) -> tuple[Array, Array]:
+    """The same numbers in the other flavour: the bytes stay, the scales are doubled (fn to fnuz) or halved.
+
+    Exact for every code that `quantize` writes. The codes that it never writes do not survive: -0 of e4m3fn (0x80) is
+    NaN in e4m3fnuz, NaN (0x7F, 0xFF) is 240 and -240, and back. An E8M0 scale saturates at 2**-127 and 2**127.
+
+    Args:
+      values: float8_e4m3fn or float8_e4m3fnuz [..., D].
+      scales: float32 or float8_e8m0fnu [..., D // group_size].
+      dtype: the flavour wanted; the present one gives both arguments back.
+
+    Returns:
+      (values dtype[..., D], scales).
+
+    Raises:
+      ValueError: a type other than these.
+    """
+    _flavour(values.dtype, "values are")
+    scales = reinterpret_scales(scales, values.dtype, dtype)
+    if values.dtype == jnp.dtype(dtype):
+        return values, scales
+    codes = lax.bitcast_convert_type(values, jnp.uint8)
+    return lax.bitcast_convert_type(codes, jnp.dtype(dtype)), scales
+
+
+def reinterpret_scales(scales: Array, source: Any, target: Any) -> Array:
+    """Scales that give bytes read as `target` the values that they have as `source` with the given scales."""
+    shift = _flavour(target)[0] - _flavour(source)[0]
+    check_scale_dtype(scales.dtype)
+    if shift == 0:
+        return scales
+    if scales.dtype == E8M0:
+        byte = lax.bitcast_convert_type(scales, jnp.uint8).astype(jnp.int32)
+        moved = jnp.where(byte == 255, 255, jnp.clip(byte + shift, 0, 254))
+        return lax.bitcast_convert_type(moved.astype(jnp.uint8), E8M0)
+    return scales * np.float32(2.0**shift)
+
+
+def pack_words(values: Array) -> Array:
+    """Four FP8 values (or bytes) to a word, little endian: values[..., D] -> uint32[..., D // 4].
+
+    Raises:
+      ValueError: not FP8 nor uint8, or D is not a multiple of 4.
+    """
+    if values.dtype != jnp.uint8:
+        _flavour(values.dtype, "values are")
+        values = lax.bitcast_convert_type(values, jnp.uint8)
+    require(
+        values.ndim >= 1 and values.shape[-1] % 4 == 0,
+        f"values have shape {list(values.shape)}; words hold four values, so the last axis must be a multiple of 4."
+        " Use an unquantised cache for such a width.",
+    )
+    return lax.bitcast_convert_type(values.reshape(*values.shape[:-1], values.shape[-1] // 4, 4), jnp.uint32)
+
+
+def unpack_words(words: Array, dtype: Any) -> Array:
+    """The inverse of pack_words: uint32[..., D // 4] -> dtype[..., D], dtype an FP8 flavour or uint8.
+
+    Raises:
+      ValueError: words are not uint32, or another dtype.
+    """
+    require(words.dtype == jnp.uint32, f"words are {words.dtype}; expected uint32 (see pack_words).")
+    codes = lax.bitcast_convert_type(words, jnp.uint8).reshape(*words.shape[:-1], words.shape[-1] * 4)
+    if jnp.dtype(dtype) == jnp.uint8:
+        return codes
+    _flavour(dtype)
+    return lax.bitcast_convert_type(codes, jnp.dtype(dtype))
+
+
+def decode(codes: Array, flavour: Any) -> Array:
+    """Exact float32 of bytes uint8[...] read as `flavour` (NaN codes give NaN)."""
+    bias, _ = _flavour(flavour)
+    code = codes.astype(jnp.int32)
+    magnitude = code & 0x7F
+    normal = lax.bitcast_convert_type((magnitude << 20) + ((127 - bias) << 23), jnp.float32)
+    # A float32 subnormal as an intermediate would be flushed to zero, so small codes are converted as integers.
+    small = magnitude.astype(jnp.float32) * np.float32(2.0 ** (-bias - 2))
+    value = jnp.where(magnitude < 8, small, normal)
+    signed = jnp.where(code >= 128, -value, value)
+    nan = (magnitude == 0x7F) if jnp.dtype(flavour) == E4M3FN else (code == 0x80)
+    return jnp.where(nan, np.float32(np.nan), signed)
+
+
+def scales_to_float32(scales: Array) -> Array:
+    """float32 of scales stored as float32 (returned as they are) or E8M0 (exact; 2**-127 may flush to zero)."""
+    check_scale_dtype(scales.dtype)
+    if scales.dtype != E8M0:
+        return scales
+    byte = lax.bitcast_convert_type(scales, jnp.uint8).astype(jnp.int32)
+    bits = jnp.where(byte == 0, 0x400000, jnp.where(byte == 255, 0x7FC00000, byte << 23))
+    return lax.bitcast_convert_type(bits, jnp.float32)
+
+
+def check_scale_dtype(scale_dtype: Any) -> None:
+    """Raises ValueError unless `scale_dtype` is float32 or float8_e8m0fnu."""
+    require(
+        jnp.dtype(scale_dtype) in (FLOAT32, E8M0),
+        f"scale_dtype is {jnp.dtype(scale_dtype)}; expected float32 or float8_e8m0fnu (powers of two).",
+    )
+
+
+def check_groups(width: int, group_size: int, what: str) -> int:
+    """Number of groups in `width` entries.
+
+    Raises:
+      ValueError: group_size is not an integer, below 1, or does not divide width.
+    """
+    try:
+        size = operator.index(group_size)
+    except TypeError:
+        size = 0
+    require(
+        size >= 1 and width % max(size, 1) == 0,
+        f"group_size is {group_size!r}; expected an integer of at least 1 that divides {what} ({width} entries).",
+    )
+    return width // size
+
+
+def _flavour(dtype: Any, what: str = "dtype is") -> tuple[int, int]:
+    """(exponent bias, largest value written) of an FP8 flavour; ValueError for any other type."""
+    dtype = jnp.dtype(dtype)
+    require(dtype in _FLAVOURS, f"{what} {dtype}; expected float8_e4m3fnuz or float8_e4m3fn.")
+    return _FLAVOURS[dtype]
+
+
+def _encode(x: Array, bias: int, largest: int) -> Array:
+    """Bytes of finite float32 x clipped to +-largest, rounded to nearest even, +0 for whatever rounds to zero."""
+    magnitude = jnp.minimum(jnp.abs(x), np.float32(largest))
+    bits = lax.bitcast_convert_type(magnitude, jnp.int32)
+    normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) >> 20) - ((127 - bias) << 3)
+    # Multiples of the smallest subnormal; the product is exact, and 8 of them are the smallest normal number.
+    small = lax.round(magnitude * np.float32(2.0 ** (bias + 2)), lax.RoundingMethod.TO_NEAREST_EVEN).astype(jnp.int32)
+    code = jnp.where(magnitude < np.float32(2.0 ** (1 - bias)), small, normal)
+    return jnp.where((x < 0) & (code > 0), code | 0x80, code).astype(jnp.uint8)

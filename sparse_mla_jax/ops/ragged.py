@@ -1,0 +1,198 @@
+"""Ragged rows of slots: a flat array of fixed capacity, and where each row starts in it.
+
+Sizes depend on shapes only, so that a jitted step never asks the host how many entries there are: `indptr` alone says
+where the valid ones end. Invalid entries are dropped, not kept as holes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from sparse_mla_jax.config import require
+
+INT32_MAX = 2**31 - 1
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["values", "indptr"], meta_fields=[])
+@dataclasses.dataclass(frozen=True)
+class Ragged:
+    """Rows of different lengths: row r is values[indptr[r] : indptr[r + 1]].
+
+    Attributes:
+      values: int32[capacity]; whatever lies from indptr[-1] on has no meaning and is not read.
+      indptr: int32[rows + 1], from 0, ascending, at most capacity.
+    """
+
+    values: Array
+    indptr: Array
+
+    @property
+    def rows(self) -> int:
+        """Number of rows."""
+        return self.indptr.shape[0] - 1
+
+    @property
+    def capacity(self) -> int:
+        """Entries that `values` has room for."""
+        return self.values.shape[0]
+
+    def to_dense(self, width: int, fill: int = -1) -> Array:
+        """int32[rows, width]: each row from the left, then `fill`; longer rows are cut off.
+
+        Raises:
+          ValueError: width is negative.
+        """
+        require(width >= 0, f"width is {width}; expected at least 0.")
+        column = jnp.arange(width, dtype=jnp.int32)[None, :]
+        start, end = self.indptr[:-1, None], self.indptr[1:, None]
+        if self.capacity == 0:
+            return jnp.full((self.rows, width), fill, jnp.int32)
+        # Compared as a difference, since start + column could pass 2**31.
+        inside = (column < end - start) & (column < self.capacity - start) & (start >= 0)
+        at = jnp.where(inside, start + column, 0)
+        return jnp.where(inside, self.values.at[at].get(mode="promise_in_bounds"), jnp.int32(fill))
+
+
+def indptr_from_lengths(lengths: Array) -> Array:
+    """Where each row starts: int32[R + 1] from integer lengths[R], beginning with 0; negative lengths count as 0.
+
+    Raises:
+      ValueError: lengths are not integers of one axis.
+    """
+    lengths = _integers("lengths", lengths, 1)
+    ends = jnp.cumsum(jnp.maximum(lengths, 0), dtype=jnp.int32)
+    return jnp.concatenate([jnp.zeros((1,), jnp.int32), ends])
+
+
+def pack_rows(indices: Array, lengths: Array | None = None, *, limit: int | Array | None = None) -> Ragged:
+    """Packs dense rows, dropping what is invalid and keeping the order of the rest.
+
+    An entry is valid when it is not negative, below `limit`, and among the first lengths[r] of its row.
+
+    Args:
+      indices: integer [R, W].
+      lengths: integer [R], clamped to [0, W]; None means W.
+      limit: entries at or above it are invalid (the number of slots, say); an integer or an integer scalar array.
+
+    Returns:
+      Ragged of R rows and capacity R * W; -1 beyond the last entry.
+
+    Raises:
+      ValueError: other types or shapes, or R * W >= 2**31.
+    """
+    indices = _integers("indices", indices, 2)
+    rows, width = indices.shape
+    capacity = rows * width
+    require(
+        capacity <= INT32_MAX,
+        f"indices have shape [{rows}, {width}], at least 2**31 entries, which int32 offsets can not address."
+        " Work in chunks of rows.",
+    )
+    valid = indices >= 0
+    if limit is not None:
+        valid &= indices < limit
+    if lengths is not None:
+        lengths = _integers("lengths", lengths, 1)
+        require(
+            lengths.shape[0] == rows,
+            f"lengths have shape {list(lengths.shape)}; expected [{rows}], one per row of indices.",
+        )
+        valid &= jnp.arange(width, dtype=jnp.int32)[None, :] < lengths[:, None]
+    count = jnp.cumsum(valid, axis=1, dtype=jnp.int32)
+    indptr = indptr_from_lengths(valid.sum(axis=1, dtype=jnp.int32))
+    at = jnp.where(valid, indptr[:-1, None] + count - 1, capacity)
+    values = jnp.full((capacity,), -1, jnp.int32)
+    values = values.at[at.reshape(-1)].set(
+        indices.reshape(-1).astype(jnp.int32), mode="drop", wrap_negative_indices=False
+    )
+    return Ragged(values, indptr)
+
+
+def slots_from_positions(positions: Array, request_ids: Array, page_table: Array, *, page_size: int) -> Array:
+    """Slots of positions through their request's page table: page_table[b, p // page_size] * page_size + p % page_size.
+
+    Negative positions, positions past the page table, requests that do not exist, and negative pages (or pages so large
+    that the slot would not fit int32) give -1.
+
+    Args:
+      positions: integer [T, W] (or [T]): positions in the request, -1 for none.
+      request_ids: integer [T]: row of the page table.
+      page_table: integer [B, P]: physical pages, -1 for none.
+      page_size: tokens of a page, at least 1.
+
+    Returns:
+      int32 of the shape of positions.
+
+    Raises:
+      ValueError: other types or shapes.
+    """
+    positions = _integers("positions", positions, 1, 2)
+    request_ids = _integers("request_ids", request_ids, 1)
+    page_table = _integers("page_table", page_table, 2)
+    require(
+        request_ids.shape[0] == positions.shape[0],
+        f"request_ids have shape {list(request_ids.shape)}; expected [{positions.shape[0]}], one per row of positions.",
+    )
+    require(
+        not isinstance(page_size, bool) and isinstance(page_size, int) and page_size >= 1,
+        f"page_size is {page_size!r}; expected an integer of at least 1.",
+    )
+    requests, pages = page_table.shape
+    if page_table.size == 0:
+        return jnp.full(positions.shape, -1, jnp.int32)
+    row = request_ids.reshape(-1, *[1] * (positions.ndim - 1))
+    column = positions // page_size
+    valid = (positions >= 0) & (column < pages) & (row >= 0) & (row < requests)
+    row, column = jnp.where(valid, row, 0), jnp.where(valid, column, 0)
+    page = page_table.at[row, column].get(mode="promise_in_bounds")
+    valid &= (page >= 0) & (page <= (INT32_MAX - page_size + 1) // page_size)
+    slot = jnp.where(valid, page, 0) * page_size + jnp.where(valid, positions % page_size, 0)
+    return jnp.where(valid, slot, -1).astype(jnp.int32)
+
+
+def select_to_ragged(
+    positions: Array, request_ids: Array, page_table: Array, *, page_size: int, valid: Array | None = None
+) -> Ragged:
+    """Selected positions as ragged rows of slots: `slots_from_positions`, then `pack_rows`.
+
+    Args:
+      positions: integer [T, W]: top-k's result, -1 (anywhere) for none.
+      request_ids: integer [T].
+      page_table: integer [B, P].
+      page_size: tokens of a page.
+      valid: bool [T]; False empties the row (padding). None means all True.
+
+    Returns:
+      Ragged of T rows and capacity T * W.
+
+    Raises:
+      ValueError: other types or shapes.
+    """
+    positions = _integers("positions", positions, 2)
+    slots = slots_from_positions(positions, request_ids, page_table, page_size=page_size)
+    if valid is not None:
+        valid = jnp.asarray(valid)
+        require(
+            valid.shape == positions.shape[:1] and valid.dtype == jnp.bool_,
+            f"valid is {valid.dtype}{list(valid.shape)}; expected bool[{positions.shape[0]}], one per row.",
+        )
+        slots = jnp.where(valid[:, None], slots, -1)
+    return pack_rows(slots)
+
+
+def _integers(name: str, array: Any, *ndims: int) -> Array:
+    """`array` as an integer array of at least 32 bits; ValueError for another type or number of axes."""
+    array = jnp.asarray(array)
+    axes = " or ".join(str(n) for n in ndims)
+    require(
+        jnp.issubdtype(array.dtype, jnp.integer) and array.ndim in ndims,
+        f"{name} is {array.dtype}{list(array.shape)}; expected an integer array of {axes} axes.",
+    )
+    # Sizes must be expressible where they are compared.
+    return array.astype(jnp.int32) if array.dtype.itemsize < 4 else array

@@ -1,0 +1,204 @@
+"""Exact top-k of the rows of a score matrix: the same array from every implementation, run and device.
+
+Contract, for each row: among columns start <= c < start + length, the k largest scores; NaN counts as -inf, -0.0 equals
+0.0, ties go to the lower column; exactly min(k, length) row-local indices in ascending order, then -1. Columns outside
+are never selected, whatever they hold.
+
+Method of the XLA body: floats become integers of the same order, the k-th largest of a row is found bit by bit, each
+bit one count, and what is above it (and the first of its equals) is written to its place by a running count. Measured
+on 2 CPU cores against lax.top_k and a sort: equal at [8, 2048] with k 128, 1.3 times faster at [512, 2048], 2 times at
+[64, 20000] with k 2048; and rows that start anywhere need no gather.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from pallas_kernels import topk as kernel
+from sparse_mla_jax import reference
+from sparse_mla_jax.config import require
+from sparse_mla_jax.ops._chunks import varying
+from sparse_mla_jax.ops._dispatch import check_implementation, dispatch
+
+OUTSIDE = -(2**31)
+
+
+# --- public ----------------------------------------------------------------------------------------------------------
+def top_k(
+    scores: Array,
+    k: int,
+    row_lengths: Array | None = None,
+    *,
+    row_starts: Array | None = None,
+    return_scores: bool = False,
+    implementation: str | None = None,
+) -> Any:
+    """Row-local columns of the k largest scores of each row, in ascending order, then -1 (see the module's contract).
+
+    Args:
+      scores: [R, N] float32, or bfloat16 (widened).
+      k: how many to select, a Python int of at least 1; more than N is legal.
+      row_lengths: int32 [R], columns that a row has from its start on; clamped to the array, negative is 0; None means
+        up to the last column.
+      row_starts: int32 [R], a row's first column, clamped to [0, N]; None means 0.
+      return_scores: also return the selected scores.
+      implementation: None for the best that runs here, or "triton", "xla", "reference".
+
+    Returns:
+      int32 [R, k]; with return_scores a pair of it and float32 [R, k]: the scores of these columns, -inf for a NaN and
+      where the index is -1.
+
+    Raises:
+      ValueError: shapes or types that do not fit, k below 1, or an implementation that does not serve the case.
+    """
+    scores = _scores(scores)
+    _check_k(k)
+    rows, columns = scores.shape
+    starts = jnp.zeros((rows,), jnp.int32) if row_starts is None else _ints("row_starts", row_starts, rows, columns)
+    room = columns - starts
+    lengths = room if row_lengths is None else jnp.minimum(_ints("row_lengths", row_lengths, rows, columns), room)
+    if 0 in scores.shape:
+        check_implementation(implementation)
+        local = jnp.full((rows, k), -1, jnp.int32)
+    else:
+        local = dispatch(
+            "top_k",
+            implementation,
+            {
+                "triton": lambda: kernel.top_k(scores, k, starts, starts + lengths),
+                "xla": lambda: _xla(scores, k, starts, lengths),
+                "reference": lambda: reference.top_k(scores, k, starts, lengths),
+            },
+        )
+    return (local, _selected(scores, local, starts)) if return_scores else local
+
+
+def top_k_prefill(
+    scores: Array, k: int, *, row_starts: Array, row_ends: Array, implementation: str | None = None
+) -> Array:
+    """`top_k` of columns row_starts[r] <= c < row_ends[r]: int32 [R, k], relative to row_starts.
+
+    Args:
+      scores: [R, N] float32 or bfloat16.
+      k: how many to select, at least 1.
+      row_starts, row_ends: int32 [R], clamped to [0, N]; an end before its start is an empty row.
+      implementation: None for the best that runs here, or "triton", "xla", "reference".
+
+    Raises:
+      ValueError: as `top_k`.
+    """
+    scores = _scores(scores)
+    rows, columns = scores.shape
+    starts, ends = (_ints(n, x, rows, columns) for n, x in (("row_starts", row_starts), ("row_ends", row_ends)))
+    return top_k(scores, k, ends - starts, row_starts=starts, implementation=implementation)
+
+
+def top_k_decode(scores: Array, k: int, *, seq_lens: Array, next_n: int, implementation: str | None = None) -> Array:
+    """`top_k` for a decode step of B requests with `next_n` query tokens each: int32 [B * next_n, k].
+
+    Args:
+      scores: [B * next_n, N] float32 or bfloat16; row b * next_n + j is token j of request b.
+      k: how many to select, at least 1.
+      seq_lens: int32 [B], the request's length with all its next_n tokens: token j sees seq_lens[b] - next_n + j + 1
+        columns; or int32 [B, next_n], what each token sees. Below 1 the row is empty (padding).
+      next_n: query tokens per request, at least 1 (more than 1 in speculative decoding).
+      implementation: None for the best that runs here, or "triton", "xla", "reference".
+
+    Raises:
+      ValueError: as `top_k`; rows that are not B * next_n.
+    """
+    scores, seq_lens = _scores(scores), jnp.asarray(seq_lens)
+    rows, columns = scores.shape
+    require(_is_int(next_n) and next_n >= 1, f"next_n is {next_n!r}; expected a Python int of at least 1.")
+    require(
+        rows % next_n == 0 and seq_lens.shape in ((rows // next_n,), (rows // next_n, next_n)),
+        f"seq_lens has shape {seq_lens.shape} for scores {scores.shape} and next_n {next_n}; expected [B] or"
+        " [B, next_n] with B * next_n rows of scores.",
+    )
+    if seq_lens.ndim == 2:
+        return top_k(scores, k, seq_lens.reshape(-1), implementation=implementation)
+    # Bounded before the subtraction, which could wrap; a bound of N would cut the earlier tokens of a long request.
+    bounded = _ints("seq_lens", seq_lens, rows // next_n, columns + next_n)
+    seen = bounded[:, None] - (next_n - 1) + jnp.arange(next_n, dtype=jnp.int32)
+    return top_k(scores, k, seen.reshape(-1), implementation=implementation)
+
+
+# --- validation ------------------------------------------------------------------------------------------------------
+def _is_int(x: Any) -> bool:
+    return isinstance(x, int | np.integer) and not isinstance(x, bool)
+
+
+def _check_k(k: Any) -> None:
+    require(
+        _is_int(k) and 1 <= k < 2**31,
+        f"k is {k!r}; expected a Python int of at least 1 (it is a shape: mark it static under jit).",
+    )
+
+
+def _scores(scores: Any) -> Array:
+    scores = jnp.asarray(scores)
+    require(
+        scores.ndim == 2 and scores.dtype in (jnp.float32, jnp.bfloat16),
+        f"scores is {scores.dtype}{scores.shape}; expected float32 or bfloat16 [R, N]. Cast or reshape it.",
+    )
+    return scores.astype(jnp.float32)
+
+
+def _ints(name: str, x: Any, rows: int, high: int) -> Array:
+    """int32 [rows], clamped to [0, high]."""
+    x = jnp.asarray(x)
+    require(
+        x.shape == (rows,) and jnp.issubdtype(x.dtype, jnp.integer),
+        f"{name} is {x.dtype}{x.shape}; expected int32 [R] = ({rows},), one per row of scores.",
+    )
+    # Narrow types could not hold `high`, wide ones are clamped before they are narrowed.
+    wide = x.astype(jnp.int32) if x.dtype.itemsize < 4 else x
+    return jnp.clip(wide, 0, high).astype(jnp.int32)
+
+
+# --- arithmetic ------------------------------------------------------------------------------------------------------
+def _threshold(keys: Array, wanted: Array) -> Array:
+    """Per row the largest t with at least wanted[R, 1] of keys[R, N] at or above it: int32 [R, 1], bit by bit."""
+
+    def one_bit(i, t):
+        # Counted up from the most negative integer: the first bit is the sign, which flips.
+        candidate = t ^ jnp.left_shift(jnp.int32(1), 31 - i)
+        enough = (keys >= candidate).sum(axis=1, keepdims=True, dtype=jnp.int32) >= wanted
+        return jnp.where(enough, candidate, t)
+
+    first = varying(jnp.full((keys.shape[0], 1), OUTSIDE, jnp.int32), keys, wanted)
+    return jax.lax.fori_loop(jnp.int32(0), jnp.int32(32), one_bit, first)
+
+
+def _xla(scores: Array, k: int, starts: Array, lengths: Array) -> Array:
+    rows, columns = scores.shape
+    column = jnp.arange(columns, dtype=jnp.int32)[None, :]
+    inside = (column >= starts[:, None]) & (column < (starts + lengths)[:, None])
+    keys = jnp.where(inside, kernel.monotone_keys(scores), OUTSIDE)
+    wanted = jnp.minimum(lengths, k)[:, None]
+    threshold = _threshold(keys, wanted)
+    # A row that is taken whole, or empty, has a threshold of no meaning: `inside` decides there.
+    above = inside & (keys > threshold)
+    equal = inside & (keys == threshold)
+    ties = wanted - above.sum(axis=1, keepdims=True, dtype=jnp.int32)
+    above_so_far = jnp.cumsum(above, axis=1, dtype=jnp.int32)
+    equal_so_far = jnp.cumsum(equal, axis=1, dtype=jnp.int32)
+    chosen = above | (equal & (equal_so_far <= ties))
+    place = jnp.where(chosen, above_so_far + jnp.minimum(equal_so_far, ties) - 1, k)
+    row = jnp.arange(rows, dtype=jnp.int32)[:, None]
+    out = varying(jnp.full((rows, k), -1, jnp.int32), scores, starts, lengths)
+    return out.at[row, place].set(column - starts[:, None], mode="drop", wrap_negative_indices=False)
+
+
+def _selected(scores: Array, local: Array, starts: Array) -> Array:
+    """float32 [R, k]: scores of row-local columns, -inf for NaN and for -1."""
+    if scores.size == 0:
+        return jnp.full(local.shape, -jnp.inf, jnp.float32)
+    at = jnp.where(local >= 0, local + starts[:, None], 0)
+    taken = jnp.take_along_axis(scores, at, axis=1, mode="clip")
+    return jnp.where((local >= 0) & ~jnp.isnan(taken), taken, -jnp.inf)

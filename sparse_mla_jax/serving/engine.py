@@ -1,0 +1,419 @@
+"""The engine: requests in, tokens out, continuous batching around one jitted step per token bucket.
+
+A step is one pure function on the device: metadata from the lengths, the model's forward pass over a ragged mix of
+decode tokens and prefill chunks, logits of each request's last token, sampling. The host prepares a handful of small
+numpy arrays, hands them over in one call, and fetches nothing but the sampled tokens. Caches are donated, so they are
+updated in place. Shapes depend on the bucket only: after `warm_up` nothing is traced or compiled again.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import numbers
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from sparse_mla_jax._options import CACHE_DTYPES, check_params, check_size, matmul_precision, parse_dtype
+from sparse_mla_jax.config import DeepseekV32Config, require
+from sparse_mla_jax.metadata import bucket_for, buckets, build_metadata
+from sparse_mla_jax.models import deepseek_v32
+from sparse_mla_jax.ops._dispatch import check_implementation
+from sparse_mla_jax.serving.pages import PageAllocator
+from sparse_mla_jax.serving.sampling import sample
+from sparse_mla_jax.serving.scheduler import Request, Scheduled, Scheduler
+
+Prompt = str | bytes | Sequence[int] | np.ndarray
+
+
+class StepInputs(NamedTuple):
+    """What the host hands to a step: T tokens and B = max_batch rows, both padded, P pages per row.
+
+    Attributes:
+      token_ids: int32 [T], the rows' tokens one after the other.
+      seq_lens: int32 [B], each sequence's length after this step; 0 in padded rows.
+      query_lens: int32 [B], how many tokens of the step are the row's; 0 in padded rows.
+      page_table: int32 [B, P], -1 where there is no page.
+      temperature: float32 [B].
+      top_p: float32 [B].
+      seeds: uint32 [B].
+    """
+
+    token_ids: Any
+    seq_lens: Any
+    query_lens: Any
+    page_table: Any
+    temperature: Any
+    top_p: Any
+    seeds: Any
+
+
+def model_step(
+    params: Any,
+    caches: Any,
+    inputs: StepInputs,
+    *,
+    config: DeepseekV32Config,
+    page_size: int,
+    implementation: str | None,
+) -> tuple[jax.Array, Any]:
+    """The pure function behind `Engine.step`: (sampled tokens int32 [B], caches); rows of padding give any token."""
+    with matmul_precision(params):
+        metadata = build_metadata(
+            inputs.seq_lens,
+            inputs.query_lens,
+            inputs.page_table,
+            num_tokens=inputs.token_ids.shape[0],
+            page_size=page_size,
+        )
+        hidden, caches = deepseek_v32.forward(
+            params, inputs.token_ids, caches, metadata, config=config, implementation=implementation
+        )
+        scores = deepseek_v32.logits(params, hidden[metadata.last_token], config)
+        # The sampled token's position is the length before it: the same however the tokens before it were computed.
+        tokens = sample(scores, inputs.temperature, inputs.top_p, inputs.seeds, metadata.seq_lens)
+    return tokens, caches
+
+
+_jitted_step = jax.jit(
+    model_step, static_argnames=("config", "page_size", "implementation"), donate_argnames=("caches",)
+)
+
+
+def default_buckets(max_batch: int, token_budget: int) -> tuple[int, ...]:
+    """Token counts to which steps are padded: a full decode batch, then growing fourfold up to the budget.
+
+    Every bucket is a program to compile; a coarser ladder than doubling starts twice as fast, and a long prompt fills
+    whole budgets anyway.
+    """
+    ladder = buckets(token_budget, min_size=max_batch)
+    return tuple(sorted({ladder[0], *ladder[::-1][::2]}))
+
+
+def encode(name: str, text: Prompt, vocab_size: int) -> tuple[int, ...]:
+    """Token ids of a prompt or stop sequence: bytes (text as UTF-8) are their own ids, ids are checked.
+
+    Raises:
+      ValueError: not text, bytes or integers; an id outside the vocabulary.
+    """
+    if isinstance(text, str):
+        text = text.encode("utf-8", "surrogateescape")
+    if isinstance(text, (bytes, bytearray)):
+        ids: tuple[int, ...] = tuple(text)
+    else:
+        array = np.asarray(text)
+        require(
+            array.ndim == 1 and (array.size == 0 or np.issubdtype(array.dtype, np.integer)),
+            f"{name} is {array.dtype}{list(array.shape)}; text, bytes or a flat sequence of integer ids is expected.",
+        )
+        ids = tuple(array.tolist())
+    wrong = next((token for token in ids if not 0 <= token < vocab_size), None)
+    require(
+        wrong is None,
+        f"{name} holds token id {wrong}; the model's vocabulary is 0..{vocab_size - 1}. Give ids of this model.",
+    )
+    return ids
+
+
+def check_request(
+    config: DeepseekV32Config,
+    prompt: Prompt,
+    *,
+    max_tokens: int,
+    temperature: float,
+    top_p: float,
+    seed: int,
+    stop: Prompt | Sequence[Prompt | int],
+) -> Request:
+    """A request that no scheduler knows yet.
+
+    Raises:
+      ValueError: an argument that is not as `Engine.submit` describes it.
+    """
+    vocabulary = config.vocab_size
+    if isinstance(stop, (str, bytes, bytearray)):
+        stop = (stop,)
+    stops = tuple(encode("stop", [int(s)] if isinstance(s, (int, np.integer)) else s, vocabulary) for s in stop)
+    require(all(stops), "stop holds an empty sequence; it would end every request at once. Leave it out.")
+    for name, value in (("temperature", temperature), ("top_p", top_p)):
+        require(isinstance(value, numbers.Real), f"{name} is {value!r}; a number is expected.")
+    require(
+        math.isfinite(temperature) and temperature >= 0,
+        f"temperature is {temperature}; a finite number of at least 0 is expected (0 is greedy).",
+    )
+    require(0 < top_p <= 1, f"top_p is {top_p}; a number above 0 and at most 1 is expected (1 keeps every token).")
+    require(check_size("seed", seed, 0) < 2**32, f"seed is {seed}; below 2**32 is expected.")
+    return Request(
+        prompt=encode("prompt", prompt, vocabulary),
+        max_tokens=check_size("max_tokens", max_tokens),
+        temperature=float(temperature),
+        top_p=float(top_p),
+        seed=int(seed),
+        stop=stops,
+    )
+
+
+class Engine:
+    """Serves many requests with one model.
+
+    >>> engine = Engine(params, config, max_batch=8, max_context=2048)          # doctest: +SKIP
+    >>> request = engine.submit(b"def main(", max_tokens=64, stop=[b"\\n\\n"])   # doctest: +SKIP
+    >>> bytes(engine.stream(request))                                           # doctest: +SKIP
+
+    A request's tokens do not depend on what else is served: sampling uses the request's seed and the token's position
+    only, and preemption keeps the tokens. (Logits of another bucket may differ in the last bits of a float32; only an
+    exact tie could show it.) Host memory and pages of a request are returned when it ends.
+
+    If a step fails, by an exception of the device, of the model or by Ctrl-C in the middle, the donated caches are
+    lost. The exception is passed on, every unfinished request ends with finish_reason "error", all pages are returned,
+    and the engine refuses further `submit`, `step` and `warm_up` with a RuntimeError that names the cause: make a new
+    engine. Tokens given out before stay valid. `failed` tells.
+
+    Not thread-safe: one thread submits, steps and cancels.
+
+    Attributes:
+      config: the model's shapes.
+      params: the model's weights on the device.
+      caches: tuple over layers of (PagedKVCache, PagedIndexCache); replaced by every step.
+      scheduler: the waiting and running requests.
+      token_buckets: token counts to which steps are padded, ascending.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        config: DeepseekV32Config,
+        *,
+        dtype: Any = None,
+        cache_dtype: Any = "float8_e4m3fnuz",
+        page_size: int = 64,
+        num_pages: int | None = None,
+        max_batch: int = 8,
+        max_context: int | None = None,
+        prefill_chunk: int = 512,
+        token_buckets: Sequence[int] | None = None,
+        implementation: str | None = None,
+    ):
+        """Puts the weights on the device and allocates the caches; compiles nothing yet.
+
+        Args:
+          params: from `init_params` or `load_checkpoint`.
+          config: the model's shapes.
+          dtype: float32 or bfloat16, what matrices are cast to; None keeps them.
+          cache_dtype: float8_e4m3fnuz, float8_e4m3fn, bfloat16 or float32.
+          page_size: tokens per page.
+          num_pages: pages in all; None: enough for max_batch sequences of max_context.
+          max_batch: most requests in a step.
+          max_context: most tokens of a request, prompt and generated; None: 4096 or the model's own limit if smaller.
+          prefill_chunk: most tokens in a step (raised to max_batch if below): longer prompts take several steps, in
+            which the other requests decode as well.
+          token_buckets: token counts to which steps are padded; None: see `default_buckets`.
+          implementation: of all operators: None, "triton", "xla" or "reference".
+
+        Raises:
+          ValueError: a size, type or name that is not as described, or params that do not fit the config.
+        """
+        check_implementation(implementation)
+        cache_type = parse_dtype("cache_dtype", cache_dtype, CACHE_DTYPES)
+        page_size = check_size("page_size", page_size)
+        max_batch = check_size("max_batch", max_batch)
+        limit = config.max_position_embeddings
+        max_context = check_size("max_context", min(limit, 4096) if max_context is None else max_context, 2)
+        require(
+            max_context <= limit,
+            f"max_context is {max_context}; the model's positions end at {limit} (max_position_embeddings).",
+        )
+        token_budget = max(check_size("prefill_chunk", prefill_chunk), max_batch)
+        width = math.ceil(max_context / page_size)
+        num_pages = max_batch * width if num_pages is None else check_size("num_pages", num_pages)
+        if token_buckets is None:
+            token_buckets = default_buckets(max_batch, token_budget)
+        self.token_buckets = tuple(sorted({check_size("token_buckets", size) for size in token_buckets}))
+        require(
+            bool(self.token_buckets) and self.token_buckets[-1] >= token_budget,
+            f"token_buckets is {self.token_buckets}; the largest must hold a whole step of {token_budget} tokens.",
+        )
+        self.config = config
+        self.params = check_params(params, config, dtype)
+        self.scheduler = Scheduler(
+            PageAllocator(num_pages),
+            page_size=page_size,
+            max_batch=max_batch,
+            max_context=max_context,
+            token_budget=token_budget,
+        )
+        self.caches = deepseek_v32.create_caches(config, num_pages, page_size, dtype=cache_type)
+        self._step = functools.partial(_jitted_step, config=config, page_size=page_size, implementation=implementation)
+        self._failure: str | None = None
+
+    @property
+    def max_context(self) -> int:
+        """Most tokens of a request, prompt and generated."""
+        return self.scheduler.max_context
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Cache bytes of one token over all layers."""
+        return sum(cache.bytes_per_token + index.bytes_per_token for cache, index in self.caches)
+
+    @property
+    def failed(self) -> bool:
+        """Whether a step failed; the engine does nothing more then."""
+        return self._failure is not None
+
+    def has_work(self) -> bool:
+        """Whether any request waits or runs."""
+        return self.scheduler.has_work
+
+    def submit(
+        self,
+        prompt: Prompt,
+        *,
+        max_tokens: int = 16,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int = 0,
+        stop: Prompt | Sequence[Prompt | int] = (),
+    ) -> Request:
+        """Queues a request; `step`, `run` or `stream` then work on it.
+
+        A request that reaches max_context (or has all pages and fills them) is cut there with finish_reason "length".
+
+        Args:
+          prompt: text, bytes (ids are the bytes) or token ids, at least one.
+          max_tokens: most tokens to generate, at least 1.
+          temperature: 0 is greedy.
+          top_p: nucleus, above 0 and at most 1.
+          seed: 0..2**32 - 1; the same seed gives the same tokens whatever else is served.
+          stop: texts, bytes or sequences of ids that end the request (an int is a sequence of one id), or a single text
+            or bytes. They do not appear in the tokens.
+
+        Returns:
+          The request; its `tokens` grow as steps are made.
+
+        Raises:
+          ValueError: an argument that is not as described, or a prompt that can never fit; nothing is queued then.
+          RuntimeError: the engine has failed.
+        """
+        self._check_usable()
+        request = check_request(
+            self.config, prompt, max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed, stop=stop
+        )
+        self.scheduler.add(request)
+        if request.error is not None:
+            raise ValueError(request.error)
+        return request
+
+    def cancel(self, request: Request) -> bool:
+        """Ends `request` now with finish_reason "cancelled"; False when it has ended already."""
+        return self.scheduler.cancel(request)
+
+    def step(self) -> list[tuple[Request, int]]:
+        """Makes one step for the requests that the scheduler chooses.
+
+        Returns:
+          (request, token) for every token given out, in order; empty when there is nothing to do, when the step was
+          prefill only, or when tokens are held back because they may begin a stop sequence.
+
+        Raises:
+          RuntimeError: the engine has failed before. Whatever makes this step fail is passed on; see the class.
+        """
+        self._check_usable()
+        try:
+            batch = self.scheduler.schedule()
+            if not batch:
+                return []
+            sampled = self._execute(self._inputs(batch))
+            return self.scheduler.commit(batch, sampled[: len(batch)].tolist())
+        except BaseException as error:
+            self._fail(error)
+            raise
+
+    def run(self) -> None:
+        """Steps until every request has ended."""
+        while self.has_work():
+            self.step()
+
+    def stream(self, request: Request) -> Iterator[int]:
+        """Yields the tokens of `request` as they come, stepping the engine (and so all other requests) between them.
+
+        Raises:
+          RuntimeError: the engine has failed.
+        """
+        given = 0
+        while True:
+            while given < len(request.tokens):
+                given += 1
+                yield request.tokens[given - 1]
+            if request.finished:
+                return
+            require(self.has_work(), "request is not this engine's; stream it where it was submitted.")
+            self.step()
+
+    def warm_up(self, *, progress: bool = False) -> None:
+        """Compiles and runs the step of every bucket, on padding only: requests and caches keep their contents.
+
+        Args:
+          progress: whether a bar on stderr counts the buckets.
+
+        Raises:
+          RuntimeError: the engine has failed.
+        """
+        from tqdm import tqdm
+
+        self._check_usable()
+        try:
+            for size in tqdm(
+                self.token_buckets, desc="compiling", unit="bucket", disable=None if progress else True, leave=False
+            ):
+                self._execute(self._padding(size))
+        except BaseException as error:
+            self._fail(error)
+            raise
+
+    def _execute(self, inputs: StepInputs) -> np.ndarray:
+        """Runs the jitted step; waits for, and fetches, the sampled tokens int32 [B] only."""
+        tokens, self.caches = self._step(self.params, self.caches, inputs)
+        return np.asarray(tokens)
+
+    def _padding(self, num_tokens: int) -> StepInputs:
+        """Inputs of a step of `num_tokens` in which every row is padding."""
+        rows = self.scheduler.max_batch
+        return StepInputs(
+            token_ids=np.zeros(num_tokens, np.int32),
+            seq_lens=np.zeros(rows, np.int32),
+            query_lens=np.zeros(rows, np.int32),
+            page_table=np.full((rows, self.scheduler.table_width), -1, np.int32),
+            temperature=np.zeros(rows, np.float32),
+            top_p=np.ones(rows, np.float32),
+            seeds=np.zeros(rows, np.uint32),
+        )
+
+    def _inputs(self, batch: Sequence[Scheduled]) -> StepInputs:
+        """The arrays of a step over `batch`. Fresh ones: the last step's may still be read by the device."""
+        count = sum(row.num_tokens for row in batch)
+        inputs = self._padding(bucket_for(count, self.token_buckets))
+        start = 0
+        for i, row in enumerate(batch):
+            request = row.request
+            inputs.token_ids[start : start + row.num_tokens] = row.token_ids
+            start += row.num_tokens
+            inputs.seq_lens[i] = row.seq_len
+            inputs.query_lens[i] = row.num_tokens
+            inputs.page_table[i] = row.page_row
+            inputs.temperature[i] = request.temperature
+            inputs.top_p[i] = request.top_p
+            inputs.seeds[i] = request.seed
+        return inputs
+
+    def _check_usable(self) -> None:
+        if self._failure is not None:
+            raise RuntimeError(f"the engine failed in an earlier step ({self._failure}); make a new Engine.")
+
+    def _fail(self, error: BaseException) -> None:
+        """Ends every request; the caches may be half written or already given away."""
+        self._failure = f"{type(error).__name__}: {error}".splitlines()[0]
+        self.scheduler.abort(f"the engine failed: {self._failure}")

@@ -1,0 +1,326 @@
+"""Who runs in the next step: continuous batching over a fixed number of cache pages. Host bookkeeping, no device.
+
+The policy, in the order in which a step is filled:
+
+1. Decode first: every running request whose cache lacks only its newest token gets that token.
+2. Prefill: what is left of the token budget goes to prompts under way, oldest first, in chunks.
+3. Admission: waiting requests enter in order of arrival while a place, pages for all their known tokens, one spare page
+   per running request, and budget are left. Nobody overtakes the first in the queue, so nobody starves.
+
+Pages are taken at admission (all known tokens at once) and one by one while decoding. When none is left, the youngest
+running request is preempted: it loses its pages, keeps its tokens, returns to the head of the queue, and later prefills
+prompt and generated tokens again. Age is order of arrival: whoever runs is older than whoever waits, so the oldest
+request always moves on and every request ends.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import itertools
+from collections.abc import Sequence
+
+import numpy as np
+
+from sparse_mla_jax.config import require
+from sparse_mla_jax.serving.pages import PageAllocator
+
+
+@dataclasses.dataclass(eq=False)
+class Request:
+    """One prompt and what became of it. Made by `Engine.submit`; read by anybody, written by the scheduler alone.
+
+    Attributes:
+      prompt: token ids.
+      max_tokens: most tokens to generate.
+      temperature, top_p, seed: sampling parameters, see `sampling.sample`.
+      stop: token sequences that end the request; they are not part of `tokens`.
+      tokens: tokens given out so far. One that may turn out to begin a stop sequence is held back until that is known.
+      finish_reason: None while waiting or running, then "stop" (a stop sequence came), "length" (max_tokens or the
+        context is reached), "cancelled" or "error".
+      error: what went wrong, when finish_reason is "error".
+      num_preemptions: how often the request lost its pages.
+    """
+
+    prompt: tuple[int, ...]
+    max_tokens: int = 16
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+    stop: tuple[tuple[int, ...], ...] = ()
+    tokens: list[int] = dataclasses.field(default_factory=list)
+    finish_reason: str | None = None
+    error: str | None = None
+    num_preemptions: int = 0
+    # The scheduler's own: prompt and generated tokens; how many of them are in the cache; the pages.
+    _sequence: list[int] = dataclasses.field(default_factory=list, repr=False)
+    _num_cached: int = dataclasses.field(default=0, repr=False)
+    _page_row: np.ndarray | None = dataclasses.field(default=None, repr=False)
+    _num_pages: int = dataclasses.field(default=0, repr=False)
+    _arrival: int = dataclasses.field(default=-1, repr=False)
+
+    @property
+    def finished(self) -> bool:
+        """Whether no more tokens will come."""
+        return self.finish_reason is not None
+
+    @property
+    def prefilled(self) -> bool:
+        """Whether the request decodes: everything but its newest token is in the cache."""
+        return 0 < self._num_cached == len(self._sequence) - 1
+
+    @property
+    def num_generated(self) -> int:
+        """Tokens generated so far, held-back and stop tokens included."""
+        return max(0, len(self._sequence) - len(self.prompt))
+
+
+@dataclasses.dataclass(frozen=True)
+class Scheduled:
+    """One row of a step: the next `num_tokens` tokens of `request`."""
+
+    request: Request
+    num_tokens: int
+
+    @property
+    def samples(self) -> bool:
+        """Whether the row reaches the request's newest token, so that the token sampled after it counts."""
+        return self.request._num_cached + self.num_tokens == len(self.request._sequence)
+
+    @property
+    def token_ids(self) -> list[int]:
+        """The tokens of the row."""
+        start = self.request._num_cached
+        return self.request._sequence[start : start + self.num_tokens]
+
+    @property
+    def seq_len(self) -> int:
+        """Length of the request's sequence after this step."""
+        return self.request._num_cached + self.num_tokens
+
+    @property
+    def page_row(self) -> np.ndarray:
+        """int32 [page-table width]: the request's pages in order, then -1."""
+        assert self.request._page_row is not None
+        return self.request._page_row
+
+
+def held_back(generated: Sequence[int], stop: Sequence[Sequence[int]]) -> int:
+    """How many of the last `generated` tokens may still become a stop sequence: the longest suffix that begins one."""
+    longest = 0
+    for sequence in stop:
+        for length in range(min(len(sequence) - 1, len(generated)), longest, -1):
+            if tuple(generated[-length:]) == tuple(sequence[:length]):
+                longest = length
+                break
+    return longest
+
+
+class Scheduler:
+    """Decides, step by step, which tokens of which requests run; owns every request's pages. Not thread-safe.
+
+    Use: `batch = schedule()`, run the model on it, `commit(batch, sampled)`. Between the two only `cancel` and `add`
+    are allowed; rows of a request cancelled in between are ignored by `commit`.
+    """
+
+    def __init__(
+        self, allocator: PageAllocator, *, page_size: int, max_batch: int, max_context: int, token_budget: int
+    ):
+        """Starts with nothing to do.
+
+        Args:
+          allocator: the pages, all of them this scheduler's.
+          page_size: tokens per page.
+          max_batch: most requests that run at a time.
+          max_context: most tokens of one request, prompt and generated.
+          token_budget: most tokens of one step, at least `max_batch`.
+
+        Raises:
+          ValueError: a size below 1, or a budget below `max_batch`.
+        """
+        for name, value in (
+            ("page_size", page_size),
+            ("max_batch", max_batch),
+            ("max_context", max_context),
+            ("token_budget", token_budget),
+        ):
+            require(value >= 1, f"{name} is {value}; at least 1 is expected.")
+        require(
+            token_budget >= max_batch,
+            f"token_budget is {token_budget}, below max_batch {max_batch}; each running request needs a token.",
+        )
+        self.allocator = allocator
+        self.page_size = page_size
+        self.max_batch = max_batch
+        self.max_context = max_context
+        self.token_budget = token_budget
+        self.table_width = -(-max_context // page_size)
+        # Prompt and generated tokens of a request that has every page to itself.
+        self.capacity = min(max_context, allocator.num_pages * page_size)
+        self.waiting: collections.OrderedDict[int, Request] = collections.OrderedDict()
+        self.running: list[Request] = []
+        self._arrivals = itertools.count()
+
+    @property
+    def has_work(self) -> bool:
+        """Whether any request waits or runs."""
+        return bool(self.waiting or self.running)
+
+    def add(self, request: Request) -> None:
+        """Puts `request` at the end of the queue.
+
+        A request whose prompt can never fit is not queued: its finish_reason becomes "error", its `error` says which
+        sizes clash; other requests are not touched.
+        """
+        longest = self.capacity - 1
+        if not 1 <= len(request.prompt) <= longest:
+            request.error = (
+                "prompt is empty; at least one token is expected."
+                if not request.prompt
+                else f"prompt has {len(request.prompt)} tokens; at most {longest} fit, one more is to be generated: "
+                f"max_context is {self.max_context} and the cache holds {self.allocator.num_pages} pages of "
+                f"{self.page_size} tokens. Shorten the prompt or raise max_context and num_pages."
+            )
+            request.finish_reason = "error"
+            return
+        request._sequence = list(request.prompt)
+        request._arrival = next(self._arrivals)
+        request._page_row = np.full(self.table_width, -1, np.int32)
+        self.waiting[request._arrival] = request
+
+    def cancel(self, request: Request) -> bool:
+        """Ends `request` now and returns its pages; False when it is already finished or not known here."""
+        if request.finished:
+            return False
+        if self.waiting.get(request._arrival) is request:
+            del self.waiting[request._arrival]
+        elif request in self.running:
+            self.running.remove(request)
+        else:
+            return False
+        self._finish(request, "cancelled")
+        return True
+
+    def abort(self, message: str) -> list[Request]:
+        """Ends every waiting and running request with finish_reason "error" and `message`; returns them."""
+        requests = [*self.running, *self.waiting.values()]
+        self.running.clear()
+        self.waiting.clear()
+        for request in requests:
+            request.error = message
+            self._finish(request, "error")
+        return requests
+
+    def schedule(self) -> list[Scheduled]:
+        """Chooses the rows of the next step and takes their pages; empty only when there is no work.
+
+        Returns:
+          At most `max_batch` rows, together at most `token_budget` tokens, each with at least one.
+        """
+        batch = []
+        for request in list(self.running):
+            # A request preempted further up in this loop waits again: it is not in `running` any more.
+            if request._num_pages and self._pending(request) == 1 and self._grow_or_preempt(request):
+                batch.append(Scheduled(request, 1))
+        budget = self.token_budget - len(batch)
+        for request in self.running:
+            pending = self._pending(request)
+            if pending > 1 and budget > 0:
+                batch.append(Scheduled(request, min(pending, budget)))
+                budget -= batch[-1].num_tokens
+        while budget > 0 and self.waiting and len(self.running) < self.max_batch:
+            request = next(iter(self.waiting.values()))
+            needed = self._pages_for(len(request._sequence))
+            # Without a spare page each, the newcomer would be preempted within a few steps, its prefill wasted.
+            if needed + len(self.running) > self.allocator.num_free:
+                break
+            del self.waiting[request._arrival]
+            self._take(request, needed)
+            self.running.append(request)
+            batch.append(Scheduled(request, min(self._pending(request), budget)))
+            budget -= batch[-1].num_tokens
+        return batch
+
+    def commit(self, batch: Sequence[Scheduled], sampled: Sequence[int]) -> list[tuple[Request, int]]:
+        """Records that the tokens of `batch` are in the cache and that `sampled[i]` was chosen after row i.
+
+        Returns:
+          (request, token) for every token given out, in order; a request may have none or several: `Request.tokens`.
+        """
+        events: list[tuple[Request, int]] = []
+        ended = False
+        for row, token in zip(batch, sampled, strict=True):
+            request, samples = row.request, row.samples
+            if request.finished:
+                continue
+            request._num_cached += row.num_tokens
+            if samples:
+                events.extend((request, given) for given in self._extend(request, int(token)))
+                ended = ended or request.finished
+        if ended:
+            self.running = [request for request in self.running if not request.finished]
+        return events
+
+    def _extend(self, request: Request, token: int) -> list[int]:
+        """Appends a sampled token; returns the tokens that may now be given out. The request may end by it."""
+        request._sequence.append(token)
+        count = request.num_generated
+        reach = min(count, max(map(len, request.stop), default=0))
+        tail = tuple(request._sequence[len(request._sequence) - reach :])
+        matched = max((len(stop) for stop in request.stop if tail[reach - len(stop) :] == stop), default=0)
+        if matched:
+            end, reason = count - matched, "stop"
+        elif count >= request.max_tokens or len(request._sequence) >= self.capacity:
+            end, reason = count, "length"
+        else:
+            end, reason = count - held_back(tail, request.stop), None
+        first = len(request.prompt)
+        given = request._sequence[first + len(request.tokens) : first + end]
+        request.tokens.extend(given)
+        if reason:
+            self._finish(request, reason)
+        return given
+
+    def _pending(self, request: Request) -> int:
+        """Tokens of a request that are not in the cache yet."""
+        return len(request._sequence) - request._num_cached
+
+    def _pages_for(self, num_tokens: int) -> int:
+        return -(-num_tokens // self.page_size)
+
+    def _take(self, request: Request, count: int) -> bool:
+        """Gives `count` more pages to a request, or none and False."""
+        pages = self.allocator.allocate(count)
+        if pages is None:
+            return False
+        assert request._page_row is not None
+        request._page_row[request._num_pages : request._num_pages + count] = pages
+        request._num_pages += count
+        return True
+
+    def _release(self, request: Request) -> None:
+        """Returns all pages of a request; its cached tokens are gone."""
+        if request._num_pages:
+            assert request._page_row is not None
+            self.allocator.free(request._page_row[: request._num_pages].tolist())
+            request._page_row.fill(-1)
+        request._num_pages = 0
+        request._num_cached = 0
+
+    def _finish(self, request: Request, reason: str) -> None:
+        self._release(request)
+        request.finish_reason = reason
+
+    def _grow_or_preempt(self, request: Request) -> bool:
+        """Makes room for a request's next token, preempting the youngest ones; False if it was the youngest itself."""
+        missing = self._pages_for(len(request._sequence)) - request._num_pages
+        while missing > 0 and not self._take(request, missing):
+            youngest = self.running.pop()
+            self._release(youngest)
+            youngest.num_preemptions += 1
+            # Whoever is preempted is older than whoever waits: the queue stays in order of arrival.
+            self.waiting[youngest._arrival] = youngest
+            self.waiting.move_to_end(youngest._arrival, last=False)
+            if youngest is request:
+                return False
+        return True

@@ -1,0 +1,52 @@
+"""Small models of awkward sizes, as published folders written without the library's own writer."""
+
+import json
+
+import numpy as np
+from deepseek_v32_oracle import random_tensors
+from safetensors.numpy import save_file
+
+from sparse_mla_jax.config import DeepseekV32Config, RopeConfig
+from sparse_mla_jax.models.checkpoint import config_to_json, published_shapes
+
+PAGE_SIZE = 16
+
+SMALL = DeepseekV32Config(
+    vocab_size=61,
+    hidden_size=48,
+    intermediate_size=40,
+    moe_intermediate_size=20,
+    num_hidden_layers=2,
+    num_attention_heads=6,
+    q_lora_rank=21,
+    kv_lora_rank=24,
+    qk_nope_head_dim=10,
+    qk_rope_head_dim=6,
+    v_head_dim=7,
+    n_routed_experts=9,
+    n_shared_experts=1,
+    num_experts_per_tok=2,
+    n_group=3,
+    topk_group=2,
+    first_k_dense_replace=0,
+    index_n_heads=3,
+    index_head_dim=12,
+    index_topk=5,
+    rope=RopeConfig(factor=40.0, mscale_all_dim=1.0),
+)
+
+
+def scattered_pages(batch, length, page_size=PAGE_SIZE, spare=3):
+    """A page table of pages in no order, and how many pages the caches need."""
+    pages = -(-length // page_size)
+    order = np.random.default_rng(1).permutation(batch * pages + spare)[: batch * pages]
+    return order.reshape(batch, pages).astype(np.int32), batch * pages + spare
+
+
+def write_folder(folder, config, tensors=None, seed=0, **extra):
+    """A folder of random tensors, or of those given; returns them by their published names."""
+    tensors = random_tensors(published_shapes(config), seed) if tensors is None else tensors
+    folder.mkdir(exist_ok=True)
+    save_file(tensors, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps({**config_to_json(config), **extra}))
+    return tensors

@@ -1,0 +1,529 @@
+"""sparse_mla, merge, apply_sinks: every implementation against a float64 oracle on the same quantised inputs."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pallas_kernels import sparse_attention
+from pallas_kernels.plans.attention import AttentionPlan, attention_plan
+from sparse_mla_jax.ops import attention
+from sparse_mla_jax.ops.attention import apply_sinks, merge, sparse_mla
+from sparse_mla_jax.ops.cache import PagedKVCache
+from sparse_mla_jax.ops.ragged import Ragged
+
+SCALE = 0.17
+LENGTHS = (0, 1, 15, 16, 17, 100, 2048)
+HEADS = (1, 4, 6, 16, 64, 128)
+KINDS = ("float32", "bfloat16", "float8_e4m3fn", "float8_e4m3fnuz")
+WILD = (-1, -7, -(2**31), 2**31 - 1)
+# float32: rounding of sums. bfloat16: rounding the result alone costs 2**-8 / sqrt(3) / 1.39 = 1.6e-3 in the norm, so
+# 2e-3 leaves room for nothing else: products and probabilities must be exact to 16 bits.
+BOUND = {"float32": 1e-5, "bfloat16": 2e-3}
+
+
+# --- oracle and inputs -----------------------------------------------------------------------------------------------
+def oracle(q, sources, value_dim, sinks=None):
+    """float64 numpy, a loop over rows: sources are (keys[N, D], list of slot lists)."""
+    q = np.asarray(q).astype(np.float64)
+    out, lse = np.zeros((*q.shape[:2], value_dim)), np.full(q.shape[:2], -np.inf)
+    for t in range(q.shape[0]):
+        keys = np.concatenate([k[[s for s in rows[t] if 0 <= s < len(k)]] for k, rows in sources])
+        if not len(keys):
+            continue
+        logits = SCALE * q[t] @ keys.T
+        top = logits.max(axis=1, keepdims=True)
+        weights = np.exp(logits - top)
+        lse[t] = np.log(weights.sum(axis=1)) + top[:, 0]
+        out[t] = weights @ keys[:, :value_dim] / weights.sum(axis=1, keepdims=True)
+        if sinks is not None:
+            with np.errstate(over="ignore"):
+                out[t] /= 1 + np.exp(np.asarray(sinks, np.float64) - lse[t])[:, None]
+    return out, lse
+
+
+def make_cache(rng, kind, latent, rope, group, *, pages=64, page_size=64, used=None, scale_dtype=np.float32):
+    """A cache and its float64 keys [N, D]; slots that are not in `used` hold NaN in every array."""
+    dtype, slots = jnp.dtype(kind), pages * page_size
+    rope_dtype = dtype if kind == "float32" else jnp.dtype(jnp.bfloat16)
+    ropes = rng.standard_normal((slots, rope)).astype(rope_dtype)
+    poisoned = np.ones(slots, bool) if used is not None else np.zeros(slots, bool)
+    if used is not None:
+        poisoned[list(used)] = False
+    scale = None
+    if dtype.itemsize == 1:
+        values = (rng.standard_normal((slots, latent)) * 60).clip(-224, 224).astype(np.float32).astype(dtype)
+        scale = np.exp2(rng.uniform(-8, -5, (slots, latent // group))).astype(np.float32)
+        if scale_dtype != np.float32:
+            scale = np.exp2(np.round(np.log2(scale))).astype(scale_dtype)
+        keys = values.astype(np.float64) * np.repeat(scale.astype(np.float64), group, axis=1)
+        stored = values.view(np.uint8).copy()
+        stored[poisoned] = 0x80 if "fnuz" in kind else 0x7F
+        if scale_dtype == np.float32:
+            scale[poisoned] = np.nan
+        stored = stored.view(np.uint32)
+    else:
+        values = rng.standard_normal((slots, latent)).astype(dtype)
+        keys, stored = values.astype(np.float64), values.copy()
+        stored[poisoned] = np.nan
+    keys = np.concatenate([keys, ropes.astype(np.float64)], axis=1)
+    ropes[poisoned] = np.nan
+    shape = (pages, page_size)
+    return (
+        PagedKVCache(
+            latent=jnp.asarray(stored.reshape(*shape, -1)),
+            scale=None if scale is None else jnp.asarray(scale.reshape(*shape, -1)),
+            rope=jnp.asarray(ropes.reshape(*shape, -1)),
+            dtype=dtype,
+            group_size=group,
+        ),
+        keys,
+    )
+
+
+def make_rows(rng, lengths, used):
+    """Slot lists: `lengths[t]` valid slots with duplicates, wild indices strewn in."""
+    used = np.asarray(sorted(used))
+    rows = []
+    for length in lengths:
+        row = list(rng.choice(used, length))
+        if length > 2:
+            row[1] = row[0]
+        for wild in WILD:
+            row.insert(int(rng.integers(0, len(row) + 1)), wild)
+        rows.append([int(s) for s in row])
+    return rows
+
+
+def as_ragged(rows, spare=37):
+    """Rows one after another; behind the last one garbage that must not be read."""
+    indptr = np.cumsum([0] + [len(r) for r in rows]).astype(np.int32)
+    values = np.concatenate([np.asarray(r, np.int32) for r in rows] + [np.arange(spare, dtype=np.int32)])
+    return Ragged(values=jnp.asarray(values), indptr=jnp.asarray(indptr))
+
+
+def as_dense(rows):
+    dense = np.full((len(rows), max(len(r) for r in rows)), -1, np.int32)
+    for t, row in enumerate(rows):
+        dense[t, : len(row)] = row
+    return jnp.asarray(dense)
+
+
+@functools.partial(jax.jit, static_argnames=("value_dim", "implementation"))
+def run(q, kv, rows, sinks=None, extra=None, *, value_dim, implementation):
+    return sparse_mla(
+        q,
+        kv,
+        rows,
+        sm_scale=SCALE,
+        value_dim=value_dim,
+        sinks=sinks,
+        extra=extra,
+        return_lse=True,
+        implementation=implementation,
+    )
+
+
+def check(got, want, bound):
+    out, lse = (np.asarray(x).astype(np.float64) for x in got)
+    size = np.linalg.norm(want[0])
+    assert np.isfinite(out).all()
+    assert np.linalg.norm(out - want[0]) <= bound * size
+    empty = np.isneginf(want[1])
+    assert (out[empty] == 0).all() and np.isneginf(lse[empty]).all()
+    np.testing.assert_allclose(lse[~empty], want[1][~empty], atol=2e-5, rtol=2e-6)
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One shape with its inputs; `build` makes them."""
+
+    heads: int
+    kind: str = "float32"
+    q_dtype: str = "float32"
+    latent: int = 64
+    rope: int = 16
+    group: int = 32
+    lengths: tuple[int, ...] = LENGTHS
+    two: bool = False
+    ragged: bool = True
+
+    def build(self, seed=0):
+        rng = np.random.default_rng([seed, self.heads, KINDS.index(self.kind)])
+        form = as_ragged if self.ragged else as_dense
+        sources = []
+        for lengths in [self.lengths, (3, 0, 40, 0, 1, 16, 5)][: 1 + self.two]:
+            used = rng.choice(64 * 64, 1000, replace=False)
+            cache, keys = make_cache(rng, self.kind, self.latent, self.rope, self.group, used=used)
+            rows = make_rows(rng, lengths, used)
+            sources.append((cache, form(rows), keys, rows))
+        q = rng.standard_normal((len(self.lengths), self.heads, self.latent + self.rope)).astype(
+            jnp.dtype(self.q_dtype)
+        )
+        sinks = rng.standard_normal(self.heads).astype(np.float32)
+        return jnp.asarray(q), sources, jnp.asarray(sinks)
+
+    def verify(self, implementation, sinks_too=True):
+        q, sources, some = self.build()
+        extra = sources[1][:2] if self.two else None
+        plain = [(keys, rows) for _, _, keys, rows in sources]
+        variants = [None]
+        if sinks_too:
+            variants += [some, *(jnp.full_like(some, x) for x in (-np.inf, 0.0, 50.0))]
+        for sinks in variants:
+            got = run(q, *sources[0][:2], sinks, extra, value_dim=self.latent, implementation=implementation)
+            assert got[0].dtype == q.dtype and got[1].dtype == jnp.float32
+            check(got, oracle(q, plain, self.latent, sinks), BOUND[self.q_dtype])
+
+
+# --- the matrix ------------------------------------------------------------------------------------------------------
+QUICK = [
+    Case(1, "float8_e4m3fnuz", "bfloat16"),
+    Case(4, "float32", "float32", two=True),
+    Case(6, "float8_e4m3fn", "float32"),
+    Case(16, "bfloat16", "bfloat16", ragged=False),
+    Case(64, "float8_e4m3fn", "bfloat16", two=True),
+    Case(128, "float8_e4m3fnuz", "float32"),
+]
+FULL = [
+    Case(heads, kind, q_dtype, two=two, ragged=ragged)
+    for heads in HEADS
+    for kind in KINDS
+    for q_dtype in ("float32", "bfloat16")
+    for two in (False, True)
+    for ragged in (False, True)
+]
+
+
+@pytest.mark.parametrize("case", QUICK, ids=str)
+@pytest.mark.parametrize("name", ["xla", "reference"])
+def test_against_float64(case, name):
+    case.verify(name)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(6, "float8_e4m3fnuz", "bfloat16", lengths=(0, 1, 15, 16, 17, 100), two=False),
+        Case(20, "float8_e4m3fn", "bfloat16", lengths=(16, 0, 33, 1, 2, 15, 17), two=True),
+        Case(1, "float32", "float32", lengths=(0, 17, 100)),
+        Case(4, "bfloat16", "bfloat16", lengths=(0, 17, 100), ragged=False),
+        Case(3, "float8_e4m3fnuz", "float32", latent=48, rope=6, group=12, lengths=(5, 0, 40)),
+    ],
+    ids=str,
+)
+def test_kernel_against_float64(case):
+    case.verify("triton")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", FULL, ids=str)
+@pytest.mark.parametrize("name", ["xla", "reference"])
+def test_full_matrix(case, name):
+    case.verify(name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", [c for c in FULL if c.two == c.ragged == (c.q_dtype == "bfloat16")], ids=str)
+def test_full_matrix_of_the_kernel(case):
+    case.verify("triton")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_published_sizes(kind, implementation):
+    Case(16, kind, "bfloat16", latent=512, rope=64, group=128).verify(implementation, sinks_too=False)
+
+
+# --- contracts -------------------------------------------------------------------------------------------------------
+def small(kind="float8_e4m3fnuz", heads=6, tokens=3, q_dtype=np.float32, seed=0, latent=32, rope=8, group=32, **kwargs):
+    rng = np.random.default_rng(seed)
+    cache, keys = make_cache(rng, kind, latent, rope, group, pages=8, page_size=16, **kwargs)
+    q = jnp.asarray(rng.standard_normal((tokens, heads, latent + rope)).astype(q_dtype))
+    return q, cache, keys, rng
+
+
+def test_duplicates_count_twice(implementation):
+    q, cache, keys, _ = small()
+    rows = [[5, 5, 9], [5, 9, 9], [7, 7, 7]]
+    got = run(q, cache, as_dense(rows), value_dim=32, implementation=implementation)
+    check(got, oracle(q, [(keys, rows)], 32), 1e-5)
+    np.testing.assert_allclose(np.asarray(got[0])[2], np.broadcast_to(keys[7, :32], (6, 32)), rtol=1e-5)
+
+
+def test_rows_without_keys_are_exactly_zero(implementation):
+    q, cache, _, _ = small(used=())
+    dense = jnp.asarray([[-1, -1], [128, 2**31 - 1], [-(2**31), -5]], jnp.int32)
+    cases = [(dense, jnp.full((6,), sink)) for sink in (-np.inf, 0.0, 50.0, np.inf)]
+    for rows, sinks in [*cases, (as_ragged([[], [128], []]), None)]:
+        out, lse = run(q, cache, rows, sinks, value_dim=32, implementation=implementation)
+        assert (np.asarray(out) == 0).all() and np.isneginf(np.asarray(lse)).all()
+
+
+def test_infinite_sink_takes_everything(implementation):
+    q, cache, _, _ = small()
+    rows = jnp.asarray([[1, 2], [3, 4], [5, 6]], jnp.int32)
+    out, lse = run(q, cache, rows, jnp.full((6,), np.inf), value_dim=32, implementation=implementation)
+    assert (np.asarray(out) == 0).all() and np.isfinite(np.asarray(lse)).all()
+
+
+def test_two_sources_are_one_softmax(implementation):
+    q, cache, _, _ = small()
+    first, second = jnp.asarray([[1, 2], [3, -1], [-1, -1]]), jnp.asarray([[9, 2, 3], [-1, -1, -1], [4, 4, 5]])
+    both = run(q, cache, first, None, (cache, second), value_dim=32, implementation=implementation)
+    one = run(q, cache, jnp.concatenate([first, second], 1), value_dim=32, implementation=implementation)
+    for a, b in zip(both, one):
+        np.testing.assert_allclose(np.asarray(a), np.asarray(b), rtol=1e-5, atol=1e-6)
+
+
+def test_one_row_may_hold_the_whole_capacity(implementation):
+    q, cache, keys, rng = small(tokens=8, heads=2)
+    rows = [[], [], [int(s) for s in rng.integers(0, 128, 100)], [], [3], [], [], []]
+    check(
+        run(q, cache, as_ragged(rows, 0), value_dim=32, implementation=implementation),
+        oracle(q, [(keys, rows)], 32),
+        1e-5,
+    )
+
+
+def test_indptr_beyond_the_capacity_is_clamped(implementation):
+    q, cache, keys, _ = small()
+    ragged = Ragged(values=jnp.asarray([1, 2, 3, 4], jnp.int32), indptr=jnp.asarray([0, 2, 3, 2**31 - 1], jnp.int32))
+    got = run(q, cache, ragged, value_dim=32, implementation=implementation)
+    check(got, oracle(q, [(keys, [[1, 2], [3], [4]])], 32), 1e-5)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("value_dim", [40, 21])
+def test_plain_arrays_and_other_value_dims(implementation, dtype, value_dim):
+    q, _, _, rng = small(q_dtype=dtype)
+    kv = jnp.asarray(rng.standard_normal((50, 40)).astype(dtype))
+    rows = [[0, 49, 50], [7, -1, 7], [1, 2, 3]]
+    got = run(q, kv, as_dense(rows), value_dim=value_dim, implementation=implementation)
+    assert got[0].shape == (3, 6, value_dim)
+    check(got, oracle(q, [(np.asarray(kv).astype(np.float64), rows)], value_dim), BOUND[jnp.dtype(dtype).name])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_values_may_include_the_rope_part(implementation, kind):
+    q, cache, keys, _ = small(kind)
+    rows = [[0, 3, 1], [1, 2, -1], [5, 6, 6]]
+    check(
+        run(q, cache, as_dense(rows), value_dim=40, implementation=implementation), oracle(q, [(keys, rows)], 40), 1e-5
+    )
+
+
+def test_power_of_two_scales(implementation):
+    q, cache, keys, _ = small(scale_dtype=jnp.float8_e8m0fnu)
+    rows = [[0, 3, 1], [1, 2, -1], [5, 6, 6]]
+    check(
+        run(q, cache, as_dense(rows), value_dim=32, implementation=implementation), oracle(q, [(keys, rows)], 32), 1e-5
+    )
+
+
+def test_no_rope_part(implementation):
+    q, cache, keys, _ = small(rope=0)
+    rows = [[0, 3, 1], [1, 2, -1], [5, 6, 6]]
+    check(
+        run(q, cache, as_dense(rows), value_dim=32, implementation=implementation), oracle(q, [(keys, rows)], 32), 1e-5
+    )
+
+
+def test_large_logits_do_not_overflow(implementation):
+    q, cache, keys, _ = small()
+    q, rows = q * 3000, [[0, 3, 1], [1, 2, -1], [5, 6, 6]]
+    out, lse = run(q, cache, as_dense(rows), value_dim=32, implementation=implementation)
+    want = oracle(q, [(keys, rows)], 32)
+    np.testing.assert_allclose(np.asarray(lse), want[1], rtol=1e-5)
+    np.testing.assert_allclose(np.asarray(out), want[0], rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("shape", ["no tokens", "no width", "no capacity", "no slots"])
+def test_empty_inputs(implementation, shape):
+    q, cache, _, _ = small()
+    kv, rows = cache, jnp.zeros((3, 2), jnp.int32)
+    if shape == "no tokens":
+        q, rows = q[:0], rows[:0]
+    elif shape == "no width":
+        rows = rows[:, :0]
+    elif shape == "no capacity":
+        rows = Ragged(values=jnp.zeros((0,), jnp.int32), indptr=jnp.zeros((4,), jnp.int32))
+    else:
+        kv = jnp.zeros((0, 40))
+    out, lse = run(q, kv, rows, jnp.zeros((6,)), value_dim=32, implementation=implementation)
+    assert out.shape == (q.shape[0], 6, 32) and (np.asarray(out) == 0).all() and np.isneginf(np.asarray(lse)).all()
+
+
+@settings(max_examples=20, deadline=None, database=None)
+@given(data=st.data())
+def test_any_indices(data):
+    q, cache, keys, _ = small(tokens=4)
+    index = st.one_of(st.integers(-3, 130), st.sampled_from(WILD))
+    rows = data.draw(st.lists(st.lists(index, max_size=20), min_size=4, max_size=4))
+    spare = 80 - sum(len(r) for r in rows)
+    got = run(q, cache, as_ragged(rows, spare), value_dim=32, implementation="xla")
+    check(got, oracle(q, [(keys, rows)], 32), 1e-5)
+
+
+# --- the XLA body's blocks and chunks, the kernel's splits -----------------------------------------------------------
+def test_rows_wider_than_a_block(monkeypatch):
+    monkeypatch.setattr(attention, "MAX_BLOCK", 7)
+    q, cache, keys, rng = small()
+    rows = make_rows(rng, (40, 0, 13), range(128))
+    for form in (as_dense(rows), as_ragged(rows)):
+        out, lse = sparse_mla(q, cache, form, sm_scale=SCALE, value_dim=32, return_lse=True, implementation="xla")
+        check((out, lse), oracle(q, [(keys, rows)], 32), 1e-5)
+
+
+def test_chunks_of_rows_change_nothing(monkeypatch):
+    q, cache, keys, rng = small(tokens=11)
+    rows = make_rows(rng, rng.integers(0, 30, 11), range(128))
+    monkeypatch.setattr(attention, "CHUNK_BYTES", 40_000)
+    for form in (as_dense(rows), as_ragged(rows)):
+        out, lse = sparse_mla(q, cache, form, sm_scale=SCALE, value_dim=32, return_lse=True, implementation="xla")
+        check((out, lse), oracle(q, [(keys, rows)], 32), 1e-5)
+
+
+def test_temporaries_are_bounded():
+    avals = [
+        jax.ShapeDtypeStruct((512, 6, 80), jnp.float32),
+        jax.eval_shape(lambda: PagedKVCache.create(256, 64, latent_dim=64, rope_dim=16, group_size=64)),
+        jax.ShapeDtypeStruct((512, 2048), jnp.int32),
+    ]
+    body = functools.partial(sparse_mla, sm_scale=SCALE, value_dim=64, implementation="xla")
+    assert jax.jit(body).lower(*avals).compile().memory_analysis().temp_size_in_bytes < 64 << 20
+
+
+@pytest.mark.parametrize(("splits", "key_block"), [(1, 32), (2, 16), (3, 16), (16, 16)])
+def test_splits_of_the_keys(splits, key_block):
+    q, cache, keys, rng = small()
+    rows, more = make_rows(rng, (100, 0, 13), range(128)), make_rows(rng, (5, 40, 0), range(128))
+    sources = [
+        sparse_attention.Source(cache.latent, cache.scale, cache.rope, cache.dtype, 32, r.values, r.indptr)
+        for r in (as_ragged(rows), as_ragged(more))
+    ]
+    sinks = jnp.linspace(-2.0, 2.0, 6)
+    got = sparse_attention.sparse_attention(
+        q, sources, sm_scale=SCALE, value_dim=32, sinks=sinks, plan=AttentionPlan(splits=splits, key_block=key_block)
+    )
+    check(got, oracle(q, [(keys, rows), (keys, more)], 32, sinks), 1e-5)
+
+
+def test_plans_are_memoised_and_sensible():
+    key = dict(tokens=8, heads=16, width=2048, itemsize=2)
+    assert attention_plan(**key) is attention_plan(**key)
+    assert attention_plan(**key).splits > 1
+    assert attention_plan(**{**key, "tokens": 4096}).splits == 1
+    assert attention_plan(**{**key, "width": 1}).splits == 1
+
+
+# --- inside other programs -------------------------------------------------------------------------------------------
+def test_same_bits_every_time(implementation):
+    q, sources, _ = Case(6, "float8_e4m3fnuz", "bfloat16", lengths=(0, 17, 40)).build()
+    outs = [run(q, *sources[0][:2], value_dim=64, implementation=implementation) for _ in range(20)]
+    for out, lse in outs[1:]:
+        assert np.asarray(out).tobytes() == np.asarray(outs[0][0]).tobytes()
+        assert np.asarray(lse).tobytes() == np.asarray(outs[0][1]).tobytes()
+
+
+@pytest.mark.parametrize("name", ["xla", "reference"])
+def test_inside_shard_map_and_while_loop(name):
+    q, cache, keys, rng = small(tokens=4, heads=2)
+    rows = [[1, 2, 3], [], [4, 200], [5]]
+    mesh = jax.make_mesh((1,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+    part = jax.sharding.PartitionSpec
+
+    def body(q, cache, rows):
+        def step(_, out):
+            return 0 * out + sparse_mla(q, cache, rows, sm_scale=SCALE, value_dim=32, implementation=name)
+
+        return jax.lax.fori_loop(0, 2, step, q[..., :32])
+
+    for form, spec in ((as_dense(rows), part("x")), (as_ragged(rows), part())):
+        out = jax.jit(jax.shard_map(body, mesh=mesh, in_specs=(part("x"), part(), spec), out_specs=part("x")))(
+            q, cache, form
+        )
+        want = oracle(q, [(keys, rows)], 32)[0]
+        np.testing.assert_allclose(np.asarray(out), want, rtol=1e-4, atol=1e-5)
+
+
+# --- merge and apply_sinks -------------------------------------------------------------------------------------------
+def test_merge_joins_disjoint_parts(implementation):
+    q, cache, keys, rng = small()
+    rows = make_rows(rng, (40, 0, 13), range(128))
+    parts = [
+        run(q, cache, as_dense([r[i::3] for r in rows]), value_dim=32, implementation=implementation) for i in (0, 1, 2)
+    ]
+    merged = merge(jnp.stack([p[0] for p in parts]), jnp.stack([p[1] for p in parts]))
+    check(merged, oracle(q, [(keys, rows)], 32), 1e-5)
+    sinks = jnp.asarray(rng.standard_normal(6), jnp.float32)
+    want = oracle(q, [(keys, rows)], 32, sinks)
+    check((apply_sinks(*merged, sinks), merged[1]), want, 1e-5)
+
+
+def test_merge_ignores_stale_parts():
+    outs = jnp.stack([jnp.ones((2, 3, 4)), jnp.full((2, 3, 4), jnp.nan)])
+    lses = jnp.stack([jnp.zeros((2, 3)), jnp.full((2, 3), -jnp.inf)])
+    out, lse = merge(outs, lses)
+    assert (np.asarray(out) == 1).all() and (np.asarray(lse) == 0).all()
+    out, lse = merge(outs[1:], lses[1:])
+    assert (np.asarray(out) == 0).all() and np.isneginf(np.asarray(lse)).all()
+
+
+def test_merge_and_sinks_keep_the_dtype():
+    out, lse = merge(jnp.ones((2, 2, 3, 4), jnp.bfloat16), jnp.zeros((2, 2, 3)))
+    assert out.dtype == jnp.bfloat16 and lse.dtype == jnp.float32
+    assert apply_sinks(out, lse, jnp.zeros((3,))).dtype == jnp.bfloat16
+
+
+# --- errors ----------------------------------------------------------------------------------------------------------
+def test_sources_of_different_layouts():
+    q, cache, keys, rng = small()
+    kv = jnp.asarray(rng.standard_normal((20, 40)), jnp.float32)
+    rows = [[1, 2], [3, 4], [19, -1]]
+    arguments = (q, cache, as_dense(rows), None, (kv, as_dense(rows)))
+    want = oracle(q, [(keys, rows), (np.asarray(kv, np.float64), rows)], 32)
+    check(run(*arguments, value_dim=32, implementation=None), want, 1e-5)
+    with pytest.raises(ValueError, match="different layouts"):
+        run(*arguments, value_dim=32, implementation="triton")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"q": jnp.zeros((3, 40))}, r"q is .*\[T, H, D\]"),
+        ({"q": jnp.zeros((3, 6, 40), jnp.int32)}, "q is int32"),
+        ({"q": jnp.zeros((3, 6, 41))}, "must agree"),
+        ({"kv": jnp.zeros((3, 40), jnp.int8)}, "kv is int8"),
+        ({"kv": jnp.zeros((3, 40), jnp.float8_e4m3fn)}, "PagedKVCache"),
+        ({"kv": "cache"}, "kv is str"),
+        ({"rows": jnp.zeros((3, 4))}, "expected int32 slots"),
+        ({"rows": jnp.zeros((4, 4), jnp.int32)}, "T = 3"),
+        ({"rows": Ragged(values=jnp.zeros((4,), jnp.int32), indptr=jnp.zeros((3,), jnp.int32))}, "2 rows"),
+        ({"rows": [[1], [2], [3]]}, "rows of kv is list"),
+        ({"sm_scale": float("nan")}, "sm_scale"),
+        ({"sm_scale": None}, "sm_scale"),
+        ({"value_dim": 0}, "value_dim is 0"),
+        ({"value_dim": 41}, "value_dim is 41"),
+        ({"sinks": jnp.zeros((5,))}, r"\[6\]"),
+        ({"extra": jnp.zeros((3, 40))}, "pair"),
+        ({"extra": (jnp.zeros((3, 30)), jnp.zeros((3, 1), jnp.int32))}, "extra has keys of 30"),
+        ({"implementation": "cuda"}, "cuda"),
+    ],
+)
+def test_errors_name_the_argument(change, message):
+    q, cache, _, _ = small()
+    arguments = {"q": q, "kv": cache, "rows": jnp.zeros((3, 2), jnp.int32), "sm_scale": 1.0, "value_dim": 32, **change}
+    with pytest.raises(ValueError, match=message):
+        sparse_mla(**arguments)
+
+
+def test_sm_scale_is_required():
+    q, cache, _, _ = small()
+    with pytest.raises(TypeError, match="sm_scale"):
+        sparse_mla(q, cache, jnp.zeros((3, 2), jnp.int32), value_dim=32)
