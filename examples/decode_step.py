@@ -14,19 +14,21 @@
 # %% [markdown]
 # # One decode step of sparse latent attention
 #
-# We follow one query token through a layer of DeepSeek Sparse Attention, operator by operator, with the trained byte-level
-# model of this repository: keys into paged FP8 caches, indexer scores, exact top-k, ragged rows, attention. Then we do the
-# same in one call of `attention_step`, and see that it is the same.
+# We follow one query token through a layer of DeepSeek Sparse Attention, operator by operator, with the trained
+# byte-level model of this repository: keys into paged FP8 caches, indexer scores, exact top-k, ragged rows, attention;
+# then what sparsity and poison do to the layer's output.
 
 # %%
+import dataclasses
 import pathlib
 
 import jax
 import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
+
 from sparse_mla_jax import data
-from sparse_mla_jax.layers.mla import attention_step
+from sparse_mla_jax.layers.mla import attention_step, index_query
 from sparse_mla_jax.layers.norm import rms_norm
 from sparse_mla_jax.metadata import build_metadata
 from sparse_mla_jax.models import checkpoint, deepseek_v32
@@ -40,14 +42,16 @@ FOLDER = next(p for p in (pathlib.Path("examples/tiny_python"), pathlib.Path("ti
 config, params = checkpoint.load_checkpoint(FOLDER, dtype="float32", progress=False)
 name, text = next((n, t) for n, t in data.stdlib_sources(held_out=True) if len(t) >= 1024)
 tokens = np.frombuffer(text[:1024], np.uint8).astype(np.int32)
-print(f"{config.num_hidden_layers} layers, latent {config.kv_lora_rank} + rope {config.qk_rope_head_dim}; reading {name}")
+print(
+    f"{config.num_hidden_layers} layers, latent {config.kv_lora_rank} + rope {config.qk_rope_head_dim}; reading {name}"
+)
 
 # %% [markdown]
 # ## FP8 in two flavours, one byte
 #
-# A cached latent is a byte per value and a float32 scale per group. `quantize` only writes bytes that both e4m3 flavours can
-# read: as the other flavour a byte means exactly half or twice as much, so moving a cache between an MI300X (e4m3fnuz) and
-# an MI355X or a CPU (e4m3fn) changes the scale and not one byte.
+# A cached latent is a byte per value and a float32 scale per group. `quantize` only writes bytes that both flavours
+# can read: as the other flavour a byte means exactly half or twice as much, so a cache moves between an MI300X
+# (e4m3fnuz) and an MI355X or an NVIDIA GPU (e4m3fn) by a change of its scales, and not of one byte.
 
 # %%
 x = jax.random.normal(jax.random.key(0), (1, 64))
@@ -65,7 +69,9 @@ values, scales = quantize(grid, group_size=4, dtype=jnp.float8_e4m3fnuz)
 back = dequantize(values, scales, group_size=4, dtype=jnp.float32)
 plt.figure(figsize=(8, 2.5))
 plt.plot(grid[:, 0], (back - grid)[:, 0] / jnp.maximum(jnp.abs(grid[:, 0]), 1e-3), linewidth=0.7)
-plt.gca().set(xlabel="value (alone in its group)", ylabel="relative error", title="A group's largest value is all but exact")
+plt.gca().set(
+    xlabel="value (alone in its group)", ylabel="relative error", title="A group's largest value is all but exact"
+)
 plt.show()
 
 # %%
@@ -81,8 +87,8 @@ plt.show()
 # %% [markdown]
 # ## The caches
 #
-# We prefill 1023 tokens: the model writes its latents and index keys into pages. The page table is deliberately shuffled; a
-# slot is `page * page_size + offset`.
+# We prefill 1023 tokens: the model writes its latents and index keys into pages. The page table is deliberately
+# shuffled; a slot is `page * page_size + offset`.
 
 # %%
 page_size, num_pages = 64, 24
@@ -101,7 +107,9 @@ def prefill(params, token_ids, caches):
 
 _, caches = prefill(params, tokens[:-1], caches)
 latent_cache, index_cache = caches[0]
-print("bytes per token and layer:", latent_cache.bytes_per_token, "latent and rope,", index_cache.bytes_per_token, "index")
+print(
+    "bytes per token and layer:", latent_cache.bytes_per_token, "latent and rope,", index_cache.bytes_per_token, "index"
+)
 
 # %% [markdown]
 # ## The indexer scores every key, and top-k picks
@@ -118,7 +126,7 @@ hidden = rms_norm(embedded, layer["input_layernorm"], eps=config.rms_norm_eps)
 out, latent_cache, index_cache = attention_step(
     layer["self_attn"], hidden, latent_cache, index_cache, metadata, config=config
 )
-query, weights = deepseek_v32.index_query(layer["self_attn"], hidden, metadata, config=config)
+query, weights = index_query(layer["self_attn"], hidden, metadata, config=config)
 scores = paged_indexer_scores(
     query,
     weights,
@@ -150,7 +158,8 @@ for implementation in ("reference", "xla", "triton"):
 # %% [markdown]
 # ## Ragged rows of slots
 #
-# Positions become slots through the page table; rows are packed one behind the other, and `indptr` says where each begins.
+# Positions become slots through the page table; rows are packed one behind the other, and `indptr` says where each
+# begins.
 
 # %%
 rows = select_to_ragged(chosen, metadata.request_ids, metadata.page_table, page_size=page_size)
@@ -164,11 +173,7 @@ print("gathered keys:", keys.shape)
 # The same layer with every visible key, against the 128 that the indexer chose, and with fewer.
 
 # %%
-dense, _, _ = attention_step(
-    layer["self_attn"], hidden, latent_cache, index_cache, metadata, config=config.dense()
-)
-import dataclasses
-
+dense, _, _ = attention_step(layer["self_attn"], hidden, latent_cache, index_cache, metadata, config=config.dense())
 budgets = [4, 8, 16, 32, 64, 128, 256, 512]
 errors = []
 for k in budgets:
@@ -177,7 +182,9 @@ for k in budgets:
     errors.append(float(jnp.linalg.norm(sparse - dense) / jnp.linalg.norm(dense)))
 plt.figure(figsize=(7, 3))
 plt.loglog(budgets, errors, "o-")
-plt.gca().set(xlabel="positions attended to", ylabel="relative change of the layer's output", title="Layer 0, this query")
+plt.gca().set(
+    xlabel="positions attended to", ylabel="relative change of the layer's output", title="Layer 0, this query"
+)
 plt.show()
 
 # %% [markdown]
@@ -197,5 +204,7 @@ poisoned = PagedKVCache(
 after, _, _ = attention_step(layer["self_attn"], hidden, poisoned, index_cache, metadata, config=config)
 clean, _, _ = attention_step(layer["self_attn"], hidden, latent_cache, index_cache, metadata, config=config)
 print("unchanged:", bool(jnp.array_equal(after, clean)))
-skipped = write(latent_cache, jnp.ones((1, config.kv_lora_rank)), jnp.ones((1, config.qk_rope_head_dim)), jnp.array([-1]))
+skipped = write(
+    latent_cache, jnp.ones((1, config.kv_lora_rank)), jnp.ones((1, config.qk_rope_head_dim)), jnp.array([-1])
+)
 print("slot -1 writes nothing:", bool(jnp.array_equal(skipped.latent, latent_cache.latent)))

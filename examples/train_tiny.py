@@ -861,7 +861,8 @@ def tell(report: dict[str, float], sparse: bool, out: pathlib.Path | None) -> No
     """One line for people, one for programs."""
     say(
         f"{'sparse' if sparse else 'dense '} step {report['step']:6d} progress {report['progress']:.3f} "
-        f"train bpb {report['ce'] / math.log(2):.4f} kl {report['kl']:.4f} mass {report['mass']:.4f} zeros {report['zeros']:.3f} "
+        f"train bpb {report['ce'] / math.log(2):.4f} "
+        f"kl {report['kl']:.4f} mass {report['mass']:.4f} zeros {report['zeros']:.3f} "
         f"norm {report['norm']:.2f} peak load {report.get('peak_load', 1.0):.2f} "
         f"{report['tokens_per_s'] / 1e3:.0f}k tokens/s"
     )

@@ -62,5 +62,5 @@ def is_nan(bits: Array, dtype) -> Array:
 
 
 def e8m0_to_float32(bits: Array) -> Array:
-    """float32 value 2 ** (code - 127) of E8M0 codes (1..254; code 0 reads as 0 and 255 as inf: no cache writes them)."""
+    """float32 value 2 ** (code - 127) of E8M0 codes (1..254; 0 reads as 0 and 255 as inf: no cache has them)."""
     return jax.lax.bitcast_convert_type(bits.astype(jnp.uint32) << 23, jnp.float32)

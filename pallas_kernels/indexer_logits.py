@@ -184,7 +184,10 @@ def ragged(
     *,
     plan: IndexerPlan | None = None,
 ) -> Array:
-    """q[T, H, D], keys[N, D] (FP8 as bytes of flavour `dtype`), scales[N] or None, weights[T, H], columns starts[T]..ends[T]-1 -> float32[T, N]."""
+    """Contiguous keys: row t scores columns starts[t]..ends[t]-1; float32[T, N].
+
+    q[T, H, D], keys[N, D] (FP8 as bytes of flavour `dtype`), scales[N] or None, weights[T, H].
+    """
     flat, static, scale = _prepare(q, keys, dtype, scales, keys.shape[0], plan, True)
     rows = -(-static.tokens // static.plan.token_block)
     return _launch(_ragged_kernel, static, rows, q, flat, weights, starts, ends, *scale)
@@ -203,7 +206,10 @@ def paged(
     max_length: int,
     plan: IndexerPlan | None = None,
 ) -> Array:
-    """q[T, H, D], keys[pages, page, D] (FP8 as bytes of flavour `dtype`), scales[pages, page] or None, weights[T, H] -> float32[T, max_length]."""
+    """Keys of each token's own request, through the page table: float32[T, max_length].
+
+    q[T, H, D], keys[pages, page, D] (FP8 as bytes of flavour `dtype`), scales[pages, page] or None, weights[T, H].
+    """
     flat, static, scale = _prepare(q, keys, dtype, scales, max_length, plan, False)
     static = dataclasses.replace(static, page_size=keys.shape[1], num_requests=page_table.shape[0])
     return _launch(_paged_kernel, static, static.tokens, q, flat, weights, page_table, request_ids, lengths, *scale)

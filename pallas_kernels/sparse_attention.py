@@ -140,13 +140,12 @@ def planes_of(words: Array, dtype) -> list[Array]:
 
 def scores_of(queries, keys, factors) -> Array:
     """float32 [H, K]: sum over tiles of factor[K] * sum over planes of q[H, W] . k[K, W]."""
-    total = None
+    total = jnp.zeros((queries[0][0].shape[0], keys[0][0].shape[0]), jnp.float32)
     for qs, ks, factor in zip(queries, keys, factors):
         part = dot(qs[0], ks[0], 1)
         for q, k in zip(qs[1:], ks[1:]):
             part += dot(q, k, 1)
-        part = part if factor is None else part * factor[None, :]
-        total = part if total is None else total + part
+        total += part if factor is None else part * factor[None, :]
     return total
 
 
@@ -212,7 +211,8 @@ def _load_queries(q_ref, token, heads: Array, s: _Static):
 
 def _load_keys(refs: dict, slots: Array, valid: Array, s: _Static):
     """Keys of every tile ([key_block, width] per plane, 0 where invalid) and their factors ([key_block] or None)."""
-    keys, factors = [], []
+    keys: list[list[Array]] = []
+    factors: list[Array | None] = []
     for tile in s.tiles:
         i = jnp.arange(tile.width, dtype=jnp.int32)
         inside = i < tile.count
@@ -423,7 +423,7 @@ def sparse_attention(
         functools.partial(_kernel, s=static),
         q,
         *[a for named in arrays for a in named.values()],
-        *([sinks] if static.has_sinks else []),
+        *([sinks] if sinks is not None and static.has_sinks else []),
         out_shape=(
             jax.ShapeDtypeStruct((plan.splits, tokens, heads, value_dim), q.dtype if plan.splits == 1 else jnp.float32),
             jax.ShapeDtypeStruct((plan.splits, tokens, heads), jnp.float32),

@@ -81,9 +81,8 @@ def swiglu(w, p, x):
 def mixture(w, p, c, x):
     out = swiglu(w, p + "shared_experts.", x) if c.n_shared_experts else np.zeros_like(x)
     scores = 1 / (1 + np.exp(-(x @ w[p + "gate.weight"].T)))
-    choice = (scores + w[p + "gate.e_score_correction_bias"]).reshape(
-        len(x), c.n_group, c.n_routed_experts // c.n_group
-    )
+    choice = scores + w[p + "gate.e_score_correction_bias"]
+    choice = choice.reshape(len(x), c.n_group, c.n_routed_experts // c.n_group)
     for t in range(len(x)):
         best = np.argsort(-np.sort(choice[t], -1)[:, -2:].sum(-1), kind="stable")[: c.topk_group]
         alive = np.full_like(choice[t], -np.inf)

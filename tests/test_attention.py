@@ -158,7 +158,8 @@ class Case:
         form = as_ragged if self.ragged else as_dense
         sources = []
         for lengths in [self.lengths, (3, 0, 40, 0, 1, 16, 5)][: 1 + self.two]:
-            used = rng.choice(64 * 64, 1000, replace=False)
+            # Slot 0 is always poisoned: it is where masked lanes are clamped to.
+            used = 1 + rng.choice(64 * 64 - 1, 1000, replace=False)
             cache, keys = make_cache(rng, self.kind, self.latent, self.rope, self.group, used=used)
             rows = make_rows(rng, lengths, used)
             sources.append((cache, form(rows), keys, rows))
@@ -168,11 +169,11 @@ class Case:
         sinks = rng.standard_normal(self.heads).astype(np.float32)
         return jnp.asarray(q), sources, jnp.asarray(sinks)
 
-    def verify(self, implementation, sinks_too=True):
+    def verify(self, implementation, sinks_too=True, plain_too=True):
         q, sources, some = self.build()
         extra = sources[1][:2] if self.two else None
         plain = [(keys, rows) for _, _, keys, rows in sources]
-        variants = [None]
+        variants = [None] if plain_too else []
         if sinks_too:
             variants += [some, *(jnp.full_like(some, x) for x in (-np.inf, 0.0, 50.0))]
         for sinks in variants:
@@ -218,7 +219,7 @@ def test_against_float64(case, name):
     ids=str,
 )
 def test_kernel_against_float64(case):
-    case.verify("triton")
+    case.verify("triton", plain_too=False)  # without sinks: the contracts below
 
 
 @pytest.mark.slow
@@ -313,6 +314,15 @@ def test_plain_arrays_and_other_value_dims(implementation, dtype, value_dim):
 def test_values_may_include_the_rope_part(implementation, kind):
     q, cache, keys, _ = small(kind)
     rows = [[0, 3, 1], [1, 2, -1], [5, 6, 6]]
+    check(
+        run(q, cache, as_dense(rows), value_dim=40, implementation=implementation), oracle(q, [(keys, rows)], 40), 1e-5
+    )
+
+
+@pytest.mark.parametrize("kind", ["bfloat16", "float8_e4m3fn"])
+def test_poison_stays_out_of_rope_values(implementation, kind):
+    q, cache, keys, _ = small(kind, used=(1, 3, 5, 6))
+    rows = [[3, 1, -1], [1, 200, -1], [5, 6, 6]]
     check(
         run(q, cache, as_dense(rows), value_dim=40, implementation=implementation), oracle(q, [(keys, rows)], 40), 1e-5
     )
@@ -433,7 +443,7 @@ def test_same_bits_every_time(implementation):
 
 @pytest.mark.parametrize("name", ["xla", "reference"])
 def test_inside_shard_map_and_while_loop(name):
-    q, cache, keys, rng = small(tokens=4, heads=2)
+    q, cache, keys, _ = small(tokens=4, heads=2)
     rows = [[1, 2, 3], [], [4, 200], [5]]
     mesh = jax.make_mesh((1,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
     part = jax.sharding.PartitionSpec

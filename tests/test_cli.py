@@ -134,7 +134,8 @@ def test_score_with_other_types(capsys, model, ids, tmp_path):
     logits = np.load(output)
     expected = score(model[1], CONFIG, np.load(ids), cache_dtype="float32")
     assert code == 0 and logits.dtype == np.float32
-    assert 1e-4 < np.abs(logits - expected).max() < 0.5
+    # A router or an indexer may choose otherwise at a near tie, so single positions differ more than rounding does.
+    assert 1e-4 < np.median(np.abs(logits - expected)) < 0.1
 
 
 @pytest.mark.parametrize(

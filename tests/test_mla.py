@@ -89,9 +89,10 @@ def test_short_tables_skip_the_indexer_but_keep_its_keys(layer, monkeypatch):
 
     real = module.lightning_indexer
     monkeypatch.setattr(module, "lightning_indexer", lambda *a, **kw: asked.append(1) or real(*a, **kw))
-    short = step.__wrapped__(params, hidden, fresh(2), ints(4), ints(4), ints(1)[None])
+    fresh_step = jax.jit(lambda *args: step.__wrapped__(*args))  # traced anew, so that the patch is seen
+    short = fresh_step(params, hidden, fresh(2), ints(4), ints(4), ints(1)[None])
     assert not asked
-    long = step.__wrapped__(params, hidden, fresh(2), ints(4), ints(4), ints(1, 0)[None])
+    long = fresh_step(params, hidden, fresh(2), ints(4), ints(4), ints(1, 0)[None])
     assert asked
     np.testing.assert_allclose(short[0], long[0], atol=1e-6)
     np.testing.assert_allclose(short[0], attention(tensors, PREFIX, SMALL, hidden.astype(np.float64)), atol=2e-5)
@@ -230,3 +231,28 @@ def test_mixture_has_a_gradient(layer):
         grads = jax.jit(jax.grad(lambda p, x=x: jnp.sum(moe_layer.moe(p, x, config=SMALL) ** 2)))(params["mlp"])
         assert all(np.isfinite(g).all() for g in jax.tree.leaves(grads))
         assert np.any(grads["experts"]["up_proj"]) and np.any(grads["gate"]["weight"])
+
+
+@pytest.mark.parametrize("tokens", [2, 30])
+def test_mixture_under_shard_map(layer, tokens):
+    params, _ = layer
+    x = np.random.default_rng(6).normal(size=(tokens, SMALL.hidden_size)).astype(np.float32)
+    layer_fn = functools.partial(moe_layer.moe, config=SMALL)
+    mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    spec = jax.sharding.PartitionSpec("data")
+    split = jax.shard_map(layer_fn, mesh=mesh, in_specs=(jax.sharding.PartitionSpec(), spec), out_specs=spec)
+    np.testing.assert_array_equal(jax.jit(split)(params["mlp"], x), jax.jit(layer_fn)(params["mlp"], x))
+
+
+def test_attention_under_shard_map(layer):
+    """Replicated weights, requests and caches of one device each: data parallelism."""
+    params, _ = layer
+    hidden = np.random.default_rng(7).normal(size=(8, SMALL.hidden_size)).astype(np.float32)
+    args = (params, hidden, tuple(fresh(4)), ints(8), ints(8), ints(2, 0, 1)[None])
+    mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    spec = jax.sharding.PartitionSpec("data")
+    split = jax.shard_map(
+        lambda *a: step(*a), mesh=mesh, in_specs=(jax.sharding.PartitionSpec(), *[spec] * 5), out_specs=spec
+    )
+    out, *_ = jax.jit(split)(*args)
+    np.testing.assert_array_equal(out, step(*args)[0])

@@ -42,7 +42,7 @@ def power_of_two(n: int) -> int:
 
 @functools.lru_cache(maxsize=1024)
 def attention_plan(*, tokens: int, heads: int, width: int, itemsize: int) -> AttentionPlan:
-    """Heuristic plan for `tokens` rows of about `width` keys in all sources together; itemsize 4 means float32 products."""
+    """Heuristic plan for `tokens` rows of about `width` keys in all sources; itemsize 4 means float32 products."""
     programs = tokens * -(-heads // 16)
     wanted = power_of_two(max(1, TARGET_PROGRAMS // max(1, programs)))
     splits = max(1, min(wanted, width // MIN_SPLIT_KEYS, 16))

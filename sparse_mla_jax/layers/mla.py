@@ -70,32 +70,58 @@ def _index_key(params: dict[str, Any], hidden: Array, meta: StepMetadata, freque
     return _rotate_first(key, meta.positions, frequencies)
 
 
-def _select(
+def _q_latent(params: dict[str, Any], hidden: Array) -> Array:
+    """The query's low-rank form [T, r_q], shared by the attention heads and the indexer."""
+    return rms_norm(matmul(hidden, params["q_a_proj"]), params["q_a_layernorm"]).astype(hidden.dtype)
+
+
+def index_query(
     params: dict[str, Any],
     hidden: Array,
-    q_latent: Array,
-    index_cache: PagedIndexCache,
-    meta: StepMetadata,
-    frequencies: Array,
+    metadata: StepMetadata,
+    *,
     config: DeepseekV32Config,
-    implementation: str | None,
+    q_latent: Array | None = None,
+) -> tuple[Array, Array]:
+    """What the indexer asks with: (query [T, Hi, Di] in hidden.dtype, head weights float32[T, Hi]), scales folded in.
+
+    Arguments as those of `attention_step`; `q_latent` [T, r_q] spares the projection where it is known already.
+    """
+    indexer, heads, dim = params["indexer"], config.index_n_heads, config.index_head_dim
+    q_latent = _q_latent(params, hidden) if q_latent is None else q_latent
+    frequencies = jnp.asarray(rope_frequencies(config.rope, config.qk_rope_head_dim))
+    query = matmul(q_latent, indexer["wq_b"]).astype(hidden.dtype)
+    weights = matmul(hidden, indexer["weights_proj"]) * (heads**-0.5 * dim**-0.5)
+    return _rotate_first(query, metadata.positions, frequencies), weights
+
+
+def select_positions(
+    params: dict[str, Any],
+    hidden: Array,
+    index_cache: PagedIndexCache,
+    metadata: StepMetadata,
+    *,
+    config: DeepseekV32Config,
+    implementation: str | None = None,
+    q_latent: Array | None = None,
 ) -> Array:
-    """Positions that each token attends to, int32[T, min(k, max_length)], -1 for none."""
-    if meta.max_length <= config.index_topk:  # every visible key would be chosen: do not ask
-        column = jnp.arange(meta.max_length, dtype=jnp.int32)[None, :]
-        return jnp.where(column < meta.lengths[:, None], column, -1)
-    heads, dim = config.index_n_heads, config.index_head_dim
-    query = _rotate_first(matmul(q_latent, params["wq_b"]).astype(hidden.dtype), meta.positions, frequencies)
-    weights = matmul(hidden, params["weights_proj"]) * (heads**-0.5 * dim**-0.5)
+    """Positions that each token attends to: ascending int32[T, min(k, max_length)], then -1.
+
+    Arguments as those of `attention_step`; `index_cache` must hold this step's keys already.
+    """
+    if metadata.max_length <= config.index_topk:  # every visible key would be chosen: do not ask
+        column = jnp.arange(metadata.max_length, dtype=jnp.int32)[None, :]
+        return jnp.where(column < metadata.lengths[:, None], column, -1)
+    query, weights = index_query(params, hidden, metadata, config=config, q_latent=q_latent)
     return lightning_indexer(
         query,
         weights,
         index_cache,
-        meta.page_table,
-        meta.request_ids,
-        meta.lengths,
+        metadata.page_table,
+        metadata.request_ids,
+        metadata.lengths,
         k=config.index_topk,
-        max_length=meta.max_length,
+        max_length=metadata.max_length,
         implementation=implementation,
     )
 
@@ -178,16 +204,16 @@ def attention_step(
       ValueError: shapes of hidden, caches, metadata and config that do not fit together (at trace time).
     """
     _check(hidden, cache, index_cache, metadata, config)
-    # Padding rows are cleared: what a caller left there, NaN included, meets no product.
-    hidden = jnp.where(metadata.valid[:, None], hidden, 0)
     frequencies = jnp.asarray(rope_frequencies(config.rope, config.qk_rope_head_dim))
     latent, rope = _latent(params, hidden, metadata, frequencies, config.kv_lora_rank)
     cache = write(cache, latent, rope, metadata.slots)
-    indexer = params["indexer"]
-    index_cache = write_index(index_cache, _index_key(indexer, hidden, metadata, frequencies), metadata.slots)
+    index_key = _index_key(params["indexer"], hidden, metadata, frequencies)
+    index_cache = write_index(index_cache, index_key, metadata.slots)
 
-    q_latent = rms_norm(matmul(hidden, params["q_a_proj"]), params["q_a_layernorm"]).astype(hidden.dtype)
-    chosen = _select(indexer, hidden, q_latent, index_cache, metadata, frequencies, config, implementation)
+    q_latent = _q_latent(params, hidden)
+    chosen = select_positions(
+        params, hidden, index_cache, metadata, config=config, implementation=implementation, q_latent=q_latent
+    )
     rows = select_to_ragged(
         chosen, metadata.request_ids, metadata.page_table, page_size=metadata.page_size, valid=metadata.valid
     )

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from sparse_mla_jax.config import DeepseekV32Config
+from sparse_mla_jax.ops._chunks import varying
 from sparse_mla_jax.ops.router import biased_grouped_topk
 
 
@@ -45,7 +46,8 @@ def _by_pair(experts: dict[str, Array], x: Array, weights: Array, ids: Array) ->
         weight = weights[token, pair % k][None]
         return total.at[token].add(swiglu(chosen, row, row_weights=weight)[0])
 
-    return jax.lax.fori_loop(0, ids.size, body, jnp.zeros(x.shape, jnp.float32))
+    start = varying(jnp.zeros(x.shape, jnp.float32), experts, x, weights)
+    return jax.lax.fori_loop(0, ids.size, body, start)
 
 
 def _by_expert(experts: dict[str, Array], x: Array, weights: Array, ids: Array) -> Array:
@@ -58,7 +60,8 @@ def _by_expert(experts: dict[str, Array], x: Array, weights: Array, ids: Array) 
         expert, weight = args
         return total + swiglu(expert, x, row_weights=weight), None
 
-    return jax.lax.scan(body, jnp.zeros(x.shape, jnp.float32), (experts, dense.T))[0]
+    start = varying(jnp.zeros(x.shape, jnp.float32), experts, x, weights)
+    return jax.lax.scan(body, start, (experts, dense.T))[0]
 
 
 def _grouped(experts: dict[str, Array], x: Array, weights: Array, ids: Array) -> Array:

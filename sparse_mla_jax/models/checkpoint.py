@@ -45,7 +45,8 @@ _DTYPES: dict[str, Any] = {
 
 def published_shapes(config: DeepseekV32Config) -> dict[str, tuple[int, ...]]:
     """Name and shape of every tensor that a folder of this config holds, in the order in which they are written."""
-    c, shapes = config, {}
+    c = config
+    shapes: dict[str, tuple[int, ...]] = {}
 
     def linear(name: str, out: int, width: int) -> None:
         shapes[name + ".weight"] = (out, width)
@@ -163,11 +164,11 @@ def _open_folder(folder: str) -> dict[str, _File]:
     for name in sorted(set(weight_map.values())):
         require(os.path.isfile(os.path.join(folder, name)), f"{index} names {name}, which is missing; fetch that file.")
     files = {name: _File(os.path.join(folder, name)) for name in sorted(set(weight_map.values()))}
-    for name, file in weight_map.items():
+    for tensor, name in weight_map.items():
         require(
-            name in files[file].header, f"{index} says that {file} holds {name}, but it does not; fetch both again."
+            tensor in files[name].header, f"{index} says that {name} holds {tensor}, but it does not; fetch both again."
         )
-    return {name: files[file] for name, file in weight_map.items()}
+    return {tensor: files[name] for tensor, name in weight_map.items()}
 
 
 # --- reading ---------------------------------------------------------------------------------------------------------
@@ -325,7 +326,7 @@ def load_checkpoint(
             return values
 
         # A copy: jax on a CPU would else share memory with the mapped file.
-        def put(specs: Params, values: Params) -> Params:
+        def put(specs: Any, values: Any) -> Any:
             return jax.tree.map(lambda spec, value: jnp.array(np.asarray(value, spec.dtype)), specs, values)
 
         params: Params = {"embed_tokens": put(specs["embed_tokens"], get("model.embed_tokens.weight")), "layers": []}
@@ -454,7 +455,8 @@ def _plan_shards(sizes: dict[str, int], max_shard_bytes: int) -> list[list[str]]
 
 def _check_params(params: Params, config: DeepseekV32Config) -> None:
     specs = param_specs(config)
-    given, expected = jax.tree.structure(params), jax.tree.structure(specs)
+    given: Any = jax.tree.structure(params)
+    expected: Any = jax.tree.structure(specs)
     require(given == expected, f"params has the structure {given}; config makes it {expected}.")
     for (path, spec), value in zip(jax.tree_util.tree_leaves_with_path(specs), jax.tree.leaves(params)):
         name = jax.tree_util.keystr(path)

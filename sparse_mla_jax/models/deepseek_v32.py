@@ -206,20 +206,48 @@ def forward(
         len(caches) == config.num_hidden_layers,
         f"caches has {len(caches)} layers, config {config.num_hidden_layers}; make them with create_caches.",
     )
-    hidden = params["embed_tokens"][jnp.clip(token_ids, 0, config.vocab_size - 1)]
+    hidden = embed(params, token_ids)
     updated = []
-    for number, (layer, (cache, index_cache)) in enumerate(zip(params["layers"], caches, strict=True)):
-        normed = rms_norm(hidden, layer["input_layernorm"], eps=config.rms_norm_eps)
-        out, cache, index_cache = attention_step(
-            layer["self_attn"], normed, cache, index_cache, metadata, config=config, implementation=implementation
+    for number, (cache, index_cache) in enumerate(caches):
+        hidden, cache, index_cache = decoder_layer(
+            params, number, hidden, cache, index_cache, metadata, config=config, implementation=implementation
         )
         updated.append((cache, index_cache))
-        hidden = hidden + out
-        normed = rms_norm(hidden, layer["post_attention_layernorm"], eps=config.rms_norm_eps)
-        mixture = config.is_moe_layer(number)
-        out = moe(layer["mlp"], normed, config=config) if mixture else swiglu(layer["mlp"], normed)
-        hidden = hidden + out.astype(hidden.dtype)
     return rms_norm(hidden, params["norm"], eps=config.rms_norm_eps), tuple(updated)
+
+
+def embed(params: Params, token_ids: Array) -> Array:
+    """Embeddings [T, D] of token_ids int[T]; ids outside the vocabulary are clamped into it."""
+    table = params["embed_tokens"]
+    return table[jnp.clip(token_ids, 0, table.shape[0] - 1)]
+
+
+def attention_input(params: Params, number: int, hidden: Array, *, config: DeepseekV32Config) -> Array:
+    """What layer `number` hands to `layers.mla.attention_step`: the normed residual stream [T, D]."""
+    return rms_norm(hidden, params["layers"][number]["input_layernorm"], eps=config.rms_norm_eps)
+
+
+def decoder_layer(
+    params: Params,
+    number: int,
+    hidden: Array,
+    cache: PagedKVCache,
+    index_cache: PagedIndexCache,
+    metadata: StepMetadata,
+    *,
+    config: DeepseekV32Config,
+    implementation: str | None = None,
+) -> tuple[Array, PagedKVCache, PagedIndexCache]:
+    """Layer `number` on the residual stream hidden [T, D]: attention, then SwiGLU or the mixture of experts."""
+    layer = params["layers"][number]
+    normed = attention_input(params, number, hidden, config=config)
+    out, cache, index_cache = attention_step(
+        layer["self_attn"], normed, cache, index_cache, metadata, config=config, implementation=implementation
+    )
+    hidden = hidden + out
+    normed = rms_norm(hidden, layer["post_attention_layernorm"], eps=config.rms_norm_eps)
+    out = moe(layer["mlp"], normed, config=config) if config.is_moe_layer(number) else swiglu(layer["mlp"], normed)
+    return hidden + out.astype(hidden.dtype), cache, index_cache
 
 
 def logits(params: Params, hidden: Array, config: DeepseekV32Config) -> Array:

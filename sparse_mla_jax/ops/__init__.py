@@ -1,1 +1,1 @@
-"""Operators in the order in which data flows: fp8, cache, indexer, topk, ragged, attention; router and rope beside them."""
+"""Operators in the order in which data flows: fp8, cache, indexer, topk, ragged, attention; then router, rope."""

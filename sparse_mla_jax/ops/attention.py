@@ -1,8 +1,8 @@
-"""Sparse multi-head latent attention: every query attends to the cache slots that its row names, and to nothing else.
+"""Sparse multi-head latent attention: every query attends to the cache slots that its row names, to nothing else.
 
-    out[t, h] = sum_s softmax_s(sm_scale * q[t, h] . k_s) v_s,    k_s = [latent, rope] of slot s,   v_s = k_s[:value_dim]
+    out[t, h] = sum_s softmax_s(sm_scale * q[t, h] . k_s) v_s,   k_s = [latent, rope] of slot s,   v_s = k_s[:value_dim]
 
-One softmax spans every source of a row; a sink is one more logit in the denominator, with no value. Source of the method:
+One softmax spans every source of a row; a sink is one more logit in the denominator, with no value. Source:
 DeepSeek-V3.2-Exp's technical report (arXiv:2512.02556), section 2; sinks as in arXiv:2309.17453.
 """
 
@@ -90,14 +90,14 @@ def sparse_mla(
 
 
 def merge(outs: Array, lses: Array) -> tuple[Array, Array]:
-    """Joins attention over disjoint parts of the keys: outs[S, T, H, V] with lses[S, T, H] -> (out[T, H, V], lse[T, H]).
+    """Joins attention over disjoint parts of the keys: outs[S, T, H, V], lses[S, T, H] -> (out[T, H, V], lse[T, H]).
 
     Parts must exclude sinks (apply them once, after). A part whose lse is -inf contributes nothing, whatever its out
     holds; where all are -inf the result is 0 and -inf. Returns out in outs' dtype and lse in float32 (natural log).
     """
     require(
         outs.ndim == 4 and lses.shape == outs.shape[:3],
-        f"outs has shape {outs.shape} and lses {lses.shape}; expected [S, T, H, V] and [S, T, H]: stack the parts first.",
+        f"outs has shape {outs.shape} and lses {lses.shape}; expected [S, T, H, V] and [S, T, H]: stack the parts.",
     )
     lses = lses.astype(jnp.float32)
     top = jnp.max(lses, axis=0, initial=-jnp.inf)
@@ -178,9 +178,10 @@ def _check(q: Any, sources: list[tuple[Any, Any]], sm_scale: Any, value_dim: Any
         isinstance(value_dim, int) and 1 <= value_dim <= q.shape[2],
         f"value_dim is {value_dim!r}; expected an int from 1 to D = {q.shape[2]} (latent_dim for DeepSeek-V3.2).",
     )
+    shape = getattr(sinks, "shape", type(sinks).__name__)
     require(
-        sinks is None or tuple(jnp.shape(sinks)) == (q.shape[1],),
-        f"sinks has shape {getattr(sinks, 'shape', type(sinks).__name__)}; expected [{q.shape[1]}], one logit per head.",
+        sinks is None or shape == (q.shape[1],),
+        f"sinks has shape {shape}; expected [{q.shape[1]}], one logit per head.",
     )
     return float(sm_scale)
 
@@ -280,7 +281,7 @@ def _over_source(q: Array, kv, rows: Ragged | Array, first: Array, value_dim: in
         if mine.shape[1] <= width:
             return _attend(q, *_keys(kv, mine), value_dim, state) if mine.shape[1] else state
         starts, lengths = jnp.arange(tokens, dtype=jnp.int32) * mine.shape[1], jnp.full((tokens,), mine.shape[1])
-        values, blocks = mine.reshape(-1), -(-mine.shape[1] // width)
+        values, blocks = mine.reshape(-1), jnp.int32(-(-mine.shape[1] // width))
     else:
         if rows.capacity == 0:
             return state

@@ -165,7 +165,7 @@ def lightning_indexer(
         return jnp.where(positions < lengths[:, None], positions, -1)
     require(
         memory_limit >= 4 * max_length,
-        f"memory_limit is {memory_limit} bytes; one row of {max_length} float32 scores needs {4 * max_length}. Raise it.",
+        f"memory_limit is {memory_limit} bytes; one row of {max_length} scores needs {4 * max_length}. Raise it.",
     )
     chunk = min(tokens, memory_limit // (4 * max_length))
 
@@ -322,7 +322,7 @@ def _xla_paged(q, weights, cache, pages, requests, lengths, max_length: int, bud
             own = pages.at[request].get(mode="clip") if one is None else pages.at[one].get(mode="clip")
             keys, scales, valid = _gather(cache, _slots(own, cache.page_size, cache.num_pages, columns))
             inside = valid & (columns[None, :] < length[:, None])
-            rest = -jnp.inf
+            rest = jnp.full((), -jnp.inf)
             if one is not None:
                 inside = inside & (request == one)[:, None]
                 rest = jax.lax.dynamic_slice_in_dim(old, at, block, 1)

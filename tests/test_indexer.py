@@ -1,0 +1,352 @@
+"""Indexer scores and the lightning indexer: every implementation against float64 numpy on the same quantised keys."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pallas_kernels.plans.indexer import indexer_plan
+from sparse_mla_jax.ops import indexer
+from sparse_mla_jax.ops.cache import PagedIndexCache
+from sparse_mla_jax.ops.indexer import indexer_scores, lightning_indexer, paged_indexer_scores
+
+KINDS = ("float32", "bfloat16", "float8_e4m3fn", "float8_e4m3fnuz")
+
+
+# --- oracle and inputs -----------------------------------------------------------------------------------------------
+def oracle(q, keys, weights, slots):
+    """float64 numpy: slots[T, N] into keys[N', D] (scales applied), -1 gives -inf."""
+    q, weights = np.asarray(q).astype(np.float64), np.asarray(weights, np.float64)
+    out = np.full(slots.shape, -np.inf)
+    for t in range(len(q)):
+        seen = slots[t] >= 0
+        out[t, seen] = weights[t] @ np.maximum(q[t] @ keys[slots[t, seen]].T, 0)
+    return out
+
+
+def make_keys(rng, kind, count, dim, used=None):
+    """Stored keys, scales and float64 keys [N, D]; rows that are not in `used` hold NaN."""
+    dtype = jnp.dtype(kind)
+    poisoned = np.zeros(count, bool)
+    if used is not None:
+        poisoned[:] = True
+        poisoned[list(used)] = False
+    if dtype.itemsize > 1:
+        values = rng.standard_normal((count, dim)).astype(dtype)
+        stored = values.copy()
+        stored[poisoned] = np.nan
+        return stored, None, values.astype(np.float64)
+    values = (rng.standard_normal((count, dim)) * 60).clip(-224, 224).astype(np.float32).astype(dtype)
+    scales = np.exp2(rng.uniform(-8, -5, count)).astype(np.float32)
+    keys = values.astype(np.float64) * scales[:, None]
+    stored = values.view(np.uint8).copy()
+    stored[poisoned] = 0x80 if "fnuz" in kind else 0x7F
+    scales[poisoned] = np.nan
+    return stored, scales, keys
+
+
+def paged_inputs(
+    kind="float32", q_dtype=np.float32, *, tokens, heads, dim, requests, pages, page_size, seed=0, missing=True
+):
+    """Everything of one paged call, wild values included, and the slots [T, max_length] that it may read."""
+    rng = np.random.default_rng([seed, KINDS.index(kind), heads])
+    total, length = requests * pages + 3, pages * page_size
+    table = rng.permutation(total)[: requests * pages].reshape(requests, pages).astype(np.int32)
+    ids = np.sort(rng.integers(0, requests, tokens)).astype(np.int32)
+    lengths = rng.integers(0, length + 1, tokens).astype(np.int32)
+    lengths[: min(4, tokens)] = [0, length, -5, 2**31 - 1][:tokens]
+    if missing:
+        table[0, 0], table[-1, -1], ids[-1] = -1, total, requests
+    columns = np.arange(length)
+    own = table[np.clip(ids, 0, requests - 1)][:, columns // page_size].astype(np.int64)
+    slots = own * page_size + columns % page_size
+    known = ((ids >= 0) & (ids < requests))[:, None]
+    slots = np.where((own >= 0) & (own < total) & known & (columns[None] < lengths[:, None]), slots, -1)
+    stored, scales, keys = make_keys(rng, kind, total * page_size, dim, set(slots[slots >= 0].tolist()))
+    cache = PagedIndexCache(
+        jnp.asarray(stored.reshape(total, page_size, dim)),
+        None if scales is None else jnp.asarray(scales.reshape(total, page_size)),
+        jnp.dtype(kind),
+    )
+    q = jnp.asarray(rng.standard_normal((tokens, heads, dim)).astype(q_dtype))
+    weights = jnp.asarray(rng.standard_normal((tokens, heads)), jnp.float32)
+    return (q, weights, cache, jnp.asarray(table), jnp.asarray(ids), jnp.asarray(lengths)), keys, slots
+
+
+def check(got, want):
+    got = np.asarray(got)
+    assert got.dtype == np.float32
+    np.testing.assert_array_equal(np.isneginf(got), np.isneginf(want))
+    seen = np.isfinite(want)
+    # float32 sums of D * H products: relative to the size of the scores, since heads cancel.
+    np.testing.assert_allclose(got[seen], want[seen], rtol=0, atol=3e-6 * np.abs(want[seen]).max(initial=1.0))
+
+
+paged = jax.jit(paged_indexer_scores, static_argnames=("max_length", "implementation"))
+contiguous = jax.jit(indexer_scores, static_argnames=("implementation",))
+select = jax.jit(lightning_indexer, static_argnames=("k", "max_length", "memory_limit", "implementation"))
+
+SHAPES = [
+    dict(tokens=5, heads=4, dim=32, requests=3, pages=5, page_size=16),  # decode: a request per token or so
+    dict(tokens=40, heads=6, dim=20, requests=2, pages=7, page_size=8),  # prefill: many tokens per request
+]
+
+
+# --- scores ----------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("shape", SHAPES, ids=["decode", "prefill"])
+def test_paged_against_float64(implementation, kind, shape):
+    q_dtype = jnp.float32 if kind in ("float32", "float8_e4m3fn") else jnp.bfloat16
+    inputs, keys, slots = paged_inputs(kind, q_dtype, **shape)
+    got = paged(*inputs, max_length=slots.shape[1], implementation=implementation)
+    check(got, oracle(inputs[0], keys, inputs[1], slots))
+    part = slots.shape[1] - 3
+    got = paged(*inputs, max_length=part, implementation=implementation)
+    check(got, oracle(inputs[0], keys, inputs[1], slots[:, :part]))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_contiguous_against_float64(implementation, kind):
+    rng = np.random.default_rng(1)
+    stored, scales, keys = make_keys(rng, kind, 75, 20, used=range(4, 70))
+    stored = stored if scales is None else stored.view(jnp.dtype(kind))
+    starts = np.asarray([4, 10, 69, 30, 80, 5, 60, 4], np.int32)
+    lengths = np.asarray([66, 1, 1, 0, 4, -3, 10, 30], np.int32)
+    columns = np.arange(75)[None]
+    inside = (columns >= starts[:, None]) & (columns < starts[:, None] + np.maximum(lengths, 0)[:, None])
+    slots = np.where(inside, columns, -1)
+    q = jnp.asarray(rng.standard_normal((8, 6, 20)), jnp.bfloat16 if "fnuz" in kind else jnp.float32)
+    weights = jnp.asarray(rng.standard_normal((8, 6)), jnp.float32)
+    for shape in ((75,), (75, 1)):
+        got = contiguous(
+            q,
+            jnp.asarray(stored),
+            None if scales is None else jnp.asarray(scales).reshape(shape),
+            weights,
+            row_starts=jnp.asarray(starts),
+            row_lengths=jnp.asarray(lengths),
+            implementation=implementation,
+        )
+        check(got, oracle(q, keys, weights, slots))
+
+
+def test_extreme_intervals_are_clamped(implementation):
+    q, weights = jnp.ones((4, 2, 16)), jnp.ones((4, 2))
+    starts = jnp.asarray([-5, -(2**31), 2**31 - 1, 0], jnp.int32)
+    lengths = jnp.asarray([9, 2**31 - 1, 5, 2**31 - 1], jnp.int32)
+    out = contiguous(
+        q, jnp.ones((20, 16)), None, weights, row_starts=starts, row_lengths=lengths, implementation=implementation
+    )
+    assert np.isfinite(np.asarray(out)).sum(axis=1).tolist() == [4, 0, 0, 20]
+
+
+def test_fp8_queries_are_taken_at_face_value(implementation):
+    inputs, keys, slots = paged_inputs("float8_e4m3fnuz", **SHAPES[0])
+    q = (inputs[0] * 50).astype(jnp.float8_e4m3fnuz)
+    got = paged(q, *inputs[1:], max_length=80, implementation=implementation)
+    check(got, oracle(q, keys, inputs[1], slots))
+
+
+def test_published_sizes(implementation):
+    inputs, keys, slots = paged_inputs(
+        "float8_e4m3fn", jnp.bfloat16, tokens=3, heads=64, dim=128, requests=2, pages=2, page_size=64
+    )
+    check(paged(*inputs, max_length=128, implementation=implementation), oracle(inputs[0], keys, inputs[1], slots))
+
+
+def test_tokens_of_requests_in_any_order(implementation):
+    inputs, _, slots = paged_inputs(**SHAPES[1], missing=False)
+    order = np.random.default_rng(3).permutation(40)
+    q, weights, cache, table, ids, lengths = inputs
+    mixed = (q[order], weights[order], cache, table, ids[order], lengths[order])
+    whole, shuffled = (
+        np.asarray(paged(*x, max_length=slots.shape[1], implementation=implementation)) for x in (inputs, mixed)
+    )
+    np.testing.assert_allclose(shuffled, whole[order], rtol=1e-5, atol=1e-5)
+
+
+def test_blocks_of_columns_change_nothing():
+    inputs, keys, slots = paged_inputs(tokens=9, heads=4, dim=32, requests=1, pages=11, page_size=50)
+    want = oracle(inputs[0], keys, inputs[1], slots)
+    for budget in (1, 1 << 20):
+        check(
+            indexer._xla_paged(*inputs[:4], *indexer._check_paged(inputs[0], *inputs[2:], 550)[1:], 550, budget), want
+        )
+
+
+@settings(max_examples=15, deadline=None, database=None)
+@given(seed=st.integers(0, 2**31 - 1))
+def test_any_tables(seed):
+    inputs, keys, slots = paged_inputs(**SHAPES[1], seed=seed)
+    check(paged(*inputs, max_length=56, implementation="xla"), oracle(inputs[0], keys, inputs[1], slots))
+
+
+# --- the lightning indexer -------------------------------------------------------------------------------------------
+def best(scores, k, lengths):
+    """Positions of the k largest, ties to the lower one, ascending, then -1."""
+    out = np.full((len(scores), k), -1)
+    for t, (row, length) in enumerate(zip(scores, lengths)):
+        chosen = np.sort(np.argsort(-row[:length], kind="stable")[:k])
+        out[t, : len(chosen)] = chosen
+    return out
+
+
+@pytest.mark.parametrize("limit", [4 * 80, 4 * 80 * 2 + 7, 1 << 20])
+def test_selects_the_best(implementation, limit):
+    inputs, _, _ = paged_inputs("float8_e4m3fnuz", **SHAPES[0], missing=False)
+    scores = np.asarray(paged(*inputs, max_length=80, implementation=implementation))
+    lengths = np.clip(np.asarray(inputs[5]), 0, 80)
+    got = select(*inputs, k=16, max_length=80, memory_limit=limit, implementation=implementation)
+    assert got.dtype == jnp.int32
+    np.testing.assert_array_equal(np.asarray(got), best(scores, 16, lengths))
+
+
+def test_everything_is_selected_without_scoring(implementation):
+    inputs, _, _ = paged_inputs(**SHAPES[0])
+    q, weights, cache, table, ids, lengths = inputs
+    got = np.asarray(
+        select(q * np.nan, weights, cache, table, ids, lengths, k=90, max_length=80, implementation=implementation)
+    )
+    seen = np.where(np.asarray(ids) < 3, np.clip(np.asarray(lengths), 0, 80), 0)
+    columns = np.arange(90)
+    np.testing.assert_array_equal(got, np.where(columns[None] < seen[:, None], columns[None], -1))
+    text = str(
+        jax.make_jaxpr(functools.partial(lightning_indexer, k=80, max_length=80, implementation=implementation))(
+            *inputs
+        )
+    )
+    assert "dot_general" not in text and "pallas_call" not in text
+
+
+def largest_scores(jaxpr, columns):
+    """Elements of the largest float32 array with an axis of `columns` that a jaxpr computes, loops included."""
+    most = 0
+    for equation in jaxpr.eqns:
+        for var in equation.outvars:
+            shape = getattr(var.aval, "shape", ())
+            if columns in shape and var.aval.dtype == jnp.float32:
+                most = max(most, int(np.prod(shape)))
+        for inner in inners(equation):
+            most = max(most, largest_scores(inner, columns))
+    return most
+
+
+def inners(equation):
+    """Jaxprs among an equation's parameters."""
+    for value in equation.params.values():
+        for item in value if isinstance(value, tuple | list) else (value,):
+            jaxpr = getattr(item, "jaxpr", item)
+            if hasattr(jaxpr, "eqns"):
+                yield jaxpr
+
+
+@pytest.mark.parametrize("limit", [64 << 10, 256 << 10])
+@pytest.mark.parametrize("name", ["xla", "triton"])
+def test_scores_stay_within_the_memory_limit(limit, name):
+    columns = 4 * 1021  # found nowhere else among the shapes
+    inputs = (
+        jax.ShapeDtypeStruct((96, 4, 32), jnp.float32),
+        jax.ShapeDtypeStruct((96, 4), jnp.float32),
+        jax.eval_shape(lambda: PagedIndexCache.create(1021, 4, dim=32)),
+        jax.ShapeDtypeStruct((2, 1021), jnp.int32),
+        jax.ShapeDtypeStruct((96,), jnp.int32),
+        jax.ShapeDtypeStruct((96,), jnp.int32),
+    )
+    body = functools.partial(lightning_indexer, k=32, max_length=columns, implementation=name)
+    bounded = jax.make_jaxpr(functools.partial(body, memory_limit=limit))(*inputs)
+    assert 0 < 4 * largest_scores(bounded.jaxpr, columns) <= limit
+    assert 4 * largest_scores(jax.make_jaxpr(body)(*inputs).jaxpr, columns) >= 4 * 96 * columns
+    if name == "xla":
+        compiled = jax.jit(functools.partial(body, memory_limit=limit)).lower(*inputs).compile()
+        free = jax.jit(body).lower(*inputs).compile()
+        saved = free.memory_analysis().temp_size_in_bytes - compiled.memory_analysis().temp_size_in_bytes
+        assert saved > 0.9 * (4 * 96 * columns - limit)
+
+
+def test_same_bits_every_time(implementation):
+    inputs, _, _ = paged_inputs("float8_e4m3fnuz", jnp.bfloat16, **SHAPES[0])
+    outs = {np.asarray(paged(*inputs, max_length=80, implementation=implementation)).tobytes() for _ in range(20)}
+    assert len(outs) == 1
+
+
+def test_inside_shard_map():
+    inputs, keys, slots = paged_inputs(**SHAPES[1], missing=False)
+    mesh = jax.make_mesh((1,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+    part, whole = jax.sharding.PartitionSpec("x"), jax.sharding.PartitionSpec()
+    body = functools.partial(paged_indexer_scores, max_length=56, implementation="xla")
+    got = jax.jit(jax.shard_map(body, mesh=mesh, in_specs=(part, part, whole, whole, part, part), out_specs=part))(
+        *inputs
+    )
+    check(got, oracle(inputs[0], keys, inputs[1], slots))
+
+
+# --- empty inputs, plans, errors -------------------------------------------------------------------------------------
+def test_empty_inputs(implementation):
+    (q, weights, cache, table, ids, lengths), _, _ = paged_inputs(**SHAPES[0])
+    none = (q[:0], weights[:0], cache, table, ids[:0], lengths[:0])
+    assert paged(*none, max_length=80, implementation=implementation).shape == (0, 80)
+    assert select(*none, k=4, max_length=80, implementation=implementation).shape == (0, 4)
+    out = paged(q, weights, cache, table[:0], ids, lengths, max_length=80, implementation=implementation)
+    assert np.isneginf(np.asarray(out)).all()
+    out = contiguous(q, q[:0, 0], None, weights, row_starts=ids, row_lengths=ids, implementation=implementation)
+    assert out.shape == (5, 0)
+
+
+def test_plans_are_memoised():
+    key = dict(tokens=8, heads=64, columns=8192, itemsize=2, shared_keys=True)
+    assert indexer_plan(**key) is indexer_plan(**key)
+    assert indexer_plan(**{**key, "columns": 1}).key_block == 16
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"q": jnp.zeros((5, 32))}, "q is"),
+        ({"q": jnp.zeros((5, 4, 32), jnp.int8)}, "q is int8"),
+        ({"q": jnp.zeros((5, 4, 31))}, "must agree"),
+        ({"weights": jnp.zeros((5, 3))}, "weights is"),
+        ({"cache": jnp.zeros((5, 3))}, "PagedIndexCache"),
+        ({"page_table": jnp.zeros((3, 5))}, "page_table is float32"),
+        ({"request_ids": jnp.zeros((4,), jnp.int32)}, "request_ids is"),
+        ({"lengths": jnp.zeros((5,))}, "lengths is"),
+        ({"max_length": 81}, "P \\* page_size = 80"),
+        ({"max_length": 0}, "max_length is 0"),
+        ({"k": 0}, "k is 0"),
+        ({"memory_limit": 319}, "needs 320"),
+        ({"implementation": "cuda"}, "cuda"),
+    ],
+)
+def test_errors_name_the_argument(change, message):
+    inputs, _, _ = paged_inputs(**SHAPES[0])
+    names = ("q", "weights", "cache", "page_table", "request_ids", "lengths")
+    arguments = {**dict(zip(names, inputs)), "k": 4, "max_length": 80, **change}
+    with pytest.raises(ValueError, match=message):
+        lightning_indexer(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"keys": jnp.zeros((9, 31))}, "must agree"),
+        ({"keys": jnp.zeros((9, 32), jnp.int32)}, "keys is int32"),
+        ({"key_scales": jnp.zeros((8,))}, "N = 9"),
+        ({"row_starts": jnp.zeros((4,), jnp.int32)}, "row_starts"),
+        ({"row_lengths": jnp.zeros((5,))}, "row_lengths"),
+    ],
+)
+def test_errors_of_contiguous_scores(change, message):
+    ints = jnp.zeros((5,), jnp.int32)
+    arguments = dict(
+        q=jnp.zeros((5, 4, 32)),
+        keys=jnp.zeros((9, 32)),
+        key_scales=None,
+        weights=jnp.zeros((5, 4)),
+        row_starts=ints,
+        row_lengths=ints,
+    )
+    with pytest.raises(ValueError, match=message):
+        indexer_scores(**{**arguments, **change})

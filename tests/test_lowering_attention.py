@@ -1,0 +1,107 @@
+"""The attention and indexer kernels lower for cuda and rocm from a CPU host, at DeepSeek-V3.2's sizes."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from sparse_mla_jax.ops.attention import sparse_mla
+from sparse_mla_jax.ops.cache import PagedIndexCache, PagedKVCache
+from sparse_mla_jax.ops.indexer import indexer_scores, paged_indexer_scores
+from sparse_mla_jax.ops.ragged import Ragged
+
+# Device kind, compute units, platform, the FP8 flavour of that hardware.
+TARGETS = [
+    ("NVIDIA H200", 132, "cuda", "float8_e4m3fn"),
+    ("gfx942", 304, "rocm", "float8_e4m3fnuz"),
+    ("gfx950", 256, "rocm", "float8_e4m3fn"),
+]
+CUSTOM_CALL = "__gpu$xla.gpu.triton"
+shape = jax.ShapeDtypeStruct
+
+
+def lower(target, fn, *avals):
+    """StableHLO text of fn for a GPU that this host does not have."""
+    kind, cores, platform, _ = target
+    device = jax.sharding.AbstractDevice(device_kind=kind, num_cores=cores, platform="gpu")
+    axis = (jax.sharding.AxisType.Explicit,)
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((1,), ("x",), axis, abstract_device=device)):
+        return jax.jit(fn).trace(*avals).lower(lowering_platforms=(platform,)).as_text()
+
+
+def kv_cache(dtype):
+    return jax.eval_shape(
+        lambda: PagedKVCache.create(1024, 64, latent_dim=512, rope_dim=64, group_size=128, dtype=dtype)
+    )
+
+
+def ragged(tokens, width):
+    return Ragged(values=shape((tokens * width,), jnp.int32), indptr=shape((tokens + 1,), jnp.int32))
+
+
+@pytest.mark.parametrize("target", TARGETS, ids=lambda t: t[0])
+@pytest.mark.parametrize("heads", [16, 128])
+@pytest.mark.parametrize("form", ["fp8", "bfloat16", "float32", "two sources, sinks, dense", "many tokens"])
+def test_sparse_mla(target, heads, form):
+    tokens = 4096 if form == "many tokens" else 8
+    cache = kv_cache(form if form in ("bfloat16", "float32") else target[3])
+    q = shape((tokens, heads, 576), jnp.float32 if form == "float32" else jnp.bfloat16)
+    extra, sinks, rows = None, None, ragged(tokens, 2048)
+    if form.startswith("two"):
+        rows, sinks = shape((tokens, 2048), jnp.int32), shape((heads,), jnp.float32)
+        extra = (cache, shape((tokens, 128), jnp.int32))
+
+    def f(q, cache, rows, sinks, extra):
+        return sparse_mla(
+            q,
+            cache,
+            rows,
+            sm_scale=0.135,
+            value_dim=512,
+            sinks=sinks,
+            extra=extra,
+            return_lse=True,
+            implementation="triton",
+        )
+
+    text = lower(target, f, q, cache, rows, sinks, extra)
+    assert text.count(f"@{CUSTOM_CALL}") == 1 and "sparse_mla" in text
+    # Four-value words are read as they lie: no copy of the cache in another type comes before the kernel.
+    assert "bitcast_convert" not in text.split(CUSTOM_CALL)[0]
+
+
+@pytest.mark.parametrize("target", TARGETS, ids=lambda t: t[0])
+@pytest.mark.parametrize("q_dtype", [jnp.bfloat16, jnp.float32])
+def test_indexer(target, q_dtype):
+    q, weights, ints = shape((32, 64, 128), q_dtype), shape((32, 64), jnp.float32), shape((32,), jnp.int32)
+    cache = jax.eval_shape(lambda: PagedIndexCache.create(2048, 64, dim=128, dtype=target[3]))
+
+    def paged(q, weights, cache, pages, requests, lengths):
+        return paged_indexer_scores(
+            q, weights, cache, pages, requests, lengths, max_length=8192, implementation="triton"
+        )
+
+    text = lower(target, paged, q, weights, cache, shape((32, 128), jnp.int32), ints, ints)
+    assert text.count(f"@{CUSTOM_CALL}") == 1 and "paged_indexer_logits" in text
+
+    def contiguous(q, keys, scales, weights, starts, lengths):
+        return indexer_scores(q, keys, scales, weights, row_starts=starts, row_lengths=lengths, implementation="triton")
+
+    keys, scales = shape((8192, 128), jnp.dtype(target[3])), shape((8192,), jnp.float32)
+    text = lower(target, contiguous, q, keys, scales, weights, ints, ints)
+    assert text.count(f"@{CUSTOM_CALL}") == 1 and "ragged_indexer_logits" in text
+
+
+@pytest.mark.parametrize("target", TARGETS, ids=lambda t: t[0])
+def test_caches_beyond_32_bit_offsets_are_refused(target):
+    """2**31 elements or more: the kernel says no at trace time, the XLA body serves."""
+    cache = jax.eval_shape(
+        lambda: PagedKVCache.create(70_000, 64, latent_dim=512, rope_dim=64, group_size=128, dtype=jnp.bfloat16)
+    )
+    q, rows = shape((8, 16, 576), jnp.bfloat16), ragged(8, 64)
+
+    def f(name):
+        return lambda q, cache, rows: sparse_mla(q, cache, rows, sm_scale=1.0, value_dim=512, implementation=name)
+
+    with pytest.raises(ValueError, match=r"2\*\*31"):
+        lower(target, f("triton"), q, cache, rows)
+    assert CUSTOM_CALL not in lower(target, f("xla"), q, cache, rows)

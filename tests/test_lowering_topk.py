@@ -1,0 +1,38 @@
+"""The top-k kernel lowers for cuda and rocm from a CPU host, for one block and several, even and odd sizes."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from sparse_mla_jax.ops.topk import top_k, top_k_decode
+
+TARGETS = [("NVIDIA H200", 132, "cuda"), ("gfx942", 304, "rocm"), ("gfx950", 256, "rocm")]
+CUSTOM_CALL = "__gpu$xla.gpu.triton"
+shape = jax.ShapeDtypeStruct
+
+
+def lower(target, fn, *avals):
+    kind, cores, platform = target
+    device = jax.sharding.AbstractDevice(device_kind=kind, num_cores=cores, platform="gpu")
+    axis = (jax.sharding.AxisType.Explicit,)
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((1,), ("x",), axis, abstract_device=device)):
+        return jax.jit(fn).trace(*avals).lower(lowering_platforms=(platform,)).as_text()
+
+
+@pytest.mark.parametrize("target", TARGETS, ids=lambda t: t[0])
+@pytest.mark.parametrize(
+    ("rows", "columns", "k"), [(64, 131072, 2048), (8, 2048, 128), (33, 20000, 1000), (1, 1, 1), (3, 50, 5000)]
+)
+def test_top_k(target, rows, columns, k):
+    scores, row = shape((rows, columns), jnp.float32), shape((rows,), jnp.int32)
+    text = lower(target, lambda s, n, a: top_k(s, k, n, row_starts=a, implementation="triton"), scores, row, row)
+    assert text.count(CUSTOM_CALL) == 1
+
+
+@pytest.mark.parametrize("target", TARGETS, ids=lambda t: t[0])
+def test_top_k_decode_with_scores(target):
+    scores, seq_lens = shape((16, 4097), jnp.bfloat16), shape((8,), jnp.int32)
+    text = lower(
+        target, lambda s, n: top_k_decode(s, 64, seq_lens=n, next_n=2, implementation="triton"), scores, seq_lens
+    )
+    assert text.count(CUSTOM_CALL) == 1

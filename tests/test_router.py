@@ -1,0 +1,151 @@
+"""router: against the reference and against a loop over tokens in float64."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sparse_mla_jax import reference
+from sparse_mla_jax.ops.router import biased_grouped_topk
+
+V32 = dict(num_groups=8, groups_kept=4, k=8, scale=2.5)
+SMALL = dict(num_groups=3, groups_kept=2, k=4, scale=1.5)
+
+
+@functools.partial(jax.jit, static_argnames=("num_groups", "groups_kept", "k", "scale", "renormalize"))
+def route(logits, bias, **sizes):
+    return biased_grouped_topk(logits, bias, **sizes)
+
+
+def by_loop(logits, bias, *, num_groups, groups_kept, k, scale, renormalize=True):
+    """One token at a time; scores as float32 (so that ties are the same ties), the weights in float64."""
+    score = np.asarray(jax.nn.sigmoid(jnp.where(jnp.isnan(logits), -jnp.inf, jnp.asarray(logits, jnp.float32))))
+    choice = score + np.asarray(bias, np.float32)
+    size = score.shape[1] // num_groups
+    weights, ids = np.zeros((len(score), k)), np.zeros((len(score), k), np.int32)
+    for t in range(len(score)):
+        worth = [np.float32(sum(sorted(choice[t, g * size : g * size + size])[-2:])) for g in range(num_groups)]
+        kept = sorted(range(num_groups), key=lambda g: (-worth[g], g))[:groups_kept]
+        allowed = [e for e in range(score.shape[1]) if e // size in kept]
+        ids[t] = sorted(allowed, key=lambda e: (-choice[t, e], e))[:k]
+        weights[t] = score[t, ids[t]].astype(np.float64)
+        total = weights[t].sum()
+        weights[t] *= scale / (total if renormalize and total > 0 else 1)
+    return weights, ids
+
+
+def check(logits, bias, **sizes):
+    weights, ids = route(logits, bias, **sizes)
+    want_weights, want_ids = by_loop(logits, bias, **sizes)
+    assert weights.dtype == jnp.float32 and ids.dtype == jnp.int32
+    np.testing.assert_array_equal(ids, want_ids)
+    np.testing.assert_allclose(weights, want_weights, rtol=1e-6, atol=0)
+    slow_weights, slow_ids = reference.biased_grouped_topk(logits, bias, **sizes)
+    np.testing.assert_array_equal(ids, slow_ids)
+    np.testing.assert_allclose(weights, slow_weights, rtol=1e-6, atol=0)
+    return np.asarray(weights), np.asarray(ids)
+
+
+@pytest.mark.parametrize("renormalize", [True, False])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize(
+    ("experts", "sizes"),
+    [
+        (256, V32),
+        (21, SMALL),
+        (3, dict(SMALL, k=2)),
+        (7, dict(num_groups=1, groups_kept=1, k=7, scale=1.0)),
+        (1, dict(num_groups=1, groups_kept=1, k=1, scale=2.5)),
+    ],
+    ids=["v3.2", "three groups of seven", "groups of one", "one group, all chosen", "one expert"],
+)
+def test_equals_a_loop_over_tokens(experts, sizes, dtype, renormalize):
+    rng = np.random.default_rng(experts)
+    logits = jnp.asarray(rng.standard_normal((40, experts)) * 2, dtype)
+    bias = jnp.asarray(rng.standard_normal(experts) * 0.2, jnp.float32)
+    weights, ids = check(logits, bias, renormalize=renormalize, **sizes)
+    assert all(len(set(row)) == sizes["k"] for row in ids)
+    if renormalize:
+        np.testing.assert_allclose(weights.sum(-1), sizes["scale"], rtol=1e-6)
+
+
+@settings(max_examples=30, deadline=None, database=None)
+@given(
+    st.lists(st.sampled_from([0.0, 1.0, -1.0, 30.0, -1e4, np.inf, -np.inf, np.nan, 0.5]), min_size=42, max_size=42),
+    st.lists(st.sampled_from([0.0, 0.25, -0.25, 8.0]), min_size=21, max_size=21),
+)
+def test_ties_and_extremes(logits, bias):
+    check(np.array(logits, np.float32).reshape(2, 21), np.array(bias, np.float32), **SMALL)
+
+
+def test_equal_logits_choose_the_lowest_groups_and_experts():
+    weights, ids = check(np.zeros((2, 256), np.float32), np.zeros(256, np.float32), **V32)
+    np.testing.assert_array_equal(ids, np.tile(np.arange(8), (2, 1)))
+    np.testing.assert_allclose(weights, 2.5 / 8)
+
+
+def test_two_good_experts_beat_one_great_one():
+    logits = np.full((1, 21), -9.0, np.float32)
+    logits[0, 3] = 9.0
+    logits[0, [8, 9, 15, 16]] = 1.0
+    _, ids = check(logits, np.zeros(21, np.float32), **SMALL)
+    assert 3 not in ids
+
+
+def test_bias_decides_but_does_not_weigh():
+    logits = np.zeros((1, 4), np.float32)
+    weights, ids = check(
+        logits, np.array([0, 5, 0, 9], np.float32), num_groups=1, groups_kept=1, k=3, scale=3.0, renormalize=True
+    )
+    np.testing.assert_array_equal(ids, [[3, 1, 0]])
+    np.testing.assert_allclose(weights, 1.0)
+
+
+def test_bias_stays_float32_beside_bfloat16_logits():
+    logits = jnp.zeros((1, 64), jnp.bfloat16)
+    bias = np.float32(4.0) + np.arange(64, dtype=np.float32) * np.float32(1e-4)
+    sizes = dict(num_groups=1, groups_kept=1, k=8, scale=1.0)
+    _, ids = check(logits, bias, **sizes)
+    np.testing.assert_array_equal(ids[0], np.arange(63, 55, -1))
+    rounded = np.asarray(jnp.asarray(bias, jnp.bfloat16), np.float32)
+    _, other = check(logits, rounded, **sizes)
+    assert not np.array_equal(ids, other)
+    with pytest.raises(ValueError, match="bias is bfloat16"):
+        biased_grouped_topk(logits, jnp.asarray(bias, jnp.bfloat16), **sizes)
+
+
+def test_nan_counts_as_score_zero_and_a_zero_sum_is_guarded():
+    logits = np.full((2, 21), -np.inf, np.float32)
+    logits[1] = np.nan
+    weights, ids = check(logits, np.zeros(21, np.float32), **SMALL)
+    assert np.all(weights == 0)
+    np.testing.assert_array_equal(ids, [[0, 1, 2, 3]] * 2)
+
+
+def test_no_tokens():
+    weights, ids = route(jnp.zeros((0, 21)), jnp.zeros(21), **SMALL)
+    assert weights.shape == ids.shape == (0, 4)
+
+
+@pytest.mark.parametrize(
+    ("change", "name"),
+    [
+        (dict(logits=jnp.zeros(21)), "logits"),
+        (dict(logits=jnp.zeros((2, 21), int)), "logits"),
+        (dict(bias=jnp.zeros(20)), "bias"),
+        (dict(num_groups=4), "num_groups"),
+        (dict(num_groups=0), "num_groups"),
+        (dict(groups_kept=4), "groups_kept"),
+        (dict(groups_kept=0), "groups_kept"),
+        (dict(k=0), "k is 0"),
+        (dict(k=15), "k is 15"),
+    ],
+)
+def test_what_does_not_fit_is_named(change, name):
+    arguments = dict(logits=jnp.zeros((2, 21)), bias=jnp.zeros(21), **SMALL) | change
+    with pytest.raises(ValueError, match=name):
+        biased_grouped_topk(**arguments)
