@@ -152,13 +152,19 @@ def _rope_from_json(data: dict[str, Any]) -> RopeConfig:
         kind == "yarn",
         f"config field rope_type is {kind!r}; supported are 'default' and 'yarn'. Convert the model or open an issue.",
     )
+    mscale, mscale_all_dim = (float(parameters.get(name) or 0.0) for name in ("mscale", "mscale_all_dim"))
+    require(
+        mscale_all_dim in (0.0, mscale) or "mscale" not in parameters,
+        f"config fields mscale {mscale} and mscale_all_dim {mscale_all_dim} differ; cosines and sines would have to be"
+        " scaled, which no DeepSeek model of this family asks for. Set them equal.",
+    )
     return RopeConfig(
         theta=theta,
         factor=float(parameters.get("factor", 1.0)),
         original_max_position=int(parameters.get("original_max_position_embeddings", 4096)),
         beta_fast=float(parameters.get("beta_fast", 32.0)),
         beta_slow=float(parameters.get("beta_slow", 1.0)),
-        mscale_all_dim=float(parameters.get("mscale_all_dim", 0.0) or 0.0),
+        mscale_all_dim=mscale_all_dim,
     )
 
 
@@ -179,7 +185,7 @@ def config_from_json(data: dict[str, Any]) -> DeepseekV32Config:
         if field.name == "rope" or data.get(field.name) is None:
             continue
         value = data[field.name]
-        default = field.default
+        default: Any = field.default
         wanted = (int, float) if isinstance(default, float) else type(default)
         ok = isinstance(value, wanted) and (isinstance(default, bool) or not isinstance(value, bool))
         require(
