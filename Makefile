@@ -5,13 +5,14 @@ JOBS ?= 2
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: help demo test test-all lint bench clean
+.PHONY: help demo test test-all lint bench notebook clean
 
 help:
 	@echo "make demo      serve the small trained model on real text"
 	@echo "make test      set up and run the tests (CPU only)"
 	@echo "make test-all  the long sweeps too, then the tests again under jax $(JAX_NEXT)"
 	@echo "make lint      ruff, formatting, types"
+	@echo "make notebook  execute examples/decode_step.py and write its notebook"
 	@echo "make bench     decode throughput of the demo model on this machine"
 
 $(VENV)/.ready: pyproject.toml
@@ -41,6 +42,11 @@ lint: $(VENV)/.ready
 
 bench: $(VENV)/.ready
 	@$(BIN)/python -m sparse_mla_jax bench examples/tiny_python
+
+notebook: $(VENV)/.ready
+	$(BIN)/python -c "import jupytext, nbformat, nbclient; n = jupytext.read('examples/decode_step.py'); \
+	nbclient.NotebookClient(n, record_timing=False, resources={'metadata': {'path': 'examples'}}).execute(); \
+	nbformat.write(n, 'examples/decode_step.ipynb')"
 
 clean:
 	rm -rf .venv .venv-jax-* .pytest_cache .ruff_cache .mypy_cache .hypothesis out

@@ -43,7 +43,7 @@ def main():
     theirs_command = [arguments.transformers_python, HERE / "transformers_decode.py", *sizes]
     ours, theirs = [], []
     for _ in range(arguments.rounds):
-        ours.append(last_json(ours_command)["tokens_per_second"])
+        ours.append(last_json(ours_command)["decode_tokens_per_second"])
         other = last_json(theirs_command)
         theirs.append(other["tokens_per_second"])
     ratio = statistics.median(a / b for a, b in zip(ours, theirs))
