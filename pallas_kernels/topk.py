@@ -63,7 +63,11 @@ def _kernel(scores_ref, start_ref, end_ref, out_ref, *, columns: int, k: int, pl
         return jax.lax.fori_loop(first_block, last_block, lambda b, c: body(c, *read(b)), carry)
 
     def count(condition):
-        return over_blocks(lambda total, _, inside, keys: total + _count(inside & condition(keys)), jnp.int32(0))
+        # Lanes add up on their own: one reduction across waves per count, not one per block.
+        def add(total, _, inside, keys):
+            return total + (inside & condition(keys)).astype(jnp.int32)
+
+        return jnp.sum(over_blocks(add, jnp.zeros((plan.block,), jnp.int32)), dtype=jnp.int32)
 
     def one_bit(i, t):
         candidate = t ^ jnp.left_shift(jnp.int32(1), 31 - i)

@@ -174,6 +174,7 @@ def _score(arguments: argparse.Namespace) -> int:
         chunk=arguments.chunk,
         page_size=arguments.page_size,
     )[0]
+    _check_backend()
     config, params = load_checkpoint(arguments.model_dir, dtype=arguments.dtype)
     logits = scoring.score(
         params,
@@ -223,6 +224,7 @@ def _generate(arguments: argparse.Namespace) -> int:
     stop = [os.fsencode(text) for text in arguments.stop]
     options = {name: getattr(arguments, name) for name in ("max_tokens", "temperature", "top_p", "seed")}
     check_request(config, prompt, stop=stop, **options)
+    _check_backend()
     config, params = load_checkpoint(arguments.model_dir, dtype=arguments.dtype)
     engine = Engine(
         params,
@@ -270,11 +272,16 @@ def measure_decode(engine: Engine, *, context: int, steps: int, seed: int = 0) -
         f"context is {context}; {steps} steps and the prefill of {batch} prompts, {budget} tokens a step, do not fit. "
         "Raise --context or lower --steps.",
     )
+    pages = engine.scheduler.allocator.num_pages
+    require(
+        pages >= batch * -(-context // engine.scheduler.page_size),
+        f"the engine has {pages} pages; {batch} sequences of {context} tokens need more.",
+    )
     prompts = np.random.default_rng(seed).integers(0, engine.config.vocab_size, (batch, prompt_length))
     engine.warm_up(progress=True)
     requests = [engine.submit(prompt, max_tokens=context) for prompt in prompts]
     start = time.perf_counter()
-    while not all(request.prefilled for request in requests):
+    while engine.has_work() and not all(request.prefilled for request in requests):
         engine.step()
     prefill = time.perf_counter() - start
     for _ in range(warm):
@@ -308,6 +315,7 @@ def _bench(arguments: argparse.Namespace) -> int:
     from sparse_mla_jax.models.checkpoint import load_checkpoint
     from sparse_mla_jax.serving.engine import Engine
 
+    _check_backend()
     config, params = load_checkpoint(arguments.model_dir, dtype=arguments.dtype)
     engine = Engine(
         params,
@@ -347,6 +355,17 @@ def _implementation() -> str:
     return _dispatch.preferred()[0]
 
 
+def _check_backend() -> None:
+    """Says in words when jax finds no device; it answers a platform without a plugin with a bare assertion."""
+    import jax
+
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError) as error:
+        wanted = jax.config.jax_platforms or "any platform"
+        raise RuntimeError(f"jax finds no device of {wanted} ({error}); set JAX_PLATFORMS=cpu or unset it") from None
+
+
 def _device() -> dict[str, Any]:
     """Backend, device and versions."""
     import platform
@@ -355,6 +374,7 @@ def _device() -> dict[str, Any]:
     import jaxlib
     import numpy as np
 
+    _check_backend()
     device = jax.devices()[0]
     architecture = getattr(device, "compute_capability", None)
     client = getattr(device, "client", None)

@@ -400,6 +400,23 @@ def test_a_failing_device_is_one_line(capsys, monkeypatch):
     assert code == 1 and err.startswith("error: ") and err.count("\n") == 1
 
 
+@pytest.mark.parametrize("command", [["info"], ["generate", "MODEL", "--prompt", "x"]])
+def test_a_platform_that_is_not_here(model, command):
+    """JAX answers one without a plugin with an assertion of its own."""
+    command = [model[0] if word == "MODEL" else word for word in command]
+    process = subprocess.run(
+        [sys.executable, "-m", "sparse_mla_jax", *command],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "JAX_PLATFORMS": "rocm"},
+        timeout=120,
+    )
+    assert process.returncode == 1
+    assert process.stderr.splitlines()[-1].startswith("error: ") and "Traceback" not in process.stderr
+    assert "JAX_PLATFORMS=cpu" in process.stderr
+
+
 @pytest.mark.parametrize("arguments", [["--help"], ["score", "--help"], ["--version"]])
 def test_help_is_quick(arguments):
     """It imports neither jax nor numpy."""

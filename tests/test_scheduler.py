@@ -117,6 +117,27 @@ def test_nobody_overtakes_the_queue():
     assert small.finish_reason == big.finish_reason == "length"
 
 
+def test_enough_pages_for_everybody_admit_everybody_and_preempt_nobody():
+    """Each request may fill the context; the last one enters although the others hold all pages they can use."""
+    engine = FakeEngine(num_pages=4 * 10, page_size=4, max_batch=4, max_context=40, token_budget=16)
+    requests = [Request((i,) * 34, max_tokens=40) for i in range(4)]
+    for request in requests:
+        engine.scheduler.add(request)
+    most = 0
+    while engine.scheduler.has_work:
+        engine.step()
+        most = max(most, len(engine.scheduler.running))
+    assert most >= 3 and [request.num_preemptions for request in requests] == [0] * 4
+    engine = FakeEngine(num_pages=2 * 10, page_size=4, max_batch=2, max_context=40, token_budget=40)
+    first, second = Request((1,) * 36, max_tokens=40), Request((2,) * 37, max_tokens=40)
+    engine.scheduler.add(first)
+    engine.step()
+    engine.step()
+    engine.scheduler.add(second)
+    engine.step()
+    assert engine.scheduler.running == [first, second]
+
+
 def test_the_youngest_is_preempted_and_resumes_with_the_same_tokens():
     engine = FakeEngine(num_pages=6, page_size=2, max_context=12, max_batch=3)
     requests = [Request((i, i + 1, i), max_tokens=8, seed=i) for i in range(3)]

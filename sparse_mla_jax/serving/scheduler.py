@@ -4,8 +4,9 @@ The policy, in the order in which a step is filled:
 
 1. Decode first: every running request whose cache lacks only its newest token gets that token.
 2. Prefill: what is left of the token budget goes to prompts under way, oldest first, in chunks.
-3. Admission: waiting requests enter in order of arrival while a place, pages for all their known tokens, one spare page
-   per running request, and budget are left. Nobody overtakes the first in the queue, so nobody starves.
+3. Admission: waiting requests enter in order of arrival while a place, pages for all their known tokens, one spare
+   page per running request that may still grow, and budget are left. Nobody overtakes the first
+   in the queue, so nobody starves.
 
 Pages are taken at admission (all known tokens at once) and one by one while decoding. When none is left, the youngest
 running request is preempted: it loses its pages, keeps its tokens, returns to the head of the queue, and later prefills
@@ -231,8 +232,8 @@ class Scheduler:
         while budget > 0 and self.waiting and len(self.running) < self.max_batch:
             request = next(iter(self.waiting.values()))
             needed = self._pages_for(len(request._sequence))
-            # Without a spare page each, the newcomer would be preempted within a few steps, its prefill wasted.
-            if needed + len(self.running) > self.allocator.num_free:
+            # Without a spare page for each, the newcomer would be preempted within a few steps, its prefill wasted.
+            if needed + sum(map(self._grows, self.running)) > self.allocator.num_free:
                 break
             del self.waiting[request._arrival]
             self._take(request, needed)
@@ -287,6 +288,11 @@ class Scheduler:
 
     def _pages_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self.page_size)
+
+    def _grows(self, request: Request) -> bool:
+        """Whether a running request may need another page before it ends."""
+        longest = min(len(request.prompt) + request.max_tokens, self.capacity)
+        return self._pages_for(longest) > request._num_pages
 
     def _take(self, request: Request, count: int) -> bool:
         """Gives `count` more pages to a request, or none and False."""
