@@ -84,7 +84,9 @@ def top_k(scores: Array, k: int, row_starts: Array, row_lengths: Array) -> Array
     column = jnp.broadcast_to(jnp.arange(columns, dtype=jnp.int32)[None, :], scores.shape)
     inside = (column >= start) & (column < start + length)
     value = jnp.where(jnp.isnan(scores), -jnp.inf, scores)
-    value = jnp.where(value == 0, 0.0, value)
+    # Integers of the same order: float comparisons may flush subnormals to zero, and both zeros are one integer.
+    bits = jax.lax.bitcast_convert_type(value.astype(jnp.float32), jnp.int32)
+    value = jnp.where(bits < 0, jnp.int32(-(2**31)) - bits, bits)
     # Three sort keys: inside first, then the larger value, then the lower column.
     order = jnp.lexsort((column, -value, ~inside), axis=-1)[:, : min(k, columns)].astype(jnp.int32)
     chosen = jnp.arange(order.shape[1])[None, :] < length

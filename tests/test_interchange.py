@@ -81,8 +81,8 @@ def test_rows_in_and_out_are_the_identity_for_any_bytes(dtype, size):
 @flavours
 @sizes
 def test_rows_out_and_in_are_the_identity(dtype, size):
-    cache = filled(*size, dtype)
-    _, _, latent, rope, group = size
+    pages, page, latent, rope, group = size
+    cache = filled(pages, page, latent, rope, group, dtype)
     back = kv_from_v32_rows(kv_to_v32_rows(cache), dtype=dtype, latent_dim=latent, rope_dim=rope, group_size=group)
     same_bits(back, cache)
 

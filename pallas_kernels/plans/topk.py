@@ -17,12 +17,12 @@ class TopKPlan:
       num_warps: waves per program.
     """
 
-    block: int = 4096
+    block: int = 2048
     num_warps: int = 16
 
 
 @functools.lru_cache(maxsize=1024)
 def topk_plan(*, columns: int) -> TopKPlan:
-    """Heuristic plan, measured on an H200: one block up to 8192 columns, beyond that 16 waves to hide the reads."""
+    """Heuristic plan: one block up to 4096 columns; beyond, 16 waves hide the reads and small blocks avoid spills."""
     block = max(64, power_of_two(columns))
-    return TopKPlan(block=block, num_warps=max(1, block // 512)) if block <= 8192 else TopKPlan()
+    return TopKPlan(block=block, num_warps=max(1, block // 512)) if block <= 4096 else TopKPlan()

@@ -43,18 +43,18 @@ class Ragged:
         return self.values.shape[0]
 
     def to_dense(self, width: int, fill: int = -1) -> Array:
-        """int32[rows, width]: each row from the left, then `fill`; longer rows are cut off.
+        """int32[rows, width]: each row from the left, then `fill`; longer rows are cut off, indptr clamped to capacity.
 
         Raises:
           ValueError: width is negative.
         """
         require(width >= 0, f"width is {width}; expected at least 0.")
         column = jnp.arange(width, dtype=jnp.int32)[None, :]
-        start, end = self.indptr[:-1, None], self.indptr[1:, None]
         if self.capacity == 0:
             return jnp.full((self.rows, width), fill, jnp.int32)
-        # Compared as a difference, since start + column could pass 2**31.
-        inside = (column < end - start) & (column < self.capacity - start) & (start >= 0)
+        bounds = jnp.clip(self.indptr, 0, self.capacity)
+        start = bounds[:-1, None]
+        inside = column < bounds[1:, None] - start
         at = jnp.where(inside, start + column, 0)
         return jnp.where(inside, self.values.at[at].get(mode="promise_in_bounds"), jnp.int32(fill))
 
