@@ -1,0 +1,124 @@
+"""Executing a compiled kernel on arrays: results, and what was executed to get them."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+
+import numpy as np
+
+from pallas_kernels.cdna.interpreter import control_flow
+from pallas_kernels.cdna.interpreter.assembly import CLASSES, Assembly, Instruction, classify, parse
+from pallas_kernels.cdna.interpreter.machine import POISON, Memory
+from pallas_kernels.cdna.program import Kernel
+
+
+@dataclasses.dataclass(frozen=True)
+class Counts:
+    """Executed wave-instructions of a whole grid.
+
+    Attributes:
+      assembly: the parsed kernel.
+      per_block: executions of each block, int64 [blocks].
+    """
+
+    assembly: Assembly
+    per_block: np.ndarray
+
+    @property
+    def total(self) -> int:
+        """All wave-instructions, waits and branches included."""
+        return sum(self.by_class.values())
+
+    @functools.cached_property
+    def by_class(self) -> dict[str, int]:
+        """Wave-instructions per class, see `interpreter.assembly.CLASSES`."""
+        out = dict.fromkeys(CLASSES, 0)
+        for instruction, times in self.per_instruction():
+            out[classify(instruction.opcode)] += times
+        return out
+
+    def per_instruction(self) -> list[tuple[Instruction, int]]:
+        """Every instruction of the text with its executions."""
+        pairs = zip(self.assembly.blocks, self.per_block)
+        return [(i, int(times)) for block, times in pairs for i in block.instructions]
+
+    def by_opcode(self) -> dict[str, int]:
+        """Wave-instructions per opcode, the most frequent first."""
+        out: dict[str, int] = {}
+        for instruction, times in self.per_instruction():
+            out[instruction.opcode] = out.get(instruction.opcode, 0) + times
+        return dict(sorted(out.items(), key=lambda item: -item[1]))
+
+    def annotated(self) -> str:
+        """The assembly, every executed line preceded by its number of executions."""
+        times = {i.line: n for i, n in self.per_instruction()}
+        return "\n".join(
+            f"{times[k]:>10} {line}" if k in times else f"{'':>10} {line}"
+            for k, line in enumerate(self.assembly.lines, 1)
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """What `execute` returns.
+
+    Attributes:
+      outputs: arrays of the output and in-place arguments, in argument order.
+      counts: executed wave-instructions.
+    """
+
+    outputs: tuple[np.ndarray, ...]
+    counts: Counts
+
+
+def execute(kernel: Kernel, arrays: Sequence[np.ndarray], *, order: str = "together") -> Result:
+    """Executes the machine code of `kernel` on numpy arrays with our interpreter.
+
+    Args:
+      kernel: compiled for gfx942 or gfx950; its arguments must be known.
+      arrays: one per input and in-place argument, in argument order.
+      order: how the waves of a workgroup take turns: "together", "forward" or "reverse". Results differ only if
+        the kernel has a race.
+
+    Returns:
+      Outputs and counts. Bytes that the kernel does not write are 0xA5.
+
+    Raises:
+      ValueError: arrays that do not fit the arguments.
+      InterpreterError: the code does what it must not (see `interpreter.control_flow.run`).
+    """
+    given = [a for a in kernel.arguments if a.role != "output"]
+    if len(given) != len(arrays):
+        raise ValueError(f"arrays holds {len(arrays)} arrays; kernel {kernel.name} reads {len(given)}")
+    for number, (argument, array) in enumerate(zip(given, arrays)):
+        if tuple(array.shape) != argument.shape or array.dtype != argument.dtype:
+            raise ValueError(
+                f"arrays[{number}] is {array.dtype}{list(array.shape)}; kernel {kernel.name} expects"
+                f" {np.dtype(argument.dtype)}{list(argument.shape)}"
+            )
+    rest = iter(arrays)
+    buffers = []
+    for number, argument in enumerate(kernel.arguments):
+        fresh = np.full(argument.nbytes, POISON, np.uint8)
+        array = fresh if argument.role == "output" else next(rest)
+        buffers.append((f"argument {number} ({argument.role})", np.asarray(array), argument.role != "input"))
+    assembly = parse(kernel.assembly)
+    pointers = len(kernel.arguments) + kernel.extra_arguments
+    block = np.zeros(max(pointers, assembly.directives.get("kernarg_size", 0) // 8 + 1), np.uint64)
+    memory = Memory([*buffers, ("argument block", block, False)])
+    addresses = np.array([memory.address(k) for k in range(len(buffers))], np.uint64)
+    start = int(memory.starts[-1])
+    memory.bytes[start : start + addresses.nbytes] = addresses.view(np.uint8)
+    counts = control_flow.run(
+        assembly,
+        memory,
+        memory.address(len(buffers)),
+        kernel.grid,
+        kernel.threads,
+        lds_bytes=kernel.resources.lds,
+        order=order,
+    )
+    outputs = tuple(memory.contents(k, a.shape, a.dtype) for k, a in enumerate(kernel.arguments) if a.role != "input")
+    return Result(outputs, Counts(assembly, counts))

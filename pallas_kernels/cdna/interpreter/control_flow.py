@@ -1,0 +1,226 @@
+"""Running the waves of a grid: branches, barriers, and which waves go next.
+
+Waves that stand at the same basic block execute it together. Of the blocks that wait, the first in textual order goes
+first, so that waves that part at a branch meet again behind it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+
+from pallas_kernels.cdna.interpreter import cross_lane, lds, matrix, memory_access, scalar_alu, vector_alu
+from pallas_kernels.cdna.interpreter.assembly import (
+    NO_EFFECT,
+    VCC,
+    Assembly,
+    Instruction,
+    InterpreterError,
+)
+from pallas_kernels.cdna.interpreter.machine import ALL, LANE, LANES, Memory, Waves
+from pallas_kernels.cdna.interpreter.operands import Step
+
+# Who runs while several waves of a workgroup could: all together, or one after the other up to the next barrier. A
+# program without races gives the same result in all three.
+ORDERS = ("together", "forward", "reverse")
+# Waves that execute together; more would only fall out of the processor's caches.
+MAX_WAVES = 256
+# Blocks executed by one batch of waves before a loop is taken for endless.
+MAX_BLOCKS = 50_000_000
+_READY, _WAITING, _DONE = 0, 1, 2
+
+_BRANCHES: dict[str, Callable[[Waves], np.ndarray]] = {
+    "s_branch": lambda m: np.ones(m.count, bool),
+    "s_cbranch_scc0": lambda m: ~m.scc[m.sel],
+    "s_cbranch_scc1": lambda m: m.scc[m.sel].copy(),
+    "s_cbranch_vccz": lambda m: m.scalar64(VCC) == 0,
+    "s_cbranch_vccnz": lambda m: m.scalar64(VCC) != 0,
+    "s_cbranch_execz": lambda m: m.exec[m.sel] == 0,
+    "s_cbranch_execnz": lambda m: m.exec[m.sel] != 0,
+}
+
+
+def bind(i: Instruction, arch: str) -> Step | None:
+    """What an instruction does; None for one without effect on results, or that ends a block.
+
+    Raises:
+      InterpreterError: the instruction is not known.
+    """
+    if i.opcode in NO_EFFECT or i.opcode in _BRANCHES or i.opcode in ("s_barrier", "s_endpgm"):
+        return None
+    if i.opcode in cross_lane.TABLE:
+        return cross_lane.TABLE[i.opcode][1](i)
+    if i.opcode.startswith("v_mfma"):
+        return matrix.bind(i, arch)
+    for module in (vector_alu, scalar_alu, memory_access, lds):
+        step = module.bind(i)
+        if step is not None:
+            return step
+    raise i.error("unknown instruction: it has no entry in the interpreter's tables")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Code:
+    """Bound steps of a block, and how it ends."""
+
+    steps: tuple[tuple[Instruction, Step], ...]
+    size: int
+    end: str  # "fall", "branch", "barrier" or "stop"
+    taken: Callable[[Waves], np.ndarray] | None = None
+    target: int = -1
+
+
+def bind_blocks(assembly: Assembly) -> list[_Code]:
+    """Every block, bound; unknown instructions raise here, before anything runs."""
+    out = []
+    for block in assembly.blocks:
+        steps = []
+        for i in block.instructions:
+            try:
+                step = bind(i, assembly.arch)
+            except InterpreterError:
+                raise
+            except Exception as e:
+                raise i.error(f"operands not understood ({type(e).__name__}: {e})") from e
+            if step is not None:
+                steps.append((i, step))
+        last = block.instructions[-1] if block.instructions else None
+        code = _Code(tuple(steps), len(block.instructions), "fall")
+        if last is not None and last.opcode in _BRANCHES:
+            target = assembly.labels[last.operands[0].text]
+            code = dataclasses.replace(code, end="branch", taken=_BRANCHES[last.opcode], target=target)
+        elif last is not None and last.opcode == "s_barrier":
+            code = dataclasses.replace(code, end="barrier")
+        elif last is not None and last.opcode == "s_endpgm":
+            code = dataclasses.replace(code, end="stop")
+        out.append(code)
+    return out
+
+
+def _batches(grid: Sequence[int], waves: int) -> Iterator[np.ndarray]:
+    """Workgroup ids [n, 3] of the workgroups that execute together."""
+    per_batch = max(1, MAX_WAVES // waves)
+    total = grid[0] * grid[1] * grid[2]
+    for first in range(0, total, per_batch):
+        flat = np.arange(first, min(total, first + per_batch))
+        yield np.stack([flat % grid[0], flat // grid[0] % grid[1], flat // (grid[0] * grid[1])], axis=1)
+
+
+def _start(assembly: Assembly, memory: Memory, arguments: int, ids: np.ndarray, threads: int, lds_bytes: int) -> Waves:
+    """Waves of the workgroups `ids`, as the hardware sets them up."""
+    per_group = -(-threads // LANES)
+    count = len(ids) * per_group
+    registers = {"v": 1, "a": 1}
+    for i in assembly.instructions:
+        for o in i.operands:
+            if o.kind in registers:
+                registers[o.kind] = max(registers[o.kind], o.index + o.count)
+    m = Waves(count, (registers["v"], registers["a"]), memory, assembly.arch)
+    number = np.tile(np.arange(per_group), len(ids))
+    m.group = np.repeat(np.arange(len(ids)), per_group)
+    m.set_lds(max(lds_bytes, assembly.directives.get("group_segment_fixed_size", 0)), len(ids))
+    scratch = assembly.directives.get("private_segment_fixed_size", 0)
+    m.scratch = np.zeros((count, LANES, -(-scratch // 4) * 4), np.uint8)
+    thread = number[:, None] * LANES + LANE
+    m.V[0] = thread
+    m.exec[:] = np.where(number == per_group - 1, ALL >> np.uint64(-threads % LANES), ALL)
+    pointer = sum(
+        assembly.directives.get(name, 0) * size
+        for name, size in (
+            ("user_sgpr_private_segment_buffer", 4),
+            ("user_sgpr_dispatch_ptr", 2),
+            ("user_sgpr_queue_ptr", 2),
+        )
+    )
+    m.S[pointer], m.S[pointer + 1] = arguments & 0xFFFFFFFF, arguments >> 32
+    at = assembly.directives.get("user_sgpr_count", 2)
+    for axis, name in enumerate("xyz"):
+        if assembly.directives.get(f"system_sgpr_workgroup_id_{name}", int(name == "x")):
+            m.S[at] = ids[m.group, axis]
+            at += 1
+    m.select(slice(None))
+    return m
+
+
+def run(
+    assembly: Assembly,
+    memory: Memory,
+    arguments: int,
+    grid: Sequence[int],
+    threads: int,
+    *,
+    lds_bytes: int = 0,
+    order: str = "together",
+) -> np.ndarray:
+    """Executes a grid; returns how often each block was executed by a wave, int64 [blocks].
+
+    Args:
+      assembly: the kernel.
+      memory: its buffers, changed in place.
+      arguments: address of the argument block.
+      grid: workgroups per axis.
+      threads: of a workgroup.
+      lds_bytes: dynamic LDS, beside what the assembly declares.
+      order: one of ORDERS.
+
+    Raises:
+      ValueError: an unknown order.
+      InterpreterError: an unknown instruction, an access outside a buffer, a write to a read-only one, a barrier that
+        not all waves reach, or a loop without end.
+    """
+    if order not in ORDERS:
+        raise ValueError(f"order is {order!r}; expected one of {', '.join(ORDERS)}")
+    blocks = bind_blocks(assembly)
+    counts = np.zeros(len(blocks), np.int64)
+    with np.errstate(all="ignore"):
+        for ids in _batches(grid, -(-threads // LANES)):
+            m = _start(assembly, memory, arguments, ids, threads, lds_bytes)
+            _run_batch(m, blocks, assembly.entry, counts, order)
+    return counts
+
+
+def _next_waves(at: np.ndarray, state: np.ndarray, rank: np.ndarray | None) -> np.ndarray:
+    """Indices of the ready waves that go next, all at one block; empty when none is ready."""
+    ready = np.flatnonzero(state == _READY)
+    if ready.size and rank is not None:
+        ready = ready[rank[ready] == rank[ready].min()]
+    return ready[at[ready] == at[ready].min()] if ready.size else ready
+
+
+def _run_batch(m: Waves, blocks: list[_Code], entry: int, counts: np.ndarray, order: str) -> None:
+    count = len(m.exec)
+    at, state = np.full(count, entry), np.full(count, _READY)
+    number = np.arange(count) - np.searchsorted(m.group, m.group)
+    rank = {"together": None, "forward": number, "reverse": -number}[order]
+    for _ in range(MAX_BLOCKS):
+        waves = _next_waves(at, state, rank)
+        if not waves.size:
+            if (state == _DONE).all():
+                return
+            # Nobody can go on, so every workgroup waits at its barrier with all waves that have not ended.
+            state[state == _WAITING] = _READY
+            continue
+        block = int(at[waves[0]])
+        m.select(slice(None) if waves.size == count else waves)
+        code = blocks[block]
+        counts[block] += waves.size
+        for i, step in code.steps:
+            try:
+                step(m)
+            except InterpreterError:
+                raise
+            except Exception as e:
+                raise i.error(f"{type(e).__name__}: {e}") from e
+        at[waves] = block + 1
+        if code.end == "branch":
+            taken = code.taken(m)  # type: ignore[misc]
+            at[waves[taken]] = code.target
+        elif code.end == "barrier":
+            state[waves] = _WAITING
+        elif code.end == "stop":
+            state[waves] = _DONE
+        if code.end != "stop" and (at[waves] >= len(blocks)).any():
+            raise InterpreterError(f"a wave ran past the end of the kernel, behind block {block}")
+    raise InterpreterError(f"no end after {MAX_BLOCKS} blocks: an endless loop")

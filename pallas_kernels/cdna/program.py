@@ -1,0 +1,126 @@
+"""What a compiler made of a jitted function: kernels in launch order, their code objects, assembly and resources."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+
+# Limits of the two machines: bytes of LDS a workgroup may have, vector registers of one SIMD lane, compute units,
+# peak memory bandwidth in bytes a second, and engine clock in Hz (AMD's data sheets of MI300X and MI355X).
+LDS_BYTES = {"gfx942": 64 * 1024, "gfx950": 160 * 1024}
+COMPUTE_UNITS = {"gfx942": 304, "gfx950": 256}
+BANDWIDTH = {"gfx942": 5.3e12, "gfx950": 8.0e12}
+CLOCK = {"gfx942": 2.1e9, "gfx950": 2.4e9}
+PRODUCT = {"gfx942": "MI300X", "gfx950": "MI355X"}
+ARCHITECTURES = tuple(LDS_BYTES)
+COMPILERS = ("xla", "triton")
+MAX_THREADS = 1024
+
+
+@dataclasses.dataclass(frozen=True)
+class Resources:
+    """What a wave of the kernel occupies.
+
+    Attributes:
+      vgprs: vector registers of a lane in all, accumulation registers included (512 at most).
+      agprs: those of them that are accumulation registers.
+      sgprs: scalar registers.
+      vgpr_spills, sgpr_spills: registers that the compiler moved out of the register file.
+      scratch: bytes of scratch memory a lane.
+      lds: bytes of LDS a workgroup, dynamic part included.
+      occupancy: waves that fit on one SIMD, by registers and LDS.
+    """
+
+    vgprs: int
+    agprs: int
+    sgprs: int
+    vgpr_spills: int
+    sgpr_spills: int
+    scratch: int
+    lds: int
+    occupancy: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Argument:
+    """One 64-bit pointer of a kernel's argument block, in order.
+
+    Attributes:
+      shape, dtype: of the array behind it.
+      role: "input", "output" or "inout" (an output written in place over an input).
+    """
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    role: str
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the array."""
+        return int(np.prod(self.shape, dtype=np.int64)) * np.dtype(self.dtype).itemsize
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+    """One launch.
+
+    Attributes:
+      name: the symbol in the code object.
+      arch: "gfx942" or "gfx950".
+      compiler: what made it, with version: "Triton 3.6.0" or "XLA:ROCm 0.11.2".
+      origin: "pallas" for a kernel of ours, "xla" for one that XLA added.
+      grid: workgroups per axis.
+      block: threads per axis.
+      code_object: the ELF file that the driver would load.
+      assembly: its text with `.amdhsa_` directives, as the interpreter reads it.
+      resources: registers, spills, LDS, occupancy.
+      arguments: pointers in the order of the argument block; empty for a kernel whose buffers are not known.
+      extra_arguments: further zero pointers at the end of the block (scratch areas of Triton that are unused).
+    """
+
+    name: str
+    arch: str
+    compiler: str
+    origin: str
+    grid: tuple[int, int, int]
+    block: tuple[int, int, int]
+    code_object: bytes
+    assembly: str
+    resources: Resources
+    arguments: tuple[Argument, ...] = ()
+    extra_arguments: int = 0
+
+    @property
+    def threads(self) -> int:
+        """Threads of a workgroup."""
+        return self.block[0] * self.block[1] * self.block[2]
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """A compiled function for one architecture.
+
+    Attributes:
+      arch, compiler: as in `Kernel`.
+      kernels: in launch order; the same code object may be launched more than once.
+      temporary_bytes: memory that XLA allocates beside inputs and outputs, None for the Triton wheel.
+      in_place: numbers of the (flattened) inputs whose buffer an output takes over, None for the Triton wheel.
+      copies: buffers that XLA copies as a step of their own: (bytes, what), None for the Triton wheel.
+      library_calls: names of steps that are not kernels of this program (matrix products of hipBLASLt, for example).
+      hlo: text of the optimised program, empty for the Triton wheel.
+    """
+
+    arch: str
+    compiler: str
+    kernels: tuple[Kernel, ...]
+    temporary_bytes: int | None = None
+    in_place: tuple[int, ...] | None = None
+    copies: tuple[tuple[int, str], ...] | None = None
+    library_calls: tuple[str, ...] = ()
+    hlo: str = ""
+
+    @property
+    def pallas_kernels(self) -> tuple[Kernel, ...]:
+        """Launches that are kernels of ours."""
+        return tuple(k for k in self.kernels if k.origin == "pallas")
