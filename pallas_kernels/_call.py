@@ -1,8 +1,9 @@
 """The one door to Pallas' Triton backend: nothing else here imports `jax.experimental.pallas.triton`.
 
-`call` runs a kernel as machine code on a GPU and in interpret mode on a CPU; which of the two is decided per lowering
-platform, so that a CPU host can lower for `cuda` or `rocm`. The backend is deprecated upstream: without it `call`
-raises NotImplementedError, which the dispatcher of every operator answers with its XLA body.
+`call` runs a kernel as machine code on a GPU and in interpret mode on a CPU (within `pallas_kernels.cdna.device` as
+CDNA machine code in our interpreter); which is decided per lowering platform, so that a CPU host can lower for `cuda`
+or `rocm`. The backend is deprecated upstream: without it `call` raises NotImplementedError, which the dispatcher of
+every operator answers with its XLA body.
 """
 
 from __future__ import annotations
@@ -18,6 +19,9 @@ try:
     from jax.experimental.pallas import triton as pltriton
 except ImportError:  # pragma: no cover - no supported release of jax lacks it
     pltriton = None  # type: ignore[assignment]
+
+# Who executes kernels on a CPU in place of interpret mode (pallas_kernels.cdna.device); part of every jit cache key.
+executor = jax.make_user_context(None)
 
 # Pointer arithmetic in this backend is 32-bit in elements: a larger array would be read at wrapped addresses.
 MAX_ELEMENTS = 2**31 - 1
@@ -78,4 +82,6 @@ def call(
             name=name,
         )
 
-    return jax.lax.platform_dependent(*arrays, cpu=run(True), default=run(False))
+    chosen = executor.value
+    on_cpu = run(True) if chosen is None else lambda *arrays: chosen.call(run(False), arrays, out_shape)
+    return jax.lax.platform_dependent(*arrays, cpu=on_cpu, default=run(False))

@@ -1,4 +1,4 @@
-"""The command line: `python -m sparse_mla_jax demo | score | generate | bench | info`.
+"""The command line: `python -m sparse_mla_jax demo | score | generate | bench | inspect | info`.
 
 Exit codes: 0 done; 2 input that can not be served, with one line on stderr that says what to do; 1 the device failed or
 ran out of memory; 130 interrupted by Ctrl-C. Heavy imports are inside the handlers, so that --help is quick.
@@ -54,7 +54,7 @@ def _add_model_options(parser: argparse.ArgumentParser, *, cache_dtype: str) -> 
 
 
 def build_parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
-    """The parser; `arguments` tells whether the demo's own options are needed, whose module is heavy."""
+    """The parser; `arguments` tells whose options are needed: the modules of some commands are heavy."""
     parser = _Parser(
         prog="python -m sparse_mla_jax", description="DeepSeek Sparse Attention over paged FP8 caches, in JAX."
     )
@@ -62,7 +62,8 @@ def build_parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     demo = commands.add_parser("demo", help="serve the small trained model on real text and compare caches")
-    if next((argument for argument in arguments if not argument.startswith("-")), None) == "demo":
+    wanted = next((argument for argument in arguments if not argument.startswith("-")), None)
+    if wanted == "demo":
         from sparse_mla_jax import demo as demo_module
 
         demo_module.add_arguments(demo)
@@ -122,6 +123,17 @@ def build_parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
     bench.add_argument("--json", action="store_true", help="print one line of JSON instead of a table")
     bench.set_defaults(handler=_bench)
 
+    inspect = commands.add_parser(
+        "inspect",
+        help="kernels on gfx942 and gfx950 without one: registers, instruction counts, error",
+        description="Compiles the kernels for MI300X and MI355X and executes them in an interpreter: no timing.",
+    )
+    if wanted == "inspect":
+        from sparse_mla_jax import inspection
+
+        inspection.add_arguments(inspect)
+    inspect.set_defaults(handler=_inspect)
+
     info = commands.add_parser("info", help="backend, FP8 flavour, implementations, versions")
     info.add_argument("model_dir", metavar="MODEL_DIR", nargs="?", help="also describe this model")
     info.add_argument("--json", action="store_true", help="print one line of JSON instead of a table")
@@ -133,6 +145,12 @@ def _demo(arguments: argparse.Namespace) -> int:
     from sparse_mla_jax import demo
 
     return demo.run(arguments) or 0
+
+
+def _inspect(arguments: argparse.Namespace) -> int:
+    from sparse_mla_jax import inspection
+
+    return inspection.run(arguments)
 
 
 def _load_array(path: str, name: str) -> np.ndarray:

@@ -65,7 +65,7 @@ class Result:
     """What `execute` returns.
 
     Attributes:
-      outputs: arrays of the output and in-place arguments, in argument order.
+      outputs: arrays of the output arguments, in argument order.
       counts: executed wave-instructions.
     """
 
@@ -78,7 +78,7 @@ def execute(kernel: Kernel, arrays: Sequence[np.ndarray], *, order: str = "toget
 
     Args:
       kernel: compiled for gfx942 or gfx950; its arguments must be known.
-      arrays: one per input and in-place argument, in argument order.
+      arrays: one per input argument, in argument order.
       order: how the waves of a workgroup take turns: "together", "forward" or "reverse". Results differ only if
         the kernel has a race.
 
@@ -89,8 +89,8 @@ def execute(kernel: Kernel, arrays: Sequence[np.ndarray], *, order: str = "toget
       ValueError: arrays that do not fit the arguments.
       InterpreterError: the code does what it must not (see `interpreter.control_flow.run`).
     """
-    given = [a for a in kernel.arguments if a.role != "output"]
-    if len(given) != len(arrays):
+    given = [a for a in kernel.arguments if a.role == "input"]
+    if len(given) != len(arrays) or not kernel.arguments:
         raise ValueError(f"arrays holds {len(arrays)} arrays; kernel {kernel.name} reads {len(given)}")
     for number, (argument, array) in enumerate(zip(given, arrays)):
         if tuple(array.shape) != argument.shape or array.dtype != argument.dtype:
@@ -98,17 +98,24 @@ def execute(kernel: Kernel, arrays: Sequence[np.ndarray], *, order: str = "toget
                 f"arrays[{number}] is {array.dtype}{list(array.shape)}; kernel {kernel.name} expects"
                 f" {np.dtype(argument.dtype)}{list(argument.shape)}"
             )
+    # Buffer of every argument: an output written in place has that of its input.
     rest = iter(arrays)
-    buffers = []
+    buffers: list[tuple[str, np.ndarray, bool]] = []
+    home: list[int] = []
+    overwritten = {a.in_place_of for a in kernel.arguments}
     for number, argument in enumerate(kernel.arguments):
+        if argument.in_place_of is not None:
+            home.append(home[argument.in_place_of])
+            continue
         fresh = np.full(argument.nbytes, POISON, np.uint8)
-        array = fresh if argument.role == "output" else next(rest)
-        buffers.append((f"argument {number} ({argument.role})", np.asarray(array), argument.role != "input"))
+        array = fresh if argument.role == "output" else np.asarray(next(rest))
+        writable = argument.role == "output" or number in overwritten
+        home.append(len(buffers))
+        buffers.append((f"argument {number} ({argument.role})", array, writable))
     assembly = parse(kernel.assembly)
-    pointers = len(kernel.arguments) + kernel.extra_arguments
-    block = np.zeros(max(pointers, assembly.directives.get("kernarg_size", 0) // 8 + 1), np.uint64)
+    block = np.zeros(max(len(home), assembly.directives.get("kernarg_size", 0) // 8) + 1, np.uint64)
     memory = Memory([*buffers, ("argument block", block, False)])
-    addresses = np.array([memory.address(k) for k in range(len(buffers))], np.uint64)
+    addresses = np.array([memory.address(k) for k in home], np.uint64)
     start = int(memory.starts[-1])
     memory.bytes[start : start + addresses.nbytes] = addresses.view(np.uint8)
     counts = control_flow.run(
@@ -120,5 +127,7 @@ def execute(kernel: Kernel, arrays: Sequence[np.ndarray], *, order: str = "toget
         lds_bytes=kernel.resources.lds,
         order=order,
     )
-    outputs = tuple(memory.contents(k, a.shape, a.dtype) for k, a in enumerate(kernel.arguments) if a.role != "input")
+    outputs = tuple(
+        memory.contents(home[k], a.shape, a.dtype) for k, a in enumerate(kernel.arguments) if a.role == "output"
+    )
     return Result(outputs, Counts(assembly, counts))

@@ -48,12 +48,14 @@ class Argument:
 
     Attributes:
       shape, dtype: of the array behind it.
-      role: "input", "output" or "inout" (an output written in place over an input).
+      role: "input" or "output".
+      in_place_of: for an output that is written over an input: number of that argument.
     """
 
     shape: tuple[int, ...]
     dtype: np.dtype
     role: str
+    in_place_of: int | None = None
 
     @property
     def nbytes(self) -> int:
@@ -76,7 +78,6 @@ class Kernel:
       assembly: its text with `.amdhsa_` directives, as the interpreter reads it.
       resources: registers, spills, LDS, occupancy.
       arguments: pointers in the order of the argument block; empty for a kernel whose buffers are not known.
-      extra_arguments: further zero pointers at the end of the block (scratch areas of Triton that are unused).
     """
 
     name: str
@@ -89,7 +90,6 @@ class Kernel:
     assembly: str
     resources: Resources
     arguments: tuple[Argument, ...] = ()
-    extra_arguments: int = 0
 
     @property
     def threads(self) -> int:

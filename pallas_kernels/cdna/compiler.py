@@ -1,0 +1,273 @@
+"""`compile`: a jitted function to the kernels that would be launched on gfx942 or gfx950."""
+
+from __future__ import annotations
+
+import functools
+import pathlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from pallas_kernels.cdna import code_object, container, disk_cache, lowering, toolchain, worker
+from pallas_kernels.cdna.container import Message
+from pallas_kernels.cdna.lowering import PallasCall
+from pallas_kernels.cdna.program import COMPILERS, Argument, Kernel, Program
+
+# Fields of xla.gpu.ThunkProto: steps that hold other steps, kernels, copies, and what calls a library.
+_SEQUENTIAL, _CONDITIONAL, _WHILE, _ASYNC = 2, 6, 7, 57
+_CUSTOM_KERNEL, _KERNEL = 36, 8
+_COPIES = {3: "copy", 13: "device to device", 4: "device to host", 5: "host to device"}
+_LIBRARIES = {
+    **{9: "gemm", 11: "triangular solve", 15: "cudnn", 20: "select k", 22: "hipblaslt matmul", 24: "norm"},
+    **{25: "convolution", 27: "fft", 30: "custom call"},
+}
+_FILLS = {19: "fill with zeros", 28: "fill with a value"}
+_PALLAS = "pallas_call"
+
+
+def _check(arch: str, compiler: str) -> None:
+    lowering.check_arch(arch)
+    if compiler not in COMPILERS:
+        raise ValueError(f"compiler is {compiler!r}; expected one of {', '.join(COMPILERS)}")
+    toolchain.require(compiler)
+
+
+def compile(
+    fn: Callable,
+    *args: Any,
+    arch: str,
+    compiler: str = "xla",
+    donate_argnums: int | Sequence[int] = (),
+    cache: pathlib.Path | None = None,
+) -> Program:
+    """Compiles `fn` for a GPU that need not be there.
+
+    Args:
+      fn: what would be jitted; it may be jitted already.
+      *args: arrays or shapes (jax.ShapeDtypeStruct), in pytrees.
+      arch: "gfx942" or "gfx950".
+      compiler: "xla": the whole program, as JAX would launch it; "triton": only its Pallas kernels, by the public
+        Triton wheel.
+      donate_argnums: arguments whose buffers the result may take over.
+      cache: folder of compiled code; None: `toolchain.default_cache()`.
+
+    Returns:
+      The program: kernels in launch order, and for "xla" temporary memory, buffers written in place and copies.
+
+    Raises:
+      ValueError: an unknown architecture or compiler.
+      ToolMissing: something is not installed.
+      RuntimeError: the compiler refused the program, or crashed.
+    """
+    _check(arch, compiler)
+    lowered = lowering.lower(fn, *args, arch=arch, donate_argnums=donate_argnums)
+    if compiler == "triton":
+        kernels = tuple(compile_kernel(call, arch, compiler, cache=cache) for call in lowering.calls_in(lowered))
+        return Program(arch, toolchain.compiler_name(compiler), kernels)
+    return _program(lowered.as_text(), arch, cache, {call.name: call for call in lowering.calls_in(lowered)})
+
+
+def compile_kernel(call: PallasCall, arch: str, compiler: str, *, cache: pathlib.Path | None = None) -> Kernel:
+    """Compiles one Pallas kernel; with "xla" the program that it was found in must hold nothing else.
+
+    Raises:
+      ValueError: an unknown architecture or compiler, or a program that holds more than this kernel.
+      ToolMissing: something is not installed.
+      RuntimeError: the compiler refused the kernel, or crashed.
+    """
+    _check(arch, compiler)
+    if compiler == "xla":
+        kernels = _program(call.module, arch, cache, {call.name: call}).pallas_kernels
+        if len(kernels) != 1:
+            raise ValueError(f"the program of kernel {call.name} holds {len(kernels)} Pallas kernels; 1 was expected")
+        return kernels[0]
+    key = disk_cache.key_of(
+        what="ir",
+        ir=call.ir,
+        options=[call.num_warps, call.num_stages],
+        arch=arch,
+        compiler=toolchain.compiler_name(compiler),
+        llvm=toolchain.LLVM,
+    )
+    made = _remembered(key, cache)
+    if made is None:
+        elf, lds = worker.request(arch, compiler, "ir", call.ir, call.num_warps, call.num_stages)
+        (code,) = code_object.kernels(elf, arch)
+        made = _remember(key, (elf, lds, code), cache)
+    elf, lds, code = made
+    threads = 64 * call.num_warps
+    # Aliased outputs have a pointer of their own; it is the input's.
+    shared = dict(call.aliases)
+    arguments = [Argument(shape, dtype, "input") for shape, dtype in call.inputs]
+    for number, (shape, dtype) in enumerate(call.outputs):
+        arguments.append(Argument(shape, dtype, "output", shared.get(number)))
+    return Kernel(
+        name=code.name,
+        arch=arch,
+        compiler=toolchain.compiler_name(compiler),
+        origin="pallas",
+        grid=call.grid,
+        block=(threads, 1, 1),
+        code_object=elf,
+        assembly=code.assembly,
+        resources=code.resources(arch, threads, lds),
+        arguments=tuple(arguments),
+    )
+
+
+# --- memory and disk -------------------------------------------------------------------------------------------------
+@functools.lru_cache(maxsize=512)
+def _in_memory(key: str, cache: pathlib.Path | None) -> list:
+    """A box that lives as long as the process: empty until it is filled."""
+    del key, cache
+    return []
+
+
+def _remembered(key: str, cache: pathlib.Path | None) -> Any:
+    box = _in_memory(key, cache)
+    if not box:
+        stored = disk_cache.read(key, cache)
+        if stored is not None:
+            box.append(stored)
+    return box[0] if box else None
+
+
+def _remember(key: str, value: Any, cache: pathlib.Path | None) -> Any:
+    disk_cache.write(key, value, cache)
+    _in_memory(key, cache).append(value)
+    return value
+
+
+# --- what XLA made ---------------------------------------------------------------------------------------------------
+def _program(text: str, arch: str, cache: pathlib.Path | None, calls: dict[str, PallasCall]) -> Program:
+    """Compiles StableHLO with XLA:ROCm and takes its executable apart."""
+    name = toolchain.compiler_name("xla")
+    key = disk_cache.key_of(
+        what="module", module=text, arch=arch, compiler=name, jax=jax.__version__, llvm=toolchain.LLVM
+    )
+    program = _remembered(key, cache)
+    if program is None:
+        made = worker.request(arch, "xla", "module", text, cache or toolchain.default_cache())
+        program = _remember(key, read_executable(made, arch, name, calls), cache)
+    return program
+
+
+def _steps(thunks: Sequence[Message]) -> Iterator[tuple[int, Message, Message]]:
+    """(kind, what it is about, its info) of every step, in order; branches and loop bodies once."""
+    for thunk in thunks:
+        info = thunk.message(1)
+        for kind in sorted(set(thunk.fields) - {1}):
+            body = thunk.message(kind)
+            if kind == _SEQUENTIAL:
+                yield from _steps(body.messages(1))
+            elif kind == _CONDITIONAL:
+                for branch in body.messages(2):
+                    yield from _steps(branch.messages(1))
+            elif kind == _WHILE:
+                yield from _steps(body.message(2).messages(1))
+                yield from _steps(body.message(3).messages(1))
+            elif kind == _ASYNC:
+                yield from _steps(body.message(3).messages(1))
+            else:
+                yield kind, body, info
+
+
+def _slice(shaped: Message) -> tuple[int, int, int]:
+    """(buffer, offset, bytes) of a kernel argument."""
+    where = shaped.message(1)
+    return where.number(3), where.number(1), where.number(2)
+
+
+def _three(dimensions: Message) -> tuple[int, int, int]:
+    return dimensions.number(1, 1), dimensions.number(2, 1), dimensions.number(3, 1)
+
+
+def _arguments(step: Message, call: PallasCall | None, name: str) -> tuple[Argument, ...]:
+    """Roles and shapes of a Pallas kernel's pointers; XLA passes a buffer that is input and output once or twice."""
+    if call is None:
+        return ()
+    written = step.numbers(2)
+    slices = [_slice(a) for a in step.messages(1)]
+    arrays = [*call.inputs, *call.outputs]
+    if len(slices) != len(arrays):
+        raise ValueError(f"kernel {name} has {len(slices)} pointers; {len(arrays)} arrays go in and out of it")
+    out: list[Argument] = []
+    for number, ((shape, dtype), where) in enumerate(zip(arrays, slices)):
+        is_output = number >= len(call.inputs)
+        # In-place: the output's buffer is one that came in before it.
+        same = slices.index(where) if is_output and slices.index(where) < len(call.inputs) else None
+        if is_output and not written[number]:
+            raise ValueError(f"kernel {name} does not write its output {number - len(call.inputs)}")
+        out.append(Argument(shape, np.dtype(dtype), "output" if is_output else "input", same))
+    return tuple(out)
+
+
+def _kernel(step: Message, info: Message, arch: str, compiler: str, calls: dict[str, PallasCall]) -> Kernel:
+    """A CustomKernelThunk: its code object, launch and arguments."""
+    custom = step.message(3)
+    name = custom.text(1)
+    elf = custom.message(2).message(2).data(1)
+    threads, lds = _three(custom.message(4).message(1)), custom.number(6)
+    codes = {code.name: code for code in code_object.kernels(elf, arch)}
+    symbol = custom.message(2).text(4) or name
+    code = codes[symbol] if symbol in codes else next(iter(codes.values()))
+    is_pallas = _PALLAS in info.text(1)
+    call = calls.get(symbol) if is_pallas else None
+    return Kernel(
+        name=symbol,
+        arch=arch,
+        compiler=compiler,
+        origin="pallas" if is_pallas else "xla",
+        grid=_three(custom.message(3).message(2)),
+        block=threads,
+        code_object=elf,
+        assembly=code.assembly,
+        resources=code.resources(arch, threads[0] * threads[1] * threads[2], lds),
+        arguments=_arguments(step, call, symbol),
+    )
+
+
+def read_executable(made: dict[str, Any], arch: str, compiler: str, calls: dict[str, PallasCall]) -> Program:
+    """The program in what the worker returned.
+
+    Raises:
+      ValueError: an executable laid out in a way that this version does not know.
+    """
+    executable = container.gpu_executable(made["executable"])
+    kernels: list[Kernel] = []
+    copies: list[tuple[int, str]] = []
+    libraries: list[str] = []
+    for kind, body, info in _steps(executable.messages(13)):
+        where = info.text(1)
+        if kind == _CUSTOM_KERNEL:
+            kernels.append(_kernel(body, info, arch, compiler, calls))
+        elif kind == _KERNEL:
+            raise ValueError(f"kernel {body.text(3)} has its code elsewhere, a layout of older versions of XLA")
+        elif kind in _COPIES:
+            inner = body.message(1) if kind != 3 else body
+            copies.append((inner.number(3) or _slice(inner.message(1))[2], f"{_COPIES[kind]}: {where}"))
+        elif kind in _LIBRARIES:
+            libraries.append(f"{_LIBRARIES[kind]}: {where}")
+        elif kind in _FILLS:
+            libraries.append(f"{_FILLS[kind]}: {where}")
+        else:
+            libraries.append(f"step of kind {kind}: {where}")
+    return Program(
+        arch=arch,
+        compiler=compiler,
+        kernels=tuple(kernels),
+        temporary_bytes=made["temporary_bytes"],
+        in_place=_in_place(executable),
+        copies=tuple(copies),
+        library_calls=tuple(libraries),
+        hlo=made["hlo"],
+    )
+
+
+def _in_place(executable: Message) -> tuple[int, ...]:
+    """Inputs whose buffer an output takes over: outputs that live in the buffer of a parameter."""
+    parameters = {a.number(1): a.number(6) for a in executable.message(10).messages(1) if a.number(5)}
+    outputs = [entry.message(2) for entry in executable.messages(11)]
+    return tuple(sorted({parameters[o.number(1)] for o in outputs if 3 in o.fields and o.number(1) in parameters}))

@@ -1,0 +1,156 @@
+"""Lowering for an AMD GPU that this host does not have: StableHLO, and the Triton IR of the Pallas kernels in it.
+
+Nothing is compiled here and no plugin is needed. Private parts of jax that this file relies on: the MLIR bindings, and
+the context that parses Pallas' Triton IR.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import re
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import ml_dtypes
+import numpy as np
+from jax._src.lib.mlir import ir
+
+from pallas_kernels.cdna.program import ARCHITECTURES, COMPUTE_UNITS
+
+CUSTOM_CALL = "__gpu$xla.gpu.triton"
+_CONFIG = "mhlo.backend_config"
+_DTYPES: dict[str, Any] = {
+    "i1": np.bool_,
+    **{f"i{n}": np.dtype(f"i{n // 8}") for n in (8, 16, 32, 64)},
+    **{f"ui{n}": np.dtype(f"u{n // 8}") for n in (8, 16, 32, 64)},
+    "f16": np.float16,
+    "f32": np.float32,
+    "f64": np.float64,
+    "bf16": ml_dtypes.bfloat16,
+    "f8E4M3FN": ml_dtypes.float8_e4m3fn,
+    "f8E4M3FNUZ": ml_dtypes.float8_e4m3fnuz,
+    "f8E5M2": ml_dtypes.float8_e5m2,
+    "f8E8M0FNU": ml_dtypes.float8_e8m0fnu,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class PallasCall:
+    """A Pallas kernel inside a lowered program.
+
+    Attributes:
+      name: of the kernel.
+      ir: its Triton IR.
+      grid: programs per axis.
+      num_warps, num_stages: launch options.
+      inputs, outputs: (shape, dtype) of the arrays, in argument order.
+      aliases: (output, input) pairs that share a buffer.
+      module: StableHLO of the program that it was found in.
+    """
+
+    name: str
+    ir: str
+    grid: tuple[int, int, int]
+    num_warps: int
+    num_stages: int
+    inputs: tuple[tuple[tuple[int, ...], np.dtype], ...]
+    outputs: tuple[tuple[tuple[int, ...], np.dtype], ...]
+    aliases: tuple[tuple[int, int], ...]
+    module: str
+
+
+def check_arch(arch: str) -> None:
+    """Raises ValueError for an architecture that is not known."""
+    if arch not in ARCHITECTURES:
+        raise ValueError(f"arch is {arch!r}; expected one of {', '.join(ARCHITECTURES)}")
+
+
+@contextlib.contextmanager
+def abstract_gpu(arch: str) -> Iterator[None]:
+    """Traces and lowers for a GPU that is not there."""
+    check_arch(arch)
+    device = jax.sharding.AbstractDevice(device_kind=arch, num_cores=COMPUTE_UNITS[arch], platform="gpu")
+    axis = (jax.sharding.AxisType.Explicit,)
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((1,), ("x",), axis, abstract_device=device)):
+        yield
+
+
+def lower(fn: Callable, *args: Any, arch: str, donate_argnums: int | Sequence[int] = ()) -> Any:
+    """`jax.stages.Lowered` of `fn` for an architecture; args are arrays or shapes, in pytrees."""
+    avals = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), args)
+    with abstract_gpu(arch):
+        # A new function object: traces made for another architecture must not be found again.
+        donated = (donate_argnums,) if isinstance(donate_argnums, int) else tuple(donate_argnums)
+        traced = jax.jit(lambda *a: fn(*a), donate_argnums=donated).trace(*avals)
+        return traced.lower(lowering_platforms=("rocm",))
+
+
+def _array_type(value: ir.Value) -> tuple[tuple[int, ...], np.dtype]:
+    type_ = ir.RankedTensorType(value.type)
+    name = str(type_.element_type)
+    if name not in _DTYPES:
+        raise ValueError(f"a kernel has an array of {name}; known are {', '.join(_DTYPES)}")
+    return tuple(type_.shape), np.dtype(_DTYPES[name])
+
+
+def _triton_ir(serialized: bytes) -> str:
+    """Text of Triton IR, without locations, so that it does not depend on where the source stands."""
+    from jax._src.pallas.triton import lowering as triton_lowering
+
+    with triton_lowering._new_ir_context():
+        return str(ir.Module.parse(serialized).operation.get_asm())
+
+
+def _walk(operation: Any) -> Iterator[Any]:
+    for region in operation.regions:
+        for block in region.blocks:
+            for inner in block.operations:
+                yield inner.operation
+                yield from _walk(inner.operation)
+
+
+def calls_in(lowered: Any) -> list[PallasCall]:
+    """The Pallas kernels of a lowered program, in textual order."""
+    module = lowered.compiler_ir("stablehlo")
+    text = lowered.as_text()
+    found = []
+    with module.context:
+        for operation in _walk(module.operation):
+            attributes = operation.attributes
+            if operation.name != "stablehlo.custom_call" or _CONFIG not in attributes:
+                continue
+            if ir.StringAttr(attributes["call_target_name"]).value != CUSTOM_CALL:
+                continue
+            config = {named.name: named.attr for named in ir.DictAttr(attributes[_CONFIG])}  # type: ignore[attr-defined]
+            number = {
+                k: ir.IntegerAttr(config[k]).value for k in ("grid_x", "grid_y", "grid_z", "num_warps", "num_stages")
+            }
+            aliases = re.findall(
+                r"output_tuple_indices = \[(\d*)\],\s*operand_index = (\d+)",
+                str(attributes["output_operand_aliases"]) if "output_operand_aliases" in attributes else "",
+            )
+            found.append(
+                PallasCall(
+                    name=ir.StringAttr(config["name"]).value,
+                    ir=_triton_ir(ir.StringAttr(config["ir"]).value_bytes),
+                    grid=(number["grid_x"], number["grid_y"], number["grid_z"]),
+                    num_warps=number["num_warps"],
+                    num_stages=number["num_stages"],
+                    inputs=tuple(_array_type(v) for v in operation.operands),
+                    outputs=tuple(_array_type(v) for v in operation.results),
+                    aliases=tuple((int(output or 0), int(operand)) for output, operand in aliases),
+                    module=text,
+                )
+            )
+    return found
+
+
+def pallas_calls(fn: Callable, *args: Any, arch: str) -> list[PallasCall]:
+    """The Pallas kernels of `fn`, lowered for `arch`.
+
+    Raises:
+      ValueError: an unknown architecture.
+    """
+    return calls_in(lower(fn, *args, arch=arch))

@@ -1,0 +1,120 @@
+"""Stand-ins for the ROCm libraries that JAX's ROCm plugin is linked against, so that it loads without ROCm.
+
+Compiling for a described target needs none of them: the stubs define every wanted symbol, under its version, and every
+call reports failure (`hipErrorNoDevice`). They are built once, with gcc, into a folder named after the plugin.
+"""
+
+from __future__ import annotations
+
+import collections
+import ctypes
+import hashlib
+import os
+import pathlib
+import re
+import subprocess
+import tempfile
+
+from pallas_kernels.cdna import toolchain
+
+_NO_DEVICE = 100
+_ROCM = re.compile(r"lib(roc|hip|rccl|MIOpen|amd)")
+# Versions of symbols that the C and C++ runtimes of any Linux define.
+_SYSTEM = re.compile(r"@(GLIBC|GCC_|CXXABI|GLIBCXX)")
+
+
+def _output(*command: str) -> str:
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def needed_libraries(plugin: pathlib.Path) -> list[str]:
+    """File names of the ROCm libraries that the plugin asks the loader for."""
+    text = _output(toolchain.find_program("readelf", "binutils"), "-d", str(plugin))
+    return [name for name in re.findall(r"\(NEEDED\).*\[(.*)\]", text) if _ROCM.match(name)]
+
+
+def wanted_symbols(plugin: pathlib.Path) -> list[tuple[str, str]]:
+    """(name, version or "") of every function that only ROCm can define."""
+    text = _output(toolchain.find_program("nm", "binutils"), "-D", "--undefined-only", str(plugin))
+    found = []
+    for line in text.splitlines():
+        kind, symbol = line.split()[-2:]
+        if kind == "w" or _SYSTEM.search(symbol) or symbol.startswith(("_Unwind", "ZSTD_")):
+            continue
+        name, _, version = symbol.partition("@")
+        found.append((name, version.lstrip("@")))
+    return found
+
+
+def _body(name: str) -> str:
+    """C body of a stub: failure, in whatever shape the caller expects of that function."""
+    if "String" in name or "GetErrorName" in name:
+        return 'return (long)"no ROCm here";'
+    if name == "__hipRegisterFatBinary":
+        return "return (long)&handle;"
+    if name.startswith("__hip"):
+        return "return 0;"
+    if name == "hipGetDeviceCount":
+        return f"if (p) *(int*)p = 0; return {_NO_DEVICE};"
+    return f"return {_NO_DEVICE};"
+
+
+def _home(version: str, libraries: list[str]) -> str:
+    """The library that defines symbols of a version; any will do for those without."""
+    prefix = "libamd_smi" if version.startswith("AMDSMI") else "libamdhip64" if version else "librocblas"
+    found = next((name for name in libraries if name.startswith(prefix)), None)
+    return found or libraries[0]
+
+
+def _source(symbols: list[tuple[str, str]]) -> tuple[str, str]:
+    """C source of one library and its linker version script."""
+    code, versions = ["static int handle;"], collections.defaultdict(list)
+    for k, (name, version) in enumerate(symbols):
+        code.append(f'long f{k}(void* p) __asm__("{name}"); long f{k}(void* p) {{ {_body(name)} }}')
+        if version:
+            versions[version].append(name)
+    script, previous = "", ""
+    for version in sorted(versions):
+        script += f"{version} {{ global: {'; '.join(versions[version])}; }} {previous};\n"
+        previous = version
+    return "\n".join(code) + "\n", script
+
+
+def _compile(folder: pathlib.Path, library: str, symbols: list[tuple[str, str]]) -> None:
+    code, script = _source(symbols)
+    source, versions = folder / f"{library}.c", folder / f"{library}.map"
+    source.write_text(code)
+    versions.write_text(script)
+    command = [toolchain.find_program("gcc", "gcc"), "-w", "-shared", "-fPIC", f"-Wl,-soname,{library}"]
+    command += [f"-Wl,--version-script={versions}"] if script else []
+    # Renamed into place, so that two processes may build at once.
+    handle, temporary = tempfile.mkstemp(dir=folder, prefix=library)
+    os.close(handle)
+    subprocess.run([*command, "-o", temporary, str(source)], check=True, capture_output=True)
+    os.replace(temporary, folder / library)
+
+
+def build(plugin: pathlib.Path, cache: pathlib.Path) -> list[pathlib.Path]:
+    """Paths of the stub libraries of a plugin, built unless they are there.
+
+    Raises:
+      ToolMissing: no gcc, nm or readelf.
+    """
+    libraries = needed_libraries(plugin)
+    stat = plugin.stat()
+    key = hashlib.sha256(f"{plugin.name} {stat.st_size} {toolchain.version_of(toolchain.PLUGIN)}".encode()).hexdigest()
+    folder = cache / f"stubs-{key[:16]}"
+    if not all((folder / name).exists() for name in libraries):
+        folder.mkdir(parents=True, exist_ok=True)
+        by_library = collections.defaultdict(list)
+        for name, version in wanted_symbols(plugin):
+            by_library[_home(version, libraries)].append((name, version))
+        for library in libraries:
+            _compile(folder, library, by_library[library])
+    return [folder / name for name in libraries]
+
+
+def load(plugin: pathlib.Path, cache: pathlib.Path) -> None:
+    """Builds and loads the stubs into this process; afterwards the plugin's library can be opened."""
+    for path in build(plugin, cache):
+        ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)

@@ -1,0 +1,122 @@
+"""What the compile side needs besides Python: where it is, and one line about what is missing."""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+import importlib.util
+import pathlib
+import shutil
+import subprocess
+
+import jax
+
+EXTRA = "pip install 'sparse-mla-jax[cdna]'"
+LLVM = "22"
+TRITON = "triton"
+PLUGIN = "jax-rocm7-pjrt"
+
+
+class ToolMissing(RuntimeError):
+    """A compiler, the plugin or a disassembler is not installed; the message says what to install."""
+
+
+def default_cache() -> pathlib.Path:
+    """Where compiled kernels and stub libraries are kept."""
+    return pathlib.Path.home() / ".cache" / "sparse_mla_jax"
+
+
+@functools.cache
+def find_llvm(tool: str) -> str:
+    """Path of an LLVM 22 tool: `llvm-objdump`, `llvm-readelf` or `llvm-mca`.
+
+    Raises:
+      ToolMissing: it is not there; older ones do not know gfx950.
+    """
+    for name in (f"{tool}-{LLVM}", f"/usr/lib/llvm-{LLVM}/bin/{tool}", tool):
+        path = shutil.which(name)
+        if path and (name != tool or _major(path) >= int(LLVM)):
+            return path
+    raise ToolMissing(f"{tool}-{LLVM} is not installed: apt-get install llvm-{LLVM}")
+
+
+def _major(path: str) -> int:
+    text = subprocess.run([path, "--version"], capture_output=True, text=True, check=False).stdout
+    words = text.split("version ")
+    return int(words[1].split(".")[0]) if len(words) > 1 and words[1][:1].isdigit() else 0
+
+
+def find_program(name: str, package: str) -> str:
+    """Path of a program.
+
+    Raises:
+      ToolMissing: it is not there.
+    """
+    path = shutil.which(name)
+    if not path:
+        raise ToolMissing(f"{name} is not installed: apt-get install {package}")
+    return path
+
+
+def version_of(distribution: str) -> str | None:
+    """Version of an installed distribution, or None."""
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def plugin_library() -> pathlib.Path:
+    """The shared library of JAX's ROCm plugin, found without importing it.
+
+    Raises:
+      ToolMissing: no plugin, or not the one of this jax.
+    """
+    version = version_of(PLUGIN)
+    if version is None:
+        raise ToolMissing(f"{PLUGIN} is not installed: {EXTRA}")
+    if version != jax.__version__:
+        raise ToolMissing(
+            f"{PLUGIN} {version} does not match jax {jax.__version__}: pip install {PLUGIN}=={jax.__version__}"
+        )
+    files = importlib.metadata.files(PLUGIN) or []
+    found = [pathlib.Path(str(f.locate())) for f in files if f.name == "xla_rocm_plugin.so"]
+    if not found or not found[0].exists():
+        raise ToolMissing(f"{PLUGIN} holds no xla_rocm_plugin.so: pip install --force-reinstall {PLUGIN}=={version}")
+    return found[0]
+
+
+def compiler_name(compiler: str) -> str:
+    """Name and version for reports: "Triton 3.6.0", "XLA:ROCm 0.11.2"."""
+    if compiler == "triton":
+        return f"Triton {version_of(TRITON)}"
+    return f"XLA:ROCm {version_of(PLUGIN)}"
+
+
+def require(compiler: str) -> None:
+    """Checks that everything `compiler` ("xla" or "triton") needs is there.
+
+    Raises:
+      ToolMissing: the first thing that is not.
+    """
+    find_llvm("llvm-objdump")
+    find_llvm("llvm-readelf")
+    if compiler == "triton":
+        if version_of(TRITON) is None:
+            raise ToolMissing(f"triton is not installed: {EXTRA}")
+        return
+    plugin_library()
+    find_program("gcc", "gcc")
+    for name in ("nm", "readelf"):
+        find_program(name, "binutils")
+    if importlib.util.find_spec("cramjam") is None:
+        raise ToolMissing(f"cramjam is not installed: {EXTRA}")
+
+
+def available(compiler: str) -> str | None:
+    """None when `compiler` can be used here, else the line that says what to install."""
+    try:
+        require(compiler)
+    except ToolMissing as missing:
+        return str(missing)
+    return None

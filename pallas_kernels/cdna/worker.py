@@ -1,0 +1,139 @@
+"""One process per architecture and compiler, in which compilation happens.
+
+Triton 3.6.0 leaks state from one architecture to the next, the ROCm plugin can only be loaded once, and a compiler
+that crashes must not take its caller along. Messages are pickles over pipes, each with its length before it.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import os
+import pathlib
+import pickle
+import struct
+import subprocess
+import sys
+import tempfile
+import threading
+from typing import IO, Any
+
+_LENGTH = struct.Struct("<Q")
+_workers: dict[tuple[str, str], _Worker] = {}
+_lock = threading.Lock()
+
+
+def _send(stream: IO[bytes], value: Any) -> None:
+    data = pickle.dumps(value)
+    stream.write(_LENGTH.pack(len(data)) + data)
+    stream.flush()
+
+
+def _receive(stream: IO[bytes]) -> Any:
+    """The next message; EOFError when the other side has gone."""
+    head = stream.read(_LENGTH.size)
+    if len(head) < _LENGTH.size:
+        raise EOFError
+    (size,) = _LENGTH.unpack(head)
+    data = stream.read(size)
+    if len(data) < size:
+        raise EOFError
+    return pickle.loads(data)
+
+
+class _Worker:
+    """The parent's side of a process."""
+
+    def __init__(self, arch: str, compiler: str):
+        self.lock = threading.Lock()
+        self.errors = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the process
+        root = pathlib.Path(__file__).parents[2]
+        code = f"import sys; sys.path.insert(0, {str(root)!r}); from pallas_kernels.cdna.worker import serve; serve()"
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", code, arch, compiler],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self.errors,
+        )
+
+    def request(self, what: str, *arguments: Any) -> Any:
+        with self.lock:
+            try:
+                _send(self.process.stdin, (what, arguments))  # type: ignore[arg-type]
+                good, value = _receive(self.process.stdout)  # type: ignore[arg-type]
+            except (EOFError, BrokenPipeError):
+                self.close()
+                raise RuntimeError(f"the compiler's process died: {self._last_lines()}") from None
+        if not good:
+            raise RuntimeError(value)
+        return value
+
+    def _last_lines(self) -> str:
+        self.errors.seek(0)
+        lines = self.errors.read().decode(errors="replace").strip().splitlines()
+        return " / ".join(lines[-3:]) or f"exit code {self.process.returncode}"
+
+    def close(self) -> None:
+        for stream in (self.process.stdin, self.process.stdout):
+            with contextlib.suppress(BrokenPipeError):
+                stream.close()  # type: ignore[union-attr]
+        self.process.kill()
+        self.process.wait()
+
+
+def request(arch: str, compiler: str, what: str, *arguments: Any) -> Any:
+    """Has the worker of an architecture and compiler do something; starts it when it is not running.
+
+    Raises:
+      RuntimeError: the compiler refused, or its process died; the next request starts a new one.
+    """
+    with _lock:
+        worker = _workers.get((arch, compiler))
+        if worker is None or worker.process.poll() is not None:
+            worker = _workers[arch, compiler] = _Worker(arch, compiler)
+    return worker.request(what, *arguments)
+
+
+@atexit.register
+def close_all() -> None:
+    """Ends all workers."""
+    with _lock:
+        for worker in _workers.values():
+            worker.close()
+            worker.errors.close()
+        _workers.clear()
+
+
+# --- the worker's side -----------------------------------------------------------------------------------------------
+def _compile_ir(arch: str, *arguments: Any) -> Any:
+    from pallas_kernels.cdna import triton_wheel
+
+    text, num_warps, num_stages = arguments
+    return triton_wheel.compile_ir(text, arch, num_warps, num_stages)
+
+
+def _compile_module(arch: str, *arguments: Any) -> Any:
+    from pallas_kernels.cdna import xla_rocm
+
+    text, cache = arguments
+    return xla_rocm.compile_module(text, arch, cache)
+
+
+_HANDLERS = {"ir": _compile_ir, "module": _compile_module}
+
+
+def serve() -> None:
+    """Answers requests until the parent has gone; whatever a compiler prints goes to stderr."""
+    arch = sys.argv[1]
+    answers = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)
+    while True:
+        try:
+            what, arguments = _receive(sys.stdin.buffer)
+        except EOFError:
+            return
+        try:
+            answer = True, _HANDLERS[what](arch, *arguments)
+        except Exception as error:
+            answer = False, f"{type(error).__name__}: {error}"
+        _send(answers, answer)

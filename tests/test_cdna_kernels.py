@@ -1,0 +1,254 @@
+"""Our kernels as gfx942 and gfx950 machine code: compiled by Triton or XLA:ROCm and executed by our interpreter.
+
+The operators' own test modules run their contracts on both architectures through the fixture `implementation`. Here:
+both compilers, head counts, resources at the shipped block sizes, races, repeats, the model, and mutations.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import test_attention
+import test_indexer
+import test_topk
+from cdna_support import require_cdna
+
+from pallas_kernels import cdna
+from pallas_kernels.cdna import device_context
+from pallas_kernels.cdna.interpreter import control_flow
+from pallas_kernels.cdna.interpreter.assembly import parse
+from pallas_kernels.cdna.program import LDS_BYTES, MAX_THREADS
+from sparse_mla_jax import kernel_cases
+from sparse_mla_jax.models.checkpoint import load_checkpoint
+from sparse_mla_jax.scoring import score
+
+COMPILED = [(arch, compiler) for compiler in cdna.COMPILERS for arch in cdna.ARCHITECTURES]
+FP8 = kernel_cases.FP8
+ATTENTION_HEADS = (1, 6, 16, 64, 128)
+
+
+@pytest.fixture(params=COMPILED, ids=lambda p: "-".join(p))
+def compiled(request):
+    """A device for each architecture and compiler."""
+    arch, compiler = request.param
+    require_cdna(compiler)
+    with cdna.device(arch, compiler=compiler) as device:
+        yield device
+
+
+def check_resources(device):
+    """What every shipped kernel must respect."""
+    assert device.launches, "no kernel was executed"
+    for kernel in {id(launch.kernel): launch.kernel for launch in device.launches}.values():
+        r = kernel.resources
+        assert (r.vgpr_spills, r.sgpr_spills, r.scratch) == (0, 0, 0), (kernel.name, r)
+        assert r.lds <= LDS_BYTES[kernel.arch] and kernel.threads <= MAX_THREADS and r.vgprs <= 512
+
+
+# --- results and resources -------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("heads", "kind"), [(h, FP8[i % 2]) for i, h in enumerate(ATTENTION_HEADS)], ids=lambda v: str(v)
+)
+def test_attention_heads(compiled, heads, kind):
+    """DeepSeek-V3.2's shapes: empty, short and ragged rows, NaN in every slot that no row names."""
+    test_attention.Case(heads, kind, "bfloat16", 512, 64, 128, lengths=(0, 1, 17, 70)).verify("triton", sinks_too=False)
+    check_resources(compiled)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("two", [False, True])
+@pytest.mark.parametrize("q_dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("kind", test_attention.KINDS)
+@pytest.mark.parametrize("heads", ATTENTION_HEADS)
+def test_attention_matrix(compiled, heads, kind, q_dtype, two):
+    lengths = (0, 1, 15, 16, 17, 100, 33)
+    test_attention.Case(heads, kind, q_dtype, 512, 64, 128, lengths=lengths, two=two).verify("triton", sinks_too=two)
+    check_resources(compiled)
+
+
+@pytest.mark.parametrize("case", kernel_cases.CASES, ids=lambda c: c.name)
+def test_published_sizes(compiled, case):
+    for kind in [k for k in FP8 if k in case.kinds] or [""]:
+        problem = case.build(kind, None)
+        assert problem.error(jax.jit(problem.fn)(*problem.args)) <= problem.bound
+    check_resources(compiled)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", kernel_cases.KINDS)
+@pytest.mark.parametrize("heads", ATTENTION_HEADS)
+@pytest.mark.parametrize("name", ["indexer", "paged_indexer", "sparse_mla"])
+def test_published_sizes_of_other_heads(compiled, name, heads, kind):
+    problem = kernel_cases.case(name).build(kind, heads)
+    assert problem.error(jax.jit(problem.fn)(*problem.args)) <= problem.bound
+    check_resources(compiled)
+
+
+@pytest.mark.parametrize(("columns", "k"), [(1, 1), (2047, 512), (4097, 2048)])
+def test_top_k_equals_a_stable_sort(compiled, columns, k):
+    test_topk.check_rows(columns, k, 33, "triton")
+    check_resources(compiled)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("k", test_topk.KS)
+@pytest.mark.parametrize("columns", test_topk.COLUMNS)
+def test_top_k_equals_a_stable_sort_everywhere(compiled, columns, k):
+    test_topk.check_rows(columns, k, 33, "triton")
+    check_resources(compiled)
+
+
+def test_top_k_twenty_times(compiled):
+    scores = np.round(np.random.default_rng(0).standard_normal((3, 5000)) * 2).astype(np.float32)
+    select = jax.jit(lambda s: test_topk.top_k(s, 512, implementation="triton"))
+    assert len({np.asarray(select(scores)).tobytes() for _ in range(20)}) == 1
+    assert len(compiled.launches) == 20
+
+
+@pytest.mark.parametrize("kind", FP8)
+@pytest.mark.parametrize("shape", test_indexer.SHAPES, ids=["decode", "prefill"])
+def test_indexer_with_poison(compiled, shape, kind):
+    inputs, keys, slots = test_indexer.paged_inputs(kind, jnp.bfloat16, **shape)
+    got = test_indexer.paged(*inputs, max_length=slots.shape[1], implementation="triton")
+    test_indexer.check(got, test_indexer.oracle(inputs[0], keys, inputs[1], slots))
+    check_resources(compiled)
+
+
+# --- races -----------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("case", kernel_cases.CASES, ids=lambda c: c.name)
+@pytest.mark.parametrize("arch", cdna.ARCHITECTURES)
+def test_the_order_of_waves_does_not_matter(arch, case):
+    require_cdna("triton")
+    problem = case.build(FP8[0], None)
+    results = set()
+    for order in control_flow.ORDERS:
+        with cdna.device(arch, order=order):
+            results.add(np.asarray(jax.jit(problem.fn)(*problem.args)).tobytes())
+    assert len(results) == 1
+
+
+# --- cost ------------------------------------------------------------------------------------------------------------
+# Wave-instructions of vLLM's one-pass decode kernel on this case (Triton 3.6.0, 8 warps, 16 keys a step).
+PEER = {"gfx942": 118_848, "gfx950": 88_352}
+
+
+@pytest.mark.parametrize("arch", cdna.ARCHITECTURES)
+def test_cost_against_the_peer(arch):
+    require_cdna("triton")
+    totals = {}
+    for kind in FP8:
+        problem = kernel_cases.case("sparse_mla_v4").build(kind, 16)
+        with cdna.device(arch) as device:
+            jax.block_until_ready(jax.jit(problem.fn)(*problem.args))
+        totals[kind] = sum(launch.counts.total for launch in device.launches)
+    assert totals["float8_e4m3fn"] <= 0.6 * PEER[arch]
+    assert totals["float8_e4m3fnuz"] <= totals["float8_e4m3fn"]
+
+
+# --- the model -------------------------------------------------------------------------------------------------------
+def check_fixture(folder, arch, compiler, tokens):
+    require_cdna(compiler)
+    config, params = load_checkpoint(folder, dtype="float32")
+    expected = np.load(folder / "expected.npz")
+    ids, logits = expected["input_ids"], expected["logits"]
+    with cdna.device(arch, compiler=compiler) as device:
+        got = score(
+            params,
+            config,
+            ids[:, :tokens],
+            prompt_length=8,
+            cache_dtype="float32",
+            implementation="triton",
+        )
+    assert {launch.kernel.name for launch in device.launches} >= {"top_k", "sparse_mla"}
+    np.testing.assert_allclose(got, logits[:, :tokens], rtol=0, atol=5e-5)
+
+
+@pytest.mark.parametrize("arch", cdna.ARCHITECTURES)
+def test_fixture_logits(fixtures, arch):
+    check_fixture(fixtures / "deepseek_v32_tiny", arch, "triton", 12)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("arch", "compiler"), COMPILED)
+def test_fixture_logits_of_the_whole_file(fixtures, arch, compiler):
+    check_fixture(fixtures / "deepseek_v32_tiny", arch, compiler, None)
+
+
+# --- mutations -------------------------------------------------------------------------------------------------------
+def without_line(kernel, line):
+    """The kernel with one line of its assembly made a comment."""
+    lines = kernel.assembly.splitlines()
+    lines[line - 1] = f"; {lines[line - 1]}"
+    return dataclasses.replace(kernel, assembly="\n".join(lines))
+
+
+# The equivalence tests that a mutant must get past, per kernel.
+SUITES = {
+    "sparse_mla": lambda: test_attention.Case(
+        6, "float8_e4m3fnuz", "bfloat16", 128, 64, 128, lengths=(0, 1, 15, 16, 17, 100)
+    ).verify("triton", sinks_too=False),
+    "ragged_indexer_logits": lambda: test_indexer.test_contiguous_against_float64("triton", "float8_e4m3fnuz"),
+    "top_k": lambda: test_topk.check_rows(2047, 512, 33, "triton"),
+}
+TRIALS = 10
+
+
+def why_unseen(instruction, executions):
+    """Why results can not show that an instruction is gone."""
+    if executions == 0:
+        return "never executed"
+    if instruction.opcode == "s_waitcnt":
+        return "waits are not modelled"
+    if instruction.opcode == "s_nop":
+        return "hazards are not modelled"
+    if instruction.opcode == "s_barrier":
+        return "waves take turns in an order in which the data is there already"
+    if instruction.opcode.startswith("s_cbranch_exec"):
+        return "skips a region that no active lane would change"
+    return "its result is zero, the same as before, or not read in these inputs"
+
+
+def survivors(name, arch, monkeypatch):
+    """Instructions of one kernel that could be deleted without its tests noticing, and why."""
+    mutant = {}
+
+    def execute(kernel, arrays, order):
+        return cdna.execute(mutant.get(kernel.assembly, kernel), arrays, order=order)
+
+    monkeypatch.setattr(device_context, "execute", execute)
+    found = []
+    with cdna.device(arch) as device:
+        SUITES[name]()
+        first = device.launches[0].kernel
+        same = [launch.counts.per_block for launch in device.launches if launch.kernel.assembly == first.assembly]
+        executions = dict(
+            (i.line, n)
+            for i, n in dataclasses.replace(device.launches[0].counts, per_block=sum(same)).per_instruction()
+        )
+        monkeypatch.setattr(control_flow, "MAX_BLOCKS", 4 * int(max(per_block.sum() for per_block in same)))
+        instructions = parse(first.assembly).instructions
+        rng = np.random.default_rng([sum(name.encode()), sum(arch.encode())])
+        for k in rng.choice(len(instructions), TRIALS, replace=False):
+            mutant[first.assembly] = without_line(first, instructions[k].line)
+            try:
+                SUITES[name]()
+            except AssertionError:
+                continue
+            except (jax.errors.JaxRuntimeError, ValueError) as error:
+                assert "InterpreterError" in str(error), error
+                continue
+            found.append((name, arch, instructions[k], why_unseen(instructions[k], executions[instructions[k].line])))
+        return found
+
+
+def test_deleted_instructions_are_noticed(monkeypatch):
+    """60 mutants in all: those that no test notices are listed with the reason."""
+    require_cdna("triton")
+    unnoticed = [s for name in SUITES for arch in cdna.ARCHITECTURES for s in survivors(name, arch, monkeypatch)]
+    for name, arch, instruction, reason in unnoticed:
+        print(f"{name} on {arch}, line {instruction.line}: {instruction.text}: {reason}")
+    trials = len(SUITES) * len(cdna.ARCHITECTURES) * TRIALS
+    assert trials == 60 and len(unnoticed) <= 0.3 * trials
