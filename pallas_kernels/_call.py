@@ -8,6 +8,7 @@ every operator answers with its XLA body.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -23,6 +24,9 @@ except ImportError:  # pragma: no cover - no supported release of jax lacks it
 # Who executes kernels on a CPU in place of interpret mode (pallas_kernels.cdna.device); part of every jit cache key.
 executor = jax.make_user_context(None)
 
+HOST = "cpu"
+# Targets for which plans and FP8 decoding are specialised.
+CDNA = ("gfx942", "gfx950")
 # Pointer arithmetic in this backend is 32-bit in elements: a larger array would be read at wrapped addresses.
 MAX_ELEMENTS = 2**31 - 1
 
@@ -30,6 +34,18 @@ MAX_ELEMENTS = 2**31 - 1
 def load(ref, *, mask=None, other=None):
     """Reads `ref`, a `.at[...]` view of a kernel argument; lanes with a False `mask` are not read and give `other`."""
     return pltriton.load(ref, mask=mask, other=other)
+
+
+def assembly(text: str, constraints: str, *args: jax.Array, dtype: Any) -> jax.Array:
+    """One instruction of the target per element of `args`; see LLVM's inline assembly for the constraints."""
+    (out,) = pltriton.elementwise_inline_asm(
+        text,
+        args=args,
+        constraints=constraints,
+        pack=1,
+        result_shape_dtypes=[jax.ShapeDtypeStruct(args[0].shape, dtype)],
+    )
+    return out
 
 
 def store(ref, value, *, mask=None) -> None:
@@ -43,6 +59,7 @@ def call(
     out_shape: Any,
     grid: Sequence[int],
     name: str,
+    target: str,
     num_warps: int = 4,
     num_stages: int = 1,
     input_output_aliases: Mapping[int, int] | None = None,
@@ -55,6 +72,7 @@ def call(
       out_shape: pytree of jax.ShapeDtypeStruct.
       grid: programs per axis, all at least 1.
       name: what profilers and code objects call the kernel.
+      target: what it runs on, as `dispatch` says.
       num_warps: waves of a program, a power of two, at most 16 (1024 threads of a wave-64 machine).
       num_stages: software pipelining depth of loops.
       input_output_aliases: input number to output number, for outputs written in place.
@@ -71,17 +89,46 @@ def call(
                 " offsets can not address; use smaller caches (one array set per layer) or implementation='xla'"
             )
 
-    def run(interpret: bool):
-        return pl.pallas_call(
-            kernel,
-            out_shape=out_shape,
-            grid=tuple(grid),
-            compiler_params=pltriton.CompilerParams(num_warps=num_warps, num_stages=num_stages),
-            input_output_aliases=dict(input_output_aliases or {}),
-            interpret=interpret,
-            name=name,
-        )
-
+    run = pl.pallas_call(
+        kernel,
+        out_shape=out_shape,
+        grid=tuple(grid),
+        compiler_params=pltriton.CompilerParams(num_warps=num_warps, num_stages=num_stages),
+        input_output_aliases=dict(input_output_aliases or {}),
+        interpret=target == HOST,
+        name=name,
+    )
     chosen = executor.value
-    on_cpu = run(True) if chosen is None else lambda *arrays: chosen.call(run(False), arrays, out_shape)
-    return jax.lax.platform_dependent(*arrays, cpu=on_cpu, default=run(False))
+    return run(*arrays) if chosen is None else chosen.call(run, arrays, out_shape)
+
+
+def dispatch(body: Callable[..., Any], *args: Any) -> Any:
+    """`body(target, *args)` for what the program is lowered for, and for its plans: args are pytrees of arrays.
+
+    The target is "cpu" (interpret mode), "gfx942", "gfx950", or "gpu" for any other GPU. Several platforms are traced,
+    the lowering keeps one; so a CPU host can lower for `cuda` or `rocm`.
+    """
+    chosen = executor.value
+    if chosen is not None:
+        return body(chosen.arch, *args)
+    return jax.lax.platform_dependent(
+        *args, cpu=functools.partial(body, HOST), default=functools.partial(body, gpu_target())
+    )
+
+
+def ir_context() -> Any:
+    """An MLIR context that knows the Triton IR of lowered kernels."""
+    from jax._src.pallas.triton import lowering
+
+    return lowering._new_ir_context()
+
+
+def gpu_target() -> str:
+    """The architecture of the GPU that is traced for, where kernels differ by it: "gfx942", "gfx950" or "gpu"."""
+    abstract = jax.sharding.get_abstract_mesh().abstract_device
+    if abstract is not None:
+        kind = abstract.device_kind
+    else:
+        device = jax.devices()[0]
+        kind = getattr(device, "compute_capability", "") if device.platform != "cpu" else ""
+    return next((arch for arch in CDNA if arch in str(kind)), "gpu")

@@ -15,16 +15,51 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from pallas_kernels._call import assembly
+
 # Powers of two that turn the float16 reading of the bits into the value: 2 ** (15 - bias of the flavour).
 _POWER = {"float8_e4m3fn": 2.0**8, "float8_e4m3fnuz": 2.0**7}
 
 
-def power(dtype) -> float:
-    """What `decode_raw` results are multiplied by to become values of `dtype` (a power of two)."""
+# The flavour that a machine's own conversion reads; e4m3fnuz on gfx950 would turn its largest value into NaN.
+_NATIVE = {("gfx942", "float8_e4m3fnuz"): 1.0, ("gfx942", "float8_e4m3fn"): 2.0, ("gfx950", "float8_e4m3fn"): 1.0}
+
+
+def power(dtype, target: str = "cpu") -> float:
+    """What decoded raw values are multiplied by to become values of `dtype` (a power of two)."""
     name = jnp.dtype(dtype).name
     if name not in _POWER:
         raise NotImplementedError(f"FP8 flavour {name}; the bit decoder knows {', '.join(_POWER)}")
-    return _POWER[name]
+    return _NATIVE.get((target, name), _POWER[name])
+
+
+def decode_words(words: Array, dtype, target: str) -> list[Array]:
+    """Four float32 planes of uint32 words of four codes, each short of `power(dtype, target)`; exact.
+
+    A GPU with a conversion instruction uses it: one instruction a value in place of four.
+    """
+    name = jnp.dtype(dtype).name
+    if (target, name) not in _NATIVE:
+        return [decode_raw(plane(words, byte)) for byte in range(4)]
+    if target == "gfx942" and name == "float8_e4m3fn":
+        # -0 of this flavour is NaN to the machine: clear the sign of codes whose other bits are 0.
+        words = words & (((words & 0x7F7F7F7F) + 0x7F7F7F7F) | 0x7F7F7F7F)
+    return [assembly(_convert("$0", "$1", byte), "=v,v", words, dtype=jnp.float32) for byte in range(4)]
+
+
+def decode_codes(codes: Array, dtype, target: str) -> Array:
+    """float32 of uint8 codes, short of `power(dtype, target)`; exact."""
+    name = jnp.dtype(dtype).name
+    if (target, name) not in _NATIVE:
+        return decode_raw(codes)
+    if target == "gfx942" and name == "float8_e4m3fn":
+        codes = jnp.where(codes == 0x80, 0, codes)
+    return assembly(_convert("$0", "$1", 0), "=v,v", codes.astype(jnp.uint32), dtype=jnp.float32)
+
+
+def _convert(to: str, source: str, byte: int) -> str:
+    """One FP8 value of a register to float32."""
+    return f"v_cvt_f32_fp8_{'sdwa' if byte else 'e32'} {to}, {source}" + (f" src0_sel:BYTE_{byte}" if byte else "")
 
 
 def decode_raw(bits: Array) -> Array:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,7 @@ from jax import Array
 from jax.experimental import pallas as pl
 
 from pallas_kernels import fp8_bits
-from pallas_kernels._call import call, load, store
+from pallas_kernels._call import call, dispatch, load, store
 from pallas_kernels.plans.attention import power_of_two
 from pallas_kernels.plans.indexer import IndexerPlan, indexer_plan
 
@@ -34,6 +35,7 @@ class _Static:
     compute: jnp.dtype
     scaled: bool
     plan: IndexerPlan
+    target: str
     page_size: int = 0
     num_requests: int = 0
 
@@ -59,30 +61,37 @@ def _grid2(rows: Array, columns: Array) -> tuple[Array, Array]:
 
 
 def _load_keys(key_ref, slots: Array, valid: Array, s: _Static) -> Array:
-    """Keys of slots[K] in the compute dtype, [K, D padded to a power of two]; zeros where invalid."""
+    """Keys of slots[K] in the compute dtype, [K, D padded to a power of two]; zeros where invalid.
+
+    FP8 keys come without their power of two. Invalid keys read slot 0: on CDNA every masked load is a branch.
+    """
     d = jnp.arange(max(16, power_of_two(s.dim)), dtype=jnp.int32)
-    inside = d < s.dim
-    rows, cols = _grid2(jnp.where(valid, slots, 0), jnp.where(inside, d, 0))
-    keys = load(key_ref.at[rows, cols], mask=valid[:, None] & inside[None, :], other=0)
+    full = d.shape[0] == s.dim
+    # A select hides from Triton that columns are consecutive, and with it wide loads.
+    rows, cols = _grid2(jnp.where(valid, slots, 0), d if full else jnp.where(d < s.dim, d, 0))
+    keys = load(key_ref.at[rows, cols])
+    exists = valid[:, None] if full else valid[:, None] & (d < s.dim)[None, :]
     if s.fp8 is None:
-        return keys.astype(s.compute)
-    return (fp8_bits.decode_bfloat16 if s.compute == jnp.bfloat16 else fp8_bits.decode_float32)(keys, s.fp8)
+        return jnp.where(exists, keys, 0).astype(s.compute)
+    raw = jnp.where(exists, fp8_bits.decode_codes(keys, s.fp8, s.target), 0)
+    return fp8_bits.truncate_to_bfloat16(raw) if s.compute == jnp.bfloat16 else raw
 
 
 def _scores(q_ref, weight_ref, token, keys: Array, s: _Static) -> Array:
     """float32 [K]: unscaled scores of one token against `keys`, a block of heads at a time."""
     d = jnp.arange(keys.shape[1], dtype=jnp.int32)
+    full = d.shape[0] == s.dim
     total = jnp.zeros((keys.shape[0],), jnp.float32)
     for first in range(0, s.heads, s.plan.head_block):
         heads = first + jnp.arange(s.plan.head_block, dtype=jnp.int32)
-        exists = heads < s.heads
-        rows, cols = _grid2(jnp.where(exists, heads, 0), jnp.where(d < s.dim, d, 0))
-        mask = exists[:, None] & (d < s.dim)[None, :]
-        q = load(q_ref.at[jnp.full_like(rows, token), rows, cols], mask=mask, other=0.0).astype(s.compute)
-        safe = jnp.where(exists, heads, 0)
-        weights = load(weight_ref.at[jnp.full_like(safe, token), safe], mask=exists, other=0.0)
-        total += head_sum(q, keys, weights)
-    return total
+        # Heads that do not exist repeat the last one, with weight 0.
+        safe = jnp.minimum(heads, s.heads - 1)
+        rows, cols = _grid2(safe, d if full else jnp.where(d < s.dim, d, 0))
+        q = load(q_ref.at[jnp.full_like(rows, token), rows, cols]).astype(s.compute)
+        weights = load(weight_ref.at[jnp.full_like(safe, token), safe])
+        q = q if full else jnp.where((d < s.dim)[None, :], q, 0)
+        total += head_sum(q, keys, jnp.where(heads < s.heads, weights, 0.0))
+    return total if s.fp8 is None else total * fp8_bits.power(s.fp8, s.target)
 
 
 def _store_row(out_ref, token, columns: Array, scores: Array, exists, s: _Static) -> None:
@@ -104,7 +113,7 @@ def _ragged_kernel(*refs, s: _Static):
     columns = low + jnp.arange(s.plan.key_block, dtype=jnp.int32)
     exists = columns < s.columns
     keys = _load_keys(key_ref, columns, exists, s)
-    scale = load(scale_ref[0].at[jnp.where(exists, columns, 0)], mask=exists, other=0.0) if s.scaled else None
+    scale = load(scale_ref[0].at[jnp.where(exists, columns, 0)]) if s.scaled else None
 
     def one_token(i, _):
         token = first_token + i
@@ -135,11 +144,11 @@ def _paged_kernel(*refs, s: _Static):
     def score():
         exists = columns < length
         place = jnp.where(exists, columns // s.page_size, 0)
-        page = load(page_ref.at[jnp.full_like(place, request), place], mask=exists, other=-1)
+        page = load(page_ref.at[jnp.full_like(place, request), place])
         valid = exists & (page >= 0) & (page < s.num_slots // s.page_size)
         slots = jnp.where(valid, page * s.page_size + columns % s.page_size, 0)
         keys = _load_keys(key_ref, slots, valid, s)
-        scale = load(scale_ref[0].at[slots], mask=valid, other=0.0) if s.scaled else None
+        scale = load(scale_ref[0].at[slots]) if s.scaled else None
         return _finish(_scores(q_ref, weight_ref, token, keys, s), scale, valid)
 
     nothing = jnp.full((s.plan.key_block,), -jnp.inf, jnp.float32)
@@ -147,27 +156,30 @@ def _paged_kernel(*refs, s: _Static):
 
 
 # --- launch ----------------------------------------------------------------------------------------------------------
-def _prepare(q: Array, keys: Array, dtype, scales: Array | None, columns: int, plan: IndexerPlan | None, shared: bool):
-    """Keys [N, D], the static description, and the scales as an argument list."""
+def _static(
+    target: str, q: Array, keys: Array, dtype, scaled: bool, columns: int, plan: IndexerPlan | None, shared: bool
+) -> _Static:
     fp8 = jnp.dtype(dtype) if keys.dtype == jnp.uint8 else None
     float32 = q.dtype == jnp.float32 or keys.dtype == jnp.float32
     compute = jnp.dtype(jnp.float32 if float32 else jnp.bfloat16)
-    flat = keys.reshape(-1, keys.shape[-1])
     tokens, heads, dim = q.shape
     plan = plan or indexer_plan(
-        tokens=tokens, heads=heads, columns=columns, itemsize=compute.itemsize, shared_keys=shared
+        tokens=tokens, heads=heads, columns=columns, itemsize=compute.itemsize, shared_keys=shared, target=target
     )
-    static = _Static(tokens, heads, dim, columns, flat.shape[0], fp8, compute, scales is not None, plan)
-    return flat, static, [] if scales is None else [scales.reshape(-1)]
+    return _Static(tokens, heads, dim, columns, math.prod(keys.shape[:-1]), fp8, compute, scaled, plan, target)
 
 
-def _launch(kernel, static: _Static, rows: int, *arrays: Array) -> Array:
+def _launch(kernel, static: _Static, rows: int, q: Array, keys: Array, scales: Array | None, *arrays: Array) -> Array:
     return call(
         functools.partial(kernel, s=static),
+        q,
+        keys.reshape(-1, keys.shape[-1]),
         *arrays,
+        *([] if scales is None else [scales.reshape(-1)]),
         out_shape=jax.ShapeDtypeStruct((static.tokens, static.columns), jnp.float32),
         grid=(-(-static.columns // static.plan.key_block), rows),
         name=kernel.__name__.strip("_").replace("kernel", "indexer_logits"),
+        target=static.target,
         num_warps=static.plan.num_warps,
         num_stages=static.plan.num_stages,
     )
@@ -188,9 +200,13 @@ def ragged(
 
     q[T, H, D], keys[N, D] (FP8 as bytes of flavour `dtype`), scales[N] or None, weights[T, H].
     """
-    flat, static, scale = _prepare(q, keys, dtype, scales, keys.shape[0], plan, True)
-    rows = -(-static.tokens // static.plan.token_block)
-    return _launch(_ragged_kernel, static, rows, q, flat, weights, starts, ends, *scale)
+
+    def launch(target, q, keys, scales, *arrays):
+        static = _static(target, q, keys, dtype, scales is not None, keys.shape[0], plan, True)
+        rows = -(-static.tokens // static.plan.token_block)
+        return _launch(_ragged_kernel, static, rows, q, keys, scales, *arrays)
+
+    return dispatch(launch, q, keys, scales, weights, starts, ends)
 
 
 def paged(
@@ -210,6 +226,10 @@ def paged(
 
     q[T, H, D], keys[pages, page, D] (FP8 as bytes of flavour `dtype`), scales[pages, page] or None, weights[T, H].
     """
-    flat, static, scale = _prepare(q, keys, dtype, scales, max_length, plan, False)
-    static = dataclasses.replace(static, page_size=keys.shape[1], num_requests=page_table.shape[0])
-    return _launch(_paged_kernel, static, static.tokens, q, flat, weights, page_table, request_ids, lengths, *scale)
+
+    def launch(target, q, keys, scales, *arrays):
+        static = _static(target, q, keys, dtype, scales is not None, max_length, plan, False)
+        static = dataclasses.replace(static, page_size=keys.shape[1], num_requests=page_table.shape[0])
+        return _launch(_paged_kernel, static, static.tokens, q, keys, scales, *arrays)
+
+    return dispatch(launch, q, keys, scales, weights, page_table, request_ids, lengths)

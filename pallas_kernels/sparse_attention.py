@@ -19,7 +19,7 @@ from jax import Array
 from jax.experimental import pallas as pl
 
 from pallas_kernels import fp8_bits
-from pallas_kernels._call import call, load, store
+from pallas_kernels._call import call, dispatch, load, store
 from pallas_kernels.plans.attention import AttentionPlan, attention_plan, power_of_two
 
 LOG2E = math.log2(math.e)
@@ -28,6 +28,11 @@ NONE = -1e30
 
 
 # --- what the kernel reads -------------------------------------------------------------------------------------------
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["latent", "scale", "rope", "values", "indptr"],
+    meta_fields=["dtype", "group_size"],
+)
 @dataclasses.dataclass(frozen=True)
 class Source:
     """One key source and the slots that rows name in it.
@@ -82,6 +87,11 @@ class Tile:
     planes: int
     group: int | None
 
+    @property
+    def full(self) -> bool:
+        """Whether all of its columns exist."""
+        return self.count == self.width
+
 
 def _tiles(array: str, count: int, column: int, widest: int, planes: int = 1, group: int | None = None, start: int = 0):
     """Cuts `count` elements from `start` on into tiles of at most `widest`."""
@@ -132,10 +142,10 @@ def dot(a: Array, b: Array, contract_b: int) -> Array:
     )
 
 
-def planes_of(words: Array, dtype) -> list[Array]:
-    """uint32 [K, W] -> four arrays [K, W] in `dtype`, FP8 values without the flavour's power of two (exact)."""
-    raw = [fp8_bits.decode_raw(fp8_bits.plane(words, byte)) for byte in range(4)]
-    return [fp8_bits.truncate_to_bfloat16(x) for x in raw] if dtype == jnp.bfloat16 else raw
+def planes_of(words: Array, s: _Static) -> list[Array]:
+    """uint32 [K, W] -> four arrays [K, W] in the compute dtype: FP8 values without their power of two (exact)."""
+    raw = fp8_bits.decode_words(words, s.fp8, s.target)
+    return [fp8_bits.truncate_to_bfloat16(x) for x in raw] if s.compute == jnp.bfloat16 else raw
 
 
 def scores_of(queries, keys, factors) -> Array:
@@ -180,6 +190,7 @@ class _Static:
     compute: jnp.dtype
     has_sinks: bool
     plan: AttentionPlan
+    target: str
 
 
 def _grid2(rows: Array, columns: Array) -> tuple[Array, Array]:
@@ -188,11 +199,12 @@ def _grid2(rows: Array, columns: Array) -> tuple[Array, Array]:
     return jnp.broadcast_to(rows[:, None], shape), jnp.broadcast_to(columns[None, :], shape)
 
 
-def _columns(tile: Tile, byte: int) -> tuple[Array, Array]:
-    """Key columns [width] of one plane of a tile, and which of them exist."""
+def _columns(tile: Tile, byte: int) -> tuple[Array, Array | None]:
+    """Key columns [width] of one plane of a tile, and which of them exist (None: all)."""
     i = jnp.arange(tile.width, dtype=jnp.int32)
-    inside = i < tile.count
-    return jnp.where(inside, tile.column + i * tile.planes + byte, 0), inside
+    columns = tile.column + i * tile.planes + byte
+    # A select hides from Triton that columns are consecutive, and with it wide loads.
+    return (columns, None) if tile.full else (jnp.where(i < tile.count, columns, 0), i < tile.count)
 
 
 def _load_queries(q_ref, token, heads: Array, s: _Static):
@@ -202,30 +214,35 @@ def _load_queries(q_ref, token, heads: Array, s: _Static):
         parts = []
         for byte in range(tile.planes):
             columns, inside = _columns(tile, byte)
+            # Heads that do not exist repeat the last one: their results are not stored.
             rows, cols = _grid2(jnp.minimum(heads, s.heads - 1), columns)
-            mask = (heads < s.heads)[:, None] & inside[None, :]
-            parts.append(load(q_ref.at[jnp.full_like(rows, token), rows, cols], mask=mask, other=0.0).astype(s.compute))
+            part = load(q_ref.at[jnp.full_like(rows, token), rows, cols])
+            parts.append((part if inside is None else jnp.where(inside[None, :], part, 0)).astype(s.compute))
         out.append(parts)
     return out
 
 
 def _load_keys(refs: dict, slots: Array, valid: Array, s: _Static):
-    """Keys of every tile ([key_block, width] per plane, 0 where invalid) and their factors ([key_block] or None)."""
+    """Keys of every tile ([key_block, width] per plane, 0 where invalid) and their factors ([key_block] or None).
+
+    Nothing is masked at the load: invalid keys read slot 0, then become 0. On CDNA every masked load is a branch.
+    """
     keys: list[list[Array]] = []
     factors: list[Array | None] = []
     for tile in s.tiles:
         i = jnp.arange(tile.width, dtype=jnp.int32)
-        inside = i < tile.count
-        rows, cols = _grid2(slots, jnp.where(inside, tile.start + i, 0))
-        part = load(refs[tile.array].at[rows, cols], mask=valid[:, None] & inside[None, :], other=0)
+        rows, cols = _grid2(slots, tile.start + i if tile.full else jnp.where(i < tile.count, tile.start + i, 0))
+        exists = valid[:, None] if tile.full else valid[:, None] & (i < tile.count)[None, :]
+        part = load(refs[tile.array].at[rows, cols])
+        part = jnp.where(exists, part, jnp.zeros_like(part))
         if tile.group is None:
             keys.append([part.astype(s.compute)])
             factors.append(None)
             continue
-        scale = load(refs["scale"].at[slots, jnp.full_like(slots, tile.group)], mask=valid, other=0)
+        scale = load(refs["scale"].at[slots, jnp.full_like(slots, tile.group)])
         scale = fp8_bits.e8m0_to_float32(scale) if scale.dtype == jnp.uint8 else scale
-        keys.append(planes_of(part, s.compute))
-        factors.append(jnp.where(valid, scale * fp8_bits.power(s.fp8), 0.0))
+        keys.append(planes_of(part, s))
+        factors.append(jnp.where(valid, scale * fp8_bits.power(s.fp8, s.target), 0.0))
     return keys, factors
 
 
@@ -238,7 +255,7 @@ def _over_source(number: int, refs: dict, token, first, last, queries, state, s:
         top, total, sums = state
         at = i * block + jnp.arange(block, dtype=jnp.int32)
         inside = at < length
-        slots = load(refs["values"].at[jnp.where(inside, start + at, 0)], mask=inside, other=-1)
+        slots = load(refs["values"].at[jnp.where(inside, start + at, 0)])
         valid = inside & (slots >= 0) & (slots < s.counts[number])
         slots = jnp.where(valid, slots, 0)
         keys, factors = _load_keys(refs, slots, valid, s)
@@ -257,20 +274,20 @@ def _add_values(sums, keep: Array, probabilities: Array, keys, factors, s: _Stat
             continue
         weights = _halves(probabilities if factor is None else probabilities * factor[None, :], s)
         for k in ks:
-            value = dot(weights[0], k, 0)
-            for rest in weights[1:]:
-                value += dot(rest, k, 0)
-            out.append(sums[at] * keep[:, None] + value)
+            total = sums[at] * keep[:, None]
+            for term in weights:
+                total += dot(term, k, 0)
+            out.append(total)
             at += 1
     return tuple(out)
 
 
 def _halves(weights: Array, s: _Static) -> list[Array]:
-    """float32 weights in the compute dtype: rounded, and (plan.exact_weights) what rounding left, as a second term."""
-    rounded = weights.astype(s.compute)
+    """float32 weights in the compute dtype, as one term, or (plan.exact_weights) as two of 8 bits each, cut off."""
     if s.compute == jnp.float32 or not s.plan.exact_weights:
-        return [rounded]
-    return [rounded, (weights - rounded.astype(jnp.float32)).astype(s.compute)]
+        return [weights.astype(s.compute)]
+    upper = fp8_bits.truncate_to_bfloat16(weights)
+    return [upper, fp8_bits.truncate_to_bfloat16(weights - upper.astype(jnp.float32))]
 
 
 def _row(refs: dict, token, width: int):
@@ -336,10 +353,14 @@ def _store_results(out_ref, lse_ref, sink_ref, token, split, heads: Array, state
             continue
         for byte in range(tile.planes):
             columns, inside = _columns(tile, byte)
-            inside = inside & (columns < s.value_dim)
-            rows, cols = _grid2(target, jnp.where(inside, columns, s.value_dim))
+            if tile.column + tile.count * tile.planes > s.value_dim:
+                inside = columns < s.value_dim if inside is None else inside & (columns < s.value_dim)
+            mask = exists[:, None]
+            if inside is not None:
+                columns, mask = jnp.where(inside, columns, s.value_dim), mask & inside[None, :]
+            rows, cols = _grid2(target, columns)
             where = out_ref.at[jnp.full_like(rows, split), jnp.full_like(rows, token), rows, cols]
-            store(where, (sums[at] * share[:, None]).astype(out_ref.dtype), mask=exists[:, None] & inside[None, :])
+            store(where, (sums[at] * share[:, None]).astype(out_ref.dtype), mask=mask)
             at += 1
 
 
@@ -390,14 +411,33 @@ def sparse_attention(
     Raises:
       NotImplementedError: sources of different layouts, FP8 groups not of whole words, types without a kernel.
     """
-    tokens, heads, dim = q.shape
+    tokens, heads = q.shape[:2]
     sources = [s for s in sources if s.num_slots and math.prod(s.values.shape)]
     if not sources:
         return jnp.zeros((tokens, heads, value_dim), q.dtype), jnp.full((tokens, heads), -jnp.inf, jnp.float32)
+    return dispatch(
+        lambda target, q, sources, sinks: _launch(target, q, sources, sinks, sm_scale, value_dim, plan),
+        q,
+        sources,
+        sinks,
+    )
+
+
+def _launch(
+    target: str,
+    q: Array,
+    sources: Sequence[Source],
+    sinks: Array | None,
+    sm_scale: float,
+    value_dim: int,
+    plan: AttentionPlan | None,
+) -> tuple[Array, Array]:
+    """The kernel as it is for one target."""
+    tokens, heads, dim = q.shape
     compute = _compute_dtype(q, sources)
     if plan is None:
         width = sum(s.width for s in sources)
-        plan = attention_plan(tokens=tokens, heads=heads, width=width, itemsize=compute.itemsize)
+        plan = attention_plan(tokens=tokens, heads=heads, width=width, itemsize=compute.itemsize, target=target)
     tiles = {(layout(s, plan), None if s.scale is None else jnp.dtype(s.dtype)) for s in sources}
     if len(tiles) > 1:
         raise NotImplementedError("the two sources store keys in different layouts; the kernel follows one layout")
@@ -418,6 +458,7 @@ def sparse_attention(
         compute=compute,
         has_sinks=sinks is not None and plan.splits == 1,
         plan=plan,
+        target=target,
     )
     out, lse = call(
         functools.partial(_kernel, s=static),
@@ -432,5 +473,6 @@ def sparse_attention(
         name="sparse_mla",
         num_warps=plan.num_warps,
         num_stages=plan.num_stages,
+        target=target,
     )
     return (out[0], lse[0]) if plan.splits == 1 else merge_splits(out, lse, sinks)

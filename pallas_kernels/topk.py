@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.experimental import pallas as pl
 
-from pallas_kernels._call import call, load, store
+from pallas_kernels._call import call, dispatch, load, store
 from pallas_kernels.plans.topk import TopKPlan, topk_plan
 
 # Column arithmetic is int32 and runs up to a block past the end.
@@ -113,14 +113,17 @@ def top_k(scores: Array, k: int, starts: Array, ends: Array, *, plan: TopKPlan |
     rows, columns = scores.shape
     if max(columns, k) > MAX_COLUMNS:
         raise NotImplementedError(f"{columns} columns and k {k}; the kernel serves at most {MAX_COLUMNS} of each")
-    plan = plan or topk_plan(columns=columns)
-    return call(
-        functools.partial(_kernel, columns=columns, k=k, plan=plan),
-        scores,
-        starts,
-        ends,
-        out_shape=jax.ShapeDtypeStruct((rows, k), jnp.int32),
-        grid=(rows,),
-        name="top_k",
-        num_warps=plan.num_warps,
-    )
+
+    def launch(target, *arrays):
+        chosen = plan or topk_plan(columns=columns, target=target)
+        return call(
+            functools.partial(_kernel, columns=columns, k=k, plan=chosen),
+            *arrays,
+            out_shape=jax.ShapeDtypeStruct((rows, k), jnp.int32),
+            grid=(rows,),
+            name="top_k",
+            target=target,
+            num_warps=chosen.num_warps,
+        )
+
+    return dispatch(launch, scores, starts, ends)

@@ -122,9 +122,9 @@ def _assembly(body: str, arch: str, settings: dict[str, int]) -> str:
     text = re.sub(r"^[0-9a-f]{16} <([^>]+)>:", r"\1:", text, flags=re.M)
     text = re.sub(r"^<(L\d+)>:", r"\1:", text, flags=re.M)
     text = re.sub(r"(\ss_c?branch\w*\s+)<?(L\d+)>?", r"\1\2", text)
-    # Behind the last end of the program there is only padding.
-    last = text.rfind("s_endpgm")
-    text = text[: last + len("s_endpgm")] if last >= 0 else text
+    # What stands behind the last instruction that nothing falls through is padding.
+    ends = list(re.finditer(r"^\s+(?:s_endpgm|s_branch\s+\S+)\s*$", text, flags=re.M))
+    text = text[: ends[-1].end()] if ends else text
     head = [f'.amdgcn_target "amdgcn-amd-amdhsa--{arch}"', *(f".amdhsa_{k} {v}" for k, v in settings.items())]
     return "\n".join([*head, text.strip(), ""])
 

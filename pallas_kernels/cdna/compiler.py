@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import functools
 import pathlib
+import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
+import ml_dtypes
 import numpy as np
 
 from pallas_kernels.cdna import code_object, container, disk_cache, lowering, toolchain, worker
@@ -24,7 +26,17 @@ _LIBRARIES = {
     **{25: "convolution", 27: "fft", 30: "custom call"},
 }
 _FILLS = {19: "fill with zeros", 28: "fill with a value"}
-_PALLAS = "pallas_call"
+# A Pallas kernel in the text of the optimised HLO.
+_PALLAS = re.compile(
+    rf'^\s*(?:ROOT )?%?([\w.-]+) = .*custom_call_target="{re.escape(lowering.CUSTOM_CALL)}"', re.MULTILINE
+)
+# xla.PrimitiveType
+_ELEMENT_TYPES: dict[int, Any] = {
+    **{1: np.bool_, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 6: np.uint8, 7: np.uint16, 8: np.uint32},
+    **{9: np.uint64, 10: np.float16, 11: np.float32, 12: np.float64, 16: ml_dtypes.bfloat16},
+    **{19: ml_dtypes.float8_e5m2, 20: ml_dtypes.float8_e4m3fn, 25: ml_dtypes.float8_e4m3fnuz},
+    33: ml_dtypes.float8_e8m0fnu,
+}
 
 
 def _check(arch: str, compiler: str) -> None:
@@ -66,7 +78,7 @@ def compile(
     if compiler == "triton":
         kernels = tuple(compile_kernel(call, arch, compiler, cache=cache) for call in lowering.calls_in(lowered))
         return Program(arch, toolchain.compiler_name(compiler), kernels)
-    return _program(lowered.as_text(), arch, cache, {call.name: call for call in lowering.calls_in(lowered)})
+    return _program(lowered.as_text(), arch, cache)
 
 
 def compile_kernel(call: PallasCall, arch: str, compiler: str, *, cache: pathlib.Path | None = None) -> Kernel:
@@ -79,12 +91,12 @@ def compile_kernel(call: PallasCall, arch: str, compiler: str, *, cache: pathlib
     """
     _check(arch, compiler)
     if compiler == "xla":
-        kernels = _program(call.module, arch, cache, {call.name: call}).pallas_kernels
+        kernels = _program(call.module, arch, cache).pallas_kernels
         if len(kernels) != 1:
             raise ValueError(f"the program of kernel {call.name} holds {len(kernels)} Pallas kernels; 1 was expected")
         return kernels[0]
     key = disk_cache.key_of(
-        what="ir",
+        what="Triton IR through make_ttir",
         ir=call.ir,
         options=[call.num_warps, call.num_stages],
         arch=arch,
@@ -141,7 +153,7 @@ def _remember(key: str, value: Any, cache: pathlib.Path | None) -> Any:
 
 
 # --- what XLA made ---------------------------------------------------------------------------------------------------
-def _program(text: str, arch: str, cache: pathlib.Path | None, calls: dict[str, PallasCall]) -> Program:
+def _program(text: str, arch: str, cache: pathlib.Path | None) -> Program:
     """Compiles StableHLO with XLA:ROCm and takes its executable apart."""
     name = toolchain.compiler_name("xla")
     key = disk_cache.key_of(
@@ -150,7 +162,7 @@ def _program(text: str, arch: str, cache: pathlib.Path | None, calls: dict[str, 
     program = _remembered(key, cache)
     if program is None:
         made = worker.request(arch, "xla", "module", text, cache or toolchain.default_cache())
-        program = _remember(key, read_executable(made, arch, name, calls), cache)
+        program = _remember(key, read_executable(made, arch, name), cache)
     return program
 
 
@@ -184,37 +196,38 @@ def _three(dimensions: Message) -> tuple[int, int, int]:
     return dimensions.number(1, 1), dimensions.number(2, 1), dimensions.number(3, 1)
 
 
-def _arguments(step: Message, call: PallasCall | None, name: str) -> tuple[Argument, ...]:
-    """Roles and shapes of a Pallas kernel's pointers; XLA passes a buffer that is input and output once or twice."""
-    if call is None:
-        return ()
+def _array(shaped: Message) -> tuple[tuple[int, ...], np.dtype]:
+    """(shape, dtype) of a kernel argument, from its xla.ShapeProto."""
+    shape = shaped.message(2)
+    dtype = _ELEMENT_TYPES.get(shape.number(2))
+    if dtype is None:
+        raise ValueError(f"a kernel has an array of element type {shape.number(2)}, which is not known here")
+    return tuple(shape.numbers(3)), np.dtype(dtype)
+
+
+def _arguments(step: Message) -> tuple[Argument, ...]:
+    """Roles and shapes of a Pallas kernel's pointers: inputs, then outputs, which may lie where an input lies."""
     written = step.numbers(2)
-    slices = [_slice(a) for a in step.messages(1)]
-    arrays = [*call.inputs, *call.outputs]
-    if len(slices) != len(arrays):
-        raise ValueError(f"kernel {name} has {len(slices)} pointers; {len(arrays)} arrays go in and out of it")
+    places: list[tuple[int, int, int]] = []
     out: list[Argument] = []
-    for number, ((shape, dtype), where) in enumerate(zip(arrays, slices)):
-        is_output = number >= len(call.inputs)
-        # In-place: the output's buffer is one that came in before it.
-        same = slices.index(where) if is_output and slices.index(where) < len(call.inputs) else None
-        if is_output and not written[number]:
-            raise ValueError(f"kernel {name} does not write its output {number - len(call.inputs)}")
-        out.append(Argument(shape, np.dtype(dtype), "output" if is_output else "input", same))
+    for shaped, is_output in zip(step.messages(1), written):
+        where = _slice(shaped)
+        same = places.index(where) if is_output and where in places else None
+        out.append(Argument(*_array(shaped), "output" if is_output else "input", same))
+        places.append(where)
     return tuple(out)
 
 
-def _kernel(step: Message, info: Message, arch: str, compiler: str, calls: dict[str, PallasCall]) -> Kernel:
+def _kernel(step: Message, info: Message, arch: str, compiler: str, pallas: set[str]) -> Kernel:
     """A CustomKernelThunk: its code object, launch and arguments."""
     custom = step.message(3)
-    name = custom.text(1)
     elf = custom.message(2).message(2).data(1)
     threads, lds = _three(custom.message(4).message(1)), custom.number(6)
+    symbol = custom.message(2).text(4) or custom.text(1)
     codes = {code.name: code for code in code_object.kernels(elf, arch)}
-    symbol = custom.message(2).text(4) or name
-    code = codes[symbol] if symbol in codes else next(iter(codes.values()))
-    is_pallas = _PALLAS in info.text(1)
-    call = calls.get(symbol) if is_pallas else None
+    if symbol not in codes:
+        raise ValueError(f"the code object of {info.text(1)} holds {', '.join(codes)}; {symbol} was expected")
+    is_pallas = info.text(1) in pallas
     return Kernel(
         name=symbol,
         arch=arch,
@@ -223,26 +236,27 @@ def _kernel(step: Message, info: Message, arch: str, compiler: str, calls: dict[
         grid=_three(custom.message(3).message(2)),
         block=threads,
         code_object=elf,
-        assembly=code.assembly,
-        resources=code.resources(arch, threads[0] * threads[1] * threads[2], lds),
-        arguments=_arguments(step, call, symbol),
+        assembly=codes[symbol].assembly,
+        resources=codes[symbol].resources(arch, threads[0] * threads[1] * threads[2], lds),
+        arguments=_arguments(step) if is_pallas else (),
     )
 
 
-def read_executable(made: dict[str, Any], arch: str, compiler: str, calls: dict[str, PallasCall]) -> Program:
+def read_executable(made: dict[str, Any], arch: str, compiler: str) -> Program:
     """The program in what the worker returned.
 
     Raises:
       ValueError: an executable laid out in a way that this version does not know.
     """
     executable = container.gpu_executable(made["executable"])
+    pallas = set(_PALLAS.findall(made["hlo"]))
     kernels: list[Kernel] = []
     copies: list[tuple[int, str]] = []
     libraries: list[str] = []
     for kind, body, info in _steps(executable.messages(13)):
         where = info.text(1)
         if kind == _CUSTOM_KERNEL:
-            kernels.append(_kernel(body, info, arch, compiler, calls))
+            kernels.append(_kernel(body, info, arch, compiler, pallas))
         elif kind == _KERNEL:
             raise ValueError(f"kernel {body.text(3)} has its code elsewhere, a layout of older versions of XLA")
         elif kind in _COPIES:

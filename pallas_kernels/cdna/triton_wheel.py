@@ -7,13 +7,24 @@ import tempfile
 
 
 def compile_ir(text: str, arch: str, num_warps: int, num_stages: int) -> tuple[bytes, int]:
-    """(ELF code object, bytes of dynamic LDS) of one kernel."""
+    """(ELF code object, bytes of dynamic LDS) of one kernel, through all of Triton's passes."""
+    from triton._C.libtriton import ir
+    from triton.backends.amd.compiler import HIPBackend
     from triton.backends.compiler import GPUTarget
     from triton.compiler import compile as triton_compile
 
+    target = GPUTarget("hip", arch, 64)
+    options = {"num_warps": num_warps, "num_stages": num_stages}
     with tempfile.TemporaryDirectory() as folder:
         path = pathlib.Path(folder) / "kernel.ttir"
         path.write_text(text)
-        options = {"num_warps": num_warps, "num_stages": num_stages}
-        done = triton_compile(str(path), target=GPUTarget("hip", arch, 64), options=options)
+        context = ir.context()
+        ir.load_dialects(context)
+        backend = HIPBackend(target)
+        backend.load_dialects(context)
+        module = ir.parse_mlir_module(str(path), context)
+        module.context = context
+        # `compile` takes a file of this kind to be finished with the passes on Triton IR.
+        path.write_text(str(backend.make_ttir(module, {}, backend.parse_options(options))))
+        done = triton_compile(str(path), target=target, options=options)
     return done.asm["hsaco"], done.metadata.shared

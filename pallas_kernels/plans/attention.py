@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 
+from pallas_kernels._call import CDNA
+
 # Programs that keep the machines at hand busy (132 to 304 compute units); more splits only add merging.
 TARGET_PROGRAMS = 256
 # A split shorter than this costs more in merging than it hides.
@@ -41,9 +43,10 @@ def power_of_two(n: int) -> int:
 
 
 @functools.lru_cache(maxsize=1024)
-def attention_plan(*, tokens: int, heads: int, width: int, itemsize: int) -> AttentionPlan:
+def attention_plan(*, tokens: int, heads: int, width: int, itemsize: int, target: str = "gpu") -> AttentionPlan:
     """Heuristic plan for `tokens` rows of about `width` keys in all sources; itemsize 4 means float32 products."""
     programs = tokens * -(-heads // 16)
     wanted = power_of_two(max(1, TARGET_PROGRAMS // max(1, programs)))
     splits = max(1, min(wanted, width // MIN_SPLIT_KEYS, 16))
-    return AttentionPlan(splits=splits, tile=64 if itemsize == 4 else 128)
+    # CDNA: waves repeat each other's scores and index arithmetic; one wave of its own would spill on gfx942.
+    return AttentionPlan(splits=splits, tile=64 if itemsize == 4 else 128, num_warps=2 if target in CDNA else 4)

@@ -28,7 +28,9 @@ class IndexerPlan:
 
 
 @functools.lru_cache(maxsize=1024)
-def indexer_plan(*, tokens: int, heads: int, columns: int, itemsize: int, shared_keys: bool) -> IndexerPlan:
+def indexer_plan(
+    *, tokens: int, heads: int, columns: int, itemsize: int, shared_keys: bool, target: str = "gpu"
+) -> IndexerPlan:
     """Heuristic plan; shared_keys: all tokens read the same keys, so a program holds a block for several tokens."""
     float32 = itemsize == 4
     key_block = max(16, min(32 if float32 else 64, power_of_two(columns)))

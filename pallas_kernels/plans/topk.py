@@ -22,7 +22,7 @@ class TopKPlan:
 
 
 @functools.lru_cache(maxsize=1024)
-def topk_plan(*, columns: int) -> TopKPlan:
+def topk_plan(*, columns: int, target: str = "gpu") -> TopKPlan:
     """Heuristic plan: one block up to 4096 columns; beyond, 16 waves hide the reads and small blocks avoid spills."""
     block = max(64, power_of_two(columns))
     return TopKPlan(block=block, num_warps=max(1, block // 512)) if block <= 4096 else TopKPlan()

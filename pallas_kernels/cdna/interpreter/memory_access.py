@@ -47,6 +47,11 @@ def _take(m: Waves, data: Operand, size: int, upper) -> np.ndarray:
     return words >> np.uint32(16) if upper else words
 
 
+def _of_lanes(m: Waves, values: np.ndarray) -> np.ndarray:
+    """A number per wave [w] as int64 [n, 1] of the active lanes."""
+    return np.broadcast_to(values.astype(np.int64)[:, None], m.lanes.shape)[m.lanes][:, None]
+
+
 def _addresses(i: Instruction, address: Operand, base: Operand):
     """uint64 [w, 64]: a 64-bit vector address, or a scalar base plus a 32-bit vector offset."""
     offset = np.uint64(i.int_modifier("offset") & 0xFFFFFFFFFFFFFFFF)
@@ -71,11 +76,13 @@ def _bind_global(i: Instruction, match: re.Match) -> Step:
 
 
 def _bind_buffer(i: Instruction, match: re.Match) -> Step:
-    """Accesses through a descriptor: loads beyond its size give zero, stores beyond it are dropped."""
+    """Accesses through a descriptor: words beyond its size are loaded as zero, and not stored."""
     direction, kind, half, upper = match.groups()
     if any(x in i.modifiers for x in ("idxen", "lds")):
         raise i.error("indexed buffer accesses and buffer loads to LDS are not implemented")
     size, constant = SIZES[kind], i.int_modifier("offset")
+    # The range is checked for every word of an access on its own; the scalar offset does not count.
+    unit = min(size, 4)
     operands = [o for o in i.operands if o.kind != "off"]
     data = operands.pop(0)
     offset = operands.pop(0) if "offen" in i.modifiers else None
@@ -85,22 +92,21 @@ def _bind_buffer(i: Instruction, match: re.Match) -> Step:
         if (m.scalar(descriptor.index + 1) >> np.uint32(16) & np.uint32(0x3FFF)).any():
             raise i.error("a descriptor with a stride is not implemented")
         at = (m.vector(offset) if offset is not None else np.zeros((m.count, LANES), np.uint32)).astype(np.int64)
-        at = at + constant
-        inside = (at + size <= m.scalar(descriptor.index + 2).astype(np.int64)[:, None]) & m.lanes
-        first = m.scalar(start.index) if start.kind == "s" else np.uint32(int(start.value))
+        at = (at + constant)[m.lanes][:, None] + np.arange(0, size, unit)
+        inside = at + unit <= _of_lanes(m, m.scalar(descriptor.index + 2))
+        first = m.scalar(start.index) if start.kind == "s" else np.full(m.count, int(start.value), np.uint32)
         base = (m.scalar64(descriptor.index) & _BASE_BITS).astype(np.int64) + first
-        return (at + base[:, None]), inside
+        return at + _of_lanes(m, base), inside
 
     def load(m):
         at, inside = places(m)
-        words = np.zeros((m.count, LANES, max(1, size // 4)), np.uint32)
-        words[inside] = m.memory.load(at[inside], size, i)
-        _give(m, data, words[m.lanes], kind, half, upper)
+        words = np.zeros(at.shape, np.uint32)
+        words[inside] = m.memory.load(at[inside], unit, i)[:, 0]
+        _give(m, data, words, kind, half, upper)
 
     def store(m):
         at, inside = places(m)
-        words = _take(m, data, size, upper)
-        m.memory.store(at[inside], words[inside[m.lanes]], size, i)
+        m.memory.store(at[inside], _take(m, data, size, upper)[inside][:, None], unit, i)
 
     return load if direction == "load" else store
 
@@ -134,13 +140,14 @@ def _bind_scratch(i: Instruction, match: re.Match) -> Step:
 
 
 def _bind_to_lds(i: Instruction, match: re.Match) -> Step:
-    """gfx950: global memory straight to LDS, lane after lane from M0 on."""
+    """Global memory straight to LDS, lane after lane from M0 on; three words leave room for a fourth."""
     size, constant = SIZES[match[1]], i.int_modifier("offset")
+    stride = 4 if size == 4 else 16
     where = _addresses(i, i.operands[0], i.operands[1] if len(i.operands) > 1 else Operand("off", "off"))
 
     def step(m):
         words = m.memory.load(where(m)[m.lanes], size, i)
-        at = (m.scalar(M0).astype(np.int64)[:, None] + constant + LANE * size)[m.lanes]
+        at = (m.scalar(M0).astype(np.int64)[:, None] + constant + LANE * stride)[m.lanes]
         if at.size and int(at.max()) + size > m.lds_size:
             raise i.error(f"write at byte {int(at.max())} of an LDS of {m.lds_size}")
         group = np.broadcast_to((m.group[m.sel] * m.lds_stride)[:, None], m.lanes.shape)[m.lanes]

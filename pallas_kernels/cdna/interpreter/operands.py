@@ -110,7 +110,8 @@ def reader(instruction: Instruction, number: int, type_: str, source: int | None
 def _wide_reader(operand: Operand, instruction: Instruction, type_: str) -> Reader:
     dtype = TYPES[type_]
     if operand.kind in ("int", "float"):
-        value = constant(operand, type_)
+        # A float constant is a float64, whatever the instruction makes of its bits.
+        value = constant(operand, "d" if operand.kind == "float" else type_).view(dtype)
         return lambda m: value
     if operand.kind == "s":
         index = operand.index

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable
+from fractions import Fraction
 from typing import Any
 
 import ml_dtypes
@@ -26,7 +28,7 @@ FP8 = {
 def fma(a, b, c):
     """a * b + c rounded once: float64 holds a product of two float32 exactly, and its sum well enough to tell."""
     if a.dtype == F64:
-        return a * b + c
+        return _fma64(a, b, c)
     exact, addend = a.astype(F64) * b.astype(F64), c.astype(F64)
     total = exact + addend
     # Round the float64 sum to odd, so that the second rounding can not land on a tie that was none.
@@ -36,6 +38,20 @@ def fma(a, b, c):
     nudge = np.where((error > 0) == (total > 0), 1, -1)
     inexact = (error != 0) & np.isfinite(total) & (total != 0) & (bits & 1 == 0)
     return np.where(inexact, bits + nudge, bits).view(F64).astype(a.dtype)
+
+
+@np.vectorize(otypes=[F64])
+def _fma64(a, b, c):
+    """The same for float64, in rational numbers: slow, and rare."""
+    if not (math.isfinite(a) and math.isfinite(b)):
+        return a * b + c
+    if not math.isfinite(c):
+        return c
+    exact = Fraction(float(a)) * Fraction(float(b)) + Fraction(float(c))
+    try:
+        return float(exact) if exact else a * b + c
+    except OverflowError:
+        return math.inf if exact > 0 else -math.inf
 
 
 def low24(a):
@@ -131,9 +147,19 @@ def exponent_of_two(a):
     return np.where(a < F32(-126), F32(0), np.exp2(a.astype(F64)).astype(F32))
 
 
+def normal(a):
+    """float32 with subnormals as zeros: v_rcp, v_rsq, v_sqrt, v_exp and v_log know none, whatever the mode."""
+    return np.where(np.abs(a) < F32(2**-126), a * F32(0), a)
+
+
 def log_of_two(a):
     """v_log: base 2; subnormals count as zero, as on the hardware."""
-    return np.log2(np.where(np.abs(a) < F32(2**-126), a * F32(0), a).astype(F64)).astype(F32)
+    return np.log2(normal(a).astype(F64)).astype(F32)
+
+
+def reciprocal(a):
+    """v_rcp: subnormals count as zero, also as result."""
+    return normal((1 / normal(a).astype(F64)).astype(F32))
 
 
 def frexp(a):
@@ -160,12 +186,27 @@ def trailing_zeros(a):
 
 def max_ieee(a, b):
     """The larger number; NaN only when both are, and +0 above -0."""
-    return np.where((a == b) & np.signbit(a), b, np.fmax(a, b))
+    return _ordered(a, b, np.fmax, above=True)
 
 
 def min_ieee(a, b):
     """The smaller number; NaN only when both are, and -0 below +0."""
-    return np.where((a == b) & np.signbit(b), b, np.fmin(a, b))
+    return _ordered(a, b, np.fmin, above=False)
+
+
+def _ordered(a, b, choose, above: bool):
+    """Maximum (`above`) or minimum by `choose`, which takes either of two zeros; here +0 is above -0."""
+    return np.where(a == b, np.where(np.signbit(a) == above, b, a), choose(a, b))
+
+
+def maximum(a, b):
+    """The larger number, NaN when one of them is, and +0 above -0."""
+    return _ordered(a, b, np.maximum, above=True)
+
+
+def minimum(a, b):
+    """The smaller number, NaN when one of them is, and -0 below +0."""
+    return _ordered(a, b, np.minimum, above=False)
 
 
 def divide_fixup(quotient, denominator, numerator):
@@ -304,12 +345,12 @@ TABLE: dict[str, tuple[str, str, Callable[..., Any]]] = {
     "v_max3_f32": ("fff", "f", lambda a, b, c: max_ieee(max_ieee(a, b), c)),
     "v_min3_f32": ("fff", "f", lambda a, b, c: min_ieee(min_ieee(a, b), c)),
     "v_med3_f32": ("fff", "f", float_median),
-    "v_maximum3_f32": ("fff", "f", lambda a, b, c: np.maximum(np.maximum(a, b), c)),
-    "v_minimum3_f32": ("fff", "f", lambda a, b, c: np.minimum(np.minimum(a, b), c)),
-    "v_rcp_f32": ("f", "f", lambda a: (1 / a.astype(F64)).astype(F32)),
-    "v_rcp_iflag_f32": ("f", "f", lambda a: (1 / a.astype(F64)).astype(F32)),
-    "v_rsq_f32": ("f", "f", lambda a: (1 / np.sqrt(a.astype(F64))).astype(F32)),
-    "v_sqrt_f32": ("f", "f", np.sqrt),
+    "v_maximum3_f32": ("fff", "f", lambda a, b, c: maximum(maximum(a, b), c)),
+    "v_minimum3_f32": ("fff", "f", lambda a, b, c: minimum(minimum(a, b), c)),
+    "v_rcp_f32": ("f", "f", reciprocal),
+    "v_rcp_iflag_f32": ("f", "f", reciprocal),
+    "v_rsq_f32": ("f", "f", lambda a: (1 / np.sqrt(normal(a).astype(F64))).astype(F32)),
+    "v_sqrt_f32": ("f", "f", lambda a: np.sqrt(normal(a))),
     "v_exp_f32": ("f", "f", exponent_of_two),
     "v_log_f32": ("f", "f", log_of_two),
     "v_floor_f32": ("f", "f", np.floor),
@@ -431,6 +472,8 @@ def _bind_class(i: Instruction) -> Step:
         nan = (exponent == 255) & (fraction > 0)
         kind = np.where(nan, fraction >> U32(22), kind)
         write_lanes(m, to, (wanted(m) >> kind.astype(U32)) & U32(1) == 1)
+        if i.opcode.startswith("v_cmpx"):
+            m.set_exec(m.scalar64(to.index))
 
     return step
 
@@ -511,16 +554,21 @@ def _bind_truth_table(i: Instruction) -> Step:
 
 
 def _bind_divide_scale(i: Instruction) -> Step:
-    """v_div_scale: no scaling between 2**-96 and 2**96; what happens beyond is not modelled, and raises."""
+    """v_div_scale: what is scaled is not modelled, and raises.
+
+    That is beyond 2**-96 to 2**96, and with a quotient above 2**95 or below the normal range.
+    """
     to, mask = i.operands[0], i.operands[1]
     value, denominator, numerator = (reader(i, k, "f", k - 2) for k in (2, 3, 4))
 
     def step(m):
         d, n = (np.abs(np.broadcast_to(r(m), m.lanes.shape)) for r in (denominator, numerator))
         plain = (d > 0) & (n > 0) & np.isfinite(d) & np.isfinite(n) & m.lanes
-        far = ((d < F32(2.0**-96)) | (d > F32(2.0**96)) | (n < F32(2.0**-96)) | (n > F32(2.0**96))) & plain
-        if far.any():
-            raise i.error("division of numbers outside 2**-96 to 2**96, whose scaling is not modelled")
+        far = (d < F32(2.0**-96)) | (d > F32(2.0**96)) | (n < F32(2.0**-96)) | (n > F32(2.0**96))
+        quotient = n.astype(F64) / d
+        far |= (quotient > 2.0**95) | (quotient < 2.0**-126)
+        if (far & plain).any():
+            raise i.error("division outside 2**-96 to 2**96, or with such a quotient, whose scaling is not modelled")
         write_lanes(m, mask, False)
         m.set_vector(to, np.broadcast_to(value(m), m.lanes.shape).view(U32))
 
