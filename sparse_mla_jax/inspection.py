@@ -119,12 +119,17 @@ def measure(case: kernel_cases.Case, kind: str, arch: str, compiler: str, heads:
     )
 
 
+def chosen_architectures(arguments: argparse.Namespace) -> Sequence[str]:
+    """What `--arch` names."""
+    return ARCHITECTURES if arguments.arch == "both" else (arguments.arch,)
+
+
 def measurements(arguments: argparse.Namespace) -> Iterator[Measurement]:
     """What the options ask for, one after the other."""
     chosen = [kernel_cases.case(name) for name in arguments.kernel or kernel_cases.names()]
     for case in chosen:
         heads = arguments.heads if case.kinds else None
-        for arch in ARCHITECTURES if arguments.arch == "both" else (arguments.arch,):
+        for arch in chosen_architectures(arguments):
             kind = arguments.cache_dtype or NATIVE[arch]
             if arguments.cache_dtype and case.kinds and kind not in case.kinds and not arguments.kernel:
                 continue
@@ -164,6 +169,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--batch", type=int, default=64, metavar="N", help="with --step: sequences (default 64)")
     parser.add_argument("--context", type=int, default=32768, metavar="N", help="with --step: tokens (default 32768)")
+    parser.add_argument(
+        "--layers", type=int, default=2, metavar="N", help="with --step: the first is dense (default 2; published: 61)"
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:

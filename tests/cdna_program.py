@@ -1,4 +1,4 @@
-"""Whole programs of CDNA assembly for tests: buffers in, a grid of waves, buffers out; and what a test module covers."""
+"""Whole programs of CDNA assembly for tests: buffers in, a grid of waves, buffers out; and the names a pattern has."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def run_lanes(body: str, columns, results, *, before="", after="", masks=None, s
       how: of `run`.
 
     Returns:
-      uint32 [workgroups, threads, len(results)], from all lanes, active or not; and the written arrays if there are any.
+      uint32 [workgroups, threads, len(results)], from all lanes, active or not; and the written arrays, if any.
     """
     columns = np.asarray(columns, np.uint32)
     groups, threads, width = columns.shape

@@ -129,14 +129,16 @@ def test_readlane_and_writelane(lane):
     """Both ignore EXEC; only six bits of the lane count."""
     columns = cp.words((GROUPS, THREADS, 3), seed=5)
     scalars = np.stack([np.arange(WAVES) * 23 + 7, np.random.default_rng(0).integers(0, 2**32, WAVES)], axis=1)
-    body = f"v_readlane_b32 s40, v1, {lane}\nv_writelane_b32 v2, s21, {lane}\nv_writelane_b32 v3, -9, {lane}"
+    # One instruction reads at most one scalar register, beside M0.
+    value = "s20" if lane == "s20" else "s21"
+    body = f"v_readlane_b32 s40, v1, {lane}\nv_writelane_b32 v2, {value}, {lane}\nv_writelane_b32 v3, -9, {lane}"
     how = {"before": "s_mov_b32 m0, s20", "after": "v_mov_b32_e32 v4, s40", "masks": cp.MASKS, "scalars": scalars}
     found = waves(cp.run_lanes(body, columns, [2, 3, 4], **how))
     columns = waves(columns)
     expected = np.concatenate([columns[..., 1:], np.zeros_like(columns[..., :1])], axis=-1)
     for wave in range(WAVES):
         at = LANES_NAMED[lane](int(scalars[wave, 0]))
-        expected[wave, at, 0], expected[wave, at, 1] = scalars[wave, 1], 2**32 - 9
+        expected[wave, at, 0], expected[wave, at, 1] = scalars[wave, int(value == "s21")], 2**32 - 9
         expected[wave, :, 2] = columns[wave, at, 0]
     np.testing.assert_array_equal(found, expected)
 
@@ -255,6 +257,10 @@ ERRORS = {
     "v_mov_b32_dpp v1, v2 row_xmask:1 row_mask:0xf bank_mask:0xf": "unknown DPP control",
     "v_readlane_b32 s40, v1, v2": "`v2` must be a scalar register or a constant",
     "v_writelane_b32 v1, v2, 3": "`v2` must be a scalar register or a constant",
+    "v_readfirstlane_b32 v5, v1": "`v5` is not a scalar register",
+    "v_readlane_b32 s40, s41, 3": "`s41` is not a vector register",
+    "ds_bpermute_b32 v1, s20, v2": "`s20` is not a vector register",
+    "ds_swizzle_b32 v1, s20 offset:3": "`s20` is not a vector register",
     "v_readlane_b32 s40, v1": "operands not understood",
     "ds_swizzle_b32 v1, v2 offset:0xc020": "rotate and FFT swizzles are not implemented",
     "ds_swizzle_b32 v1, v2 offset:0xe001": "rotate and FFT swizzles are not implemented",

@@ -232,18 +232,25 @@ def lds_after(lines, columns, **how):
 
 @pytest.mark.parametrize("kind", LDS_STORES)
 def test_lds_writes(kind):
+    """At any alignment; the two lowest slots of every workgroup belong to nobody."""
     name = LDS_STORES[kind]
-    at = places_to_store(STORES[name][0], LDS, 1, THREADS - 2)
-    at = np.resize(at, GROUPS * THREADS)
-    at = np.concatenate(
-        [places_to_store(STORES[name][0], LDS + 32, 1, THREADS, seed)[:THREADS] - 32 for seed in (3, 4)]
-    )
-    at = np.maximum(at, 0)
-    columns = with_addresses(at - OFFSET)
-    columns[..., 0] = (at.reshape(GROUPS, THREADS)).astype(np.uint32)
+    at = places_to_store(STORES[name][0], LDS + 32, 1, THREADS) - 32
+    columns = with_addresses(at)
     before, after = lds_after(f"ds_write_{kind} v1, {registers(name)}", columns)
     data, active = columns[..., 1:].reshape(-1, 4), cp.active(cp.MASKS).reshape(-1)
     np.testing.assert_array_equal(after, stored(before, group_of(at), name, data, active))
+
+
+@pytest.mark.parametrize(
+    "line, added", [("ds_write_b32 v1, v2 offset:40", 40), ("ds_write_b8 v1, v2 offset:0x3ff", 1023)]
+)
+def test_lds_writes_with_an_offset(line, added):
+    at = np.tile(np.arange(THREADS) * 12, GROUPS)
+    columns = with_addresses(at)
+    before, after = lds_after(line, columns)
+    data, active = columns[..., 1:].reshape(-1, 4), cp.active(cp.MASKS).reshape(-1)
+    kind = "byte" if "b8" in line else "dword"
+    np.testing.assert_array_equal(after, stored(before, group_of(at + added), kind, data, active))
 
 
 # Two offsets in elements; strides of the instruction in elements.
@@ -268,26 +275,25 @@ def test_lds_reads_of_two_places(name, bits, offsets):
 
 @pytest.mark.parametrize("name, bits, offsets", DOUBLE)
 def test_lds_writes_of_two_places(name, bits, offsets):
-    """Lanes are two elements apart, or two blocks of 64, so that no two of them write to one place."""
-    size, unit = bits // 8, bits // 8 * (64 if name == "2st64" else 1)
-    lane = np.tile(np.arange(THREADS), GROUPS)
+    """Only waves write whose places meet those of no other wave."""
+    size, wave = bits // 8, np.arange(WAVES) % 4
     if name == "2":
-        at, masks = (lane * 2 * size) % (LDS - 4 * size), cp.MASKS
-        masks = np.where(np.arange(WAVES) % 4 < (LDS // (2 * size) - 64) // 64, masks, 0)
+        # Lanes two elements apart.
+        at, unit, working = np.tile(np.arange(THREADS), GROUPS) * 2 * size, size, wave == 0
     else:
-        # 64 elements a wave; the second write of one wave must not meet the first of another.
-        at, masks = lane % 64 * size, np.where(np.arange(WAVES) % 4 == 1, 0x0FF0_1234_FFFF_8001, 0).astype(np.uint64)
+        # A wave's 64 elements, of which the second write fills the next 64.
+        at, unit, working = np.tile(np.arange(64), WAVES) * size, 64 * size, wave == 1
+    masks = np.where(working, np.uint64(0x0FF0_1234_FFFF_8001), np.uint64(0))
     columns = with_addresses(at)
-    second = "v4" if size == 4 else "v[4:5]"
-    first = "v2" if size == 4 else "v[2:3]"
-    line = f"ds_write{name}_b{bits} v1, {first}, {second} offset0:{offsets[0]} offset1:{offsets[1]}"
+    data = ("v2", "v4") if size == 4 else ("v[2:3]", "v[4:5]")
+    line = f"ds_write{name}_b{bits} v1, {data[0]}, {data[1]} offset0:{offsets[0]} offset1:{offsets[1]}"
     before, after = lds_after(line, columns, masks=masks)
     expected, active = before, cp.active(masks).reshape(-1)
     assert active.sum() > 20
-    data = columns[..., 1:].reshape(-1, 4)
-    kind = "dword" if size == 4 else "dwordx2"
-    for offset, part in zip(offsets, (data[:, :2], data[:, 2:])):
-        expected = stored(expected, group_of(at) + offset * unit, kind, part, active)
+    values = columns[..., 1:].reshape(-1, 4)
+    for offset, part in zip(offsets, (values[:, :2], values[:, 2:])):
+        place = group_of(at) + offset * unit
+        expected = stored(expected, place, "dword" if size == 4 else "dwordx2", part, active)
     np.testing.assert_array_equal(after, expected)
 
 
@@ -356,7 +362,7 @@ def test_loads_to_lds(arch, kind, stride, vector):
 PRIVATE = 96
 # Every lane's 96 bytes from buffer 2, and back to buffer 4.
 FILL_SCRATCH = "\n".join(
-    [f"v_mul_lo_u32 v10, v80, {PRIVATE}"]
+    [f"v_mov_b32_e32 v10, {PRIVATE}\nv_mul_lo_u32 v10, v80, v10"]
     + [
         f"global_load_dwordx4 v[12:15], v10, {cp.buffer(2)} offset:{k}\ns_waitcnt vmcnt(0)\n"
         f"scratch_store_dwordx4 off, v[12:15], off offset:{k}"
@@ -364,7 +370,7 @@ FILL_SCRATCH = "\n".join(
     ]
 )
 DUMP_SCRATCH = "\n".join(
-    [f"v_mul_lo_u32 v10, v80, {PRIVATE}"]
+    [f"v_mov_b32_e32 v10, {PRIVATE}\nv_mul_lo_u32 v10, v80, v10"]
     + [
         f"scratch_load_dwordx4 v[12:15], off, off offset:{k}\ns_waitcnt vmcnt(0)\n"
         f"global_store_dwordx4 v10, v[12:15], {cp.buffer(4)} offset:{k}"
@@ -442,8 +448,7 @@ def test_buffer_loads_beyond_the_range_give_zero(kind):
     columns = with_addresses(at)
     line = f"buffer_load_{kind} {registers(kind)}, v1, s[32:35], 0 offen"
     found = cp.run_lanes(line, columns, [2, 3, 4, 5], before=lines, masks=cp.MASKS, reads=[raw])
-    inside = np.where(np.arange(SIZE) // 4 * 4 + min(4, SIZE) <= limit, raw, 0)
-    inside = np.concatenate([inside, np.zeros(64, np.uint8)])
+    inside = np.concatenate([np.where(np.arange(SIZE) < limit, raw, 0), np.zeros(64, np.uint8)])
     old = columns[..., 1:].reshape(-1, 4)
     expected = np.where(cp.active(cp.MASKS).reshape(-1, 1), loaded(inside, np.minimum(at, SIZE), kind, old), old)
     np.testing.assert_array_equal(found.reshape(-1, 4), expected)
@@ -589,6 +594,12 @@ ERRORS = {
         "buffer_load_dword v1, v0, s[32:35], 0 offen",
         "access outside every buffer",
     ),
+    "load to a scalar register": (SCALE, "ds_read_b32 s20, v1", "`s20` is not a vector register"),
+    "scalar data": (SCALE, "ds_write_b32 v1, s20", "`s20` is not a vector register"),
+    "scalar offset": ("", f"global_load_dword v1, s20, {INPUT}", "`s20` is not a vector register"),
+    "no address": ("", f"global_store_dword off, v0, {OUTPUT}", "`off` is not a vector register"),
+    "scalar load to a vector register": ("", f"s_load_dword v1, {INPUT}, 0x0", "`v1` is not a scalar register"),
+    "no operands": ("", "global_load_dword v1", "operands not understood"),
     "global atomic": ("", f"global_atomic_add v1, v0, {OUTPUT}", "unknown instruction"),
     "LDS atomic": ("", "ds_add_u32 v1, v0", "unknown instruction"),
     "transposing 4 bits": ("", "ds_read_b64_tr_b4 v[2:3], v1", "unknown instruction"),

@@ -35,6 +35,7 @@ class KernelCode:
         granted = max(_VGPR_GRANULE, -(-vgprs // _VGPR_GRANULE) * _VGPR_GRANULE)
         waves = -(-threads // 64)
         by_lds = max(1, LDS_BYTES[arch] // lds * waves // _SIMDS) if lds else _MAX_WAVES
+        by_lds *= lds <= LDS_BYTES[arch]
         return Resources(
             vgprs=vgprs,
             agprs=m.get("agpr_count", 0),
@@ -49,9 +50,11 @@ class KernelCode:
 
 def _sections(elf: bytes) -> list[tuple[int, ...]]:
     """Section headers: (name, type, flags, address, offset, size, link, info, alignment, entry size)."""
-    if elf[:5] != b"\x7fELF\x02":
-        raise ValueError(f"not a 64-bit ELF file: it starts with {elf[:5]!r}")
+    if elf[:5] != b"\x7fELF\x02" or len(elf) < 64:
+        raise ValueError(f"not a 64-bit ELF file: {len(elf)} bytes that start with {elf[:5]!r}")
     offset, size, count = *struct.unpack_from("<Q", elf, 40), *struct.unpack_from("<HH", elf, 58)
+    if len(elf) < offset + size * count or size < _SECTION.size:
+        raise ValueError(f"an ELF file of {len(elf)} bytes; its section headers end at byte {offset + size * count}")
     return [_SECTION.unpack_from(elf, offset + k * size) for k in range(count)]
 
 

@@ -35,7 +35,7 @@ _ELEMENT_TYPES: dict[int, Any] = {
     **{1: np.bool_, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 6: np.uint8, 7: np.uint16, 8: np.uint32},
     **{9: np.uint64, 10: np.float16, 11: np.float32, 12: np.float64, 16: ml_dtypes.bfloat16},
     **{19: ml_dtypes.float8_e5m2, 20: ml_dtypes.float8_e4m3fn, 25: ml_dtypes.float8_e4m3fnuz},
-    33: ml_dtypes.float8_e8m0fnu,
+    **{21: ml_dtypes.int4, 22: ml_dtypes.uint4, 33: ml_dtypes.float8_e8m0fnu, 15: np.complex64, 18: np.complex128},
 }
 
 
@@ -157,7 +157,7 @@ def _program(text: str, arch: str, cache: pathlib.Path | None) -> Program:
     """Compiles StableHLO with XLA:ROCm and takes its executable apart."""
     name = toolchain.compiler_name("xla")
     key = disk_cache.key_of(
-        what="module", module=text, arch=arch, compiler=name, jax=jax.__version__, llvm=toolchain.LLVM
+        what="module", layout=2, module=text, arch=arch, compiler=name, jax=jax.__version__, llvm=toolchain.LLVM
     )
     program = _remembered(key, cache)
     if program is None:
@@ -206,15 +206,15 @@ def _array(shaped: Message) -> tuple[tuple[int, ...], np.dtype]:
 
 
 def _arguments(step: Message) -> tuple[Argument, ...]:
-    """Roles and shapes of a Pallas kernel's pointers: inputs, then outputs, which may lie where an input lies."""
+    """Roles and shapes of a kernel's pointers: inputs, then outputs, which may lie where an input lies."""
     written = step.numbers(2)
-    places: list[tuple[int, int, int]] = []
+    places = [_slice(shaped) for shaped in step.messages(1)]
     out: list[Argument] = []
-    for shaped, is_output in zip(step.messages(1), written):
-        where = _slice(shaped)
-        same = places.index(where) if is_output and where in places else None
+    for number, (shaped, where) in enumerate(zip(step.messages(1), places)):
+        # What XLA updates in place is named twice, and both times it says that it is written.
+        is_output = bool(written[number]) and where not in places[number + 1 :]
+        same = places.index(where) if is_output and where in places[:number] else None
         out.append(Argument(*_array(shaped), "output" if is_output else "input", same))
-        places.append(where)
     return tuple(out)
 
 
@@ -238,7 +238,7 @@ def _kernel(step: Message, info: Message, arch: str, compiler: str, pallas: set[
         code_object=elf,
         assembly=codes[symbol].assembly,
         resources=codes[symbol].resources(arch, threads[0] * threads[1] * threads[2], lds),
-        arguments=_arguments(step) if is_pallas else (),
+        arguments=_arguments(step),
     )
 
 

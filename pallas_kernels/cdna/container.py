@@ -23,7 +23,7 @@ def varint(data: bytes, at: int) -> tuple[int, int]:
     """A base-128 number: (value, where it ends).
 
     Raises:
-      ValueError: it does not end within the data, or within ten bytes.
+      ValueError: it does not end within the data, or within ten bytes, or has more than 64 bits.
     """
     value = 0
     for k in range(10):
@@ -32,6 +32,8 @@ def varint(data: bytes, at: int) -> tuple[int, int]:
         byte = data[at + k]
         value |= (byte & 0x7F) << (7 * k)
         if byte < 0x80:
+            if value >> 64:
+                raise ValueError(f"a number at byte {at} has more than 64 bits")
             return value, at + k + 1
     raise ValueError(f"a number at byte {at} is longer than ten bytes")
 
@@ -136,17 +138,22 @@ def _decompressed(data: bytes, compression: int) -> bytes:
         raise ValueError(f"a chunk is compressed with {chr(compression)!r}; Snappy ('s') or none was expected")
     import cramjam
 
-    out = bytes(cramjam.snappy.decompress_raw(data[at:]))
+    try:
+        out = bytes(cramjam.snappy.decompress_raw(data[at:]))
+    except cramjam.DecompressionError as error:
+        raise ValueError(f"a Snappy block is damaged: {error}") from None
     if len(out) != size:
         raise ValueError(f"a Snappy block holds {len(out)} bytes, {size} were announced")
     return out
 
 
-def _simple_chunk(data: bytes, count: int) -> Iterator[bytes]:
-    """Records of a chunk that stores their sizes, then their contents."""
+def _simple_chunk(data: bytes, count: int, total: int) -> Iterator[bytes]:
+    """Records, `total` bytes in all, of a chunk that stores their sizes, then their contents."""
     size, at = varint(data, 1)
     sizes = _decompressed(data[at : at + size], data[0])
     values = _decompressed(data[at + size :], data[0])
+    if len(values) != total:
+        raise ValueError(f"a chunk holds {len(values)} bytes, {total} were announced")
     start = where = 0
     for _ in range(count):
         length, where = varint(sizes, where)
@@ -154,6 +161,8 @@ def _simple_chunk(data: bytes, count: int) -> Iterator[bytes]:
             raise ValueError(f"a record of {length} bytes at byte {start} of a chunk of {len(values)}")
         yield values[start : start + length]
         start += length
+    if start != total:
+        raise ValueError(f"records of {start} bytes in a chunk of {total}")
 
 
 def riegeli_records(data: bytes) -> list[bytes]:
@@ -167,19 +176,21 @@ def riegeli_records(data: bytes) -> list[bytes]:
     while at < len(data):
         start = at
         header, at = _read(data, at, _CHUNK_HEADER.size)
-        _, size, _, kind_and_count, _ = _CHUNK_HEADER.unpack(header)
+        _, size, _, kind_and_count, total = _CHUNK_HEADER.unpack(header)
         kind, count = kind_and_count & 0xFF, kind_and_count >> 8
         body, at = _read(data, at, size)
         if start == 0 and kind != _SIGNATURE:
             raise ValueError(f"no Riegeli file: the first chunk is of type {kind:#x}")
         if kind == _RECORDS:
-            records += _simple_chunk(body, count)
+            records += _simple_chunk(body, count, total)
         elif kind == _TRANSPOSED:
             raise ValueError(f"the chunk at byte {start} is transposed, which this reader does not know")
         elif kind not in (_SIGNATURE, _PADDING, _METADATA):
             raise ValueError(f"the chunk at byte {start} is of unknown type {kind:#x}")
-        # A chunk is followed by as many zero bytes as make it no shorter than its number of records.
-        at = max(at, start + count)
+        # A chunk is followed by as many zero bytes as make it no shorter than its number of records; the next one does
+        # not begin inside or right behind a block header.
+        end = start + count
+        at = max(at, end + max(0, -end % _BLOCK - (_BLOCK - _BLOCK_HEADER - 1)))
     return records
 
 

@@ -73,7 +73,7 @@ def abstract_gpu(arch: str) -> Iterator[None]:
     """Traces and lowers for a GPU that is not there."""
     check_arch(arch)
     device = jax.sharding.AbstractDevice(device_kind=arch, num_cores=COMPUTE_UNITS[arch], platform="gpu")
-    axis = (jax.sharding.AxisType.Explicit,)
+    axis = (jax.sharding.AxisType.Auto,)
     with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((1,), ("x",), axis, abstract_device=device)):
         yield
 
@@ -84,7 +84,7 @@ def lower(fn: Callable, *args: Any, arch: str, donate_argnums: int | Sequence[in
     with abstract_gpu(arch):
         # A new function object: traces made for another architecture must not be found again.
         donated = (donate_argnums,) if isinstance(donate_argnums, int) else tuple(donate_argnums)
-        traced = jax.jit(lambda *a: fn(*a), donate_argnums=donated).trace(*avals)
+        traced = jax.jit(lambda *a: fn(*a), donate_argnums=donated, keep_unused=True).trace(*avals)
         return traced.lower(lowering_platforms=("rocm",))
 
 

@@ -29,7 +29,7 @@ class Resources:
       vgpr_spills, sgpr_spills: registers that the compiler moved out of the register file.
       scratch: bytes of scratch memory a lane.
       lds: bytes of LDS a workgroup, dynamic part included.
-      occupancy: waves that fit on one SIMD, by registers and LDS.
+      occupancy: waves that fit on one SIMD, by registers and LDS; 0 when a workgroup has more LDS than there is.
     """
 
     vgprs: int

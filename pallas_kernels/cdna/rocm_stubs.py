@@ -12,6 +12,7 @@ import hashlib
 import os
 import pathlib
 import re
+import struct
 import subprocess
 import tempfile
 
@@ -82,20 +83,28 @@ def _source(symbols: list[tuple[str, str]]) -> tuple[str, str]:
 
 def _compile(folder: pathlib.Path, library: str, symbols: list[tuple[str, str]]) -> None:
     code, script = _source(symbols)
-    source, versions = folder / f"{library}.c", folder / f"{library}.map"
-    source.write_text(code)
-    versions.write_text(script)
-    command = [toolchain.find_program("gcc", "gcc"), "-w", "-shared", "-fPIC", f"-Wl,-soname,{library}"]
-    command += [f"-Wl,--version-script={versions}"] if script else []
-    # Renamed into place, so that two processes may build at once.
-    handle, temporary = tempfile.mkstemp(dir=folder, prefix=library)
-    os.close(handle)
-    subprocess.run([*command, "-o", temporary, str(source)], check=True, capture_output=True)
-    os.replace(temporary, folder / library)
+    # Made apart and renamed into place, so that two processes may build at once.
+    with tempfile.TemporaryDirectory(dir=folder) as apart:
+        source, versions, made = (pathlib.Path(apart) / name for name in ("stub.c", "stub.map", library))
+        source.write_text(code)
+        versions.write_text(script)
+        command = [toolchain.find_program("gcc", "gcc"), "-w", "-shared", "-fPIC", f"-Wl,-soname,{library}"]
+        command += [f"-Wl,--version-script={versions}"] if script else []
+        subprocess.run([*command, "-o", str(made), str(source)], check=True, capture_output=True)
+        os.replace(made, folder / library)
+
+
+def _is_whole(library: pathlib.Path) -> bool:
+    """Whether a library is there up to its section headers, which are the last thing in it."""
+    elf = library.read_bytes() if library.exists() else b""
+    if len(elf) < 64 or elf[:4] != b"\x7fELF":
+        return False
+    (start,), (size, count) = struct.unpack_from("<Q", elf, 40), struct.unpack_from("<HH", elf, 58)
+    return len(elf) == start + size * count
 
 
 def build(plugin: pathlib.Path, cache: pathlib.Path) -> list[pathlib.Path]:
-    """Paths of the stub libraries of a plugin, built unless they are there.
+    """Paths of the stub libraries of a plugin, built unless they are there and whole.
 
     Raises:
       ToolMissing: no gcc, nm or readelf.
@@ -104,7 +113,7 @@ def build(plugin: pathlib.Path, cache: pathlib.Path) -> list[pathlib.Path]:
     stat = plugin.stat()
     key = hashlib.sha256(f"{plugin.name} {stat.st_size} {toolchain.version_of(toolchain.PLUGIN)}".encode()).hexdigest()
     folder = cache / f"stubs-{key[:16]}"
-    if not all((folder / name).exists() for name in libraries):
+    if not all(_is_whole(folder / name) for name in libraries):
         folder.mkdir(parents=True, exist_ok=True)
         by_library = collections.defaultdict(list)
         for name, version in wanted_symbols(plugin):

@@ -58,20 +58,27 @@ class _Worker:
 
     def request(self, what: str, *arguments: Any) -> Any:
         with self.lock:
+            if self.errors.closed:
+                raise RuntimeError("the compiler's process died during another request")
+            before = os.fstat(self.errors.fileno()).st_size
             try:
                 _send(self.process.stdin, (what, arguments))  # type: ignore[arg-type]
                 good, value = _receive(self.process.stdout)  # type: ignore[arg-type]
             except (EOFError, BrokenPipeError):
+                self.process.kill()
+                why = f"exit code {self.process.wait()}{self._last_lines(before)}"
                 self.close()
-                raise RuntimeError(f"the compiler's process died: {self._last_lines()}") from None
-        if not good:
-            raise RuntimeError(value)
+                raise RuntimeError(f"the compiler's process died: {why}") from None
+            if not good:
+                # Compilers print what they refuse.
+                raise RuntimeError(f"{value}{self._last_lines(before)}")
         return value
 
-    def _last_lines(self) -> str:
-        self.errors.seek(0)
-        lines = self.errors.read().decode(errors="replace").strip().splitlines()
-        return " / ".join(lines[-3:]) or f"exit code {self.process.returncode}"
+    def _last_lines(self, since: int) -> str:
+        """The end of what was printed since `since`. The position in the file is the process', and left alone."""
+        handle = self.errors.fileno()
+        text = os.pread(handle, os.fstat(handle).st_size - since, since).decode(errors="replace")
+        return "".join(f" / {line}" for line in text.strip().splitlines()[-5:])
 
     def close(self) -> None:
         for stream in (self.process.stdin, self.process.stdout):
@@ -79,6 +86,7 @@ class _Worker:
                 stream.close()  # type: ignore[union-attr]
         self.process.kill()
         self.process.wait()
+        self.errors.close()
 
 
 def request(arch: str, compiler: str, what: str, *arguments: Any) -> Any:
@@ -90,6 +98,9 @@ def request(arch: str, compiler: str, what: str, *arguments: Any) -> Any:
     with _lock:
         worker = _workers.get((arch, compiler))
         if worker is None or worker.process.poll() is not None:
+            if worker is not None:
+                with worker.lock:
+                    worker.close()
             worker = _workers[arch, compiler] = _Worker(arch, compiler)
     return worker.request(what, *arguments)
 
@@ -100,7 +111,6 @@ def close_all() -> None:
     with _lock:
         for worker in _workers.values():
             worker.close()
-            worker.errors.close()
         _workers.clear()
 
 

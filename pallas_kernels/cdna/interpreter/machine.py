@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pallas_kernels.cdna.interpreter.assembly import EXEC, Instruction, InterpreterError, Operand
+from pallas_kernels.cdna.interpreter.assembly import EXEC, Instruction, Operand
 
 LANES = 64
 LANE = np.arange(LANES)
@@ -192,6 +192,8 @@ class Waves:
         """Writes uint32 [w] to a scalar register."""
         if operand.kind == "off":
             return
+        if operand.kind != "s":
+            raise ValueError(f"`{operand.text}` is not a scalar register")
         if operand.index >= EXEC:
             old, shift = self.exec[self.sel], np.uint64(32 * (operand.index - EXEC))
             new = np.asarray(value).astype(np.uint64) << shift
@@ -203,6 +205,8 @@ class Waves:
         """Writes uint64 [w] to a pair of scalar registers."""
         if operand.kind == "off":
             return
+        if operand.kind != "s":
+            raise ValueError(f"`{operand.text}` is not a scalar register")
         if operand.index == EXEC:
             self.set_exec(value)
         else:
@@ -213,9 +217,7 @@ class Waves:
     # Vectors.
     def set_vector(self, operand: Operand, value: Any, offset: int = 0, everywhere: bool = False) -> None:
         """Writes uint32, broadcast to [w, 64], to the active lanes (all lanes with `everywhere`)."""
-        if operand.kind not in ("v", "a"):
-            raise InterpreterError(f"`{operand.text}` is not a vector register")
-        register = self.file(operand.kind)[operand.index + offset]
+        register = self._register(operand, offset)
         if self.full or everywhere:
             register[self.sel] = value
         elif isinstance(self.sel, slice):
@@ -225,4 +227,9 @@ class Waves:
 
     def vector(self, operand: Operand, offset: int = 0) -> np.ndarray:
         """uint32 [w, 64] of a vector register; a view when all waves are selected."""
-        return self.file(operand.kind)[operand.index + offset][self.sel]
+        return self._register(operand, offset)[self.sel]
+
+    def _register(self, operand: Operand, offset: int) -> np.ndarray:
+        if operand.kind not in ("v", "a"):
+            raise ValueError(f"`{operand.text}` is not a vector register")
+        return self.file(operand.kind)[operand.index + offset]

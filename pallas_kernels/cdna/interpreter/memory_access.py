@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 
 import numpy as np
@@ -56,11 +57,7 @@ def _addresses(i: Instruction, address: Operand, base: Operand):
     """uint64 [w, 64]: a 64-bit vector address, or a scalar base plus a 32-bit vector offset."""
     offset = np.uint64(i.int_modifier("offset") & 0xFFFFFFFFFFFFFFFF)
     if base.kind == "s":
-        return lambda m: (
-            m.scalar64(base.index)[:, None]
-            + offset
-            + (m.vector(address).astype(np.uint64) if address.kind == "v" else np.zeros(LANES, np.uint64))
-        )
+        return lambda m: m.scalar64(base.index)[:, None] + offset + m.vector(address).astype(np.uint64)
     return lambda m: (m.vector(address) | m.vector(address, 1).astype(np.uint64) << np.uint64(32)) + offset
 
 
@@ -167,7 +164,7 @@ def _bind_scalar(i: Instruction, match: re.Match) -> Step:
         address = address + m.scalar(offset.index).astype(np.uint64) if offset.kind == "s" else address
         words = m.memory.load(address & ~np.uint64(3), 4 * count, i)
         for k in range(count):
-            m.set_scalar(Operand("s", "", index=to.index + k), words[:, k])
+            m.set_scalar(dataclasses.replace(to, index=to.index + k), words[:, k])
 
     return step
 

@@ -27,7 +27,8 @@ _DTYPES: dict[str, Any] = {"u": U32, "i": I32, "U": U64, "I": I64}
 def read(operand: Operand, i: Instruction, letter: str) -> Callable[[Waves], np.ndarray]:
     """Reads a scalar operand as u, i (32-bit), U or I (64-bit): [w] or []."""
     if operand.kind in ("int", "float"):
-        value = constant(operand, letter if operand.kind == "int" or letter in "UI" else "u")
+        # A float is a double for 64-bit operands.
+        value = constant(operand, letter if operand.kind == "int" else "d" if letter in "UI" else "f")
         value = value.view(_DTYPES[letter]) if value.dtype != _DTYPES[letter] else value
         return lambda m: value
     if operand.kind != "s":
@@ -82,9 +83,9 @@ TABLE: dict[str, tuple[str, str, Callable[..., Any], Any]] = {
     "s_mul_i32": ("uu", "u", lambda a, b: a * b, None),
     "s_mul_hi_u32": ("uu", "u", lambda a, b: (product(a, b) >> U64(32)).astype(U32), None),
     "s_mul_hi_i32": ("ii", "u", lambda a, b: low32(product(a, b) >> I64(32)), None),
-    "s_min_i32": ("ii", "i", np.minimum, lambda a, b: a <= b),
+    "s_min_i32": ("ii", "i", np.minimum, lambda a, b: a < b),
     "s_max_i32": ("ii", "i", np.maximum, lambda a, b: a >= b),
-    "s_min_u32": ("uu", "u", np.minimum, lambda a, b: a <= b),
+    "s_min_u32": ("uu", "u", np.minimum, lambda a, b: a < b),
     "s_max_u32": ("uu", "u", np.maximum, lambda a, b: a >= b),
     "s_lshl1_add_u32": ("uu", "u", lambda a, b: (a << U32(1)) + b, _carry(lambda a, b: a * 2 + b)),
     "s_lshl2_add_u32": ("uu", "u", lambda a, b: (a << U32(2)) + b, _carry(lambda a, b: a * 4 + b)),
@@ -139,7 +140,7 @@ _COMPARE = {
 def _bind_table(i: Instruction) -> Step:
     types, result, meaning, condition = TABLE[i.opcode]
     to = i.operands[0]
-    reads = [read(to, i, "u") if t == "d" else read(o, i, t) for t, o in zip(types, [*i.operands[1:], to])]
+    reads = [read(to, i, "u") if t == "d" else read(i.operands[k], i, t) for k, t in enumerate(types, 1)]
     wide = result in "UI"
 
     def step(m):
