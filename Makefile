@@ -4,8 +4,11 @@ JAX_NEXT ?= 0.12.0
 JOBS ?= 2
 VENV ?= .venv
 BIN = $(VENV)/bin
+# The offline compilers for AMD GPUs belong to one version of jax.
+CDNA = $(if $(filter 0.11.2,$(JAX)),$(comma)cdna)
+comma = ,
 
-.PHONY: help demo test test-all lint bench notebook clean
+.PHONY: help demo test test-all lint bench counts notebook clean
 
 help:
 	@echo "make demo      serve the small trained model on real text"
@@ -13,6 +16,7 @@ help:
 	@echo "make test-all  the long sweeps too, then the tests again under jax $(JAX_NEXT)"
 	@echo "make lint      ruff, formatting, types"
 	@echo "make notebook  execute examples/decode_step.py and write its notebook"
+	@echo "make counts    renew benchmarks/cdna_counts.json: wave-instructions of the kernels on gfx942 and gfx950"
 	@echo "make bench     decode throughput of the demo model on this machine"
 
 $(VENV)/.ready: pyproject.toml
@@ -22,16 +26,26 @@ $(VENV)/.ready: pyproject.toml
 	if [ -z "$$found" ]; then echo "sparse_mla_jax needs Python 3.12 or newer: install it (pyenv install 3.12) or run make PYTHON=/path/to/python3.12" >&2; exit 1; fi; \
 	echo "setting up $(VENV) with $$found and jax $(JAX) (a few minutes the first time)"; \
 	"$$found" -m venv --clear $(VENV)
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[test,plot]' 'jax==$(JAX)' 'jaxlib==$(JAX)'
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[test,plot$(CDNA)]' 'jax==$(JAX)' 'jaxlib==$(JAX)'
 	@touch $@
+
+# LLVM's tools read the machine code of gfx942 and gfx950; tests that need them skip with a line where they are missing.
+.PHONY: llvm
+llvm:
+	@command -v llvm-objdump-22 >/dev/null && exit 0; \
+	if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	  echo "installing llvm-22 (Debian package)"; \
+	  { apt-get install -y -qq --no-install-recommends llvm-22 || { apt-get update -qq && apt-get install -y -qq --no-install-recommends llvm-22; }; } >/dev/null 2>&1 \
+	    || echo "llvm-22 could not be installed: tests of CDNA machine code will be skipped"; \
+	else echo "no llvm-objdump-22 here: install llvm-22 (Debian: apt-get install llvm-22), or tests of CDNA machine code are skipped"; fi
 
 demo: $(VENV)/.ready
 	@$(BIN)/python -m sparse_mla_jax demo
 
-test: $(VENV)/.ready
+test: $(VENV)/.ready llvm
 	$(BIN)/python -m pytest -q -n $(JOBS) -m "not slow"
 
-test-all: $(VENV)/.ready
+test-all: $(VENV)/.ready llvm
 	$(BIN)/python -m pytest -q -n $(JOBS)
 	$(MAKE) test VENV=.venv-jax-$(JAX_NEXT) JAX=$(JAX_NEXT)
 
@@ -39,6 +53,9 @@ lint: $(VENV)/.ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+counts: $(VENV)/.ready llvm
+	$(BIN)/python benchmarks/cdna_counts.py --renew
 
 bench: $(VENV)/.ready
 	@$(BIN)/python -m sparse_mla_jax bench examples/tiny_python

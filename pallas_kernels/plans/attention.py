@@ -49,6 +49,6 @@ def attention_plan(*, tokens: int, heads: int, width: int, itemsize: int, target
     wanted = power_of_two(max(1, TARGET_PROGRAMS // max(1, programs)))
     splits = max(1, min(wanted, width // MIN_SPLIT_KEYS, 16))
     if itemsize == 4:
-        return AttentionPlan(splits=splits, tile=64, num_warps=8 if target in CDNA else 4)
+        return AttentionPlan(splits=splits, tile=64)
     # CDNA: waves repeat each other's scores and index arithmetic; one wave of its own would spill on gfx942.
     return AttentionPlan(splits=splits, num_warps=2 if target in CDNA else 4)
