@@ -144,7 +144,9 @@ def test_cost_against_the_peer(arch):
             jax.block_until_ready(jax.jit(problem.fn)(*problem.args))
         totals[kind] = sum(launch.counts.total for launch in device.launches)
     assert totals["float8_e4m3fn"] <= 0.6 * PEER[arch]
-    assert totals["float8_e4m3fnuz"] <= totals["float8_e4m3fn"]
+    # gfx942 converts e4m3fnuz by itself; on gfx950 that is the foreign flavour.
+    if arch == "gfx942":
+        assert totals["float8_e4m3fnuz"] <= totals["float8_e4m3fn"]
 
 
 # --- the model -------------------------------------------------------------------------------------------------------

@@ -1,0 +1,114 @@
+"""`python -m sparse_mla_jax inspect`: tables, JSON, assembly, pictures, the whole decode step, and its rules."""
+
+import dataclasses
+import json
+
+import pytest
+from cdna_support import require_cdna
+
+from pallas_kernels.cdna.program import Argument
+from sparse_mla_jax import __main__, inspection, kernel_cases, step_inspection
+
+
+def inspect(*arguments):
+    return __main__.main(["inspect", *arguments])
+
+
+@pytest.mark.parametrize("arch", ["gfx942", "gfx950"])
+def test_table_of_one_kernel(arch, capsys):
+    require_cdna("triton")
+    assert inspect("--kernel", "top_k", "--arch", arch) == 0
+    out = capsys.readouterr().out
+    assert "executed by our interpreter" in out and "nothing was timed" in out
+    assert out.count(f"top_k   {arch}") == 3
+
+
+def test_json_assembly_and_picture(tmp_path, capsys):
+    require_cdna("triton")
+    files = tmp_path / "kernel.s", tmp_path / "kernel.png"
+    options = ["--kernel", "sparse_mla", "--arch", "gfx942", "--heads", "6", "--cache-dtype", "float8_e4m3fn"]
+    assert inspect(*options, "--json", "--asm", str(files[0]), "--picture", str(files[1])) == 0
+    (row,) = json.loads(capsys.readouterr().out)
+    assert (row["kernel"], row["heads"], row["cache"], row["problems"]) == ("sparse_mla", 6, "float8_e4m3fn", [])
+    assert row["wave_instructions"] == sum(row["by_class"].values()) > 0
+    assert set(row["lower_bound_us"]) >= {"vector", "matrix"} and row["hbm_floor_us"] > 0
+    annotated = files[0].read_text()
+    assert "v_mfma" in annotated and "executed by our interpreter" in annotated
+    assert files[1].read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_broken_rule_is_named_and_fails(monkeypatch, capsys):
+    require_cdna("triton")
+    good = inspection.measure(kernel_cases.case("top_k"), "", "gfx942", "triton")
+    kernel = good.launch.kernel
+    bad_kernel = dataclasses.replace(
+        kernel, resources=dataclasses.replace(kernel.resources, vgpr_spills=3, scratch=16, lds=1 << 20)
+    )
+    bad = dataclasses.replace(good, error=1.0, launch=dataclasses.replace(good.launch, kernel=bad_kernel))
+    monkeypatch.setattr(inspection, "measure", lambda *_: bad)
+    assert inspect("--kernel", "top_k", "--arch", "gfx942") == 1
+    errors = capsys.readouterr().err
+    for part in ("error 1.00e+00 above", "3 vector", "16 bytes of scratch", "1048576 bytes of LDS"):
+        assert part in errors
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--kernel", "nothing"], "kernel is 'nothing'"),
+        (["--kernel", "sparse_mla", "--heads", "0"], "heads is 0"),
+        (["--kernel", "sparse_mla_v4", "--cache-dtype", "float32"], "cache is 'float32'"),
+        (["--step", "--context", "100"], "context is 100"),
+        (["--step", "--layers", "0"], "layers is 0"),
+    ],
+)
+def test_bad_options(arguments, message, capsys):
+    require_cdna("triton")
+    assert inspect(*arguments) == 2
+    assert message in capsys.readouterr().err
+
+
+# --- the decode step -------------------------------------------------------------------------------------------------
+@pytest.fixture(scope="module", params=["gfx942", "gfx950"])
+def compiled_step(request):
+    require_cdna("xla")
+    from pallas_kernels import cdna
+
+    step = step_inspection.decode_step(layers=1)
+    return step, cdna.compile(step.fn, *step.args, arch=request.param, donate_argnums=step.donated)
+
+
+def test_the_step_at_published_sizes_copies_no_cache(compiled_step):
+    step, program = compiled_step
+    assert [k.name for k in program.pallas_kernels] == ["paged_indexer_logits", "top_k", "sparse_mla"]
+    assert step_inspection.cache_copies(step, program) == []
+    assert program.in_place == tuple(range(step.first_cache, step.first_cache + len(step.caches)))
+    row = step_inspection.summary(step, program)
+    assert row["launches"] <= 55 and row["temporary_bytes"] < 64 << 20
+    assert "copies of a cache: none" in step_inspection.report(row)
+    assert all(k["spills"] == k["scratch"] == 0 for k in row["kernels"] if k["origin"] == "pallas")
+
+
+def test_copies_of_a_cache_are_found(compiled_step):
+    step, program = compiled_step
+    array = step.caches[0]
+    flat = (array.shape[0] * array.shape[1], *array.shape[2:])
+    writer = dataclasses.replace(program.kernels[0], arguments=(Argument(flat, array.dtype, "output"),))
+    size = writer.arguments[0].nbytes
+    for broken, words in (
+        (dataclasses.replace(program, in_place=program.in_place[1:]), "not updated in place"),
+        (dataclasses.replace(program, kernels=(*program.kernels, writer)), "writes a new uint32"),
+        (dataclasses.replace(program, copies=((size, "device to device: copy.1"),)), f"{size} bytes copied"),
+    ):
+        (found,) = step_inspection.cache_copies(step, broken)
+        assert words in found
+
+
+def test_step_command(capsys):
+    require_cdna("xla")
+    options = ["--step", "--arch", "gfx942", "--batch", "2", "--context", "4096", "--layers", "1"]
+    assert inspect(*options) == 0
+    assert "copies of a cache: none" in capsys.readouterr().out
+    assert inspect(*options, "--json") == 0
+    (row,) = json.loads(capsys.readouterr().out)
+    assert row["launches_of_pallas_kernels"] == 3 and row["cache_copies"] == []
