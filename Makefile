@@ -15,7 +15,7 @@ help:
 	@echo "make test      set up and run the tests (CPU only)"
 	@echo "make test-all  the long sweeps too, then the tests again under jax $(JAX_NEXT)"
 	@echo "make lint      ruff, formatting, types"
-	@echo "make notebook  execute examples/decode_step.py and write its notebook"
+	@echo "make notebook  execute the examples and write their notebooks"
 	@echo "make counts    renew benchmarks/cdna_counts.json: wave-instructions of the kernels on gfx942 and gfx950"
 	@echo "make bench     decode throughput of the demo model on this machine"
 
@@ -60,10 +60,12 @@ counts: $(VENV)/.ready llvm
 bench: $(VENV)/.ready
 	@$(BIN)/python -m sparse_mla_jax bench examples/tiny_python
 
-notebook: $(VENV)/.ready
-	$(BIN)/python -c "import jupytext, nbformat, nbclient; n = jupytext.read('examples/decode_step.py'); \
-	nbclient.NotebookClient(n, record_timing=False, resources={'metadata': {'path': 'examples'}}).execute(); \
-	nbformat.write(n, 'examples/decode_step.ipynb')"
+notebook: $(VENV)/.ready llvm
+	for name in decode_step cdna_kernels; do \
+	  $(BIN)/python -c "import sys, jupytext, nbformat, nbclient; path = 'examples/' + sys.argv[1]; n = jupytext.read(path + '.py'); \
+	  nbclient.NotebookClient(n, record_timing=False, resources={'metadata': {'path': 'examples'}}).execute(); \
+	  nbformat.write(n, path + '.ipynb')" $$name || exit 1; \
+	done
 
 clean:
 	rm -rf .venv .venv-jax-* .pytest_cache .ruff_cache .mypy_cache .hypothesis out

@@ -1,10 +1,11 @@
-"""examples/decode_step.ipynb: in step with its jupytext pair, and every cell runs."""
+"""The notebooks of examples/: in step with their jupytext pairs, and every cell runs."""
 
 import pathlib
 
 import jupytext
 import nbformat
 import pytest
+from cdna_support import require_cdna
 from nbclient import NotebookClient
 
 EXAMPLES = pathlib.Path(__file__).parent.parent / "examples"
@@ -14,22 +15,36 @@ def code_cells(notebook):
     return [cell.source for cell in notebook.cells if cell.cell_type == "code"]
 
 
-def test_pair_is_in_step():
-    paired = jupytext.read(EXAMPLES / "decode_step.py")
-    notebook = nbformat.read(EXAMPLES / "decode_step.ipynb", as_version=4)
+@pytest.mark.parametrize("name", ["decode_step", "cdna_kernels"])
+def test_pair_is_in_step(name):
+    paired = jupytext.read(EXAMPLES / f"{name}.py")
+    notebook = nbformat.read(EXAMPLES / f"{name}.ipynb", as_version=4)
     assert code_cells(notebook) == code_cells(paired), "run: make notebook"
+
+
+def printed(name):
+    """What the cells of a notebook print."""
+    notebook = jupytext.read(EXAMPLES / f"{name}.py")
+    NotebookClient(
+        notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(EXAMPLES)}}
+    ).execute()
+    return "".join(
+        output.get("text", "") for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs
+    )
 
 
 # pyzmq and the kernel's event loop warn about things that no notebook of ours decides.
 @pytest.mark.filterwarnings("ignore")
 def test_every_cell_runs():
-    notebook = jupytext.read(EXAMPLES / "decode_step.py")
-    NotebookClient(
-        notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(EXAMPLES)}}
-    ).execute()
-    text = "".join(
-        output.get("text", "") for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs
-    )
+    text = printed("decode_step")
     assert "same numbers after reinterpret: True" in text
     assert "unchanged: True" in text
     assert text.count("True") >= 6 and "False" not in text
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_kernels_as_machine_code():
+    require_cdna("triton")
+    require_cdna("xla")
+    text = printed("cdna_kernels")
+    assert text.count("error 1.6") == 4 and "2 waves: 26952 wave-instructions" in text

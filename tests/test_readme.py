@@ -6,15 +6,17 @@ import re
 import jax
 import jax.numpy as jnp
 import numpy as np
+from cdna_support import require_cdna
 from small_models import SMALL
 
 from sparse_mla_jax.models import deepseek_v32
 
 README = (pathlib.Path(__file__).parent.parent / "README.md").read_text()
+CODE = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
 def test_the_layer_called_from_a_users_own_jit():
-    (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    code = CODE[0]
     assert len(code.strip().splitlines()) <= 12
     names = {}
     exec(code, names)
@@ -29,3 +31,13 @@ def test_the_layer_called_from_a_users_own_jit():
     assert given.is_deleted(), "the cache was copied, not donated"
     written = np.flatnonzero(np.asarray(cache.scale).reshape(-1))
     np.testing.assert_array_equal(written, [2, 2 * 8 + 3, 2 * 8 + 4])
+
+
+def test_a_kernel_as_machine_code(capsys):
+    require_cdna("triton")
+    names = {}
+    exec(CODE[1], names)
+    scores = np.sin(np.arange(500, dtype=np.float32))
+    np.testing.assert_array_equal(names["positions"][0], np.sort(np.argsort(-scores, kind="stable")[:8]))
+    assert "vgprs" in capsys.readouterr().out
+    assert len(CODE) == 2
