@@ -437,13 +437,16 @@ def _launch(
     compute = _compute_dtype(q, sources)
     if plan is None:
         width = sum(s.width for s in sources)
-        plan = attention_plan(tokens=tokens, heads=heads, width=width, itemsize=compute.itemsize, target=target)
+        fp8 = any(s.scale is not None for s in sources)
+        plan = attention_plan(
+            tokens=tokens, heads=heads, width=width, itemsize=compute.itemsize, fp8=fp8, target=target
+        )
     tiles = {(layout(s, plan), None if s.scale is None else jnp.dtype(s.dtype)) for s in sources}
     if len(tiles) > 1:
         raise NotImplementedError("the two sources store keys in different layouts; the kernel follows one layout")
     if any(a.dtype not in (jnp.bfloat16, jnp.float32) for s in sources if s.scale is None for a in [s.latent]):
         raise NotImplementedError("unquantised keys must be bfloat16 or float32")
-    ((common, fp8),) = tiles
+    ((common, flavour),) = tiles
     arrays = [_arrays(s) for s in sources]
     static = _Static(
         heads=heads,
@@ -454,7 +457,7 @@ def _launch(
         names=tuple(tuple(a) for a in arrays),
         counts=tuple(s.num_slots for s in sources),
         widths=tuple(0 if s.indptr is not None else s.values.shape[1] for s in sources),
-        fp8=fp8,
+        fp8=flavour,
         compute=compute,
         has_sinks=sinks is not None and plan.splits == 1,
         plan=plan,

@@ -43,11 +43,16 @@ def power_of_two(n: int) -> int:
 
 
 @functools.lru_cache(maxsize=1024)
-def attention_plan(*, tokens: int, heads: int, width: int, itemsize: int, target: str = "gpu") -> AttentionPlan:
+def attention_plan(
+    *, tokens: int, heads: int, width: int, itemsize: int, fp8: bool = False, target: str = "gpu"
+) -> AttentionPlan:
     """Heuristic plan for `tokens` rows of about `width` keys in all sources; itemsize 4 means float32 products."""
     programs = tokens * -(-heads // 16)
     wanted = power_of_two(max(1, TARGET_PROGRAMS // max(1, programs)))
     splits = max(1, min(wanted, width // MIN_SPLIT_KEYS, 16))
+    if itemsize == 4 and target in CDNA and not fp8:
+        # 4 waves spill a few registers with two sources; with FP8 keys it is 8 that spill.
+        return AttentionPlan(splits=splits, num_warps=8)
     if itemsize == 4:
         return AttentionPlan(splits=splits, tile=64)
     # CDNA: waves repeat each other's scores and index arithmetic; one wave of its own would spill on gfx942.
