@@ -54,6 +54,59 @@ def _add_model_options(parser: argparse.ArgumentParser, *, cache_dtype: str) -> 
     )
 
 
+# Options of `bench MODEL_DIR` alone, and what they are unless given.
+MODEL_BENCH = {
+    "batch": 8,
+    "context": 2048,
+    "steps": 32,
+    "prefill_chunk": 512,
+    "page_size": 64,
+    "cache_dtype": "float8_e4m3fnuz",
+    "dtype": "float32",
+}
+
+
+def _add_bench_options(parser: argparse.ArgumentParser, *, heavy: bool) -> None:
+    """Options of both forms; None unless given, so that each form can refuse the other's."""
+    parser.add_argument(
+        "target",
+        nargs="?",
+        metavar="AREA | MODEL_DIR",
+        help="topk, indexer, decode, prefill, cache or step; or a Hugging Face folder (default: all areas)",
+    )
+    parser.add_argument(
+        "--json",
+        nargs="?",
+        const="",
+        metavar="FILE",
+        help="write JSON to FILE; without FILE one line of it is printed instead of a table (put it last then)",
+    )
+    parser.add_argument(
+        "--implementation", choices=IMPLEMENTATIONS, help="of every operator (default: the best that runs here)"
+    )
+    model = parser.add_argument_group("a model (bench MODEL_DIR)")
+    sizes = {
+        "batch": "sequences",
+        "context": "tokens at the end",
+        "steps": "timed decode steps",
+        "prefill_chunk": "tokens per step",
+        "page_size": "tokens per cache page",
+    }
+    for name, what in sizes.items():
+        option = f"--{name.replace('_', '-')}"
+        model.add_argument(option, type=int, metavar="N", help=f"{what} (default {MODEL_BENCH[name]})")
+    model.add_argument(
+        "--cache-dtype", choices=CACHE_DTYPES, help=f"type of the caches (default {MODEL_BENCH['cache_dtype']})"
+    )
+    model.add_argument(
+        "--dtype", choices=DTYPES, help=f"type of weights and activations (default {MODEL_BENCH['dtype']})"
+    )
+    if heavy:
+        from sparse_mla_jax import bench
+
+        bench.add_arguments(parser)
+
+
 def build_parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
     """The parser; `arguments` tells whose options are needed: the modules of some commands are heavy."""
     parser = _Parser(
@@ -113,15 +166,12 @@ def build_parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
 
     bench = commands.add_parser(
         "bench",
-        help="decode throughput",
-        description="Prefills random prompts, then times decode steps of the whole batch; no sequence exceeds CONTEXT.",
+        help="kernel times, or decode throughput of a model",
+        description="With an area, or without anything: times every kernel on named shapes and checks it."
+        " With MODEL_DIR: prefills random prompts, then times decode steps of the whole batch; no sequence exceeds"
+        " CONTEXT.",
     )
-    _add_model_options(bench, cache_dtype="float8_e4m3fnuz")
-    bench.add_argument("--batch", type=int, default=8, metavar="N", help="sequences (default 8)")
-    bench.add_argument("--context", type=int, default=2048, metavar="N", help="tokens at the end (default 2048)")
-    bench.add_argument("--steps", type=int, default=32, metavar="N", help="timed decode steps (default 32)")
-    bench.add_argument("--prefill-chunk", type=int, default=512, metavar="N", help="tokens per step (default 512)")
-    bench.add_argument("--json", action="store_true", help="print one line of JSON instead of a table")
+    _add_bench_options(bench, heavy=wanted == "bench")
     bench.set_defaults(handler=_bench)
 
     inspect = commands.add_parser(
@@ -167,24 +217,15 @@ def _load_array(path: str, name: str) -> np.ndarray:
     return array
 
 
-def _check_writable(path: str) -> None:
-    """Refuses an output path before any work is done for it."""
-    folder = os.path.dirname(os.path.abspath(path))
-    require(os.path.isdir(folder), f"--output {path!r}: folder {folder!r} does not exist; make it first.")
-    require(not os.path.isdir(path), f"--output {path!r} is a folder; give the name of a file.")
-    target = path if os.path.exists(path) else folder
-    require(os.access(target, os.W_OK), f"--output {path!r} is not writable; choose another place.")
-
-
 def _score(arguments: argparse.Namespace) -> int:
     config = load_config(arguments.model_dir)
     tokens = _load_array(arguments.tokens, "--tokens")
-    _check_writable(arguments.output)
     import numpy as np
 
-    from sparse_mla_jax import scoring
+    from sparse_mla_jax import _options, scoring
     from sparse_mla_jax.models.checkpoint import load_checkpoint
 
+    _options.check_writable("--output", arguments.output)
     # Everything that can be wrong with the ids is said before gigabytes are read.
     ids = scoring.check_arguments(
         config,
@@ -323,7 +364,34 @@ def measure_decode(engine: Engine, *, context: int, steps: int, seed: int = 0) -
 
 
 def _bench(arguments: argparse.Namespace) -> int:
+    from sparse_mla_jax import bench
+
+    target = arguments.target
+    kernels = target is None or target in bench.AREAS
+    here, other = ("[AREA]", "MODEL_DIR") if kernels else ("MODEL_DIR", "[AREA]")
+    for name in MODEL_BENCH if kernels else bench.OPTIONS:
+        require(
+            getattr(arguments, name) is None,
+            f"--{name.replace('_', '-')} belongs to `bench {other}`, not to `bench {here}`; leave it out.",
+        )
+    if kernels:
+        return bench.run(arguments, target, _device())
+    require(
+        os.path.isdir(target),
+        f"model folder {target!r} does not exist, and it is no area either; give a folder with config.json, or one of"
+        f" {', '.join(bench.AREAS)}.",
+    )
+    given = {name: getattr(arguments, name) for name in MODEL_BENCH}
+    merged = MODEL_BENCH | {name: value for name, value in given.items() if value is not None}
+    return _bench_model(argparse.Namespace(**{**vars(arguments), **merged, "model_dir": target}))
+
+
+def _bench_model(arguments: argparse.Namespace) -> int:
     config = load_config(arguments.model_dir)
+    if arguments.json:
+        from sparse_mla_jax import _options
+
+        _options.check_writable("--json", arguments.json)
     for name in ("batch", "context", "steps", "prefill_chunk", "page_size"):
         value = getattr(arguments, name)
         require(value >= 1, f"--{name.replace('_', '-')} is {value}; at least 1 is expected.")
@@ -364,7 +432,10 @@ def _bench(arguments: argparse.Namespace) -> int:
         "device": device["device"],
         "jax": device["jax"],
     }
-    _print_report(report, arguments.json)
+    if arguments.json:
+        with open(arguments.json, "w") as file:
+            file.write(json.dumps(report) + "\n")
+    _print_report(report, arguments.json == "")
     return 0
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import jax
@@ -39,6 +40,19 @@ def check_size(name: str, value: Any, low: int = 1) -> int:
     ok = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
     require(ok and value >= low, f"{name} is {value!r}; an integer of at least {low} is expected.")
     return int(value)
+
+
+def check_writable(name: str, path: str) -> None:
+    """Refuses an output path before any work is done for it; `name` is the option's.
+
+    Raises:
+      ValueError: a folder, in a folder that does not exist, or not writable.
+    """
+    folder = os.path.dirname(os.path.abspath(path))
+    require(os.path.isdir(folder), f"{name} {path!r}: folder {folder!r} does not exist; make it first.")
+    require(not os.path.isdir(path), f"{name} {path!r} is a folder; give the name of a file.")
+    target = path if os.path.exists(path) else folder
+    require(os.access(target, os.W_OK), f"{name} {path!r} is not writable; choose another place.")
 
 
 def _name(path: Any) -> str:

@@ -20,6 +20,8 @@ import jax.numpy as jnp
 from pallas_kernels import cdna
 from pallas_kernels.cdna.program import PRODUCT, Program
 from sparse_mla_jax.config import DeepseekV32Config, require
+from sparse_mla_jax.layers.mla import attention_step
+from sparse_mla_jax.metadata import decode_metadata
 from sparse_mla_jax.models import deepseek_v32
 
 PAGE_SIZE = 64
@@ -27,10 +29,11 @@ PAGE_SIZE = 64
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """A decode step and what it is compiled for.
+    """A decode step, or the attention layer of one, and what it is compiled for.
 
     Attributes:
-      fn: (params, token_ids[B], caches, seq_lens[B], page_table[B, P]) -> (next token int32[B], caches).
+      fn: (params, inputs, caches, seq_lens[B], page_table[B, P]) -> (outputs, caches). Inputs and outputs are token ids
+        int32[B], of a layer the hidden states [B, D].
       args: shapes of its arguments.
       donated: number of the argument that is updated in place: the caches.
     """
@@ -50,6 +53,31 @@ class Step:
         return len(jax.tree.leaves(self.args[: self.donated]))
 
 
+def published_config(*, heads: int, layers: int) -> DeepseekV32Config:
+    """DeepSeek-V3.2 with the heads of one GPU and so many layers, of which the first is dense.
+
+    Raises:
+      ValueError: sizes below 1.
+    """
+    for name, value in (("heads", heads), ("layers", layers)):
+        require(value >= 1, f"{name} is {value}; at least 1 is expected.")
+    return dataclasses.replace(
+        DeepseekV32Config(), num_attention_heads=heads, num_hidden_layers=layers, first_k_dense_replace=1
+    )
+
+
+def _shapes(config: DeepseekV32Config, batch: int, context: int, cache_dtype: Any) -> tuple[Any, Any, Any]:
+    """Shapes of the caches, of an int32 per sequence, and of the page table."""
+    for name, value in (("batch", batch), ("context", context)):
+        require(value >= 1, f"{name} is {value}; at least 1 is expected.")
+    require(context % PAGE_SIZE == 0, f"context is {context}; a multiple of the page size {PAGE_SIZE} is expected.")
+    pages = context // PAGE_SIZE
+    caches = jax.eval_shape(
+        lambda: deepseek_v32.create_caches(config, batch * pages, PAGE_SIZE, dtype=jnp.dtype(cache_dtype))
+    )
+    return caches, jax.ShapeDtypeStruct((batch,), jnp.int32), jax.ShapeDtypeStruct((batch, pages), jnp.int32)
+
+
 def decode_step(
     *, heads: int = 16, batch: int = 64, context: int = 32768, layers: int = 2, cache_dtype: Any = jnp.float8_e4m3fnuz
 ) -> Step:
@@ -65,16 +93,8 @@ def decode_step(
     Raises:
       ValueError: sizes below 1, or a context that is not whole pages.
     """
-    for name, value in (("heads", heads), ("batch", batch), ("context", context), ("layers", layers)):
-        require(value >= 1, f"{name} is {value}; at least 1 is expected.")
-    require(context % PAGE_SIZE == 0, f"context is {context}; a multiple of the page size {PAGE_SIZE} is expected.")
-    config = dataclasses.replace(
-        DeepseekV32Config(), num_attention_heads=heads, num_hidden_layers=layers, first_k_dense_replace=1
-    )
-    pages = context // PAGE_SIZE
-    caches = jax.eval_shape(
-        lambda: deepseek_v32.create_caches(config, batch * pages, PAGE_SIZE, dtype=jnp.dtype(cache_dtype))
-    )
+    config = published_config(heads=heads, layers=layers)
+    caches, per_sequence, table = _shapes(config, batch, context, cache_dtype)
 
     def step(params, token_ids, caches, seq_lens, page_table):
         scores, caches = deepseek_v32.decode(
@@ -82,10 +102,35 @@ def decode_step(
         )
         return jnp.argmax(scores, axis=-1).astype(jnp.int32), caches
 
-    per_sequence = jax.ShapeDtypeStruct((batch,), jnp.int32)
-    table = jax.ShapeDtypeStruct((batch, pages), jnp.int32)
     params = deepseek_v32.param_specs(config, jnp.bfloat16)
     return Step(step, (params, per_sequence, caches, per_sequence, table))
+
+
+def layer_step(
+    config: DeepseekV32Config, *, batch: int, context: int, cache_dtype: Any, implementation: str | None = None
+) -> Step:
+    """The attention layer alone of such a step: normalised hidden states in, the layer's output [B, D] out.
+
+    Args:
+      config: of the model, as `published_config` gives it; one layer of it is taken.
+      batch, context, cache_dtype: as in `decode_step`.
+      implementation: None, "triton", "xla" or "reference", of every operator.
+
+    Raises:
+      ValueError: sizes below 1, or a context that is not whole pages.
+    """
+    caches, per_sequence, table = _shapes(config, batch, context, cache_dtype)
+
+    def step(params, hidden, caches, seq_lens, page_table):
+        metadata = decode_metadata(seq_lens, page_table, page_size=PAGE_SIZE)
+        out, cache, index_cache = attention_step(
+            params, hidden, caches[0], caches[1], metadata, config=config, implementation=implementation
+        )
+        return out, (cache, index_cache)
+
+    params = deepseek_v32.param_specs(config, jnp.bfloat16)["layers"][0]["self_attn"]
+    hidden = jax.ShapeDtypeStruct((batch, config.hidden_size), jnp.bfloat16)
+    return Step(step, (params, hidden, caches[0], per_sequence, table))
 
 
 def cache_copies(step: Step, program: Program) -> list[str]:
