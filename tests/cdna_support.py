@@ -17,3 +17,8 @@ def require_cdna(compiler):
     reason = _reason(compiler)
     if reason:
         pytest.skip(reason)
+
+
+def require_cramjam():
+    """The module that packs and unpacks Snappy; without it the test is skipped, with the same line."""
+    return pytest.importorskip("cramjam", reason=f"cramjam is not installed: {toolchain.extra()}")

@@ -16,6 +16,7 @@ import signal
 import subprocess
 import sys
 import time
+import tomllib
 
 import jax
 import jax.numpy as jnp
@@ -583,7 +584,7 @@ def plugin_of(*names):
     return lambda patch: patch(toolchain.importlib.metadata, "files", lambda name: [pathlib.PurePath(n) for n in names])
 
 
-EXTRA = "pip install 'sparse-mla-jax[cdna]'"
+EXTRA = "pip install 'sparse-mla-jax[cdna]'" + ("" if jax.__version__ == "0.11.2" else " 'jax==0.11.2'")
 MISSING = {
     "objdump": (without("llvm-objdump"), "triton", "llvm-objdump-22 is not installed: apt-get install llvm-22"),
     "readelf": (without("llvm-readelf"), "xla", "llvm-readelf-22 is not installed: apt-get install llvm-22"),
@@ -619,6 +620,13 @@ def test_missing_tools(name, monkeypatch, forgotten, tmp_path):
     with pytest.raises(cdna.ToolMissing) as caught:
         cdna.compile(surrounded, *SIZES, arch=ARCH, compiler=made_by, cache=tmp_path)
     assert str(caught.value) == line and "\n" not in line
+
+
+def test_the_extra_of_another_jax(monkeypatch):
+    monkeypatch.setattr(jax, "__version__", "0.99.0")
+    assert toolchain.extra() == "pip install 'sparse-mla-jax[cdna]' 'jax==0.11.2'"
+    pins = tomllib.loads((pathlib.Path(__file__).parents[1] / "pyproject.toml").read_text())
+    assert f"jax-rocm7-pjrt=={toolchain.JAX}" in pins["project"]["optional-dependencies"]["cdna"]
 
 
 def test_what_the_other_compiler_needs_is_not_asked_for(monkeypatch, forgotten):

@@ -526,6 +526,46 @@ s_cbranch_scc1 .LBB0_1"""
     np.testing.assert_array_equal(found[..., 0], np.cumsum(columns[..., 0], axis=1, dtype=np.uint32))
 
 
+@pytest.mark.parametrize("order", control_flow.ORDERS)
+def test_any_barrier_of_the_text_is_the_barrier(order):
+    """Half of the waves wait at another s_barrier; what they wrote before it is there afterwards."""
+    body = """v_lshlrev_b32_e32 v2, 2, v0
+ds_write_b32 v2, v1
+v_readfirstlane_b32 s20, v0
+s_cmp_lt_u32 s20, 0x80
+s_cbranch_scc1 .LBB0_1
+s_barrier
+s_branch .LBB0_2
+.LBB0_1:
+s_barrier
+.LBB0_2:
+v_xor_b32_e32 v2, 0x200, v2
+ds_read_b32 v3, v2"""
+    columns = cp.words((3, 256, 1), seed=33)
+    found = cp.run_lanes(body, columns, [3], lds=1024, order=order)
+    np.testing.assert_array_equal(found, np.roll(columns, 128, axis=1))
+
+
+@pytest.mark.parametrize("order", control_flow.ORDERS)
+def test_waves_that_end_do_not_hold_up_a_barrier(order):
+    """Wave w ends before the barrier of round w: in the last round one wave is alone, and goes on."""
+    body = f"""v_lshlrev_b32_e32 v1, 2, v0
+v_readfirstlane_b32 s20, v0
+s_lshr_b32 s20, s20, 6
+s_mov_b32 s21, 0
+.LBB0_1:
+v_mov_b32_e32 v2, s21
+global_store_dword v1, v2, {cp.buffer(0)}
+s_cmp_ge_u32 s21, s20
+s_cbranch_scc1 .LBB0_2
+s_barrier
+s_add_u32 s21, s21, 1
+s_branch .LBB0_1
+.LBB0_2:"""
+    (found,) = cp.run(body, [], [np.full(512, 99, np.uint32)], threads=512, order=order)
+    np.testing.assert_array_equal(found, np.repeat(np.arange(8), 64))
+
+
 def test_orders_are_checked():
     with pytest.raises(ValueError, match="order is 'backward'; expected one of together, forward, reverse"):
         cp.run("", order="backward")

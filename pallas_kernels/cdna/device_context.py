@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import dataclasses
+import functools
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -25,6 +27,17 @@ class Launch:
 
     kernel: Kernel
     counts: Counts
+
+
+@functools.cache
+def _interpreter_thread() -> concurrent.futures.Executor:
+    """The thread in which kernels are executed.
+
+    XLA's threads flush subnormals, the kernels' waves do not, and a thread inherits the mode of the one that starts it.
+    """
+    pool = concurrent.futures.ThreadPoolExecutor(1, "cdna-interpreter")
+    pool.submit(int).result()
+    return pool
 
 
 class Device:
@@ -49,6 +62,8 @@ class Device:
         self.arch, self.compiler, self.order = arch, compiler, order
         self.launches: list[Launch] = []
         self._lock = threading.Lock()
+        # Started here, outside of XLA.
+        self._thread = _interpreter_thread()
 
     def call(self, kernel_call: Callable, arrays: Sequence[jax.Array], out_shape: Any) -> Any:
         """Compiles the one kernel of `kernel_call` and stages its execution; called while a program is traced."""
@@ -59,7 +74,8 @@ class Device:
 
         def run(context, outs, *buffers):
             del context
-            result = execute(kernel, [np.asarray(b) for b in buffers], order=self.order)
+            arrays = [np.asarray(b) for b in buffers]
+            result = self._thread.submit(execute, kernel, arrays, order=self.order).result()
             with self._lock:
                 self.launches.append(Launch(kernel, result.counts))
             for out, value in zip(outs, result.outputs):

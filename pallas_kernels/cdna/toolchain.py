@@ -11,7 +11,8 @@ import subprocess
 
 import jax
 
-EXTRA = "pip install 'sparse-mla-jax[cdna]'"
+# What the extra `cdna` belongs to: other versions of jax have no such compilers.
+JAX = "0.11.2"
 LLVM = "22"
 TRITON = "triton"
 PLUGIN = "jax-rocm7-pjrt"
@@ -19,6 +20,11 @@ PLUGIN = "jax-rocm7-pjrt"
 
 class ToolMissing(RuntimeError):
     """A compiler, the plugin or a disassembler is not installed; the message says what to install."""
+
+
+def extra() -> str:
+    """The command that installs the extra `cdna`, and the jax that it needs where this is another one."""
+    return "pip install 'sparse-mla-jax[cdna]'" + (f" 'jax=={JAX}'" if jax.__version__ != JAX else "")
 
 
 def default_cache() -> pathlib.Path:
@@ -74,7 +80,7 @@ def plugin_library() -> pathlib.Path:
     """
     version = version_of(PLUGIN)
     if version is None:
-        raise ToolMissing(f"{PLUGIN} is not installed: {EXTRA}")
+        raise ToolMissing(f"{PLUGIN} is not installed: {extra()}")
     if version != jax.__version__:
         raise ToolMissing(
             f"{PLUGIN} {version} does not match jax {jax.__version__}: pip install {PLUGIN}=={jax.__version__}"
@@ -103,14 +109,14 @@ def require(compiler: str) -> None:
     find_llvm("llvm-readelf")
     if compiler == "triton":
         if version_of(TRITON) is None:
-            raise ToolMissing(f"triton is not installed: {EXTRA}")
+            raise ToolMissing(f"triton is not installed: {extra()}")
         return
     plugin_library()
     find_program("gcc", "gcc")
     for name in ("nm", "readelf"):
         find_program(name, "binutils")
     if importlib.util.find_spec("cramjam") is None:
-        raise ToolMissing(f"cramjam is not installed: {EXTRA}")
+        raise ToolMissing(f"cramjam is not installed: {extra()}")
 
 
 def available(compiler: str) -> str | None:

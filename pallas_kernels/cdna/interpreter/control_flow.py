@@ -156,6 +156,9 @@ def run(
 ) -> np.ndarray:
     """Executes a grid; returns how often each block was executed by a wave, int64 [blocks].
 
+    Barriers are the hardware's: a wave at s_barrier goes on when every wave of its workgroup that has not ended stands
+    at one, be it another s_barrier of the text. So no barrier waits for ever.
+
     Args:
       assembly: the kernel.
       memory: its buffers, changed in place.
@@ -167,8 +170,8 @@ def run(
 
     Raises:
       ValueError: an unknown order.
-      InterpreterError: an unknown instruction, an access outside a buffer, a write to a read-only one, a barrier that
-        not all waves reach, or a loop without end.
+      InterpreterError: an unknown instruction, an access outside a buffer, a write to a read-only one, or a loop
+        without end.
     """
     if order not in ORDERS:
         raise ValueError(f"order is {order!r}; expected one of {', '.join(ORDERS)}")

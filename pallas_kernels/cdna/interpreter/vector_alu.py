@@ -26,9 +26,13 @@ FP8 = {
 
 # --- arithmetic on arrays --------------------------------------------------------------------------------------------
 def fma(a, b, c):
-    """a * b + c rounded once: float64 holds a product of two float32 exactly, and its sum well enough to tell."""
-    if a.dtype == F64:
-        return _fma64(a, b, c)
+    """a * b + c rounded once."""
+    return _fma64(a, b, c) if a.dtype == F64 else fma_to_odd(a, b, c).astype(a.dtype)
+
+
+def fma_to_odd(a, b, c):
+    """a * b + c of float32 or narrower as float64, such that rounding it to less than 52 bits rounds the exact sum."""
+    # float64 holds a product of two float32 exactly, and its sum well enough to tell.
     exact, addend = a.astype(F64) * b.astype(F64), c.astype(F64)
     total = exact + addend
     # Round the float64 sum to odd, so that the second rounding can not land on a tie that was none.
@@ -37,7 +41,7 @@ def fma(a, b, c):
     bits = total.view(I64) if total.ndim else np.array(total).view(I64)
     nudge = np.where((error > 0) == (total > 0), 1, -1)
     inexact = (error != 0) & np.isfinite(total) & (total != 0) & (bits & 1 == 0)
-    return np.where(inexact, bits + nudge, bits).view(F64).astype(a.dtype)
+    return np.where(inexact, bits + nudge, bits).view(F64)
 
 
 @np.vectorize(otypes=[F64])
@@ -209,17 +213,57 @@ def minimum(a, b):
     return _ordered(a, b, np.minimum, above=False)
 
 
+# --- division: scale, refine, scale back, mend -----------------------------------------------------------------------
+# The ISA document's pseudocode, except where it can not be meant: it scales back by 2**32 what was scaled by 2**64, a
+# denominator above 2**126 up to infinity, and has no word on a quotient that overflowed to NaN. There the choice is the
+# one with which the whole sequence gives the quotient that IEEE 754 asks for.
+def exponent_field(a):
+    """The biased exponent of float32, int32: 0 for zero and subnormals, 255 for infinity and NaN."""
+    return (np.ascontiguousarray(a, F32).view(U32) >> U32(23) & U32(255)).astype(I32)
+
+
+def divide_scale(value, denominator, numerator):
+    """v_div_scale: (value, which is the denominator or the numerator, scaled; whether the quotient is off by 2**64).
+
+    Scaled so that neither an operand nor the remainder nor the quotient of the refinement is subnormal.
+    """
+    n, d = exponent_field(numerator), exponent_field(denominator)
+    size = np.abs(numerator.astype(F64) / denominator)
+    # Also what is too small for a subnormal: v_div_fmas rounds it.
+    small = (size > 0) & (size < 2.0**-126)
+    large = n - d >= 96
+    tiny_below, huge_below = d == 0, np.abs(denominator) > F32(2.0**126)
+    bottom, top = value == denominator, value == numerator
+    power = np.select(
+        [large, tiny_below, huge_below & small, huge_below, small, n <= 23],
+        [np.where(bottom, 64, 0), 64, np.where(bottom, -64, 0), -64, np.where(top, 64, 0), 64],
+        0,
+    )
+    undefined = (denominator == 0) | (numerator == 0)
+    flag = ~undefined & (large | small)
+    return np.where(undefined, F32(np.nan), np.ldexp(value, power)), flag
+
+
+def divide_fma(a, b, c, flag):
+    """v_div_fmas: a * b + c, times 2**64 for a large quotient `c` or 2**-64 for a small one if `flag`; rounded once."""
+    power = np.where(flag, np.where(exponent_field(c) > 127, F64(2.0**64), F64(2.0**-64)), F64(1))
+    return (fma_to_odd(a, b, c) * power).astype(F32)
+
+
 def divide_fixup(quotient, denominator, numerator):
-    """v_div_fixup: the special cases of a quotient that was refined step by step."""
+    """v_div_fixup: the special cases of a quotient that was refined step by step; the sign is not the refinement's."""
     sign = np.where(np.signbit(denominator) != np.signbit(numerator), F32(-1), F32(1))
     infinite, zero = sign * F32(np.inf), sign * F32(0)
-    out = np.copysign(np.abs(quotient), sign)
+    # Of finite operands the refinement makes NaN only by way of an infinity: the quotient is too large.
+    out = np.where(np.isnan(quotient), infinite, np.copysign(np.abs(quotient), sign))
+    out = np.where(exponent_field(numerator) - exponent_field(denominator) < -150, zero, out)
     out = np.where((denominator == 0) | np.isinf(numerator), infinite, out)
     out = np.where((numerator == 0) | np.isinf(denominator), zero, out)
     bad = (denominator == 0) & (numerator == 0) | np.isinf(denominator) & np.isinf(numerator)
     return np.where(bad | np.isnan(denominator) | np.isnan(numerator), F32(np.nan), out).astype(F32)
 
 
+# --- conversion ------------------------------------------------------------------------------------------------------
 def saturated(value, dtype):
     """To an FP8 type, clamped to its largest number; NaN stays NaN."""
     limit = float(ml_dtypes.finfo(dtype).max)
@@ -554,31 +598,22 @@ def _bind_truth_table(i: Instruction) -> Step:
 
 
 def _bind_divide_scale(i: Instruction) -> Step:
-    """v_div_scale: what is scaled is not modelled, and raises.
-
-    That is beyond 2**-96 to 2**96, and with a quotient above 2**95 or below the normal range.
-    """
+    """v_div_scale: D = S0, scaled where a quotient S2 / S1 asks for it, and the mask of lanes to scale back."""
     to, mask = i.operands[0], i.operands[1]
-    value, denominator, numerator = (reader(i, k, "f", k - 2) for k in (2, 3, 4))
+    reads = [reader(i, k, "f", k - 2) for k in (2, 3, 4)]
 
     def step(m):
-        d, n = (np.abs(np.broadcast_to(r(m), m.lanes.shape)) for r in (denominator, numerator))
-        plain = (d > 0) & (n > 0) & np.isfinite(d) & np.isfinite(n) & m.lanes
-        far = (d < F32(2.0**-96)) | (d > F32(2.0**96)) | (n < F32(2.0**-96)) | (n > F32(2.0**96))
-        quotient = n.astype(F64) / d
-        far |= (quotient > 2.0**95) | (quotient < 2.0**-126)
-        if (far & plain).any():
-            raise i.error("division outside 2**-96 to 2**96, or with such a quotient, whose scaling is not modelled")
-        write_lanes(m, mask, False)
-        m.set_vector(to, np.broadcast_to(value(m), m.lanes.shape).view(U32))
+        scaled, flags = divide_scale(*(np.broadcast_to(r(m), m.lanes.shape) for r in reads))
+        m.set_vector(to, scaled.astype(F32).view(U32))
+        write_lanes(m, mask, flags)
 
     return step
 
 
 def _bind_divide_fma(i: Instruction) -> Step:
-    """v_div_fmas: a fused multiply-add; v_div_scale never asks for the scaling that it can undo."""
+    """v_div_fmas: a fused multiply-add, scaled back in the lanes of VCC."""
     a, b, c, write = (*(reader(i, k, "f") for k in (1, 2, 3)), writer(i, "f"))
-    return lambda m: write(m, fma(a(m), b(m), c(m)))
+    return lambda m: write(m, divide_fma(a(m), b(m), c(m), lanes_of(m.scalar64(VCC))))
 
 
 def _bind_swap(i: Instruction) -> Step:
