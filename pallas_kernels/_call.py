@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.extend
 from jax.experimental import pallas as pl
 
 try:
@@ -36,13 +37,13 @@ def load(ref, *, mask=None, other=None):
     return pltriton.load(ref, mask=mask, other=other)
 
 
-def assembly(text: str, constraints: str, *args: jax.Array, dtype: Any) -> jax.Array:
-    """One instruction of the target per element of `args`; see LLVM's inline assembly for the constraints."""
+def assembly(text: str, constraints: str, *args: jax.Array, dtype: Any, pack: int = 1) -> jax.Array:
+    """Instructions of the target per `pack` elements of `args`; see LLVM's inline assembly for the constraints."""
     (out,) = pltriton.elementwise_inline_asm(
         text,
         args=args,
         constraints=constraints,
-        pack=1,
+        pack=pack,
         result_shape_dtypes=[jax.ShapeDtypeStruct(args[0].shape, dtype)],
     )
     return out
@@ -51,6 +52,42 @@ def assembly(text: str, constraints: str, *args: jax.Array, dtype: Any) -> jax.A
 def store(ref, value, *, mask=None) -> None:
     """Writes `value` where `mask`; point the other lanes out of range, or interpret mode rewrites old values."""
     pltriton.store(ref, value, mask=mask)
+
+
+def barrier(target: str) -> None:
+    """What the program wrote before is seen by all its waves afterwards."""
+    # Interpret mode has no waves, and no rule for a barrier.
+    if target != HOST:
+        pltriton.debug_barrier()
+
+
+def dot_fp8(a: jax.Array, b: jax.Array, target: str) -> jax.Array:
+    """float32 [M, N] of float8_e4m3fn a[M, D] and b[N, D]; NVIDIA's units keep about 14 bits of a sum."""
+    if target != HOST:
+        return _dot_fp8_primitive().bind(a, b)
+    return jax.lax.dot_general(a, b, (((1,), (1,)), ((), ())), preferred_element_type=jax.numpy.float32)
+
+
+@functools.cache
+def _dot_fp8_primitive() -> Any:
+    """Pallas' own product asks Triton for full precision within an instruction, which keeps it off the FP8 units."""
+    from jax._src.lib.triton import dialect
+    from jax._src.pallas.triton import lowering
+
+    primitive = jax.extend.core.Primitive("dot_fp8")
+
+    @primitive.def_abstract_eval
+    def _(a, b):
+        return jax.core.ShapedArray((a.shape[0], b.shape[0]), jax.numpy.float32)
+
+    @lowering.register_lowering(primitive)
+    def _(ctx, a, b):
+        (out,) = ctx.avals_out
+        zeros = lowering._zeros(lowering.ir.RankedTensorType.get(out.shape, lowering.ir.F32Type.get()))
+        # All of the sum: there is no more precise addition to interleave.
+        return dialect.dot(a, dialect.trans(b, (1, 0)), zeros, max_num_imprecise_acc=ctx.avals_in[0].shape[1])
+
+    return primitive
 
 
 def call(

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pallas_kernels import topk as kernel
-from pallas_kernels.plans.topk import TopKPlan
+from pallas_kernels.plans.topk import TopKPlan, topk_plan
 from sparse_mla_jax.ops import _dispatch
 from sparse_mla_jax.ops.topk import top_k, top_k_decode, top_k_prefill
 
@@ -134,15 +134,91 @@ def test_equals_a_stable_sort_everywhere(implementation, columns, k, rows):
     check_rows(columns, k, rows, implementation)
 
 
-@pytest.mark.parametrize("block", [16, 64, 512])
-def test_kernel_with_blocks_of_another_size(block):
-    launch = jax.jit(
-        lambda s, a, b: kernel.top_k(s, 40, a, b, plan=TopKPlan(block=block, num_warps=1)),
-    )
-    for scores, starts, lengths in cases(333, 40, 33):
-        low = np.clip(starts, 0, 333)
-        high = low + np.minimum(np.maximum(lengths, 0), 333 - low)
-        np.testing.assert_array_equal(launch(scores, low, high), oracle(scores, 40, starts, lengths))
+special = st.sampled_from([0.0, -0.0, 1.0, 1.0000001, -1.0, np.inf, -np.inf, np.nan, 3e38, -3e38])
+wild = st.one_of(st.integers(-3, 50), st.sampled_from([-(2**31), 2**31 - 1]))
+
+
+# --- the kernel's ways through a row ----------------------------------------------------------------------------------
+# Waves of 8 lanes, so that a block is small: in registers, by groups, and by counting alone.
+IN_REGISTERS = TopKPlan(block=1024, num_warps=4, wave=8)
+BY_GROUPS = TopKPlan(block=128, num_warps=2, wave=8, groups=64, run=16, unroll=2)
+BY_COUNTING = TopKPlan(block=64, num_warps=1, wave=8, run=64, unroll=1)
+PLANS = {
+    "registers": IN_REGISTERS,
+    "groups": BY_GROUPS,
+    "counting": BY_COUNTING,
+    "one lane per column": TopKPlan(block=256, num_warps=2, wave=8, groups=256, run=8, unroll=3),
+}
+
+
+@functools.partial(jax.jit, static_argnums=(1, 4))
+def launch(scores, k, starts, ends, plan):
+    return kernel.top_k(scores, k, starts, ends - starts, plan=plan)
+
+
+def check_plan(plan, k, scores, starts, lengths):
+    columns = scores.shape[1]
+    low = np.clip(starts, 0, columns)
+    high = low + np.minimum(np.maximum(lengths, 0), columns - low)
+    np.testing.assert_array_equal(launch(scores, k, low, high, plan), oracle(scores, k, starts, lengths))
+
+
+@pytest.mark.parametrize(("columns", "k"), [(127, 7), (128, 32), (129, 1), (1023, 32), (1024, 7)])
+@pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS.keys())
+def test_every_way_equals_a_stable_sort(plan, columns, k):
+    for batch in cases(columns, k, 33):
+        check_plan(plan, k, *batch)
+
+
+# Rows that an estimate from maxima of groups misjudges, or that have ties where it matters.
+HARD = {
+    "period of the groups": lambda rng, n: (np.arange(n) % 64).astype(np.float32),
+    "one group": lambda rng, n: np.where(np.arange(n) % 64 == 5, rng.standard_normal(n) + 9, 0).astype(np.float32),
+    "plateau below": lambda rng, n: np.where(rng.permutation(n) < 10, rng.random(n) + 1, 0).astype(np.float32),
+    "plateau of both zeros": lambda rng, n: np.where(rng.permutation(n) < 10, 1, rng.choice([0.0, -0.0], n)),
+    "plateau of -inf and NaN": lambda rng, n: np.where(rng.permutation(n) < 10, 1, rng.choice([-np.inf, np.nan], n)),
+    "plateau of subnormals": lambda rng, n: rng.choice([0.0, 1e-45, -1e-45, 3e-45], n),
+    "one bin": lambda rng, n: (np.float32(1.25).view(np.int32) + rng.integers(0, 300, n, np.int32)).view(np.float32),
+    "two values": lambda rng, n: rng.choice([1.0, 2.0], n),
+    "winners at the end": lambda rng, n: np.where(np.arange(n) >= n - 32, 2.0, rng.random(n)),
+    "cluster": lambda rng, n: rng.random(n) + 3.0 * (np.abs(np.arange(n) - n // 2) < 20),
+}
+
+
+@pytest.mark.parametrize("kind", [*HARD, "equal", "ascending", "descending"])
+@pytest.mark.parametrize("plan", [BY_GROUPS, BY_COUNTING], ids=["groups", "counting"])
+def test_hard_rows(plan, kind):
+    rng = np.random.default_rng(0)
+    columns, lengths, starts = 1000, np.array([1000, 999, 500, 33, 32, 31, 1]), np.array([0, 1, 250, 640, 3, 127, 999])
+    scores = np.stack([(HARD | KINDS)[kind](rng, columns).astype(np.float32) for _ in lengths])
+    check_plan(plan, 32, scores, starts, lengths)
+
+
+@pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS.keys())
+@settings(max_examples=15, deadline=None, database=None)
+@given(data=st.data())
+def test_every_way_with_any_values(plan, data):
+    n, rows = 400, 3
+    few = data.draw(st.lists(st.one_of(special, st.floats(width=32)), min_size=1, max_size=40))
+    rng = np.random.default_rng(data.draw(st.integers(0, 2**32)))
+    scores = rng.choice(np.array(few, np.float32), (rows, n))
+    scores[:, :: data.draw(st.integers(1, 64))] = rng.standard_normal()
+    starts, lengths = (np.array(data.draw(st.lists(wild, min_size=rows, max_size=rows)), np.int32) for _ in "ab")
+    lengths = np.where(lengths > 0, lengths.astype(np.int64) * 8, lengths)
+    check_plan(plan, 32, scores, starts, lengths)
+
+
+@pytest.mark.parametrize("target", ["gpu", "gfx942"])
+def test_plans_are_consistent(target):
+    for columns in [1, 50, 128, 129, 2048, 4096, 4097, 8192, 8193, 20000, 131072, 2**20, 2**30]:
+        for k in [1, 64, 512, 1000, 2048, 2049, 4096, 5000, 2**20]:
+            plan = topk_plan(columns=columns, k=k, target=target)
+            assert plan.block % (4 * plan.lanes) == 0 and plan.num_warps <= 16
+            assert plan.wave == (32 if target == "gpu" else 64)
+            if columns > plan.block:
+                assert plan.run >= 8 and plan.run & (plan.run - 1) == 0
+                assert plan.groups == 0 or max(2 * k, 4 * plan.lanes) <= plan.groups <= plan.block
+                assert plan.groups or k > 2048
 
 
 # XLA:CPU may compare subnormal floats as zeros; every implementation compares integers.
@@ -151,10 +227,6 @@ def test_subnormals_are_not_zeros(implementation):
     scores = (rng.integers(-3, 4, (2, 300)) * np.float64(2.0**-149)).astype(np.float32)
     got = select(scores, 70, np.zeros(2, int), np.full(2, 300), implementation=implementation)
     np.testing.assert_array_equal(got, oracle(scores, 70, [0, 0], [300, 300]))
-
-
-special = st.sampled_from([0.0, -0.0, 1.0, 1.0000001, -1.0, np.inf, -np.inf, np.nan, 3e38, -3e38])
-wild = st.one_of(st.integers(-3, 50), st.sampled_from([-(2**31), 2**31 - 1]))
 
 
 # Not the fixture: hypothesis wants arguments that do not belong to one test function.
@@ -249,6 +321,16 @@ def test_lengths_of_other_integer_types(dtype):
     scores = np.random.default_rng(0).standard_normal((2, 1000)).astype(np.float32)
     got = jit_top_k(scores, 4, np.array([100, 3], dtype), row_starts=np.array([0, 120], dtype))
     np.testing.assert_array_equal(got, oracle(scores, 4, [0, 120], [100, 3]))
+
+
+def test_every_way_under_x64():
+    scores = np.round(np.random.default_rng(0).standard_normal((2, 1000)), 1).astype(np.float32)
+    with jax.enable_x64(True):
+        for plan in PLANS.values():
+            got = kernel.top_k(
+                jnp.asarray(scores), 32, jnp.zeros(2, jnp.int32), jnp.full(2, 1000, jnp.int32), plan=plan
+            )
+            np.testing.assert_array_equal(got, oracle(scores, 32, [0, 0], [1000, 1000]))
 
 
 # --- inside other programs -------------------------------------------------------------------------------------------

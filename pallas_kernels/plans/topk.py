@@ -5,24 +5,53 @@ from __future__ import annotations
 import dataclasses
 import functools
 
+from pallas_kernels._call import CDNA
 from pallas_kernels.plans.attention import power_of_two
+
+# Columns of a row that stays in registers, and those that a longer row is read by.
+REGISTER_BLOCK = 8192
+STREAM_BLOCK = 4096
 
 
 @dataclasses.dataclass(frozen=True)
 class TopKPlan:
-    """Static sizes of one launch.
+    """Static sizes of one launch, powers of two; lanes are num_warps * wave.
 
     Attributes:
-      block: columns per loop step, a power of two; a row that fits in one block is read once and stays in registers.
+      block: columns per loop step, at least 4 * lanes; a row that fits in one stays in registers.
       num_warps: waves per program.
+      wave: lanes of a wave.
+      groups: for a row of several blocks, from how many maxima its threshold is estimated, and the room for columns
+        that reach it; at least 2k and 4 * lanes, at most block. 0: the row is counted over instead.
+      run: neighbouring columns whose marks one lane reads, at least 32 or all.
+      unroll: blocks that are read before the first is waited for; any number.
     """
 
-    block: int = 2048
-    num_warps: int = 16
+    block: int
+    num_warps: int
+    wave: int = 32
+    groups: int = 0
+    run: int = 64
+    unroll: int = 2
+
+    @property
+    def lanes(self) -> int:
+        """Lanes of a program."""
+        return self.num_warps * self.wave
 
 
 @functools.lru_cache(maxsize=1024)
-def topk_plan(*, columns: int, target: str = "gpu") -> TopKPlan:
-    """Heuristic plan: one block up to 4096 columns; beyond, 16 waves hide the reads and small blocks avoid spills."""
-    block = max(64, power_of_two(columns))
-    return TopKPlan(block=block, num_warps=max(1, block // 512)) if block <= 4096 else TopKPlan()
+def topk_plan(*, columns: int, k: int, target: str = "gpu") -> TopKPlan:
+    """Heuristic plan: as many waves as leave 8 columns to a lane, up to 16."""
+    wave = 64 if target in CDNA else 32
+    block = max(4 * wave, min(REGISTER_BLOCK, power_of_two(columns)))
+    if columns > block and (k <= STREAM_BLOCK // 2 or target in CDNA):
+        # On CDNA the masks of 8 columns per lane would spill scalar registers.
+        block = STREAM_BLOCK
+    num_warps = max(1, min(16, block // (8 * wave) if columns <= block else 16))
+    if columns <= block:
+        return TopKPlan(block, num_warps, wave)
+    lanes = num_warps * wave
+    groups = max(power_of_two(2 * k), 4 * lanes)
+    run = min(64, power_of_two(columns) // lanes)
+    return TopKPlan(block, num_warps, wave, groups if groups <= block else 0, max(run, 8))

@@ -72,7 +72,7 @@ def top_k(
             "top_k",
             implementation,
             {
-                "triton": lambda: kernel.top_k(scores, k, starts, starts + lengths),
+                "triton": lambda: kernel.top_k(scores, k, _narrow(row_starts, starts), _narrow(row_lengths, lengths)),
                 "xla": lambda: _xla(scores, k, starts, lengths),
                 "reference": lambda: reference.top_k(scores, k, starts, lengths),
             },
@@ -161,6 +161,14 @@ def _ints(name: str, x: Any, rows: int, high: int) -> Array:
     # Narrow types could not hold `high`, wide ones are clamped before they are narrowed.
     wide = x.astype(jnp.int32) if x.dtype.itemsize < 4 else x
     return jnp.clip(wide, 0, high).astype(jnp.int32)
+
+
+def _narrow(given: Any, clamped: Array) -> Array | None:
+    """What the kernel clamps by itself: int32 as given, wider and narrower types clamped, None for none."""
+    if given is None:
+        return None
+    given = jnp.asarray(given)
+    return given if given.dtype == jnp.int32 else clamped
 
 
 # --- arithmetic ------------------------------------------------------------------------------------------------------
