@@ -1,19 +1,26 @@
 """Indexer scores and the lightning indexer: every implementation against float64 numpy on the same quantised keys."""
 
+import dataclasses
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cdna_support import require_cdna
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pallas_kernels.plans.indexer import indexer_plan
+from pallas_kernels import cdna, indexer_logits
+from pallas_kernels._call import executor
+from pallas_kernels.plans.attention import power_of_two
+from pallas_kernels.plans.indexer import IndexerPlan, indexer_plan
 from sparse_mla_jax.ops import indexer
 from sparse_mla_jax.ops.cache import PagedIndexCache
 from sparse_mla_jax.ops.indexer import indexer_scores, lightning_indexer, paged_indexer_scores
 
+FP8 = ("float8_e4m3fn", "float8_e4m3fnuz")
 KINDS = ("float32", "bfloat16", "float8_e4m3fn", "float8_e4m3fnuz")
 
 
@@ -75,6 +82,22 @@ def paged_inputs(
     q = jnp.asarray(rng.standard_normal((tokens, heads, dim)).astype(q_dtype))
     weights = jnp.asarray(rng.standard_normal((tokens, heads)), jnp.float32)
     return (q, weights, cache, jnp.asarray(table), jnp.asarray(ids), jnp.asarray(lengths)), keys, slots
+
+
+def contiguous_inputs(kind, q_dtype, tokens, heads, dim, count):
+    """Everything of one contiguous call, keys as bytes, NaN in keys that no row sees; float64 scores."""
+    rng = np.random.default_rng([tokens, heads])
+    starts = rng.integers(4, count - 5, tokens).astype(np.int32)
+    ends = np.minimum(starts + rng.integers(0, count, tokens), count - 5).astype(np.int32)
+    # Rows that see nothing, one key, all of them.
+    starts[:4], ends[:4] = [9, 30, 20, 4], [9, 2, 21, count - 5]
+    columns = np.arange(count)[None]
+    inside = (columns >= starts[:, None]) & (columns < ends[:, None])
+    stored, scales, keys = make_keys(rng, kind, count, dim, used=range(4, count - 5))
+    q = jnp.asarray(rng.standard_normal((tokens, heads, dim)), q_dtype)
+    weights = jnp.asarray(rng.standard_normal((tokens, heads)), jnp.float32)
+    want = oracle(q, keys, weights, np.where(inside, columns, -1))
+    return q, *map(jnp.asarray, (stored, scales)), weights, *map(jnp.asarray, (starts, ends)), want
 
 
 def check(got, want):
@@ -144,11 +167,67 @@ def test_extreme_intervals_are_clamped(implementation):
     assert np.isfinite(np.asarray(out)).sum(axis=1).tolist() == [4, 0, 0, 20]
 
 
-def test_fp8_queries_are_taken_at_face_value(implementation):
-    inputs, keys, slots = paged_inputs("float8_e4m3fnuz", **SHAPES[0])
-    q = (inputs[0] * 50).astype(jnp.float8_e4m3fnuz)
+@pytest.mark.parametrize("kind", FP8)
+def test_fp8_queries_are_taken_at_face_value(implementation, kind):
+    inputs, keys, slots = paged_inputs(kind, **SHAPES[0])
+    q = (inputs[0] * 50).astype(jnp.dtype(kind))
     got = paged(q, *inputs[1:], max_length=80, implementation=implementation)
     check(got, oracle(q, keys, inputs[1], slots))
+
+
+@pytest.mark.parametrize("kind", FP8)
+def test_fp8_queries_of_contiguous_keys(implementation, kind):
+    q, stored, scales, weights, starts, ends, want = contiguous_inputs(kind, jnp.dtype(kind), 9, 6, 20, 75)
+    got = contiguous(
+        q,
+        jax.lax.bitcast_convert_type(stored, jnp.dtype(kind)),
+        scales,
+        weights,
+        row_starts=starts,
+        row_lengths=ends - starts,
+        implementation=implementation,
+    )
+    check(got, want)
+
+
+@pytest.mark.parametrize("kind", ["bfloat16", "float32"])
+def test_fp8_queries_of_unquantised_keys(implementation, kind):
+    inputs, keys, slots = paged_inputs(kind, **SHAPES[0])
+    q = inputs[0].astype(jnp.float8_e4m3fn)
+    got = paged(q, *inputs[1:], max_length=80, implementation=implementation)
+    check(got, oracle(q, keys, inputs[1], slots))
+
+
+@pytest.mark.parametrize("kind", FP8)
+def test_fp8_queries_must_have_the_flavour_of_the_keys(kind):
+    other = FP8[1 - FP8.index(kind)]
+    inputs, _, _ = paged_inputs(kind, **SHAPES[0])
+    q = inputs[0].astype(jnp.dtype(other))
+    for call in (paged_indexer_scores, functools.partial(lightning_indexer, k=4)):
+        with pytest.raises(ValueError, match=f"q is {other} and the keys are {kind}; .* flavour"):
+            call(q, *inputs[1:], max_length=80)
+    ints = jnp.zeros((5,), jnp.int32)
+    with pytest.raises(ValueError, match=f"q is {other} and the keys are {kind}; .* flavour"):
+        indexer_scores(q, jnp.zeros((9, 32), jnp.dtype(kind)), None, inputs[1], row_starts=ints, row_lengths=ints)
+
+
+def test_largest_codes(implementation):
+    """+-240 of e4m3fnuz is exact, but +-224 where FP8 multiplies FP8."""
+    kind = jnp.float8_e4m3fnuz
+    codes = np.asarray([0x7F, 0xFF, 0x7E, 0xFE, 0x01, 0x81, 0x00, 0x08], np.uint8)
+    keys, q = jnp.asarray(np.tile(codes, (16, 2))), jnp.asarray(np.tile(codes[::-1], (3, 2, 2)))
+    keys, q = (jax.lax.bitcast_convert_type(x, kind) for x in (keys, q))
+    weights, starts, lengths = jnp.ones((3, 2)), jnp.zeros(3, jnp.int32), jnp.full(3, 16, jnp.int32)
+    exact = [np.asarray(x).astype(np.float64) for x in (q, keys)]
+    for mine in (q.astype(jnp.bfloat16), q):
+        # CDNA widens queries.
+        multiplied = mine.dtype == kind and implementation == "triton" and executor.value is None
+        want_q, want_keys = (x.clip(-224, 224) if multiplied else x for x in exact)
+        want = oracle(want_q, want_keys, weights, np.tile(np.arange(16), (3, 1)))
+        got = contiguous(
+            mine, keys, None, weights, row_starts=starts, row_lengths=lengths, implementation=implementation
+        )
+        check(got, want)
 
 
 def test_published_sizes(implementation):
@@ -183,6 +262,83 @@ def test_blocks_of_columns_change_nothing():
 def test_any_tables(seed):
     inputs, keys, slots = paged_inputs(**SHAPES[1], seed=seed)
     check(paged(*inputs, max_length=56, implementation="xla"), oracle(inputs[0], keys, inputs[1], slots))
+
+
+# --- plans -----------------------------------------------------------------------------------------------------------
+PLANS = [
+    dict(key_block=16, head_block=16),
+    dict(key_block=32, head_block=16, keys_first=True),
+    dict(key_block=16, head_block=16, token_block=4, key_steps=3, keys_first=True, num_stages=3),
+    dict(key_block=64, head_block=32, token_block=8, dot_tokens=2, key_steps=2, keys_first=True, num_stages=2),
+    dict(key_block=128, head_block=32, token_block=8, dot_tokens=8, key_steps=16, keys_first=True),
+]
+
+
+@pytest.mark.parametrize("q_kind", ["bfloat16", "cache"])
+@pytest.mark.parametrize("plan", PLANS, ids=lambda p: "-".join(map(str, p.values())))
+@pytest.mark.parametrize("heads", [32, 5])
+def test_plans_of_contiguous_keys(plan, q_kind, heads):
+    kind = FP8[heads % 2]
+    together = plan.get("dot_tokens", 1) if plan["head_block"] == heads else 1
+    plan = IndexerPlan(**{**plan, "dot_tokens": together})
+    q, keys, scales, weights, starts, ends, want = contiguous_inputs(
+        kind, jnp.dtype(kind if q_kind == "cache" else q_kind), 11, heads, 32, 75
+    )
+    check(indexer_logits.ragged(q, keys, jnp.dtype(kind), scales, weights, starts, ends, plan=plan), want)
+
+
+@pytest.mark.parametrize("page_size", [8, 48, 64])
+@pytest.mark.parametrize("q_kind", ["bfloat16", "cache"])
+@pytest.mark.parametrize("plan", PLANS, ids=lambda p: "-".join(map(str, p.values())))
+def test_plans_of_pages(plan, q_kind, page_size):
+    plan = IndexerPlan(**{**plan, "dot_tokens": 1, "token_block": 1})
+    kind = FP8[page_size % 3 % 2]
+    inputs, keys, slots = paged_inputs(
+        kind, jnp.bfloat16, tokens=7, heads=20, dim=32, requests=3, pages=-(-150 // page_size), page_size=page_size
+    )
+    q, weights, cache, table, ids, lengths = inputs
+    q = q.astype(jnp.dtype(kind)) if q_kind == "cache" else q
+    lengths = jnp.where((ids >= 0) & (ids < 3), lengths, 0)
+    for columns in (slots.shape[1],) if page_size == 64 else (131,):
+        got = indexer_logits.paged(
+            q, cache.data, cache.dtype, cache.scale, weights, table, ids, lengths, max_length=columns, plan=plan
+        )
+        check(got, oracle(q, keys, weights, slots[:, :columns]))
+
+
+@pytest.mark.parametrize("plan", PLANS[2:4], ids=lambda p: "-".join(map(str, p.values())))
+def test_plans_stay_within_their_arrays(plan):
+    """Our interpreter of CDNA refuses any access outside; pages, scales and keys are asked for ahead."""
+    require_cdna("triton")
+    kind, plan = FP8[0], IndexerPlan(**{**plan, "head_block": 32})
+    q, keys, scales, weights, starts, ends, want = contiguous_inputs(kind, jnp.bfloat16, 11, 32, 32, 75)
+    inputs, paged_keys, slots = paged_inputs(
+        kind, jnp.bfloat16, tokens=7, heads=32, dim=32, requests=3, pages=9, page_size=16
+    )
+    q2, weights2, cache, table, ids, lengths = inputs
+    lengths = jnp.where((ids >= 0) & (ids < 3), lengths, 0)
+    with cdna.device("gfx942"):
+        check(indexer_logits.ragged(q, keys, jnp.dtype(kind), scales, weights, starts, ends, plan=plan), want)
+        plan = dataclasses.replace(plan, dot_tokens=1)
+        got = indexer_logits.paged(
+            q2, cache.data, cache.dtype, cache.scale, weights2, table, ids, lengths, max_length=131, plan=plan
+        )
+        check(got, oracle(q2, paged_keys, weights2, slots[:, :131]))
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 64, 5000])
+@pytest.mark.parametrize("columns", [1, 100, 16384, 65536])
+@pytest.mark.parametrize("target", ["gpu", "gfx942"])
+def test_plans_fit(tokens, columns, target):
+    for heads, itemsize, shared in itertools.product((1, 20, 64, 128), (1, 2, 4), (False, True)):
+        plan = indexer_plan(
+            tokens=tokens, heads=heads, columns=columns, itemsize=itemsize, shared_keys=shared, target=target
+        )
+        for size in (plan.key_block, plan.token_block, plan.head_block, plan.dot_tokens, plan.num_warps):
+            assert size == power_of_two(size)
+        assert plan.key_block >= 16 and plan.head_block >= 16 and plan.key_steps >= 1
+        assert plan.dot_tokens <= min(tokens, plan.token_block)
+        assert plan.dot_tokens == 1 or (plan.head_block == heads and plan.keys_first)
 
 
 # --- the lightning indexer -------------------------------------------------------------------------------------------

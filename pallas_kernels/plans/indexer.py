@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 
+from pallas_kernels._call import CDNA
 from pallas_kernels.plans.attention import power_of_two
 
 
@@ -13,29 +14,60 @@ class IndexerPlan:
     """Static sizes of one launch.
 
     Attributes:
-      key_block: keys per program, a power of two, at least 16.
-      token_block: queries that one program scores against the keys it holds.
-      head_block: query heads per matrix product, a power of two, at least 16.
+      key_block: keys of a matrix product, a power of two, at least 16; pages of a multiple are read in one piece.
+      token_block: queries that one program scores against the keys it holds, a power of two (contiguous keys).
+      dot_tokens: queries of one matrix product, a power of two, at most token_block and the number of tokens; more
+        than 1 only where head_block holds exactly the heads.
+      key_steps: blocks of keys that one program walks over for its query (paged keys).
+      head_block: query heads of a matrix product, a power of two, at least 16.
+      keys_first: keys are the rows of the matrix product and heads its columns.
       num_warps: waves per program.
-      num_stages: software pipelining depth.
+      num_stages: software pipelining depth of the loop over queries or blocks of keys.
     """
 
     key_block: int = 64
     token_block: int = 1
+    dot_tokens: int = 1
+    key_steps: int = 1
     head_block: int = 64
+    keys_first: bool = False
     num_warps: int = 4
     num_stages: int = 1
+
+
+# Programs of one launch that keep 132 units busy, a few each, to the end.
+SHARED_PROGRAMS, PAGED_PROGRAMS = 1024, 2048
 
 
 @functools.lru_cache(maxsize=1024)
 def indexer_plan(
     *, tokens: int, heads: int, columns: int, itemsize: int, shared_keys: bool, target: str = "gpu"
 ) -> IndexerPlan:
-    """Heuristic plan; shared_keys: all tokens read the same keys, so a program holds a block for several tokens."""
-    float32 = itemsize == 4
-    key_block = max(16, min(32 if float32 else 64, power_of_two(columns)))
+    """Heuristic plan; shared_keys: all tokens read the same keys, so a program holds a block for several tokens.
+
+    itemsize is that of a factor of the products: 1 where FP8 is multiplied as it is.
+    """
+    narrow = target in CDNA or itemsize == 4
+    key_block = max(16, min(32 if itemsize == 4 else 64, power_of_two(columns)))
+    head_block = max(16, min(16 if itemsize == 4 else 64, power_of_two(heads)))
+    if narrow:
+        token_block = min(8, power_of_two(tokens)) if shared_keys else 1
+        return IndexerPlan(key_block=key_block, token_block=token_block, head_block=head_block)
+    if not shared_keys:
+        steps = max(1, min(16, tokens * -(-columns // key_block) // PAGED_PROGRAMS))
+        stages = 3 if steps > 1 else 1
+        return IndexerPlan(
+            key_block=key_block, key_steps=steps, head_block=head_block, keys_first=True, num_stages=stages
+        )
+    # Two queries a product: 128 columns keep the matrix units busier than 64. Wider blocks leave room for one program.
+    key_block = max(16, min(128 if itemsize == 1 else 64, power_of_two(columns)))
+    token_block = power_of_two(max(1, min(64, tokens, tokens * -(-columns // key_block) // SHARED_PROGRAMS)))
+    together = 2 if heads == head_block and min(tokens, token_block) >= 2 else 1
     return IndexerPlan(
         key_block=key_block,
-        token_block=max(1, min(8, tokens)) if shared_keys else 1,
-        head_block=max(16, min(16 if float32 else 64, power_of_two(heads))),
+        token_block=token_block,
+        dot_tokens=together,
+        head_block=head_block,
+        keys_first=True,
+        num_stages=3,
     )

@@ -43,7 +43,9 @@ def indexer_scores(
     """Scores of contiguous keys (prefill): row t scores columns row_starts[t] .. row_starts[t] + row_lengths[t] - 1.
 
     Args:
-      q: [T, H, D] bfloat16, float32 or FP8 (taken at face value, its scale belongs into `weights`).
+      q: [T, H, D] bfloat16, float32 or FP8 (taken at face value, its scale belongs into `weights`; with FP8 keys of
+        their flavour, so that NVIDIA's matrix units multiply them as they are; there +-240 of e4m3fnuz, which this
+        library never stores, counts as +-224).
       keys: [N, D] FP8, bfloat16 or float32.
       key_scales: float32 [N] or [N, 1], positive; None when keys are not quantised.
       weights: float32 [T, H], any sign.
@@ -56,7 +58,7 @@ def indexer_scores(
     Raises:
       ValueError: shapes or types that do not fit, or an implementation that does not serve the case.
     """
-    q, weights = _check_queries(q, weights)
+    weights = _check_queries(q, weights, keys.dtype)
     _check_keys("keys", keys, q.shape[2])
     if key_scales is not None:
         require(
@@ -75,9 +77,9 @@ def indexer_scores(
         implementation,
         {
             "triton": lambda: _triton_ragged(q, keys, key_scales, weights, starts, ends),
-            "xla": lambda: _xla_ragged(q, keys, key_scales, weights, starts, ends, STEP_BYTES),
+            "xla": lambda: _xla_ragged(_wide(q), keys, key_scales, weights, starts, ends, STEP_BYTES),
             "reference": lambda: reference.indexer_scores(
-                q, keys, key_scales, weights, row_starts=starts, row_lengths=ends - starts
+                _wide(q), keys, key_scales, weights, row_starts=starts, row_lengths=ends - starts
             ),
         },
     )
@@ -97,7 +99,7 @@ def paged_indexer_scores(
     """Scores of the keys of each token's own request, read through its page table (decode, prefill and mixed steps).
 
     Args:
-      q: [T, H, D] bfloat16, float32 or FP8 (at face value).
+      q: [T, H, D] bfloat16, float32 or FP8 (at face value, see indexer_scores).
       weights: float32 [T, H].
       cache: the index cache; its keys are taken at face value, its scales multiply the sums.
       page_table: int32 [B, P], the page of every page_size positions of a request.
@@ -113,7 +115,7 @@ def paged_indexer_scores(
     Raises:
       ValueError: shapes or types that do not fit, or an implementation that does not serve the case.
     """
-    q, weights = _check_queries(q, weights)
+    weights = _check_queries(q, weights, getattr(cache, "dtype", None))
     pages, requests, lengths = _check_paged(q, cache, page_table, request_ids, lengths, max_length)
     if 0 in (q.shape[0], page_table.shape[0], cache.num_slots):
         check_implementation(implementation)
@@ -123,8 +125,8 @@ def paged_indexer_scores(
         implementation,
         {
             "triton": lambda: _triton_paged(q, weights, cache, pages, requests, lengths, max_length),
-            "xla": lambda: _xla_paged(q, weights, cache, pages, requests, lengths, max_length, STEP_BYTES),
-            "reference": lambda: _reference_paged(q, weights, cache, pages, requests, lengths, max_length),
+            "xla": lambda: _xla_paged(_wide(q), weights, cache, pages, requests, lengths, max_length, STEP_BYTES),
+            "reference": lambda: _reference_paged(_wide(q), weights, cache, pages, requests, lengths, max_length),
         },
     )
 
@@ -155,7 +157,7 @@ def lightning_indexer(
     Raises:
       ValueError: as above; k below 1; a memory_limit that does not hold one row of scores.
     """
-    q, weights = _check_queries(q, weights)
+    weights = _check_queries(q, weights, getattr(cache, "dtype", None))
     pages, requests, lengths = _check_paged(q, cache, page_table, request_ids, lengths, max_length)
     require(isinstance(k, int) and k >= 1, f"k is {k!r}; expected an int of at least 1.")
     check_implementation(implementation)
@@ -180,8 +182,8 @@ def lightning_indexer(
 
 
 # --- validation ------------------------------------------------------------------------------------------------------
-def _check_queries(q: Any, weights: Any) -> tuple[Array, Array]:
-    """Raises ValueError for what does not fit; FP8 queries become bfloat16 (exact), weights float32."""
+def _check_queries(q: Any, weights: Any, key_dtype: Any) -> Array:
+    """Raises ValueError for what does not fit; returns weights as float32."""
     require(
         q.ndim == 3 and (q.dtype in (jnp.bfloat16, jnp.float32) or fp8.is_fp8(q.dtype)) and q.shape[1] * q.shape[2] > 0,
         f"q is {q.dtype}{q.shape}; expected bfloat16, float32 or FP8 [T, H, D].",
@@ -190,7 +192,12 @@ def _check_queries(q: Any, weights: Any) -> tuple[Array, Array]:
         tuple(weights.shape) == tuple(q.shape[:2]) and jnp.issubdtype(weights.dtype, jnp.floating),
         f"weights is {weights.dtype}{weights.shape}; expected float32 [T, H] = {q.shape[:2]}, one per query head.",
     )
-    return q.astype(jnp.bfloat16) if fp8.is_fp8(q.dtype) else q, weights.astype(jnp.float32)
+    require(
+        not (fp8.is_fp8(q.dtype) and key_dtype is not None and fp8.is_fp8(key_dtype)) or q.dtype == key_dtype,
+        f"q is {q.dtype} and the keys are {key_dtype}; FP8 queries of FP8 keys must have their flavour. Quantise q to"
+        f" {key_dtype}, or pass it as bfloat16.",
+    )
+    return weights.astype(jnp.float32)
 
 
 def _check_keys(name: str, keys: Any, dim: int) -> None:
@@ -232,6 +239,11 @@ def _check_paged(q, cache, page_table, request_ids, lengths, max_length) -> tupl
 
 
 # --- XLA bodies ------------------------------------------------------------------------------------------------------
+def _wide(q: Array) -> Array:
+    """FP8 queries as bfloat16, exact."""
+    return q.astype(jnp.bfloat16) if fp8.is_fp8(q.dtype) else q
+
+
 def _stored(keys: Array) -> Array:
     """Keys as caches store them: FP8 as bytes (XLA:CPU moves FP8-typed rows by converting whole arrays)."""
     return jax.lax.bitcast_convert_type(keys, jnp.uint8) if fp8.is_fp8(keys.dtype) else keys
