@@ -462,7 +462,7 @@ def _attention(sizes: Mapping[str, int], flavour: str, query: str, *, layout: st
 
 # --- cache writes ----------------------------------------------------------------------------------------------------
 def _write(sizes: Mapping[str, int], flavour: str, query: str, *, layout: str) -> Work:
-    """`write` and `write_index` of the tokens of one step into donated caches."""
+    """`write_token` of the tokens of one step into donated caches."""
     del query
     tokens, slots = sizes["tokens"], sizes["slots"]
     latent = LAYOUTS[layout][0]
@@ -478,8 +478,7 @@ def _write(sizes: Mapping[str, int], flavour: str, query: str, *, layout: str) -
         return (*rows, _slots(_key(14, number), 1, tokens, slots, own=False)[0])
 
     def fn(cache, index, latent, rope, key, slots, *, implementation=None):
-        del implementation
-        return cache_ops.write(cache, latent, rope, slots), cache_ops.write_index(index, key, slots)
+        return cache_ops.write_token(cache, index, latent, rope, key, slots, implementation=implementation)
 
     def error(arguments, got):
         cache, index, rows, rope, key, at = arguments
@@ -498,7 +497,7 @@ def _write(sizes: Mapping[str, int], flavour: str, query: str, *, layout: str) -
     caches = jax.eval_shape(lambda: (kv_cache(layout, flavour, PAGE), index_cache(flavour, PAGE, DIM)))
     size = nbytes(jax.eval_shape(lambda: each(0))) + tokens * sum(c.bytes_per_token for c in caches)
     # Rounding to three bits of mantissa is 2.6e-2 of the norm.
-    return Work(fn, each, size, 0, error, 4e-2, state=state, has_bodies=False)
+    return Work(fn, each, size, 0, error, 4e-2, state=state)
 
 
 # --- one layer of a decode step --------------------------------------------------------------------------------------

@@ -30,7 +30,7 @@ class Problem:
     Attributes:
       fn: jittable; takes `args`, launches the kernel once.
       args: arrays and caches.
-      error: of the outputs: relative for scores and attention, wrong indices for top-k.
+      error: of the outputs: relative for scores and attention, wrong indices for top-k, wrong bytes for cache writes.
       bound: largest error that passes.
       bytes: what the kernel must read and write once, for the floor that memory bandwidth sets.
     """
@@ -217,6 +217,28 @@ def _top_k(kind: str, heads: int | None, *, columns: int, k: int) -> Problem:
     )
 
 
+# --- cache writes ----------------------------------------------------------------------------------------------------
+def _cache_write(kind: str, heads: int | None, *, latent: int, group: int, scale_dtype: Any) -> Problem:
+    """Some of the tokens are skipped, and one is superseded by a later one of its slot."""
+    del heads
+    rng, tokens = np.random.default_rng(4), 8
+    cache = _random_cache(rng, kind, latent, group, scale_dtype)
+    index = _index_keys(rng, kind, 512)
+    rows = [jnp.asarray(rng.standard_normal((tokens, n)), jnp.float32) for n in (latent, 64, 128)]
+    slots = jnp.asarray([5, 511, -1, 70, 512, 5, 0, 300], jnp.int32)
+    want = jax.jit(functools.partial(cache_ops.write_token, implementation="reference"))(cache, index, *rows, slots)
+
+    def fn(cache, index, *arguments):
+        return cache_ops.write_token(cache, index, *arguments, implementation="triton")
+
+    def error(got):
+        pairs = zip(jax.tree.leaves(got), jax.tree.leaves(want))
+        return float(sum((np.asarray(a).view(np.uint8) != np.asarray(b).view(np.uint8)).sum() for a, b in pairs))
+
+    token = cache.bytes_per_token + index.bytes_per_token
+    return Problem(fn, (cache, index, *rows, slots), error, 0.0, _nbytes(rows, slots) + 5 * token)
+
+
 # --- the list --------------------------------------------------------------------------------------------------------
 CASES = (
     Case(
@@ -238,6 +260,17 @@ CASES = (
         "2 rows of 16384 columns, k 2048, several blocks",
         functools.partial(_top_k, columns=16384, k=2048),
         kinds=(),
+    ),
+    Case(
+        "cache_write",
+        "DeepSeek-V3.2: 8 tokens of 512 + 64 values and a key of 128, groups of 128, float32 scales",
+        functools.partial(_cache_write, latent=512, group=128, scale_dtype=jnp.float32),
+    ),
+    Case(
+        "cache_write_v4",
+        "DeepSeek-V4: 8 tokens of 448 + 64 values and a key of 128, groups of 64, E8M0 scales",
+        functools.partial(_cache_write, latent=448, group=64, scale_dtype=jnp.float8_e8m0fnu),
+        FP8,
     ),
 )
 

@@ -21,7 +21,44 @@ def dequantize(values: Array, scales: Array, *, group_size: int, dtype=jnp.float
     return values.astype(dtype) * jnp.repeat(scales.astype(dtype), group_size, axis=-1)
 
 
+def quantize(x: Array, *, group_size: int, dtype, power_of_two: bool = False) -> tuple[Array, Array]:
+    """Codes uint8[..., D] of the values of FP8 type `dtype` nearest to x / scale, ties to the even code; and scales.
+
+    Scales float32[..., D // group_size] map a group's largest magnitude, at least 1e-4, to 448 or 224; with
+    power_of_two they are the least power of two not below that. NaN counts as 0, no magnitude as more than 1.75 *
+    2**127; what rounds to zero has no sign.
+    """
+    largest = {"float8_e4m3fn": 448.0, "float8_e4m3fnuz": 224.0}[jnp.dtype(dtype).name]
+    values = np.arange(127, dtype=np.uint8).view(dtype).astype(np.float32)
+    values = values[values <= largest]
+    x = jnp.clip(jnp.nan_to_num(x.astype(jnp.float32), nan=0.0), -1.75 * 2.0**127, 1.75 * 2.0**127)
+    groups = x.reshape(*x.shape[:-1], -1, group_size)
+    amax = jnp.maximum(jnp.max(jnp.abs(groups), axis=-1, keepdims=True), 1e-4)
+    # A divisor that XLA does not see: else it multiplies by its reciprocal.
+    scales = amax / jnp.where(amax > 0, largest, 1.0)
+    if power_of_two:
+        mantissa, exponent = jnp.frexp(scales)
+        scales = jnp.ldexp(jnp.ones_like(scales), jnp.where(mantissa == 0.5, exponent - 1, exponent))
+    magnitude = jnp.abs(groups / scales)
+    # How many of the middles between neighbouring values lie below; one that is met counts if its upper code is even.
+    middle, odd = (values[:-1] + values[1:]) / 2, np.arange(values.size - 1) % 2 == 1
+    codes = jnp.sum((magnitude[..., None] > middle) | ((magnitude[..., None] == middle) & odd), axis=-1)
+    codes = jnp.where((groups < 0) & (codes > 0), codes + 128, codes)
+    return codes.reshape(x.shape).astype(jnp.uint8), scales[..., 0]
+
+
 # --- cache -----------------------------------------------------------------------------------------------------------
+def write(pages: Array, rows: Array, slots: Array) -> Array:
+    """pages[N, W] after rows[t] is stored at slots[t], token after token; a slot outside [0, N) is skipped."""
+
+    def one(t, pages):
+        valid = (slots[t] >= 0) & (slots[t] < pages.shape[0])
+        at = jnp.where(valid, slots[t], 0)
+        return pages.at[at].set(jnp.where(valid, rows[t], pages[at]))
+
+    return jax.lax.fori_loop(0, slots.shape[0], one, pages)
+
+
 def gather(rows: Array, slots: Array) -> Array:
     """rows[N, D] at slots[...]; a slot outside [0, N) gives zeros."""
     valid = (slots >= 0) & (slots < rows.shape[0])

@@ -252,3 +252,24 @@ def test_abstract_and_vmap():
 def test_bad_arguments(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+# --- division --------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("off", [-2, -1, 0, 1, 2])
+def test_division_corrects_two_units(off):
+    rng = np.random.default_rng(0)
+    a = (rng.standard_normal(100_000) * np.exp(rng.uniform(-40, 40, 100_000))).astype(np.float32)
+    b = np.exp(rng.uniform(-15, 45, a.size)).astype(np.float32)
+    # Significands beside powers of two, on both sides; equal ones; zeros and a subnormal.
+    near = rng.integers(-3, 4, (2, 1000)) + 0x3F800000
+    a[:1000], b[:1000] = near.astype(np.int32).view(np.float32)
+    a[1000:2000] = 3 * b[1000:2000]
+    a[2000:2003] = 0, -0.0, 1e-45
+    want = a / b
+    want = np.where(np.abs(want) < 2.0**-126, np.copysign(np.float32(0), want), want)
+
+    def divide(x, y):
+        return jax.lax.bitcast_convert_type(jax.lax.bitcast_convert_type(x / y, jnp.int32) + off, jnp.float32)
+
+    got = np.asarray(jax.jit(lambda a, b: fp8.divide_bits(a, b, divide))(a, b))
+    np.testing.assert_array_equal(got.view(np.int32), want.view(np.int32))

@@ -18,9 +18,9 @@ from sparse_mla_jax.layers.moe import matmul
 from sparse_mla_jax.layers.norm import layer_norm, rms_norm
 from sparse_mla_jax.metadata import StepMetadata
 from sparse_mla_jax.ops.attention import sparse_mla
-from sparse_mla_jax.ops.cache import PagedIndexCache, PagedKVCache, write, write_index
+from sparse_mla_jax.ops.cache import PagedIndexCache, PagedKVCache, write_token
 from sparse_mla_jax.ops.indexer import lightning_indexer
-from sparse_mla_jax.ops.ragged import Ragged, select_to_ragged
+from sparse_mla_jax.ops.ragged import slots_from_positions
 from sparse_mla_jax.ops.rope import rope_frequencies, rotate
 
 
@@ -143,7 +143,7 @@ def _attend(
     params: dict[str, Any],
     q_latent: Array,
     cache: PagedKVCache,
-    rows: Ragged,
+    rows: Array,
     meta: StepMetadata,
     frequencies: Array,
     config: DeepseekV32Config,
@@ -206,16 +206,17 @@ def attention_step(
     _check(hidden, cache, index_cache, metadata, config)
     frequencies = jnp.asarray(rope_frequencies(config.rope, config.qk_rope_head_dim))
     latent, rope = _latent(params, hidden, metadata, frequencies, config.kv_lora_rank)
-    cache = write(cache, latent, rope, metadata.slots)
     index_key = _index_key(params["indexer"], hidden, metadata, frequencies)
-    index_cache = write_index(index_cache, index_key, metadata.slots)
+    cache, index_cache = write_token(
+        cache, index_cache, latent, rope, index_key, metadata.slots, implementation=implementation
+    )
 
     q_latent = _q_latent(params, hidden)
     chosen = select_positions(
         params, hidden, index_cache, metadata, config=config, implementation=implementation, q_latent=q_latent
     )
-    rows = select_to_ragged(
-        chosen, metadata.request_ids, metadata.page_table, page_size=metadata.page_size, valid=metadata.valid
-    )
+    # Dense rows: top-k leaves what it does not choose at their ends, and packing them would be five kernels more.
+    slots = slots_from_positions(chosen, metadata.request_ids, metadata.page_table, page_size=metadata.page_size)
+    rows = jnp.where(metadata.valid[:, None], slots, -1)
     out = _attend(params, q_latent, cache, rows, metadata, frequencies, config, implementation)
     return out.astype(hidden.dtype), cache, index_cache

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import operator
 from typing import Any
 
@@ -17,8 +18,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
+from pallas_kernels import cache_write as kernel
+from pallas_kernels.cache_write import Part
+from sparse_mla_jax import reference
 from sparse_mla_jax.config import require
 from sparse_mla_jax.ops import fp8
+from sparse_mla_jax.ops._dispatch import check_implementation, dispatch
 
 MAX_SLOTS = 2**31 - 1
 _DTYPES = (fp8.E4M3FNUZ, fp8.E4M3FN, jnp.dtype(jnp.bfloat16), fp8.FLOAT32)
@@ -197,61 +202,85 @@ class PagedIndexCache:
         return _bytes_per_token(self.data, self.scale)
 
 
-def write(cache: PagedKVCache, latent: Array, rope: Array, slots: Array) -> PagedKVCache:
+def write_token(
+    cache: PagedKVCache,
+    index_cache: PagedIndexCache,
+    latent: Array,
+    rope: Array,
+    key: Array,
+    slots: Array,
+    *,
+    implementation: str | None = None,
+) -> tuple[PagedKVCache, PagedIndexCache]:
+    """`write` and `write_index` of the same tokens: one launch on a GPU, in place where the caller donates the caches.
+
+    Args:
+      cache: latents and rotary keys before.
+      index_cache: the indexer's keys before; it may have another number of slots.
+      latent: floating [T, L].
+      rope: floating [T, R], already rotated.
+      key: floating [T, D], normalised and rotated.
+      slots: integer [T], see `write`.
+      implementation: None for the best that runs here, or "triton", "xla", "reference".
+
+    Returns:
+      Both caches after.
+
+    Raises:
+      ValueError: types or shapes other than these, or an implementation that does not serve the case.
+    """
+    slots = _as_slots(slots)
+    parts = [*_kv_parts(cache, latent, rope, slots), _index_part(index_cache, key, slots)]
+    *kv, index = _written("write_token", parts, slots, implementation)
+    return _with_kv(cache, kv), _with_index(index_cache, index)
+
+
+def write(
+    cache: PagedKVCache, latent: Array, rope: Array, slots: Array, *, implementation: str | None = None
+) -> PagedKVCache:
     """Stores tokens, quantised by groups where the cache is FP8; in place where the caller donates `cache`.
+
+    The bytes are the same from every implementation and on every device: FP8 as `fp8.quantize` says, other values
+    rounded to nearest even, of which a NaN becomes the quiet NaN of its sign when its type changes to bfloat16.
 
     Args:
       cache: the cache before.
       latent: floating [T, L].
       rope: floating [T, R], already rotated.
-      slots: integer [T]; those below 0 or from num_slots on are skipped. Distinct: which of two tokens with one slot
-        stays is unspecified.
+      slots: integer [T]; those below 0 or from num_slots on are skipped, and of several tokens with one slot the last
+        stays.
+      implementation: None for the best that runs here, or "triton", "xla", "reference".
 
     Returns:
       The cache after.
 
     Raises:
-      ValueError: types or shapes other than these.
+      ValueError: types or shapes other than these, or an implementation that does not serve the case.
     """
     slots = _as_slots(slots)
-    latent = _as_rows("latent", latent, slots, cache.latent_dim)
-    rope = _as_rows("rope", rope, slots, cache.rope_dim)
-    rope_after = _scatter(cache.rope, rope, slots)
-    if cache.scale is None:
-        return dataclasses.replace(cache, latent=_scatter(cache.latent, latent, slots), rope=rope_after)
-    codes, scale = fp8.quantize_codes(
-        latent, group_size=cache.group_size, dtype=cache.dtype, scale_dtype=cache.scale.dtype
-    )
-    return dataclasses.replace(
-        cache,
-        latent=_scatter(cache.latent, fp8.pack_words(codes), slots),
-        scale=_scatter(cache.scale, scale, slots),
-        rope=rope_after,
-    )
+    return _with_kv(cache, _written("write", _kv_parts(cache, latent, rope, slots), slots, implementation))
 
 
-def write_index(cache: PagedIndexCache, key: Array, slots: Array) -> PagedIndexCache:
+def write_index(
+    cache: PagedIndexCache, key: Array, slots: Array, *, implementation: str | None = None
+) -> PagedIndexCache:
     """Stores the indexer's keys, quantised with one scale a key where the cache is FP8; in place under donation.
 
     Args:
       cache: the cache before.
       key: floating [T, D], normalised and rotated.
-      slots: integer [T]; those below 0 or from num_slots on are skipped. Distinct, as in `write`.
+      slots: integer [T], see `write`.
+      implementation: None for the best that runs here, or "triton", "xla", "reference".
 
     Returns:
       The cache after.
 
     Raises:
-      ValueError: types or shapes other than these.
+      ValueError: types or shapes other than these, or an implementation that does not serve the case.
     """
     slots = _as_slots(slots)
-    key = _as_rows("key", key, slots, cache.dim)
-    if cache.scale is None:
-        return dataclasses.replace(cache, data=_scatter(cache.data, key, slots))
-    codes, scale = fp8.quantize_codes(key, group_size=cache.dim, dtype=cache.dtype)
-    return dataclasses.replace(
-        cache, data=_scatter(cache.data, codes, slots), scale=_scatter(cache.scale, scale[:, 0], slots)
-    )
+    (index,) = _written("write_index", [_index_part(cache, key, slots)], slots, implementation)
+    return _with_index(cache, index)
 
 
 def gather(cache: PagedKVCache, slots: Array, *, dtype: Any) -> Array:
@@ -308,17 +337,115 @@ def _valid(slots: Array, num_slots: int) -> Array:
     return (slots >= 0) & (slots < num_slots)
 
 
-def _scatter(pages: Array, rows: Array, slots: Array) -> Array:
-    """pages[P, S, ...] with rows[T, ...] (cast to its type) at slots[T]; invalid slots are dropped."""
-    num_slots = pages.shape[0] * pages.shape[1]
-    at = jnp.where(_valid(slots, num_slots), slots, num_slots).astype(jnp.int32)
-    dtype = pages.dtype
-    if dtype == fp8.E8M0:
-        pages, rows = lax.bitcast_convert_type(pages, jnp.uint8), lax.bitcast_convert_type(rows, jnp.uint8)
-    flat = pages.reshape(num_slots, *pages.shape[2:])
-    flat = flat.at[at].set(rows.astype(pages.dtype), mode="drop", wrap_negative_indices=False)
-    pages = flat.reshape(pages.shape)
-    return lax.bitcast_convert_type(pages, dtype) if dtype == fp8.E8M0 else pages
+def _flat(pages: Array) -> Array:
+    """pages[P, S, ...] -> [P * S, W], W 1 where there is no third axis; E8M0 as its bytes."""
+    if pages.dtype == fp8.E8M0:
+        pages = lax.bitcast_convert_type(pages, jnp.uint8)
+    return pages.reshape(pages.shape[0] * pages.shape[1], math.prod(pages.shape[2:]))
+
+
+def _paged(flat: Array, like: Array) -> Array:
+    """The inverse of `_flat`."""
+    pages = flat.reshape(like.shape)
+    return lax.bitcast_convert_type(pages, fp8.E8M0) if like.dtype == fp8.E8M0 else pages
+
+
+def _part(pages: Array, scale: Array | None, rows: Array, dtype: np.dtype, group_size: int) -> Part:
+    if scale is None:
+        return Part(rows, _flat(pages))
+    return Part(rows, _flat(pages), _flat(scale), dtype.name, group_size)
+
+
+def _kv_parts(cache: PagedKVCache, latent: Any, rope: Any, slots: Array) -> list[Part]:
+    latent = _as_rows("latent", latent, slots, cache.latent_dim)
+    rope = _as_rows("rope", rope, slots, cache.rope_dim)
+    return [
+        _part(cache.latent, cache.scale, latent, cache.dtype, cache.group_size),
+        _part(cache.rope, None, rope, cache.dtype, 0),
+    ]
+
+
+def _index_part(cache: PagedIndexCache, key: Any, slots: Array) -> Part:
+    key = _as_rows("key", key, slots, cache.dim)
+    return _part(cache.data, cache.scale, key, cache.dtype, cache.dim)
+
+
+def _with_kv(cache: PagedKVCache, written: list[list[Array]]) -> PagedKVCache:
+    (latent, *scale), (rope,) = written
+    scales = cache.scale if cache.scale is None else _paged(scale[0], cache.scale)
+    return dataclasses.replace(cache, latent=_paged(latent, cache.latent), scale=scales, rope=_paged(rope, cache.rope))
+
+
+def _with_index(cache: PagedIndexCache, written: list[Array]) -> PagedIndexCache:
+    data, *scale = written
+    scales = cache.scale if cache.scale is None else _paged(scale[0], cache.scale)
+    return dataclasses.replace(cache, data=_paged(data, cache.data), scale=scales)
+
+
+def _written(operator: str, parts: list[Part], slots: Array, implementation: str | None) -> list[list[Array]]:
+    """The arrays of every part after the write."""
+    if slots.shape[0] == 0:
+        check_implementation(implementation)
+        return [part.arrays for part in parts]
+    return dispatch(
+        operator,
+        implementation,
+        {
+            "triton": lambda: _triton_write(parts, slots),
+            "xla": lambda: _xla_write(parts, slots),
+            "reference": lambda: _reference_write(parts, slots),
+        },
+    )
+
+
+def _triton_write(parts: list[Part], slots: Array) -> list[list[Array]]:
+    if slots.dtype != jnp.int32:
+        most = max(part.pages.shape[0] for part in parts)
+        slots = jnp.where(_valid(slots, most), slots, -1).astype(jnp.int32)
+    return kernel.write(parts, slots)
+
+
+def _xla_write(parts: list[Part], slots: Array) -> list[list[Array]]:
+    token = jnp.arange(slots.shape[0], dtype=jnp.int32)
+    # Not left to the scatter: on a GPU its order is any.
+    order = jnp.argsort(slots, stable=True)
+    again = slots[order[:-1]] == slots[order[1:]]
+    superseded = jnp.zeros(slots.shape, bool).at[order[:-1]].set(again, unique_indices=True)
+
+    def scatter(pages, rows):
+        at = jnp.where(_valid(slots, pages.shape[0]) & ~superseded, slots.astype(jnp.int32), -1 - token)
+        return pages.at[at].set(rows, mode="drop", wrap_negative_indices=False, unique_indices=True)
+
+    return [[scatter(pages, rows) for pages, rows in zip(part.arrays, _stored(part))] for part in parts]
+
+
+def _stored(part: Part) -> list[Array]:
+    """The rows of `part.arrays`."""
+    if part.scales is None:
+        return [kernel.convert(part.rows, part.pages.dtype)]
+    scale_dtype = fp8.E8M0 if part.scales.dtype == jnp.uint8 else part.scales.dtype
+    codes, scales = fp8.quantize_codes(
+        part.rows, group_size=part.group_size, dtype=part.flavour, scale_dtype=scale_dtype
+    )
+    return [fp8.pack_words(codes) if part.pages.dtype == jnp.uint32 else codes, _flat(scales[None])]
+
+
+def _reference_write(parts: list[Part], slots: Array) -> list[list[Array]]:
+    written = []
+    for part in parts:
+        if part.scales is None:
+            same = part.rows.dtype == part.pages.dtype
+            rows = [part.rows if same else part.rows.astype(jnp.float32).astype(part.pages.dtype)]
+        else:
+            e8m0 = part.scales.dtype == jnp.uint8
+            codes, scales = reference.quantize(
+                part.rows, group_size=part.group_size, dtype=jnp.dtype(part.flavour), power_of_two=e8m0
+            )
+            if part.pages.dtype == jnp.uint32:
+                codes = lax.bitcast_convert_type(codes.reshape(codes.shape[0], -1, 4), jnp.uint32)
+            rows = [codes, lax.bitcast_convert_type(scales.astype(fp8.E8M0), jnp.uint8) if e8m0 else scales]
+        written.append([reference.write(pages, new, slots) for pages, new in zip(part.arrays, rows)])
+    return written
 
 
 def _gather(pages: Array, slots: Array) -> Array:

@@ -1,0 +1,30 @@
+"""The plan of the cache write kernel."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+from pallas_kernels._call import CDNA
+from pallas_kernels.plans.attention import power_of_two
+
+
+@dataclasses.dataclass(frozen=True)
+class CacheWritePlan:
+    """Static sizes of one launch; a program writes one token.
+
+    Attributes:
+      scan: slots of other tokens that are compared at a time, a power of two.
+      num_warps: waves per program.
+    """
+
+    scan: int = 128
+    num_warps: int = 4
+
+
+@functools.lru_cache(maxsize=1024)
+def cache_write_plan(*, tokens: int, width: int, target: str = "gpu") -> CacheWritePlan:
+    """Heuristic plan for tokens whose widest row has `width` values: four to a lane."""
+    wave = 64 if target in CDNA else 32
+    num_warps = max(1, min(4, power_of_two(width) // (4 * wave)))
+    return CacheWritePlan(max(16, min(1024, power_of_two(tokens))), num_warps)
