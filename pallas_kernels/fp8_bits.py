@@ -62,6 +62,41 @@ def _convert(to: str, source: str, byte: int) -> str:
     return f"v_cvt_f32_fp8_{'sdwa' if byte else 'e32'} {to}, {source}" + (f" src0_sel:BYTE_{byte}" if byte else "")
 
 
+def float16_power(dtype, target: str) -> float:
+    """What `float16_plane` leaves out of its values (a power of two)."""
+    name = jnp.dtype(dtype).name
+    return 1.0 if target == "gpu" and name == "float8_e4m3fn" else power(dtype)
+
+
+def float16_plane(words: Array, byte: int, factor: Array, rest: Array | None, dtype, target: str) -> Array:
+    """float16 [K, W]: values of byte number `byte` of uint32 words, short of `float16_power`, times factor + rest.
+
+    factor, rest: float16 [K, W]; rest is what rounding left out of the factor, or None where it left out nothing.
+    """
+    if target == "gpu":
+        return _nvidia_plane(words, byte, factor, rest, jnp.dtype(dtype).name)
+    values = decode_raw(plane(words, byte))
+    exact = factor.astype(jnp.float32) + (0 if rest is None else rest.astype(jnp.float32))
+    return (values * exact).astype(jnp.float16)
+
+
+def _nvidia_plane(words: Array, byte: int, factor: Array, rest: Array | None, name: str) -> Array:
+    """`float16_plane` in PTX, two words at a time: their bytes become the halves of one register."""
+    if name == "float8_e4m3fn":
+        decode = f"prmt.b32 a, $1, $2, 0x00{byte + 4}{byte}; mov.b32 {{x, y}}, a; cvt.rn.f16x2.e4m3x2 a, x;"
+    else:
+        # The conversion reads the other flavour, in which the largest code is NaN.
+        pair = f"0x{byte + 4}{byte + 4}{byte}{byte}"
+        decode = (
+            f"prmt.b32 a, $1, $2, {pair}; shr.b32 t, a, 1; and.b32 t, t, 0x3F803F80;"
+            " lop3.b32 a, a, 0x80008000, t, 0xEA;"
+        )
+    scale = "mul.rn.f16x2 $0, a, $3;" if rest is None else "mul.rn.f16x2 t, a, $4; fma.rn.f16x2 $0, a, $3, t;"
+    text = "{ .reg .b32 a, t; .reg .b16 x, y; " + decode + " " + scale + " }"
+    args = (words, factor) if rest is None else (words, factor, rest)
+    return assembly(text, "=r,r,r,r" + ("" if rest is None else ",r"), *args, dtype=jnp.float16, pack=2)
+
+
 def decode_raw(bits: Array) -> Array:
     """float32 of FP8 codes without the flavour's power of two: bits (any integer dtype, low 8 bits used) -> float32."""
     code = bits.astype(jnp.uint16)

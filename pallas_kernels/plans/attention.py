@@ -26,6 +26,7 @@ class AttentionPlan:
         an error of 1.7e-3, as much as rounding the result to bfloat16 does.
       num_warps: waves per program.
       num_stages: software pipelining depth.
+      float16: FP8 keys become scaled float16 (sparse_attention_float16), where that form takes the call.
     """
 
     head_block: int = 16
@@ -35,6 +36,7 @@ class AttentionPlan:
     exact_weights: bool = True
     num_warps: int = 4
     num_stages: int = 1
+    float16: bool = False
 
 
 def power_of_two(n: int) -> int:
@@ -44,16 +46,46 @@ def power_of_two(n: int) -> int:
 
 @functools.lru_cache(maxsize=1024)
 def attention_plan(
-    *, tokens: int, heads: int, width: int, itemsize: int, fp8: bool = False, target: str = "gpu"
+    *,
+    tokens: int,
+    heads: int,
+    width: int,
+    itemsize: int,
+    fp8: bool = False,
+    ragged: bool = False,
+    target: str = "gpu",
 ) -> AttentionPlan:
     """Heuristic plan for `tokens` rows of about `width` keys in all sources; itemsize 4 means float32 products."""
+    if fp8 and itemsize == 2 and target == "gpu":
+        return _float16_plan(tokens, heads, width, ragged)
     programs = tokens * -(-heads // 16)
     wanted = power_of_two(max(1, TARGET_PROGRAMS // max(1, programs)))
     splits = max(1, min(wanted, width // MIN_SPLIT_KEYS, 16))
     if itemsize == 4 and target in CDNA and not fp8:
         # 4 waves spill a few registers with two sources; with FP8 keys it is 8 that spill.
         return AttentionPlan(splits=splits, num_warps=8)
+    if itemsize == 4 and target == "gfx942":
+        # Wider tiles spill with two sources, and so do 2 waves.
+        return AttentionPlan(splits=splits, tile=32)
+    if itemsize == 4 and target == "gfx950":
+        # Half the wave-instructions of 4 waves, and no register spilled by e4m3fnuz with two sources.
+        return AttentionPlan(splits=splits, tile=64, num_warps=2)
     if itemsize == 4:
         return AttentionPlan(splits=splits, tile=64)
     # CDNA: waves repeat each other's scores and index arithmetic; one wave of its own would spill on gfx942.
     return AttentionPlan(splits=splits, num_warps=2 if target in CDNA else 4)
+
+
+def _float16_plan(tokens: int, heads: int, width: int, ragged: bool) -> AttentionPlan:
+    """Splits fill the machine once: 132 multiprocessors hold two programs of 16 heads each, or one of 32.
+
+    Rows of different lengths are cut finer, so that the longest does not keep the others waiting.
+    """
+    block = 16 if heads <= 16 else 32
+    programs = tokens * -(-heads // block)
+    # Some 1000 keys a multiprocessor: wide programs of one round beat narrow ones of two.
+    wide = block == 32 or 4 <= programs <= 8
+    resident, key_block = (132, 64) if wide else (264, 32)
+    wanted = 1 << max(0, (resident * (2 if ragged else 1) // max(1, programs)).bit_length() - 1)
+    splits = max(1, min(wanted, width // key_block, 64))
+    return AttentionPlan(head_block=block, key_block=key_block, splits=splits, num_warps=8 if wide else 4, float16=True)

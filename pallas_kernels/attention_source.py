@@ -1,0 +1,79 @@
+"""What attention kernels read: a source of keys, the slots that rows name in it, and how a program walks over them."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["latent", "scale", "rope", "values", "indptr"],
+    meta_fields=["dtype", "group_size"],
+)
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """One key source and the slots that rows name in it.
+
+    Attributes:
+      latent: uint32 [..., L // 4] words of FP8 values when `scale` is given, else bfloat16 or float32 [..., L].
+      scale: float32 or E8M0 [..., L // group_size], or None.
+      rope: bfloat16 or float32 [..., R], or None.
+      dtype: FP8 flavour of the words (dtype of the latents otherwise).
+      group_size: latent values per scale.
+      values: int32 slots, [T, W] or, with indptr, flat.
+      indptr: int32 [T + 1] or None.
+    """
+
+    latent: Array
+    scale: Array | None
+    rope: Array | None
+    dtype: jnp.dtype
+    group_size: int
+    values: Array
+    indptr: Array | None
+
+    @property
+    def width(self) -> int:
+        """Slots per row: exact for dense rows, the even share of the capacity for ragged ones."""
+        return self.values.shape[1] if self.indptr is None else -(-self.values.shape[0] // (self.indptr.shape[0] - 1))
+
+    @property
+    def num_slots(self) -> int:
+        """Rows of the flattened key arrays."""
+        return math.prod(self.latent.shape[:-1])
+
+
+def kernel_arrays(source: Source) -> dict[str, Array]:
+    """Kernel arguments of a source, one slot per row; E8M0 scales as their bytes."""
+    flat = {"latent": source.latent.reshape(source.num_slots, -1)}
+    if source.scale is not None:
+        scale = source.scale.reshape(source.num_slots, -1)
+        is_float = scale.dtype == jnp.float32
+        flat["scale"] = scale if is_float else jax.lax.bitcast_convert_type(scale, jnp.uint8)
+    if source.rope is not None and source.rope.shape[-1]:
+        flat["rope"] = source.rope.reshape(source.num_slots, -1)
+    flat["values"] = source.values.reshape(-1)
+    if source.indptr is not None:
+        flat["indptr"] = source.indptr
+    return flat
+
+
+def row_bounds(refs: dict, token, width: int):
+    """First element and length of a row's slots."""
+    if "indptr" not in refs:
+        return token * width, jnp.int32(width)
+    capacity = refs["values"].shape[0]
+    start = jnp.clip(refs["indptr"][token], 0, capacity)
+    return start, jnp.maximum(jnp.clip(refs["indptr"][token + 1], 0, capacity) - start, 0)
+
+
+def grid2(rows: Array, columns: Array) -> tuple[Array, Array]:
+    """Index arrays [R, C] of rows[R] and columns[C] (gathers want an index array on every axis)."""
+    shape = (rows.shape[0], columns.shape[0])
+    return jnp.broadcast_to(rows[:, None], shape), jnp.broadcast_to(columns[None, :], shape)

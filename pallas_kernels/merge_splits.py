@@ -1,0 +1,68 @@
+"""Merges what programs made of parts of a row's keys: one program per token, head and block of columns."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.experimental import pallas as pl
+
+from pallas_kernels._call import call, load, store
+from pallas_kernels.attention_source import grid2
+from pallas_kernels.online_softmax import sink_share
+from pallas_kernels.plans.attention import power_of_two
+
+# float32 values that a program reads at once: 16 to 32 registers a lane.
+TILE = 4096
+
+
+def _kernel(*refs, splits: int, columns: int, block: int):
+    outs_ref, lses_ref, *sink_ref, out_ref, lse_ref = refs
+    token, head, first = pl.program_id(0), pl.program_id(1), pl.program_id(2) * block
+    i = jnp.arange(max(2, power_of_two(splits)), dtype=jnp.int32)
+    exists = i < splits
+    parts = jnp.where(exists, i, 0)
+    lses = load(lses_ref.at[parts, jnp.full_like(i, token), jnp.full_like(i, head)])
+    lses = jnp.where(exists, lses, -jnp.inf)
+    top = jnp.max(lses, axis=0)
+    # Parts without keys weigh nothing; where there are no keys at all, neither does any part.
+    weights = jnp.exp(lses - jnp.where(top == -jnp.inf, 0.0, top))
+    total = jnp.sum(weights, axis=0)
+    safe = jnp.where(total > 0, total, 1.0)
+    lse = jnp.where(total > 0, top + jnp.log(safe), -jnp.inf)
+    share = 1.0 / safe
+    if sink_ref:
+        share = share * sink_share(lse, sink_ref[0][head])
+
+    c = first + jnp.arange(block, dtype=jnp.int32)
+    inside = c < columns
+    rows, cols = grid2(parts, c if columns % block == 0 else jnp.where(inside, c, 0))
+    values = load(outs_ref.at[rows, jnp.full_like(rows, token), jnp.full_like(rows, head), cols])
+    merged = jnp.sum(values * (weights * share)[:, None], axis=0)
+    # Masked lanes point past the array: interpret mode writes old values back through them.
+    at = jnp.where(inside, c, columns)
+    store(out_ref.at[jnp.full_like(at, token), jnp.full_like(at, head), at], merged.astype(out_ref.dtype), mask=inside)
+    lse_ref[token, head] = lse
+
+
+def merge_splits(outs: Array, lses: Array, sinks: Array | None, *, dtype: Any, target: str) -> tuple[Array, Array]:
+    """outs[S, T, H, V], lses[S, T, H] float32 -> (out dtype [T, H, V], lse float32 [T, H]), in a fixed order."""
+    splits, tokens, heads, columns = outs.shape
+    block = max(16, min(power_of_two(columns), TILE // power_of_two(splits)))
+    return call(
+        functools.partial(_kernel, splits=splits, columns=columns, block=block),
+        outs,
+        lses,
+        *([] if sinks is None else [sinks]),
+        out_shape=(
+            jax.ShapeDtypeStruct((tokens, heads, columns), dtype),
+            jax.ShapeDtypeStruct((tokens, heads), jnp.float32),
+        ),
+        grid=(tokens, heads, -(-columns // block)),
+        name="merge_splits",
+        num_warps=4 if block >= 128 else 1,
+        target=target,
+    )

@@ -1,0 +1,345 @@
+"""Sparse latent attention over FP8 keys on NVIDIA GPUs: keys become scaled float16, one matrix product per byte plane.
+
+What the generic kernel (sparse_attention) pays for there is traffic between registers and shared memory, so here the
+words of all groups form one wide tile. Its group scales multiply the keys on the way to float16, in units of a power
+of two that follows the largest scale met so far, as the softmax follows the largest score: no key overflows, and a key
+keeps float16's 11 bits unless it is 2**14 times smaller than the largest of its row. Queries are float16 in units of a
+power of two of their own. Rope stays bfloat16. The next keys are in flight while a block is multiplied.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.experimental import pallas as pl
+
+from pallas_kernels import fp8_bits
+from pallas_kernels._call import call, load, store
+from pallas_kernels.attention_source import Source, grid2, kernel_arrays, row_bounds
+from pallas_kernels.online_softmax import LOG2E, NONE, dot, sink_share
+from pallas_kernels.plans.attention import AttentionPlan, power_of_two
+
+# Widest tile of words: float16 planes of 32 keys then take 32 KiB of shared memory.
+MAX_WORDS = 128
+
+
+@dataclasses.dataclass(frozen=True)
+class _Static:
+    """What the kernel is specialised for."""
+
+    heads: int
+    value_dim: int
+    scale: float
+    words: int
+    groups: int
+    rope: int
+    names: tuple[tuple[str, ...], ...]  # arrays of each source, in argument order
+    counts: tuple[int, ...]  # slots of each source
+    widths: tuple[int, ...]  # dense width of each source, 0 when ragged
+    fp8: Any
+    exact_scales: bool  # scales are powers of two
+    has_sinks: bool
+    plan: AttentionPlan
+    target: str
+
+    @property
+    def width(self) -> int:
+        """Words of the tile: a power of two."""
+        return max(16, power_of_two(self.words))
+
+    @property
+    def rope_width(self) -> int:
+        return max(16, power_of_two(self.rope))
+
+    @property
+    def rope_values(self) -> bool:
+        """Whether rope columns are values too."""
+        return self.value_dim > 4 * self.words
+
+
+def serves(q: Array, sources: Sequence[Source], value_dim: int) -> bool:
+    """Whether this form takes the call: bfloat16 queries, FP8 sources alike, groups that tile the words evenly."""
+    first = sources[0]
+    if first.scale is None or q.dtype != jnp.bfloat16:
+        return False
+    words, groups = first.latent.shape[-1], first.scale.shape[-1]
+    tile = max(16, power_of_two(words))
+    rope = q.shape[-1] - 4 * words
+    alike = all(
+        s.scale is not None
+        and (s.latent.shape[-1], s.scale.shape[-1], jnp.dtype(s.dtype)) == (words, groups, jnp.dtype(first.dtype))
+        and s.scale.dtype == first.scale.dtype
+        and (rope == 0 or (s.rope is not None and s.rope.dtype == jnp.bfloat16))
+        for s in sources
+    )
+    even = first.group_size % 4 == 0 and tile == power_of_two(groups) * (first.group_size // 4)
+    return alike and even and tile <= MAX_WORDS and value_dim >= 4 * words
+
+
+# --- arithmetic ------------------------------------------------------------------------------------------------------
+def _exponent(x: Array) -> Array:
+    """Biased exponent of float32 x >= 0, kept off the ends so that both it and its inverse are normal."""
+    return jnp.clip(jax.lax.bitcast_convert_type(x, jnp.int32) >> 23, 1, 253)
+
+
+def _power(exponent: Array) -> Array:
+    """float32 2 ** (exponent - 127)."""
+    return jax.lax.bitcast_convert_type(exponent << 23, jnp.float32)
+
+
+def _split4(x: Array) -> list[Array]:
+    """[A, W, 4] -> its four [A, W]; in registers, since the last axis lies within a lane."""
+    even, odd = jnp.unstack(x.reshape(*x.shape[:2], 2, 2), axis=3)
+    (first, third), (second, fourth) = jnp.unstack(even, axis=2), jnp.unstack(odd, axis=2)
+    return [first, second, third, fourth]
+
+
+def _join4(planes: Sequence[Array]) -> Array:
+    """Four [A, W] -> [A, W, 4]."""
+    even, odd = (jnp.stack([planes[i], planes[i + 2]], axis=-1) for i in (0, 1))
+    return jnp.stack([even, odd], axis=-1).reshape(*planes[0].shape, 4)
+
+
+# --- pieces of the kernel --------------------------------------------------------------------------------------------
+def _grid3(rows: Array, words: Array) -> tuple[Array, Array]:
+    """Index arrays [R, W, 4] of rows and of the four columns of every word."""
+    shape = (rows.shape[0], words.shape[0], 4)
+    columns = jnp.broadcast_to(words[None, :, None] * 4, shape) + jax.lax.broadcasted_iota(jnp.int32, shape, 2)
+    return jnp.broadcast_to(rows[:, None, None], shape), columns
+
+
+def _masked(ref, mask: Array | None):
+    return load(ref) if mask is None else load(ref, mask=mask, other=jnp.zeros((), ref.dtype))
+
+
+def _inside(index: Array, count: int, shape: tuple[int, ...], axis: int) -> Array | None:
+    """Which indices along `axis` exist, in the shape of the whole; None where all do."""
+    if index.shape[0] == count:
+        return None
+    return jnp.broadcast_to(jnp.expand_dims(index < count, [a for a in range(len(shape)) if a != axis]), shape)
+
+
+def _load_queries(q_ref, token, heads: Array, s: _Static):
+    """(four float16 planes [H, width], their unit [H], rope bfloat16 [H, rope_width] or None)."""
+    safe = jnp.minimum(heads, s.heads - 1)
+    words = jnp.arange(s.width, dtype=jnp.int32)
+    rows, cols = _grid3(safe, words)
+    mask = _inside(words, s.words, rows.shape, 1)
+    q = _masked(q_ref.at[jnp.full_like(rows, token), rows, cols], mask).astype(jnp.float32)
+    exponent = _exponent(jnp.max(jnp.max(jnp.abs(q), axis=2), axis=1))
+    planes = [p.astype(jnp.float16) for p in _split4(q * _power(254 - exponent)[:, None, None])]
+    if not s.rope:
+        return planes, _power(exponent), None
+    rows, cols, mask = _rope_grid(safe, s)
+    return planes, _power(exponent), _masked(q_ref.at[jnp.full_like(rows, token), rows, 4 * s.words + cols], mask)
+
+
+def _rope_grid(rows: Array, s: _Static) -> tuple[Array, Array, Array | None]:
+    c = jnp.arange(s.rope_width, dtype=jnp.int32)
+    rows, cols = grid2(rows, c)
+    return rows, cols, _inside(c, s.rope, rows.shape, 1)
+
+
+def _slots(refs: dict, start, length, block, count: int, s: _Static) -> Array:
+    """Slots of key block `block` of the row, -1 where there is none."""
+    at = block * s.plan.key_block + jnp.arange(s.plan.key_block, dtype=jnp.int32)
+    inside = at < length
+    slots = load(refs["values"].at[jnp.where(inside, start + at, 0)])
+    return jnp.where(inside & (slots >= 0) & (slots < count), slots, -1)
+
+
+def _scales(refs: dict, slots: Array, s: _Static) -> Array:
+    """float32 or E8M0 bytes [K, groups padded with 0]."""
+    g = jnp.arange(power_of_two(s.groups), dtype=jnp.int32)
+    rows, cols = grid2(slots, g)
+    return _masked(refs["scale"].at[rows, cols], _inside(g, s.groups, rows.shape, 1))
+
+
+def _keys(refs: dict, slots: Array, s: _Static) -> tuple[Array, ...]:
+    """Words [K, width] and rope [K, rope_width] as they lie; zeros where there is none."""
+    words = jnp.arange(s.width, dtype=jnp.int32)
+    rows, cols = grid2(slots, words)
+    latent = _masked(refs["latent"].at[rows, cols], _inside(words, s.words, rows.shape, 1))
+    if not s.rope:
+        return (latent,)
+    rows, cols, mask = _rope_grid(slots, s)
+    return latent, _masked(refs["rope"].at[rows, cols], mask)
+
+
+def _planes(words: Array, scales: Array, unit: Array, s: _Static) -> tuple[list[Array], Array]:
+    """(four float16 planes [K, width] in units of 2 ** (unit - 127), the unit: at least the one before)."""
+    scales = fp8_bits.e8m0_to_float32(scales) if s.exact_scales else scales
+    unit = jnp.maximum(unit, _exponent(jnp.max(jnp.max(scales, axis=1), axis=0)))
+    factor = scales * (_power(254 - unit) * fp8_bits.float16_power(s.fp8, s.target))
+    upper = factor.astype(jnp.float16)
+    rest = None if s.exact_scales else _spread((factor - upper.astype(jnp.float32)).astype(jnp.float16), s)
+    upper = _spread(upper, s)
+    return [fp8_bits.float16_plane(words, byte, upper, rest, s.fp8, s.target) for byte in range(4)], unit
+
+
+def _spread(groups: Array, s: _Static) -> Array:
+    """[K, G] -> [K, width]: every group's value at all of its words."""
+    shape = (*groups.shape, s.width // groups.shape[1])
+    return jnp.broadcast_to(groups[:, :, None], shape).reshape(groups.shape[0], s.width)
+
+
+def _over_source(number: int, refs: dict, token, first, last, queries, state, s: _Static):
+    """Folds key blocks first..last-1 of the row in source `number` into the state."""
+    start, length = row_bounds(refs, token, s.widths[number])
+    q_planes, q_unit, q_rope = queries
+    slots_of = functools.partial(_slots, refs, start, length, count=s.counts[number], s=s)
+    # Keys that are not there repeat one that is, with weight 0: reads need no mask, and meet nobody else's NaN.
+    _, present = jax.lax.while_loop(
+        lambda c: (c[1] < 0) & (c[0] < last),
+        lambda c: (c[0] + 1, jnp.max(slots_of(block=c[0]))),
+        (first, jnp.int32(-1)),
+    )
+    first = jnp.where(present < 0, last, first)
+
+    def read(slots):
+        there = jnp.where(slots >= 0, slots, jnp.maximum(present, 0))
+        return _scales(refs, there, s), *_keys(refs, there, s)
+
+    def body(i, carry):
+        (top, total, sums, rope_sum, unit), slots, after, scales, *keys = carry
+        planes, new_unit = _planes(keys[0], scales, unit, s)
+        scores = dot(q_planes[0], planes[0], 1)
+        for q, k in zip(q_planes[1:], planes[1:]):
+            scores += dot(q, k, 1)
+        # Between the products: asked for before them, what comes next would delay what they wait for.
+        ahead, later = read(after), slots_of(block=i + 2)
+        scores = scores * (_power(new_unit) * (s.scale * LOG2E) * q_unit)[:, None]
+        if s.rope:
+            scores += dot(q_rope, keys[1], 1) * (s.scale * LOG2E)
+        valid = slots >= 0
+        scores = jnp.where(valid[None, :], scores, NONE)
+        new_top = jnp.maximum(top, jnp.max(scores, axis=1))
+        weights = jnp.where(valid[None, :], jnp.exp2(scores - new_top[:, None]), 0.0)
+        keep = jnp.exp2(top - new_top)
+        # Lanes add up on their own: one reduction across them at the end.
+        total = total * keep[:, None] + weights
+        keep_sums = (keep * _power(jnp.maximum(127 + unit - new_unit, 0)))[:, None]
+        halves = weights.astype(jnp.float16)
+        sums = tuple(x * keep_sums + dot(halves, k, 0) for x, k in zip(sums, planes))
+        if s.rope_values:
+            upper = fp8_bits.truncate_to_bfloat16(weights)
+            lower = (weights - upper.astype(jnp.float32)).astype(jnp.bfloat16)
+            rope_sum = rope_sum * keep[:, None] + dot(upper, keys[1], 0) + dot(lower, keys[1], 0)
+        return (new_top, total, sums, rope_sum, new_unit), after, later, *ahead
+
+    slots = slots_of(block=first)
+    carry = (state, slots, slots_of(block=first + 1), *read(slots))
+    return jax.lax.fori_loop(first, last, body, carry)[0]
+
+
+def _kernel(*refs, s: _Static):
+    """Grid (T, head blocks, splits): out[split, token, heads, value_dim] and lse[split, token, heads]."""
+    at, sources = 1, []
+    for names in s.names:
+        sources.append(dict(zip(names, refs[at : at + len(names)])))
+        at += len(names)
+    sink_ref = refs[at] if s.has_sinks else None
+    q_ref, (out_ref, lse_ref) = refs[0], refs[-2:]
+    token, split = pl.program_id(0), pl.program_id(2)
+    heads = pl.program_id(1) * s.plan.head_block + jnp.arange(s.plan.head_block, dtype=jnp.int32)
+
+    lengths = [row_bounds(r, token, w)[1] for r, w in zip(sources, s.widths)]
+    blocks = [(length + s.plan.key_block - 1) // s.plan.key_block for length in lengths]
+    per_split = (sum(blocks) + s.plan.splits - 1) // s.plan.splits
+    low, high = split * per_split, (split + 1) * per_split
+
+    queries = _load_queries(q_ref, token, heads, s)
+    block = s.plan.head_block
+    state = (
+        jnp.full((block,), NONE, jnp.float32),
+        jnp.zeros((block, s.plan.key_block), jnp.float32),
+        tuple(jnp.zeros((block, s.width), jnp.float32) for _ in range(4)),
+        jnp.zeros((block, s.rope_width) if s.rope_values else (block,), jnp.float32),
+        jnp.int32(1),
+    )
+    before = jnp.int32(0)
+    for number, source in enumerate(sources):
+        first, last = jnp.clip(low - before, 0, blocks[number]), jnp.clip(high - before, 0, blocks[number])
+        state = _over_source(number, source, token, first, last, queries, state, s)
+        before = before + blocks[number]
+    _store_results(out_ref, lse_ref, sink_ref, token, split, heads, state, s)
+
+
+def _store_results(out_ref, lse_ref, sink_ref, token, split, heads: Array, state, s: _Static):
+    top, total, sums, rope_sum, unit = state
+    total = jnp.sum(total, axis=1)
+    some = total > 0
+    safe = jnp.where(some, total, 1.0)
+    lse = jnp.where(some, (top + jnp.log2(safe)) * (1 / LOG2E), -jnp.inf)
+    share = 1.0 / safe
+    exists = heads < s.heads
+    if sink_ref is not None:
+        share = share * sink_share(lse, load(sink_ref.at[jnp.where(exists, heads, 0)], mask=exists, other=0.0))
+    # Masked lanes point past the array: interpret mode writes old values back through them.
+    target = jnp.where(exists, heads, s.heads)
+    store(lse_ref.at[jnp.full_like(target, split), jnp.full_like(target, token), target], lse, mask=exists)
+
+    words = jnp.arange(s.width, dtype=jnp.int32)
+    rows, cols = _grid3(target, words)
+    mask = jnp.broadcast_to(exists[:, None, None] & (words < s.words)[None, :, None], rows.shape)
+    out = _join4([x * (share * _power(unit))[:, None] for x in sums]).astype(out_ref.dtype)
+    store(out_ref.at[jnp.full_like(rows, split), jnp.full_like(rows, token), rows, cols], out, mask=mask)
+    if s.rope_values:
+        rows, cols, _ = _rope_grid(target, s)
+        cols = 4 * s.words + cols
+        where = out_ref.at[jnp.full_like(rows, split), jnp.full_like(rows, token), rows, cols]
+        values = (rope_sum * share[:, None]).astype(out_ref.dtype)
+        store(where, values, mask=exists[:, None] & (cols < s.value_dim))
+
+
+# --- launch ----------------------------------------------------------------------------------------------------------
+def launch(
+    target: str,
+    q: Array,
+    sources: Sequence[Source],
+    sinks: Array | None,
+    sm_scale: float,
+    value_dim: int,
+    plan: AttentionPlan,
+) -> tuple[Array, Array]:
+    """(out[splits, T, H, value_dim], lse[splits, T, H]); `serves` must hold."""
+    tokens, heads, dim = q.shape
+    first = sources[0]
+    arrays = [kernel_arrays(s) for s in sources]
+    static = _Static(
+        heads=heads,
+        value_dim=value_dim,
+        scale=sm_scale,
+        words=first.latent.shape[-1],
+        groups=arrays[0]["scale"].shape[-1],
+        rope=dim - 4 * first.latent.shape[-1],
+        names=tuple(tuple(a) for a in arrays),
+        counts=tuple(s.num_slots for s in sources),
+        widths=tuple(0 if s.indptr is not None else s.values.shape[1] for s in sources),
+        fp8=jnp.dtype(first.dtype),
+        exact_scales=arrays[0]["scale"].dtype == jnp.uint8,
+        has_sinks=sinks is not None and plan.splits == 1,
+        plan=plan,
+        target=target,
+    )
+    return call(
+        functools.partial(_kernel, s=static),
+        q,
+        *[a for named in arrays for a in named.values()],
+        *([sinks] if sinks is not None and static.has_sinks else []),
+        out_shape=(
+            jax.ShapeDtypeStruct((plan.splits, tokens, heads, value_dim), q.dtype if plan.splits == 1 else jnp.float32),
+            jax.ShapeDtypeStruct((plan.splits, tokens, heads), jnp.float32),
+        ),
+        grid=(tokens, -(-heads // plan.head_block), plan.splits),
+        name="sparse_mla",
+        num_warps=plan.num_warps,
+        num_stages=plan.num_stages,
+        target=target,
+    )
