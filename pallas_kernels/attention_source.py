@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -77,3 +78,13 @@ def grid2(rows: Array, columns: Array) -> tuple[Array, Array]:
     """Index arrays [R, C] of rows[R] and columns[C] (gathers want an index array on every axis)."""
     shape = (rows.shape[0], columns.shape[0])
     return jnp.broadcast_to(rows[:, None], shape), jnp.broadcast_to(columns[None, :], shape)
+
+
+def some_key(slots_of: Callable[[Array], Array], first: Array, last: Array) -> Array:
+    """A slot that exists among key blocks first..last-1 of a row, -1 if none does; `slots_of(block)` has -1 for none.
+
+    Keys that are not there may repeat it with weight 0: reads need no mask then, and meet nobody else's NaN.
+    """
+    return jax.lax.while_loop(
+        lambda c: (c[1] < 0) & (c[0] < last), lambda c: (c[0] + 1, jnp.max(slots_of(c[0]))), (first, jnp.int32(-1))
+    )[1]

@@ -20,7 +20,7 @@ from jax.experimental import pallas as pl
 
 from pallas_kernels import fp8_bits, sparse_attention_float16
 from pallas_kernels._call import call, dispatch, load, store
-from pallas_kernels.attention_source import Source, grid2, kernel_arrays, row_bounds
+from pallas_kernels.attention_source import Source, grid2, kernel_arrays, row_bounds, some_key
 from pallas_kernels.merge_splits import merge_splits
 from pallas_kernels.online_softmax import LOG2E, NONE, dot, sink_share, softmax_step
 from pallas_kernels.plans.attention import AttentionPlan, attention_plan, power_of_two
@@ -125,6 +125,7 @@ class _Static:
     fp8: jnp.dtype | None
     compute: jnp.dtype
     has_sinks: bool
+    anchored: bool  # invalid keys repeat a valid one
     plan: AttentionPlan
     target: str
 
@@ -153,9 +154,10 @@ def _load_queries(q_ref, token, heads: Array, s: _Static):
 
 
 def _load_keys(refs: dict, slots: Array, valid: Array, s: _Static):
-    """Keys of every tile ([key_block, width] per plane, 0 where invalid) and their factors ([key_block] or None).
+    """Keys of every tile ([key_block, width] per plane) and their factors ([key_block] or None).
 
     Nothing is masked at the load: invalid keys read slot 0, then become 0. On CDNA every masked load is a branch.
+    Anchored ones read a key of the row and stay: what comes straight from a load can go to the matrix units unseen.
     """
     keys: list[list[Array]] = []
     factors: list[Array | None] = []
@@ -164,7 +166,8 @@ def _load_keys(refs: dict, slots: Array, valid: Array, s: _Static):
         rows, cols = grid2(slots, tile.start + i if tile.full else jnp.where(i < tile.count, tile.start + i, 0))
         exists = valid[:, None] if tile.full else valid[:, None] & (i < tile.count)[None, :]
         part = load(refs[tile.array].at[rows, cols])
-        part = jnp.where(exists, part, jnp.zeros_like(part))
+        if not (s.anchored and tile.full):
+            part = jnp.where(exists, part, jnp.zeros_like(part))
         if tile.group is None:
             keys.append([part.astype(s.compute)])
             factors.append(None)
@@ -181,13 +184,22 @@ def _over_source(number: int, refs: dict, token, first, last, queries, state, s:
     block, width = s.plan.key_block, s.widths[number]
     start, length = row_bounds(refs, token, width)
 
-    def body(i, state):
-        top, total, sums = state
+    def slots_of(i):
         at = i * block + jnp.arange(block, dtype=jnp.int32)
         inside = at < length
         slots = load(refs["values"].at[jnp.where(inside, start + at, 0)])
-        valid = inside & (slots >= 0) & (slots < s.counts[number])
-        slots = jnp.where(valid, slots, 0)
+        return jnp.where(inside & (slots >= 0) & (slots < s.counts[number]), slots, -1)
+
+    present = jnp.int32(0)
+    if s.anchored:
+        present = some_key(slots_of, first, last)
+        first, present = jnp.where(present < 0, last, first), jnp.maximum(present, 0)
+
+    def body(i, state):
+        top, total, sums = state
+        slots = slots_of(i)
+        valid = slots >= 0
+        slots = jnp.where(valid, slots, present)
         keys, factors = _load_keys(refs, slots, valid, s)
         scores = scores_of(queries, keys, factors) * (s.scale * LOG2E)
         top, total, keep, probabilities = softmax_step(top, total, scores, valid)
@@ -382,6 +394,7 @@ def _launch_planes(
         fp8=flavour,
         compute=compute,
         has_sinks=sinks is not None and plan.splits == 1,
+        anchored=plan.anchored and flavour is None,
         plan=plan,
         target=target,
     )

@@ -21,7 +21,7 @@ from jax.experimental import pallas as pl
 
 from pallas_kernels import fp8_bits
 from pallas_kernels._call import call, load, store
-from pallas_kernels.attention_source import Source, grid2, kernel_arrays, row_bounds
+from pallas_kernels.attention_source import Source, grid2, kernel_arrays, row_bounds, some_key
 from pallas_kernels.online_softmax import LOG2E, NONE, dot, sink_share
 from pallas_kernels.plans.attention import AttentionPlan, power_of_two
 
@@ -194,12 +194,8 @@ def _over_source(number: int, refs: dict, token, first, last, queries, state, s:
     start, length = row_bounds(refs, token, s.widths[number])
     q_planes, q_unit, q_rope = queries
     slots_of = functools.partial(_slots, refs, start, length, count=s.counts[number], s=s)
-    # Keys that are not there repeat one that is, with weight 0: reads need no mask, and meet nobody else's NaN.
-    _, present = jax.lax.while_loop(
-        lambda c: (c[1] < 0) & (c[0] < last),
-        lambda c: (c[0] + 1, jnp.max(slots_of(block=c[0]))),
-        (first, jnp.int32(-1)),
-    )
+    # Reads need no mask where every key exists.
+    present = some_key(lambda block: slots_of(block=block), first, last)
     first = jnp.where(present < 0, last, first)
 
     def read(slots):

@@ -27,6 +27,11 @@ WILD = (-1, -7, -(2**31), 2**31 - 1)
 BOUND = {"float32": 1e-5, "bfloat16": 2e-3}
 
 
+# Scores of float16 keys: 2**-12 of a key's own size, unless its scales are powers of two (then exact); the oracle's
+# scores reach 30 here.
+FLOAT16_BOUND = {np.float32: (4e-3, 1e-2), jnp.float8_e8m0fnu: (2e-3, 2e-5)}
+
+
 # --- oracle and inputs -----------------------------------------------------------------------------------------------
 def oracle(q, sources, value_dim, sinks=None):
     """float64 numpy, a loop over rows: sources are (keys[N, D], list of slot lists)."""
@@ -129,14 +134,14 @@ def run(q, kv, rows, sinks=None, extra=None, *, value_dim, implementation):
     )
 
 
-def check(got, want, bound):
+def check(got, want, bound, lse_bound=2e-5):
     out, lse = (np.asarray(x).astype(np.float64) for x in got)
     size = np.linalg.norm(want[0])
     assert np.isfinite(out).all()
     assert np.linalg.norm(out - want[0]) <= bound * size
     empty = np.isneginf(want[1])
     assert (out[empty] == 0).all() and np.isneginf(lse[empty]).all()
-    np.testing.assert_allclose(lse[~empty], want[1][~empty], atol=2e-5, rtol=2e-6)
+    np.testing.assert_allclose(lse[~empty], want[1][~empty], atol=lse_bound, rtol=2e-6)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -179,7 +184,12 @@ class Case:
         for sinks in variants:
             got = run(q, *sources[0][:2], sinks, extra, value_dim=self.latent, implementation=implementation)
             assert got[0].dtype == q.dtype and got[1].dtype == jnp.float32
-            check(got, oracle(q, plain, self.latent, sinks), BOUND[self.q_dtype])
+            check(got, oracle(q, plain, self.latent, sinks), *self.bounds(implementation))
+
+    def bounds(self, implementation):
+        """Of the output and of lse: wider where an NVIDIA GPU makes float16 of FP8 keys."""
+        float16 = implementation == "triton" and jax.default_backend() == "gpu" and "float8" in self.kind
+        return FLOAT16_BOUND[np.float32] if float16 and self.q_dtype == "bfloat16" else (BOUND[self.q_dtype], 2e-5)
 
 
 # --- the matrix ------------------------------------------------------------------------------------------------------
@@ -424,11 +434,6 @@ def test_splits_of_the_keys(splits, key_block):
     check(got, oracle(q, [(keys, rows), (keys, more)], 32, sinks), 1e-5)
 
 
-# Scores of float16 keys: 2**-12 of a key's own size, unless its scales are powers of two (then exact); the oracle's
-# scores reach 30 here.
-FLOAT16_BOUND = {np.float32: (4e-3, 1e-2), jnp.float8_e8m0fnu: (2e-3, 2e-5)}
-
-
 @pytest.mark.parametrize("scale_dtype", FLOAT16_BOUND, ids=["float32", "e8m0"])
 @pytest.mark.parametrize("kind", ["float8_e4m3fn", "float8_e4m3fnuz"])
 @pytest.mark.parametrize(("splits", "value_dim", "ragged"), [(1, 80, True), (1, 64, False), (3, 70, True)])
@@ -455,6 +460,22 @@ def test_float16_form(kind, scale_dtype, splits, value_dim, ragged):
     assert np.isfinite(out).all() and (out[4] == 0).all() and np.isneginf(lse[4]).all()
     assert np.linalg.norm(out - want[0]) <= bound * np.linalg.norm(want[0])
     np.testing.assert_allclose(lse[:4], want[1][:4], atol=lse_bound, rtol=2e-6)
+
+
+@pytest.mark.parametrize("kind", ["bfloat16", "float8_e4m3fn"])
+@pytest.mark.parametrize("splits", [1, 3])
+def test_anchored_keys(kind, splits):
+    """Keys that are not there repeat one that is (unquantised ones; FP8 keys do not take the form)."""
+    rng = np.random.default_rng(4)
+    used = 1 + rng.choice(64 * 64 - 1, 300, replace=False)
+    cache, keys = make_cache(rng, kind, 64, 16, 32, used=used)
+    rows = make_rows(rng, (0, 1, 33, 100), used)
+    rows.append([-1] * 40 + rows[2])
+    q = jnp.asarray(rng.standard_normal((5, 6, 80)), jnp.bfloat16)
+    source = sparse_attention.Source(cache.latent, cache.scale, cache.rope, cache.dtype, 32, as_dense(rows), None)
+    plan = AttentionPlan(anchored=True, key_block=32, splits=splits, num_stages=2)
+    got = sparse_attention.sparse_attention(q, [source], sm_scale=SCALE, value_dim=64, plan=plan)
+    check(got, oracle(q, [(keys, rows)], 64), 2e-3)
 
 
 @pytest.mark.parametrize("order", [1, -1])

@@ -26,6 +26,7 @@ class AttentionPlan:
         an error of 1.7e-3, as much as rounding the result to bfloat16 does.
       num_warps: waves per program.
       num_stages: software pipelining depth.
+      anchored: unquantised keys that are not there repeat one that is, so that no key passes through a select.
       float16: FP8 keys become scaled float16 (sparse_attention_float16), where that form takes the call.
     """
 
@@ -36,6 +37,7 @@ class AttentionPlan:
     exact_weights: bool = True
     num_warps: int = 4
     num_stages: int = 1
+    anchored: bool = False
     float16: bool = False
 
 
@@ -56,8 +58,8 @@ def attention_plan(
     target: str = "gpu",
 ) -> AttentionPlan:
     """Heuristic plan for `tokens` rows of about `width` keys in all sources; itemsize 4 means float32 products."""
-    if fp8 and itemsize == 2 and target == "gpu":
-        return _float16_plan(tokens, heads, width, ragged)
+    if itemsize == 2 and target == "gpu":
+        return (_float16_plan if fp8 else _bfloat16_plan)(tokens, heads, width, ragged)
     programs = tokens * -(-heads // 16)
     wanted = power_of_two(max(1, TARGET_PROGRAMS // max(1, programs)))
     splits = max(1, min(wanted, width // MIN_SPLIT_KEYS, 16))
@@ -76,16 +78,34 @@ def attention_plan(
     return AttentionPlan(splits=splits, num_warps=2 if target in CDNA else 4)
 
 
-def _float16_plan(tokens: int, heads: int, width: int, ragged: bool) -> AttentionPlan:
-    """Splits fill the machine once: 132 multiprocessors hold two programs of 16 heads each, or one of 32.
+def _splits(programs: int, resident: int, ragged: bool, most: int) -> int:
+    """Parts of a row that fill the machine once; rows of different lengths are cut finer, so that none waits long."""
+    wanted = 1 << max(0, (resident * (2 if ragged else 1) // max(1, programs)).bit_length() - 1)
+    return max(1, min(wanted, most, 64))
 
-    Rows of different lengths are cut finer, so that the longest does not keep the others waiting.
-    """
+
+def _float16_plan(tokens: int, heads: int, width: int, ragged: bool) -> AttentionPlan:
+    """132 multiprocessors hold two programs of 4 warps each, or one of 8."""
     block = 16 if heads <= 16 else 32
     programs = tokens * -(-heads // block)
-    # Some 1000 keys a multiprocessor: wide programs of one round beat narrow ones of two.
+    # Few rows: wide programs of one round beat narrow ones.
     wide = block == 32 or 4 <= programs <= 8
     resident, key_block = (132, 64) if wide else (264, 32)
-    wanted = 1 << max(0, (resident * (2 if ragged else 1) // max(1, programs)).bit_length() - 1)
-    splits = max(1, min(wanted, width // key_block, 64))
+    splits = _splits(programs, resident, ragged, width // key_block)
     return AttentionPlan(head_block=block, key_block=key_block, splits=splits, num_warps=8 if wide else 4, float16=True)
+
+
+def _bfloat16_plan(tokens: int, heads: int, width: int, ragged: bool) -> AttentionPlan:
+    """Keys go from memory to shared memory unseen, two blocks ahead; one program fills a multiprocessor."""
+    block = 16 if heads <= 16 else 32
+    splits = _splits(tokens * -(-heads // block), 132, ragged, width // 64)
+    wide = block == 32
+    return AttentionPlan(
+        head_block=block,
+        key_block=64,
+        splits=splits,
+        tile=128 if wide else 512,
+        num_warps=8 if wide else 4,
+        num_stages=2 if wide else 3,
+        anchored=True,
+    )
