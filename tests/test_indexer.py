@@ -100,13 +100,18 @@ def contiguous_inputs(kind, q_dtype, tokens, heads, dim, count):
     return q, *map(jnp.asarray, (stored, scales)), weights, *map(jnp.asarray, (starts, ends)), want
 
 
-def check(got, want):
+def check(got, want, bound=3e-6):
     got = np.asarray(got)
     assert got.dtype == np.float32
     np.testing.assert_array_equal(np.isneginf(got), np.isneginf(want))
     seen = np.isfinite(want)
     # float32 sums of D * H products: relative to the size of the scores, since heads cancel.
-    np.testing.assert_allclose(got[seen], want[seen], rtol=0, atol=3e-6 * np.abs(want[seen]).max(initial=1.0))
+    np.testing.assert_allclose(got[seen], want[seen], rtol=0, atol=bound * np.abs(want[seen]).max(initial=1.0))
+
+
+def fp8_bound(implementation):
+    """NVIDIA's FP8 units keep about 14 bits of a sum."""
+    return 5e-4 if implementation == "triton" and jax.default_backend() == "gpu" else 3e-6
 
 
 paged = jax.jit(paged_indexer_scores, static_argnames=("max_length", "implementation"))
@@ -172,7 +177,7 @@ def test_fp8_queries_are_taken_at_face_value(implementation, kind):
     inputs, keys, slots = paged_inputs(kind, **SHAPES[0])
     q = (inputs[0] * 50).astype(jnp.dtype(kind))
     got = paged(q, *inputs[1:], max_length=80, implementation=implementation)
-    check(got, oracle(q, keys, inputs[1], slots))
+    check(got, oracle(q, keys, inputs[1], slots), fp8_bound(implementation))
 
 
 @pytest.mark.parametrize("kind", FP8)
@@ -187,7 +192,7 @@ def test_fp8_queries_of_contiguous_keys(implementation, kind):
         row_lengths=ends - starts,
         implementation=implementation,
     )
-    check(got, want)
+    check(got, want, fp8_bound(implementation))
 
 
 @pytest.mark.parametrize("kind", ["bfloat16", "float32"])
