@@ -1,15 +1,18 @@
-"""What attention kernels read: a source of keys, the slots that rows name in it, and how a program walks over them."""
+"""What attention kernels share but arithmetic: sources of keys, a program's walk over a row's slots, the launch."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array
+
+from pallas_kernels._call import call
 
 
 @functools.partial(
@@ -88,3 +91,64 @@ def some_key(slots_of: Callable[[Array], Array], first: Array, last: Array) -> A
     return jax.lax.while_loop(
         lambda c: (c[1] < 0) & (c[0] < last), lambda c: (c[0] + 1, jnp.max(slots_of(c[0]))), (first, jnp.int32(-1))
     )[1]
+
+
+def unpack(refs: Sequence[Any], s: Any) -> tuple[Any, list[dict], Any, Any, Any]:
+    """References of a launch: (queries, arrays of each source by name, sinks or None, out, lse)."""
+    at, sources = 1, []
+    for names in s.names:
+        sources.append(dict(zip(names, refs[at : at + len(names)])))
+        at += len(names)
+    return refs[0], sources, refs[at] if s.has_sinks else None, refs[-2], refs[-1]
+
+
+def share_of(sources: Sequence[dict], token: Array, split: Array, s: Any) -> tuple[list[Array], Array, Array]:
+    """(key blocks of each source, first block and end of the program's share of them all)."""
+    lengths = [row_bounds(r, token, w)[1] for r, w in zip(sources, s.widths)]
+    blocks = [(length + s.plan.key_block - 1) // s.plan.key_block for length in lengths]
+    per_split = (sum(blocks) + s.plan.splits - 1) // s.plan.splits
+    return blocks, split * per_split, (split + 1) * per_split
+
+
+def walk(over_source: Callable[..., Any], share: tuple[list[Array], Array, Array], state: Any) -> Any:
+    """Folds a share, source by source: over_source(number, first, last, state)."""
+    blocks, low, high = share
+    before = jnp.int32(0)
+    for number, count in enumerate(blocks):
+        first, last = jnp.clip(low - before, 0, count), jnp.clip(high - before, 0, count)
+        state = over_source(number, first, last, state)
+        before = before + count
+    return state
+
+
+def described(sources: Sequence[Source]) -> tuple[list[Array], dict[str, Any]]:
+    """Arrays of all sources in argument order, and what a kernel is told of them: names, counts, widths."""
+    arrays = [kernel_arrays(s) for s in sources]
+    return [a for named in arrays for a in named.values()], dict(
+        names=tuple(tuple(a) for a in arrays),
+        counts=tuple(s.num_slots for s in sources),
+        widths=tuple(0 if s.indptr is not None else s.values.shape[1] for s in sources),
+    )
+
+
+def launch_rows(kernel: Callable[..., None], s: Any, q: Array, arrays: Sequence[Array], sinks: Array | None) -> Any:
+    """(out[splits, T, H, value_dim], lse[splits, T, H]) of `kernel` over the grid (T, head blocks, splits)."""
+    tokens, heads = q.shape[:2]
+    plan = s.plan
+    return call(
+        functools.partial(kernel, s=s),
+        q,
+        *arrays,
+        *([sinks] if sinks is not None and s.has_sinks else []),
+        out_shape=(
+            jax.ShapeDtypeStruct(
+                (plan.splits, tokens, heads, s.value_dim), q.dtype if plan.splits == 1 else jnp.float32
+            ),
+            jax.ShapeDtypeStruct((plan.splits, tokens, heads), jnp.float32),
+        ),
+        grid=(tokens, -(-heads // plan.head_block), plan.splits),
+        name="sparse_mla",
+        num_warps=plan.num_warps,
+        num_stages=plan.num_stages,
+        target=s.target,
+    )

@@ -20,6 +20,7 @@ from jax.experimental import pallas as pl
 
 from pallas_kernels import fp8_bits, fp8_nvidia
 from pallas_kernels._call import CDNA, HOST, call, dispatch, dot_fp8, load, store
+from pallas_kernels.attention_source import grid2
 from pallas_kernels.fp8_nvidia import NATIVE
 from pallas_kernels.plans.attention import power_of_two
 from pallas_kernels.plans.indexer import IndexerPlan, indexer_plan
@@ -80,12 +81,6 @@ def head_sums(q: Array, keys: Array, weights: Array, s: _Static) -> Array:
 
 
 # --- pieces of the kernels -------------------------------------------------------------------------------------------
-def _grid2(rows: Array, columns: Array) -> tuple[Array, Array]:
-    """Index arrays [R, C] of rows[R] and columns[C] (gathers want an index array on every axis)."""
-    shape = (rows.shape[0], columns.shape[0])
-    return jnp.broadcast_to(rows[:, None], shape), jnp.broadcast_to(columns[None, :], shape)
-
-
 def _dims(s: _Static) -> tuple[Array, bool]:
     """Dimensions [D padded to a power of two] that a tile reads, and whether all of them exist."""
     d = jnp.arange(max(32 if s.compute == NATIVE else 16, power_of_two(s.dim)), dtype=jnp.int32)
@@ -98,7 +93,7 @@ def _load_keys(key_ref, slots: Array, s: _Static) -> Array:
 
     Padding repeats dimension 0: it is the queries that are 0 there.
     """
-    keys = load(key_ref.at[_grid2(slots, _dims(s)[0])])
+    keys = load(key_ref.at[grid2(slots, _dims(s)[0])])
     if s.compute == NATIVE:
         return keys if s.fp8 == NATIVE else fp8_nvidia.saturate(keys, s.target)
     if s.fp8 is None:
@@ -118,7 +113,7 @@ def _queries(q_ref, weight_ref, token, s: _Static) -> Iterator[tuple[Array, Arra
         full = first + count <= s.heads * s.plan.dot_tokens
         # Heads that do not exist repeat the last one, with weight 0.
         rows = token * s.heads + (heads if full else jnp.minimum(heads, s.heads - 1))
-        q, weights = load(q_ref.at[_grid2(rows, d)]), load(weight_ref.at[rows])
+        q, weights = load(q_ref.at[grid2(rows, d)]), load(weight_ref.at[rows])
         if not whole:
             q = jnp.where((jnp.arange(d.shape[0]) < s.dim)[None, :], q, jnp.zeros((), q.dtype))
         yield q.astype(s.compute), weights if full else jnp.where(heads < s.heads, weights, 0.0)
@@ -136,7 +131,7 @@ def _load_scales(scale_ref, slots: Array, s: _Static) -> Array:
 
 def _store_rows(out_ref, token, columns: Array, scores: Array, s: _Static) -> None:
     """Writes scores[K, dot_tokens] to the rows from `token` on."""
-    cols, tokens = _grid2(columns, token + jnp.arange(s.plan.dot_tokens, dtype=jnp.int32))
+    cols, tokens = grid2(columns, token + jnp.arange(s.plan.dot_tokens, dtype=jnp.int32))
     if s.columns % s.plan.key_block == 0:
         store(out_ref.at[tokens, cols], scores)
     else:

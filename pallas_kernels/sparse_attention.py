@@ -9,7 +9,6 @@ scale are not. On an NVIDIA GPU FP8 keys take another form: see sparse_attention
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 from collections.abc import Sequence
 
@@ -19,8 +18,18 @@ from jax import Array
 from jax.experimental import pallas as pl
 
 from pallas_kernels import fp8_bits, sparse_attention_float16
-from pallas_kernels._call import call, dispatch, load, store
-from pallas_kernels.attention_source import Source, grid2, kernel_arrays, row_bounds, some_key
+from pallas_kernels._call import dispatch, load, store
+from pallas_kernels.attention_source import (
+    Source,
+    described,
+    grid2,
+    launch_rows,
+    row_bounds,
+    share_of,
+    some_key,
+    unpack,
+    walk,
+)
 from pallas_kernels.merge_splits import merge_splits
 from pallas_kernels.online_softmax import LOG2E, NONE, dot, sink_share, softmax_step
 from pallas_kernels.plans.attention import AttentionPlan, attention_plan, power_of_two
@@ -234,21 +243,11 @@ def _halves(weights: Array, s: _Static) -> list[Array]:
 
 def _kernel(*refs, s: _Static):
     """Grid (T, head blocks, splits): out[split, token, 16 heads, value_dim] and lse[split, token, 16 heads]."""
-    at, sources = 1, []
-    for names in s.names:
-        sources.append(dict(zip(names, refs[at : at + len(names)])))
-        at += len(names)
-    sink_ref = refs[at] if s.has_sinks else None
-    q_ref, (out_ref, lse_ref) = refs[0], refs[-2:]
+    q_ref, sources, sink_ref, out_ref, lse_ref = unpack(refs, s)
     token, split = pl.program_id(0), pl.program_id(2)
     heads = pl.program_id(1) * s.plan.head_block + jnp.arange(s.plan.head_block, dtype=jnp.int32)
 
-    blocks = [
-        (row_bounds(r, token, w)[1] + s.plan.key_block - 1) // s.plan.key_block for r, w in zip(sources, s.widths)
-    ]
-    per_split = (sum(blocks) + s.plan.splits - 1) // s.plan.splits
-    low, high = split * per_split, (split + 1) * per_split
-
+    share = share_of(sources, token, split, s)
     queries = _load_queries(q_ref, token, heads, s)
     block = (s.plan.head_block,)
     state = (
@@ -261,11 +260,11 @@ def _kernel(*refs, s: _Static):
             for _ in range(tile.planes)
         ),
     )
-    before = jnp.int32(0)
-    for number, source in enumerate(sources):
-        first, last = jnp.clip(low - before, 0, blocks[number]), jnp.clip(high - before, 0, blocks[number])
-        state = _over_source(number, source, token, first, last, queries, state, s)
-        before = before + blocks[number]
+
+    def over(number, first, last, state):
+        return _over_source(number, sources[number], token, first, last, queries, state, s)
+
+    state = walk(over, share, state)
     _store_results(out_ref, lse_ref, sink_ref, token, split, heads, state, s)
 
 
@@ -374,23 +373,21 @@ def _launch_planes(
     compute: jnp.dtype,
 ) -> tuple[Array, Array]:
     """(out[splits, T, H, value_dim], lse[splits, T, H]) of the kernel in this file."""
-    tokens, heads, dim = q.shape
+    _, heads, dim = q.shape
     tiles = {(layout(s, plan), None if s.scale is None else jnp.dtype(s.dtype)) for s in sources}
     if len(tiles) > 1:
         raise NotImplementedError("the two sources store keys in different layouts; the kernel follows one layout")
     if any(a.dtype not in (jnp.bfloat16, jnp.float32) for s in sources if s.scale is None for a in [s.latent]):
         raise NotImplementedError("unquantised keys must be bfloat16 or float32")
     ((common, flavour),) = tiles
-    arrays = [kernel_arrays(s) for s in sources]
+    arrays, told = described(sources)
     static = _Static(
         heads=heads,
         dim=dim,
         value_dim=value_dim,
         scale=sm_scale,
         tiles=common,
-        names=tuple(tuple(a) for a in arrays),
-        counts=tuple(s.num_slots for s in sources),
-        widths=tuple(0 if s.indptr is not None else s.values.shape[1] for s in sources),
+        **told,
         fp8=flavour,
         compute=compute,
         has_sinks=sinks is not None and plan.splits == 1,
@@ -398,18 +395,4 @@ def _launch_planes(
         plan=plan,
         target=target,
     )
-    return call(
-        functools.partial(_kernel, s=static),
-        q,
-        *[a for named in arrays for a in named.values()],
-        *([sinks] if sinks is not None and static.has_sinks else []),
-        out_shape=(
-            jax.ShapeDtypeStruct((plan.splits, tokens, heads, value_dim), q.dtype if plan.splits == 1 else jnp.float32),
-            jax.ShapeDtypeStruct((plan.splits, tokens, heads), jnp.float32),
-        ),
-        grid=(tokens, -(-heads // plan.head_block), plan.splits),
-        name="sparse_mla",
-        num_warps=plan.num_warps,
-        num_stages=plan.num_stages,
-        target=target,
-    )
+    return launch_rows(_kernel, static, q, arrays, sinks)

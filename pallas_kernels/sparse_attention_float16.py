@@ -20,8 +20,18 @@ from jax import Array
 from jax.experimental import pallas as pl
 
 from pallas_kernels import fp8_bits
-from pallas_kernels._call import call, load, store
-from pallas_kernels.attention_source import Source, grid2, kernel_arrays, row_bounds, some_key
+from pallas_kernels._call import load, store
+from pallas_kernels.attention_source import (
+    Source,
+    described,
+    grid2,
+    launch_rows,
+    row_bounds,
+    share_of,
+    some_key,
+    unpack,
+    walk,
+)
 from pallas_kernels.online_softmax import LOG2E, NONE, dot, sink_share
 from pallas_kernels.plans.attention import AttentionPlan, power_of_two
 
@@ -236,20 +246,11 @@ def _over_source(number: int, refs: dict, token, first, last, queries, state, s:
 
 def _kernel(*refs, s: _Static):
     """Grid (T, head blocks, splits): out[split, token, heads, value_dim] and lse[split, token, heads]."""
-    at, sources = 1, []
-    for names in s.names:
-        sources.append(dict(zip(names, refs[at : at + len(names)])))
-        at += len(names)
-    sink_ref = refs[at] if s.has_sinks else None
-    q_ref, (out_ref, lse_ref) = refs[0], refs[-2:]
+    q_ref, sources, sink_ref, out_ref, lse_ref = unpack(refs, s)
     token, split = pl.program_id(0), pl.program_id(2)
     heads = pl.program_id(1) * s.plan.head_block + jnp.arange(s.plan.head_block, dtype=jnp.int32)
 
-    lengths = [row_bounds(r, token, w)[1] for r, w in zip(sources, s.widths)]
-    blocks = [(length + s.plan.key_block - 1) // s.plan.key_block for length in lengths]
-    per_split = (sum(blocks) + s.plan.splits - 1) // s.plan.splits
-    low, high = split * per_split, (split + 1) * per_split
-
+    share = share_of(sources, token, split, s)
     queries = _load_queries(q_ref, token, heads, s)
     block = s.plan.head_block
     state = (
@@ -259,11 +260,11 @@ def _kernel(*refs, s: _Static):
         jnp.zeros((block, s.rope_width) if s.rope_values else (block,), jnp.float32),
         jnp.int32(1),
     )
-    before = jnp.int32(0)
-    for number, source in enumerate(sources):
-        first, last = jnp.clip(low - before, 0, blocks[number]), jnp.clip(high - before, 0, blocks[number])
-        state = _over_source(number, source, token, first, last, queries, state, s)
-        before = before + blocks[number]
+
+    def over(number, first, last, state):
+        return _over_source(number, sources[number], token, first, last, queries, state, s)
+
+    state = walk(over, share, state)
     _store_results(out_ref, lse_ref, sink_ref, token, split, heads, state, s)
 
 
@@ -305,37 +306,22 @@ def launch(
     plan: AttentionPlan,
 ) -> tuple[Array, Array]:
     """(out[splits, T, H, value_dim], lse[splits, T, H]); `serves` must hold."""
-    tokens, heads, dim = q.shape
+    _, heads, dim = q.shape
     first = sources[0]
-    arrays = [kernel_arrays(s) for s in sources]
+    assert first.scale is not None
+    arrays, told = described(sources)
     static = _Static(
         heads=heads,
         value_dim=value_dim,
         scale=sm_scale,
         words=first.latent.shape[-1],
-        groups=arrays[0]["scale"].shape[-1],
+        groups=first.scale.shape[-1],
         rope=dim - 4 * first.latent.shape[-1],
-        names=tuple(tuple(a) for a in arrays),
-        counts=tuple(s.num_slots for s in sources),
-        widths=tuple(0 if s.indptr is not None else s.values.shape[1] for s in sources),
+        **told,
         fp8=jnp.dtype(first.dtype),
-        exact_scales=arrays[0]["scale"].dtype == jnp.uint8,
+        exact_scales=first.scale.dtype != jnp.float32,
         has_sinks=sinks is not None and plan.splits == 1,
         plan=plan,
         target=target,
     )
-    return call(
-        functools.partial(_kernel, s=static),
-        q,
-        *[a for named in arrays for a in named.values()],
-        *([sinks] if sinks is not None and static.has_sinks else []),
-        out_shape=(
-            jax.ShapeDtypeStruct((plan.splits, tokens, heads, value_dim), q.dtype if plan.splits == 1 else jnp.float32),
-            jax.ShapeDtypeStruct((plan.splits, tokens, heads), jnp.float32),
-        ),
-        grid=(tokens, -(-heads // plan.head_block), plan.splits),
-        name="sparse_mla",
-        num_warps=plan.num_warps,
-        num_stages=plan.num_stages,
-        target=target,
-    )
+    return launch_rows(_kernel, static, q, arrays, sinks)
