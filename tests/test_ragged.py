@@ -14,7 +14,14 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from jax.sharding import Mesh, PartitionSpec
 
-from sparse_mla_jax.ops.ragged import Ragged, indptr_from_lengths, pack_rows, select_to_ragged, slots_from_positions
+from sparse_mla_jax.ops.ragged import (
+    Ragged,
+    combine_with_window,
+    indptr_from_lengths,
+    pack_rows,
+    select_to_ragged,
+    slots_from_positions,
+)
 
 # Few shapes, since each is a compilation; every degenerate one among them.
 SHAPES = [(0, 0), (0, 3), (3, 0), (1, 1), (1, 7), (5, 1), (6, 5), (3, 33)]
@@ -244,3 +251,58 @@ ONES = np.ones((2, 3), np.int32)
 def test_bad_arguments(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+# --- chosen entries beside a window ----------------------------------------------------------------------------------
+def combined(positions, queries, window, far_start, near_start, first, valid):
+    """The rows as lists."""
+    rows = []
+    for t, query in enumerate(queries):
+        far = [far_start[t] + p for p in positions[t] if p >= 0]
+        seen = range(max(0, query - window + 1, first[t]), query + 1)
+        rows.append([*far, *(near_start[t] + p - first[t] for p in seen)] if valid[t] else [])
+    return rows
+
+
+@few(max_examples=40)
+@given(st.data(), st.sampled_from([(0, 3), (1, 0), (4, 5)]), st.integers(1, 6))
+def test_combine_with_window(data, shape, window):
+    tokens = shape[0]
+    positions = data.draw(ints(shape, st.integers(-2, 30)))
+    queries = data.draw(ints(tokens, st.integers(-1, 40)))
+    starts, near = (data.draw(ints(tokens, st.integers(0, 100))) for _ in range(2))
+    first = data.draw(ints(tokens, st.integers(0, 8)))
+    valid = data.draw(hnp.arrays(bool, tokens))
+    ragged = combine_with_window(
+        positions,
+        queries,
+        window=window,
+        compressed_start=starts,
+        window_start=near,
+        first_position=first,
+        valid=valid,
+    )
+    rows = combined(positions, queries, window, starts, near, first, valid)
+    check(ragged, rows, tokens * (shape[1] + window))
+
+
+def test_combine_with_window_takes_plain_integers():
+    ragged = combine_with_window(np.array([[1, -1]]), np.array([2]), window=2, window_start=10)
+    check(ragged, [[1, 11, 12]], 4)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (dict(positions=np.zeros((2, 3))), "positions is float"),
+        (dict(positions=np.zeros((3, 3), int)), "positions have shape"),
+        (dict(window=0), "window is 0"),
+        (dict(window_start=np.zeros(3, int)), "window_start is int"),
+        (dict(first_position=np.zeros(2)), "first_position is float"),
+        (dict(valid=np.ones(2, int)), "valid is int"),
+    ],
+)
+def test_combine_with_window_refuses(arguments, message):
+    given = dict(positions=np.zeros((2, 3), int), query_positions=np.zeros(2, int), window=2, window_start=0)
+    with pytest.raises(ValueError, match=message):
+        combine_with_window(**{**given, **arguments})

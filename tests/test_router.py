@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparse_mla_jax import reference
-from sparse_mla_jax.ops.router import biased_grouped_topk
+from sparse_mla_jax.ops.router import biased_grouped_topk, hash_route, sqrt_softplus_topk
 
 V32 = dict(num_groups=8, groups_kept=4, k=8, scale=2.5)
 SMALL = dict(num_groups=3, groups_kept=2, k=4, scale=1.5)
@@ -149,3 +149,93 @@ def test_what_does_not_fit_is_named(change, name):
     arguments = dict(logits=jnp.zeros((2, 21)), bias=jnp.zeros(21), **SMALL) | change
     with pytest.raises(ValueError, match=name):
         biased_grouped_topk(**arguments)
+
+
+# --- DeepSeek-V4 -----------------------------------------------------------------------------------------------------
+V4 = dict(k=6, scale=1.5)
+
+
+def v4_scores(logits):
+    """float64 sqrt(softplus); NaN counts as -inf, infinity as the largest float32."""
+    x = np.asarray(jnp.asarray(logits, jnp.float32), np.float64)
+    return np.sqrt(np.logaddexp(np.minimum(np.where(np.isnan(x), -np.inf, x), np.finfo(np.float32).max), 0.0))
+
+
+def v4_weights(logits, ids, scale, renormalize):
+    chosen = np.take_along_axis(v4_scores(logits), np.asarray(ids), axis=-1)
+    total = chosen.sum(-1, keepdims=True)
+    return chosen * scale / (np.where(total > 0, total, 1) if renormalize else 1)
+
+
+@pytest.mark.parametrize("renormalize", [True, False])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize(("experts", "sizes"), [(256, V4), (8, dict(k=3, scale=2.5)), (5, dict(k=5, scale=1.0))])
+def test_sqrt_softplus_chooses_by_biased_score(experts, sizes, dtype, renormalize):
+    rng = np.random.default_rng(experts)
+    logits = jnp.asarray(rng.standard_normal((40, experts)) * 3, dtype)
+    bias = jnp.asarray(rng.standard_normal(experts) * 0.3, jnp.float32)
+    weights, ids = sqrt_softplus_topk(logits, bias, **sizes, renormalize=renormalize)
+    assert weights.dtype == jnp.float32 and ids.dtype == jnp.int32
+    for row, score in zip(np.asarray(ids), v4_scores(logits) + np.asarray(bias, np.float64)):
+        assert len(set(row)) == sizes["k"]
+        # Chosen in descending order, nothing left out that is larger (float32 rounds near-equal scores).
+        assert np.all(np.diff(score[row]) <= 1e-6)
+        assert np.delete(score, row).max(initial=-np.inf) <= score[row].min() + 1e-6
+    np.testing.assert_allclose(weights, v4_weights(logits, ids, sizes["scale"], renormalize), rtol=2e-6)
+    slow_weights, slow_ids = reference.sqrt_softplus_topk(logits, bias, **sizes, renormalize=renormalize)
+    np.testing.assert_array_equal(ids, slow_ids)
+    np.testing.assert_allclose(weights, slow_weights, rtol=2e-6)
+
+
+def test_sqrt_softplus_extremes():
+    logits = np.array([[np.nan, -np.inf, -1e4, 0.0, 20.0, 1e4], [np.inf, np.inf, 3e38, -1.0, 0.0, 1.0]], np.float32)
+    weights, ids = sqrt_softplus_topk(logits, np.zeros(6, np.float32), k=3, scale=1.5)
+    np.testing.assert_array_equal(ids, [[5, 4, 3], [0, 1, 2]])
+    np.testing.assert_allclose(weights, v4_weights(logits, ids, 1.5, True), rtol=2e-6)
+    nothing, ids = sqrt_softplus_topk(np.full((1, 4), -np.inf, np.float32), np.zeros(4, np.float32), k=2, scale=1.5)
+    np.testing.assert_array_equal(ids, [[0, 1]])
+    np.testing.assert_array_equal(nothing, [[0, 0]])
+
+
+def test_bias_reverses_the_choice_and_not_the_weights():
+    logits = np.array([[3.0, 2.0, 1.0, 0.0]], np.float32)
+    weights, ids = sqrt_softplus_topk(logits, np.array([0, 1, 2, 30], np.float32), k=2, scale=1.0)
+    np.testing.assert_array_equal(ids, [[3, 2]])
+    np.testing.assert_allclose(weights, v4_weights(logits, ids, 1.0, True), rtol=2e-6)
+
+
+def test_hash_route_follows_the_table():
+    rng = np.random.default_rng(0)
+    table = jnp.asarray(rng.permuted(np.tile(np.arange(8), (50, 1)), axis=1)[:, :3])
+    tokens, logits = rng.integers(0, 50, 40), rng.standard_normal((40, 8)).astype(np.float32)
+    weights, ids = jax.jit(functools.partial(hash_route, scale=1.5))(logits, tokens, table)
+    np.testing.assert_array_equal(ids, np.asarray(table)[tokens])
+    np.testing.assert_allclose(weights, v4_weights(logits, ids, 1.5, True), rtol=2e-6)
+    np.testing.assert_allclose(weights, reference.hash_route(logits, tokens, table, scale=1.5)[0], rtol=2e-6)
+
+
+def test_hash_route_clamps_what_padding_holds():
+    table = np.array([[1, 9], [-3, 2]])
+    _, ids = hash_route(np.zeros((3, 4), np.float32), np.array([-1, 0, 7]), table, scale=1.0)
+    np.testing.assert_array_equal(ids, [[1, 3], [1, 3], [0, 2]])
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: sqrt_softplus_topk(np.zeros((2, 4), np.float32), np.zeros(3, np.float32), k=1, scale=1.0), "bias"),
+        (
+            lambda: sqrt_softplus_topk(jnp.zeros((2, 4)), jnp.zeros(4, jnp.bfloat16), k=1, scale=1.0),
+            "bias is bfloat16",
+        ),
+        (lambda: sqrt_softplus_topk(np.zeros((2, 4), np.float32), np.zeros(4, np.float32), k=5, scale=1.0), "k is 5"),
+        (lambda: sqrt_softplus_topk(np.zeros(4, np.float32), np.zeros(4, np.float32), k=1, scale=1.0), "logits"),
+        (lambda: hash_route(np.zeros((2, 4), np.float32), np.zeros(3, int), np.zeros((5, 2), int), scale=1.0), "token"),
+        (lambda: hash_route(np.zeros((2, 4), np.float32), np.zeros(2), np.zeros((5, 2), int), scale=1.0), "token"),
+        (lambda: hash_route(np.zeros((2, 4), np.float32), np.zeros(2, int), np.zeros((5, 2)), scale=1.0), "table"),
+        (lambda: hash_route(np.zeros((2, 4), np.float32), np.zeros(2, int), np.zeros((0, 2), int), scale=1.0), "table"),
+    ],
+)
+def test_v4_routers_refuse(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()

@@ -144,13 +144,18 @@ def slots_from_positions(positions: Array, request_ids: Array, page_table: Array
         f"page_size is {page_size!r}; expected an integer of at least 1.",
     )
     requests, pages = page_table.shape
+    require(
+        page_table.size <= INT32_MAX,
+        f"page_table has shape [{requests}, {pages}], at least 2**31 entries; use larger pages or fewer requests.",
+    )
     if page_table.size == 0:
         return jnp.full(positions.shape, -1, jnp.int32)
     row = request_ids.reshape(-1, *[1] * (positions.ndim - 1))
     column = positions // page_size
     valid = (positions >= 0) & (column < pages) & (row >= 0) & (row < requests)
-    row, column = jnp.where(valid, row, 0), jnp.where(valid, column, 0)
-    page = page_table.at[row, column].get(mode="promise_in_bounds")
+    # Of one axis: XLA makes a gather of two coordinates a launch of its own.
+    at = jnp.where(valid, row * pages + column, 0)
+    page = page_table.reshape(-1).at[at].get(mode="promise_in_bounds")
     valid &= (page >= 0) & (page <= (INT32_MAX - page_size + 1) // page_size)
     slot = jnp.where(valid, page, 0) * page_size + jnp.where(valid, positions % page_size, 0)
     return jnp.where(valid, slot, -1).astype(jnp.int32)
@@ -177,13 +182,78 @@ def select_to_ragged(
     positions = _integers("positions", positions, 2)
     slots = slots_from_positions(positions, request_ids, page_table, page_size=page_size)
     if valid is not None:
-        valid = jnp.asarray(valid)
-        require(
-            valid.shape == positions.shape[:1] and valid.dtype == jnp.bool_,
-            f"valid is {valid.dtype}{list(valid.shape)}; expected bool[{positions.shape[0]}], one per row.",
-        )
-        slots = jnp.where(valid[:, None], slots, -1)
+        slots = jnp.where(_row_mask(valid, positions.shape[0])[:, None], slots, -1)
     return pack_rows(slots)
+
+
+def combine_with_window(
+    positions: Array,
+    query_positions: Array,
+    *,
+    window: int,
+    compressed_start: Array | int = 0,
+    window_start: Array | int,
+    first_position: Array | int = 0,
+    valid: Array | None = None,
+) -> Ragged:
+    """Rows of a gathered array in which chosen compressed entries and the sliding window of a request lie in two runs.
+
+    For prefill that gathers its keys first: row t holds compressed_start + positions[t, :] (what is not negative),
+    then window_start + p - first_position for the last `window` positions p up to the token's own, ascending. Attention
+    that reads the caches themselves takes them as two sources instead (`sparse_mla`'s extra).
+
+    Args:
+      positions: integer [T, W], chosen entries of the token's request, -1 (anywhere) for none; W may be 0.
+      query_positions: integer [T], the tokens' own positions; below 0 the window is empty.
+      window: positions that a token sees, its own included.
+      compressed_start: integer or [T], where entry 0 of the token's request lies.
+      window_start: integer or [T], where position `first_position` of the token's request lies.
+      first_position: integer or [T], first gathered position of the request; earlier ones are no keys.
+      valid: bool[T]; False empties the row (padding). None means all True.
+
+    Returns:
+      Ragged of T rows and capacity T * (W + window).
+
+    Raises:
+      ValueError: other types or shapes, or a window below 1.
+    """
+    positions, query_positions = _integers("positions", positions, 2), _integers("query_positions", query_positions, 1)
+    tokens = query_positions.shape[0]
+    require(
+        positions.shape[0] == tokens,
+        f"positions have shape {list(positions.shape)}; expected [{tokens}, W], one row per query position.",
+    )
+    require(
+        not isinstance(window, bool) and isinstance(window, int) and window >= 1,
+        f"window is {window!r}; expected an integer of at least 1.",
+    )
+
+    def column(name: str, value: Array | int) -> Array:
+        value = jnp.asarray(value)
+        require(
+            value.shape in ((), (tokens,)) and jnp.issubdtype(value.dtype, jnp.integer),
+            f"{name} is {value.dtype}{list(value.shape)}; expected an integer or integers [{tokens}].",
+        )
+        return jnp.broadcast_to(value.astype(jnp.int32), (tokens,))[:, None]
+
+    first = column("first_position", first_position)
+    seen = jnp.maximum(query_positions - (window - 1), 0)[:, None] + jnp.arange(window, dtype=jnp.int32)
+    inside = (seen <= query_positions[:, None]) & (seen >= first)
+    near = jnp.where(inside, column("window_start", window_start) + seen - first, -1)
+    far = jnp.where(positions >= 0, column("compressed_start", compressed_start) + positions, -1)
+    rows = jnp.concatenate([far, near], axis=1)
+    if valid is not None:
+        rows = jnp.where(_row_mask(valid, tokens)[:, None], rows, -1)
+    return pack_rows(rows)
+
+
+def _row_mask(valid: Any, rows: int) -> Array:
+    valid = jnp.asarray(valid)
+    require(
+        valid.shape == (rows,) and valid.dtype == jnp.bool_,
+        f"valid is {valid.dtype}{list(valid.shape)}; expected bool[{rows}], one per row.",
+    )
+    return valid
 
 
 def _integers(name: str, array: Any, *ndims: int) -> Array:

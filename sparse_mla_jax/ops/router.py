@@ -1,7 +1,8 @@
 """Which experts a token goes to, and with what weights.
 
 Source: DeepSeek-V3's technical report (arXiv:2412.19437), section 2.1.2: a bias that balances the load takes part in
-the choice of experts and never in their weights.
+the choice of experts and never in their weights. DeepSeek-V4 has other scores, sqrt(softplus), no groups, and in its
+first layers a table in place of a choice.
 """
 
 from __future__ import annotations
@@ -44,7 +45,9 @@ def biased_grouped_topk(
       ValueError: shapes, types or counts that do not fit.
     """
     logits, bias = jnp.asarray(logits), jnp.asarray(bias)
-    _check(logits, bias, num_groups, groups_kept, k)
+    _check_logits(logits)
+    _check_bias(logits, bias)
+    _check_groups(logits.shape[1], num_groups, groups_kept, k)
     tokens, experts = logits.shape
     size = experts // num_groups
     wide = logits.astype(jnp.float32)
@@ -56,25 +59,105 @@ def biased_grouped_topk(
     alive = (kept[:, :, None] == jnp.arange(num_groups)).any(axis=1)
     masked = jnp.where(alive[:, :, None], choice, -jnp.inf).reshape(tokens, experts)
     ids = jax.lax.top_k(masked, k)[1].astype(jnp.int32)
+    return _weights(score, ids, scale, renormalize), ids
+
+
+def sqrt_softplus_topk(
+    logits: Array, bias: Array, *, k: int, scale: float, renormalize: bool = True
+) -> tuple[Array, Array]:
+    """Chooses the `k` experts of largest sqrt(softplus(logits)) + bias (DeepSeek-V4: no groups).
+
+    Ties go to the lower expert. A NaN logit counts as score 0, an infinite one as the largest finite float32.
+
+    Args:
+      logits: [T, E] float32 or bfloat16 outputs of the gate; widened to float32 before anything else.
+      bias: float32 [E], in the choice only. Narrower types are refused.
+      k: experts per token.
+      scale: multiplies the weights.
+      renormalize: divide the weights by their sum first (a sum of 0 leaves them 0).
+
+    Returns:
+      (weights float32 [T, k] from the unbiased scores, ids int32 [T, k]), by descending biased score.
+
+    Raises:
+      ValueError: shapes, types or counts that do not fit.
+    """
+    logits, bias = jnp.asarray(logits), jnp.asarray(bias)
+    _check_logits(logits)
+    _check_bias(logits, bias)
+    _check_groups(logits.shape[1], 1, 1, k)
+    score = _sqrt_softplus(logits)
+    ids = jax.lax.top_k(score + bias, k)[1].astype(jnp.int32)
+    return _weights(score, ids, scale, renormalize), ids
+
+
+def hash_route(
+    logits: Array, token_ids: Array, table: Array, *, scale: float, renormalize: bool = True
+) -> tuple[Array, Array]:
+    """Experts by a table of token ids, weights from sqrt(softplus(logits)) (the first layers of DeepSeek-V4).
+
+    Args:
+      logits: [T, E] float32 or bfloat16 outputs of the gate.
+      token_ids: integer [T]; ids outside the table, those of padding say, are clamped into it.
+      table: integer [V, k] experts of every token id, clamped into [0, E).
+      scale: multiplies the weights.
+      renormalize: divide the weights by their sum first (a sum of 0 leaves them 0).
+
+    Returns:
+      (weights float32 [T, k], ids int32 [T, k]) in the table's order.
+
+    Raises:
+      ValueError: shapes or types that do not fit.
+    """
+    logits, token_ids, table = jnp.asarray(logits), jnp.asarray(token_ids), jnp.asarray(table)
+    _check_logits(logits)
+    require(
+        token_ids.shape == logits.shape[:1] and jnp.issubdtype(token_ids.dtype, jnp.integer),
+        f"token_ids is {token_ids.dtype}{token_ids.shape}; expected integers [T] = {logits.shape[:1]}, one per row of"
+        " logits.",
+    )
+    require(
+        table.ndim == 2 and 0 not in table.shape and jnp.issubdtype(table.dtype, jnp.integer),
+        f"table is {table.dtype}{table.shape}; expected integers [V, k]: the experts of every token id.",
+    )
+    chosen = table.at[jnp.clip(token_ids, 0, table.shape[0] - 1)].get(mode="promise_in_bounds")
+    ids = jnp.clip(chosen, 0, logits.shape[1] - 1).astype(jnp.int32)
+    return _weights(_sqrt_softplus(logits), ids, scale, renormalize), ids
+
+
+def _sqrt_softplus(logits: Array) -> Array:
+    """float32 scores of finite size."""
+    wide = logits.astype(jnp.float32)
+    largest = jnp.finfo(jnp.float32).max
+    return jnp.sqrt(jax.nn.softplus(jnp.clip(jnp.where(jnp.isnan(wide), -jnp.inf, wide), None, largest)))
+
+
+def _weights(score: Array, ids: Array, scale: float, renormalize: bool) -> Array:
+    """float32 [T, k]: scores of the chosen, divided by their sum, times `scale`."""
     weights = jnp.take_along_axis(score, ids, axis=-1, mode="clip")
     if renormalize:
         total = weights.sum(axis=-1, keepdims=True)
         weights = weights / jnp.where(total > 0, total, 1.0)
-    return weights * jnp.float32(scale), ids
+    return weights * jnp.float32(scale)
 
 
-def _check(logits: Array, bias: Array, num_groups: int, groups_kept: int, k: int) -> None:
-    """Raises ValueError for what does not fit."""
+def _check_logits(logits: Array) -> None:
     require(
         logits.ndim == 2 and logits.shape[1] > 0 and jnp.issubdtype(logits.dtype, jnp.floating),
         f"logits is {logits.dtype}{logits.shape}; expected float32 or bfloat16 [T, E] with at least one expert.",
     )
+
+
+def _check_bias(logits: Array, bias: Array) -> None:
     experts = logits.shape[1]
     require(
         bias.shape == (experts,) and bias.dtype == jnp.float32,
         f"bias is {bias.dtype}{bias.shape}; expected float32 [E] = ({experts},). Keep the router's bias in float32, as"
         " the checkpoint has it.",
     )
+
+
+def _check_groups(experts: int, num_groups: int, groups_kept: int, k: int) -> None:
     require(
         num_groups >= 1 and experts % num_groups == 0,
         f"num_groups is {num_groups}; expected a divisor of the number of experts ({experts}); 1 means no groups.",

@@ -1,0 +1,90 @@
+"""window: slots of rings against a loop, and that no visible position is overwritten within a step."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sparse_mla_jax.ops.window import ring_size, ring_slots, window_slots
+
+
+def by_loop(positions, states, window, ring):
+    rows = np.full((len(positions), window), -1, np.int32)
+    for t, (position, state) in enumerate(zip(positions, states)):
+        if state >= 0:
+            seen = range(max(0, position - window + 1), position + 1)
+            rows[t, : len(seen)] = [state * ring + p % ring for p in seen]
+    return rows
+
+
+@settings(max_examples=50, deadline=None, database=None)
+@given(
+    st.lists(st.tuples(st.integers(-2, 400), st.integers(-1, 5)), max_size=8),
+    st.integers(1, 20),
+    st.integers(1, 9),
+)
+def test_equals_a_loop(tokens, window, query_len):
+    positions, states = (np.array([t[i] for t in tokens], np.int32) for i in (0, 1))
+    ring = ring_size(window, query_len)
+    rows = window_slots(positions, states, window=window, ring=ring)
+    assert rows.dtype == jnp.int32
+    np.testing.assert_array_equal(rows, by_loop(positions, states, window, ring))
+    own = ring_slots(positions, states, ring=ring)
+    want = np.where((positions >= 0) & (states >= 0), states * ring + positions % ring, -1)
+    np.testing.assert_array_equal(own, want)
+
+
+@pytest.mark.parametrize("start", [0, 1, 5, 100])
+def test_a_step_overwrites_nothing_that_it_sees(start):
+    """Every row names each of its positions once the whole step is written, and the ring has no slot to spare."""
+    window, query_len = 6, 9
+    ring = ring_size(window, query_len)
+    held = {}
+    for position in range(start + query_len):
+        held[position % ring] = position
+    positions = np.arange(start, start + query_len, dtype=np.int32)
+    rows = np.asarray(window_slots(positions, np.zeros(query_len, np.int32), window=window, ring=ring))
+    for position, row in zip(positions, rows):
+        assert [held[slot] for slot in row[row >= 0]] == list(range(max(0, position - window + 1), position + 1))
+    if start >= window:
+        lost = {p % (ring - 1): p for p in range(start + query_len)}
+        assert lost[(start - window + 1) % (ring - 1)] != start - window + 1
+
+
+def test_rings_of_requests_do_not_touch():
+    rows = np.asarray(window_slots(np.array([50, 50, 50]), np.array([2, 0, 1]), window=4, ring=4))
+    assert sorted(rows.reshape(-1)) == list(range(12))
+
+
+def test_no_tokens_and_other_lengths_do_not_retrace():
+    assert window_slots(np.zeros(0, np.int32), np.zeros(0, np.int32), window=3, ring=3).shape == (0, 3)
+    traced = []
+
+    @jax.jit
+    def rows(positions, states):
+        traced.append(1)
+        return window_slots(positions, states, window=3, ring=5)
+
+    for position in (0, 7, 10**6):
+        rows(np.full(4, position, np.int32), np.arange(4, dtype=np.int32))
+    assert len(traced) == 1
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: window_slots(np.zeros(2), np.zeros(2, int), window=3, ring=3), "positions is float"),
+        (lambda: window_slots(np.zeros(2, int), np.zeros(3, int), window=3, ring=3), "positions has shape"),
+        (lambda: window_slots(np.zeros(2, int), np.zeros(2, int), window=3, ring=2), "ring is 2"),
+        (lambda: window_slots(np.zeros(2, int), np.zeros(2, int), window=0, ring=2), "window is 0"),
+        (lambda: ring_slots(np.zeros((2, 1), int), np.zeros(2, int), ring=2), "positions is int"),
+        (lambda: ring_slots(np.zeros(2, int), np.zeros(2, int), ring=True), "ring is True"),
+        (lambda: ring_size(0, 1), "window is 0"),
+        (lambda: ring_size(4, 0), "max_query_len is 0"),
+    ],
+)
+def test_refuses(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
