@@ -1,4 +1,7 @@
-"""The shapes and constants of a model: one frozen dataclass, presets, and reading a Hugging Face config.json."""
+"""The shapes and constants of a model: one frozen dataclass a family, presets, and reading a Hugging Face config.json.
+
+`from_hf` reads DeepSeek-V3.2 and DeepSeek-V4 files (model_type says which) and gives a `Config`, either dataclass.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import dataclasses
 import json
 import math
 import os
+from collections.abc import Callable
 from typing import Any
 
 
@@ -13,6 +17,15 @@ def require(condition: bool, message: str) -> None:
     """Raises ValueError(message) unless `condition`; a message names the argument, what came, what fits, the remedy."""
     if not condition:
         raise ValueError(message)
+
+
+def _check_counts(config: Any, may_be_zero: tuple[str, ...]) -> None:
+    """Every integer field is at least 1, or 0 where that means none."""
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if isinstance(value, int) and not isinstance(value, bool):
+            low = 0 if field.name in may_be_zero else 1
+            require(value >= low, f"config field {field.name} is {value}; it must be at least {low}. Mend config.json.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,16 +88,12 @@ class DeepseekV32Config:
     rms_norm_eps: float = 1e-6
     max_position_embeddings: int = 163840
     tie_word_embeddings: bool = False
+    # Not a published field: index queries in the FP8 of the index cache, as DeepSeek's own code has them.
+    quantize_index_query: bool = False
     rope: RopeConfig = RopeConfig(factor=40.0, mscale_all_dim=1.0)
 
     def __post_init__(self):
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if isinstance(value, int) and not isinstance(value, bool):
-                low = 0 if field.name in ("first_k_dense_replace", "n_shared_experts", "n_routed_experts") else 1
-                require(
-                    value >= low, f"config field {field.name} is {value}; it must be at least {low}. Mend config.json."
-                )
+        _check_counts(self, may_be_zero=("first_k_dense_replace", "n_shared_experts", "n_routed_experts"))
         require(
             self.qk_rope_head_dim % 2 == 0,
             f"config field qk_rope_head_dim is {self.qk_rope_head_dim}; rotation works on pairs, so it must be even.",
@@ -138,13 +147,158 @@ class DeepseekV32Config:
         return dataclasses.replace(self, index_topk=2**31 - 1)
 
 
+# 0, 0, then 4 and 128 in turn, then 4.
+_FLASH_RATIOS = (0, 0) + (4, 128) * 20 + (4,)
+
+
+@dataclasses.dataclass(frozen=True)
+class DeepseekV4Config:
+    """Shapes of a DeepSeek-V4 style model; field names are those of the published config.json, defaults V4-Flash's.
+
+    Hashable, so that it can be a static argument of `jax.jit`. Source: DeepSeek-V4-Flash and -Pro, config.json.
+
+    Attributes:
+      compress_ratios: per layer, how many tokens make one compressed entry; 0 (or 1) for a layer that has its sliding
+        window only. The published list ends with entries of multi-token-prediction layers, which are cut off here.
+      rope: of layers that do not compress: plain.
+      compress_rope: of layers that do, for all that they rotate: YaRN.
+    """
+
+    vocab_size: int = 129280
+    hidden_size: int = 4096
+    moe_intermediate_size: int = 2048
+    num_hidden_layers: int = 43
+    num_attention_heads: int = 64
+    head_dim: int = 512
+    qk_rope_head_dim: int = 64
+    q_lora_rank: int = 1024
+    o_groups: int = 8
+    o_lora_rank: int = 1024
+    n_routed_experts: int = 256
+    n_shared_experts: int = 1
+    num_experts_per_tok: int = 6
+    routed_scaling_factor: float = 1.5
+    norm_topk_prob: bool = True
+    num_hash_layers: int = 3
+    swiglu_limit: float = 10.0
+    sliding_window: int = 128
+    index_n_heads: int = 64
+    index_head_dim: int = 128
+    index_topk: int = 512
+    hc_mult: int = 4
+    hc_sinkhorn_iters: int = 20
+    hc_eps: float = 1e-6
+    rms_norm_eps: float = 1e-6
+    max_position_embeddings: int = 1048576
+    tie_word_embeddings: bool = False
+    compress_ratios: tuple[int, ...] = _FLASH_RATIOS
+    rope: RopeConfig = RopeConfig()
+    compress_rope: RopeConfig = RopeConfig(theta=160000.0, factor=16.0, original_max_position=65536)
+
+    def __post_init__(self):
+        _check_counts(self, may_be_zero=("num_hash_layers", "n_shared_experts"))
+        ratios = self.compress_ratios
+        require(
+            isinstance(ratios, tuple)
+            and all(isinstance(ratio, int) and not isinstance(ratio, bool) and ratio >= 0 for ratio in ratios),
+            f"config field compress_ratios is {ratios!r}; a tuple of integers of at least 0 is expected: 0 for a"
+            " sliding-window layer, else the tokens of a compressed entry.",
+        )
+        require(
+            len(ratios) == self.num_hidden_layers,
+            f"config field compress_ratios has {len(ratios)} entries; num_hidden_layers is {self.num_hidden_layers}."
+            " Give one per layer.",
+        )
+        require(
+            self.qk_rope_head_dim % 2 == 0,
+            f"config field qk_rope_head_dim is {self.qk_rope_head_dim}; rotation works on pairs, so it must be even.",
+        )
+        require(
+            self.qk_rope_head_dim < self.head_dim,
+            f"config field qk_rope_head_dim is {self.qk_rope_head_dim}; it must be less than head_dim"
+            f" ({self.head_dim}), of which it is the rotated end.",
+        )
+        require(
+            self.index_head_dim >= self.qk_rope_head_dim,
+            f"config field index_head_dim is {self.index_head_dim}, smaller than qk_rope_head_dim "
+            f"{self.qk_rope_head_dim}; the indexer rotates its last qk_rope_head_dim dimensions.",
+        )
+        require(
+            self.num_attention_heads % self.o_groups == 0,
+            f"config field o_groups is {self.o_groups}; it must divide num_attention_heads"
+            f" ({self.num_attention_heads}).",
+        )
+        require(
+            self.num_experts_per_tok <= self.n_routed_experts,
+            f"config field num_experts_per_tok is {self.num_experts_per_tok}; there are {self.n_routed_experts}"
+            " (n_routed_experts) to choose from.",
+        )
+
+    @property
+    def nope_dim(self) -> int:
+        """Width of the part of a head that is not rotated (and that a cache may quantise); it comes first."""
+        return self.head_dim - self.qk_rope_head_dim
+
+    @property
+    def sm_scale(self) -> float:
+        """Softmax scale of the main attention; YaRN does not change it."""
+        return self.head_dim**-0.5
+
+    @property
+    def kv_group_size(self) -> int:
+        """Values that share one FP8 scale: 64, or all that are not rotated where 64 does not divide their number."""
+        return 64 if self.nope_dim % 64 == 0 else self.nope_dim
+
+    def compress_ratio(self, layer: int) -> int:
+        """Tokens of one compressed entry of layer number `layer`; 0 for sliding-window layers (published as 0 or 1)."""
+        ratio = self.compress_ratios[layer]
+        return ratio if ratio > 1 else 0
+
+    def layer_rope(self, layer: int) -> RopeConfig:
+        """The rotation of everything in layer number `layer`."""
+        return self.compress_rope if self.compress_ratio(layer) else self.rope
+
+    def is_hash_layer(self, layer: int) -> bool:
+        """Whether layer number `layer` takes its experts from a table of token ids."""
+        return layer < self.num_hash_layers
+
+    def has_indexer(self, layer: int) -> bool:
+        """Whether layer number `layer` selects among its compressed entries (with ratio 4); others see all of them."""
+        return self.compress_ratio(layer) == 4
+
+    def compressor_overlap(self, ratio: int) -> bool:
+        """Whether an entry of that ratio also weighs the tokens of the window before its own (with ratio 4)."""
+        return ratio == 4
+
+    def is_moe_layer(self, layer: int) -> bool:
+        """Whether layer number `layer` routes to experts: every layer does."""
+        return True
+
+
+Config = DeepseekV32Config | DeepseekV4Config
+
 DEEPSEEK_V32 = DeepseekV32Config()
+DEEPSEEK_V4_FLASH = DeepseekV4Config()
+DEEPSEEK_V4_PRO = DeepseekV4Config(
+    hidden_size=7168,
+    moe_intermediate_size=3072,
+    num_hidden_layers=61,
+    num_attention_heads=128,
+    q_lora_rank=1536,
+    o_groups=16,
+    n_routed_experts=384,
+    routed_scaling_factor=2.5,
+    index_topk=1024,
+    compress_ratios=(128,) + (128, 4) * 30,
+)
 
 
-def _rope_from_json(data: dict[str, Any]) -> RopeConfig:
-    """Reads `rope_parameters` (new spelling) or `rope_scaling` with `rope_theta` (the published file's spelling)."""
-    parameters = data.get("rope_parameters") or data.get("rope_scaling") or {}
-    theta = float(parameters.get("rope_theta", data.get("rope_theta", 10000.0)))
+# --- reading a config.json -------------------------------------------------------------------------------------------
+
+
+def _rope(parameters: dict[str, Any], theta: Any, original: int = 4096) -> RopeConfig:
+    """One set of rotary parameters, their own rope_theta before `theta`."""
+    theta = float(parameters.get("rope_theta", theta))
     kind = parameters.get("rope_type", parameters.get("type", "default"))
     if kind == "default":
         return RopeConfig(theta=theta)
@@ -161,15 +315,166 @@ def _rope_from_json(data: dict[str, Any]) -> RopeConfig:
     return RopeConfig(
         theta=theta,
         factor=float(parameters.get("factor", 1.0)),
-        original_max_position=int(parameters.get("original_max_position_embeddings", 4096)),
+        original_max_position=int(parameters.get("original_max_position_embeddings", original)),
         beta_fast=float(parameters.get("beta_fast", 32.0)),
         beta_slow=float(parameters.get("beta_slow", 1.0)),
         mscale_all_dim=mscale_all_dim,
     )
 
 
-def config_from_json(data: dict[str, Any]) -> DeepseekV32Config:
-    """Builds a config from the fields of a Hugging Face config.json; absent fields take DeepSeek-V3.2's values.
+def _field(data: dict[str, Any], name: str, kind: type, default: Any = None) -> Any:
+    """`data[name]` if it is there and of that type, `default` if it is absent or null."""
+    value = data.get(name)
+    if value is None:
+        return default
+    wanted = (int, float) if kind is float else kind
+    require(
+        isinstance(value, wanted) and (kind is bool or not isinstance(value, bool)),
+        f"config field {name} is {value!r}; a {kind.__name__} is expected. Mend config.json.",
+    )
+    return kind(value)
+
+
+def _plain_fields(data: dict[str, Any], family: type) -> dict[str, Any]:
+    """The fields of that dataclass that are numbers or truth values and are there."""
+    fields: dict[str, Any] = {}
+    for field in dataclasses.fields(family):
+        kind: type = type(field.default)
+        if kind in (int, float, bool) and data.get(field.name) is not None:
+            fields[field.name] = _field(data, field.name, kind)
+    return fields
+
+
+def _read_v32(data: dict[str, Any]) -> DeepseekV32Config:
+    """`rope_parameters` (new spelling), or `rope_scaling` with `rope_theta` (the published file's spelling)."""
+    parameters = _field(data, "rope_parameters", dict) or _field(data, "rope_scaling", dict, {})
+    rope = _rope(parameters, data.get("rope_theta", 10000.0))
+    return DeepseekV32Config(**_plain_fields(data, DeepseekV32Config), rope=rope)
+
+
+# What the operators take for granted; a file may say it, but nothing else.
+_V4_FIXED = {
+    "scoring_func": "sqrtsoftplus",
+    "hidden_act": "silu",
+    "num_key_value_heads": 1,
+    "attention_bias": False,
+    "mlp_bias": False,
+}
+_V4_RATES = {"sliding_attention": 0, "compressed_sparse_attention": 4, "heavily_compressed_attention": 128}
+
+
+def _read_v4(data: dict[str, Any]) -> DeepseekV4Config:
+    """The published spelling, or that of Hugging Face transformers (5.x), field by field."""
+    for name, value in _V4_FIXED.items():
+        require(
+            data.get(name) in (None, value),
+            f"config field {name} is {data.get(name)!r}; DeepSeek-V4 has {value!r}, which is all that is supported.",
+        )
+    fields = _plain_fields(data, DeepseekV4Config)
+    layers = fields.get("num_hidden_layers", DeepseekV4Config.num_hidden_layers)
+    rotated = _field(data, "partial_rotary_factor", float)
+    if rotated is not None:
+        width = int(fields.get("head_dim", DeepseekV4Config.head_dim) * rotated)
+        require(
+            fields.setdefault("qk_rope_head_dim", width) == width,
+            f"config field partial_rotary_factor is {rotated}, which rotates {width} dimensions of a head; "
+            f"qk_rope_head_dim is {fields['qk_rope_head_dim']}. Set them alike.",
+        )
+    ratios = _v4_ratios(data, layers)
+    if ratios is not None:
+        fields["compress_ratios"] = ratios
+    kinds = _field(data, "mlp_layer_types", list)
+    if kinds is not None:
+        hashed = kinds.count("hash_moe")
+        require(
+            kinds == ["hash_moe"] * hashed + ["moe"] * (layers - hashed),
+            f"config field mlp_layer_types is {kinds!r}; {layers} entries are expected, 'hash_moe' of the first layers"
+            " and then 'moe'.",
+        )
+        require(
+            min(fields.get("num_hash_layers", hashed), layers) == hashed,
+            f"config field mlp_layer_types names {hashed} layers 'hash_moe'; num_hash_layers is"
+            f" {fields.get('num_hash_layers')}. Set them alike.",
+        )
+        fields["num_hash_layers"] = hashed
+    rope, compress_rope = _v4_ropes(data)
+    return DeepseekV4Config(**fields, rope=rope, compress_rope=compress_rope)
+
+
+def _v4_ratios(data: dict[str, Any], layers: int) -> tuple[int, ...] | None:
+    """compress_ratios of the layers proper: from the list of that name, or from layer_types and compress_rates."""
+    listed, kinds = _field(data, "compress_ratios", list), _field(data, "layer_types", list)
+    if listed is not None:
+        predictors = max(1, _field(data, "num_nextn_predict_layers", int, 1))
+        require(
+            layers <= len(listed) <= layers + predictors,
+            f"config field compress_ratios has {len(listed)} entries; num_hidden_layers is {layers}, and there may be"
+            f" {predictors} more of multi-token-prediction layers.",
+        )
+        listed = tuple(listed[:layers])
+    if kinds is None:
+        return listed
+    rates = {**_V4_RATES, **_field(data, "compress_rates", dict, {})}
+    require(
+        rates["sliding_attention"] in (0, 1)
+        and rates["compressed_sparse_attention"] == 4
+        and rates["heavily_compressed_attention"] not in (0, 1, 4),
+        f"config field compress_rates is {data.get('compress_rates')!r}; expected are 4 for"
+        " compressed_sparse_attention and another ratio above 1 for heavily_compressed_attention.",
+    )
+    require(
+        all(kind in _V4_RATES for kind in kinds) and len(kinds) >= layers,
+        f"config field layer_types is {kinds!r}; {layers} entries are expected, each one of {', '.join(_V4_RATES)}.",
+    )
+    ratios = tuple(rates[kind] for kind in kinds[:layers])
+    require(
+        listed is None or [max(1, ratio) for ratio in listed] == [max(1, ratio) for ratio in ratios],
+        f"config fields compress_ratios {listed} and layer_types with compress_rates {ratios} differ; drop one.",
+    )
+    return ratios
+
+
+def _v4_ropes(data: dict[str, Any]) -> tuple[RopeConfig, RopeConfig]:
+    """Rotation of layers that do not compress, and of layers that do.
+
+    Published: rope_theta, compress_rope_theta, and rope_scaling, which is of the compressing layers alone. Hugging
+    Face transformers: rope_parameters {"main": {...}, "compress": {...}}; earlier ones wrote one set, or the second as
+    compress_rope_parameters.
+    """
+    theta, compress_theta = data.get("rope_theta") or 10000.0, data.get("compress_rope_theta") or 160000.0
+    parameters = _field(data, "rope_parameters", dict) or _field(data, "rope_scaling", dict, {})
+    if "main" in parameters or "compress" in parameters:
+        both = (parameters.get("main"), parameters.get("compress"))
+        require(
+            all(isinstance(one, dict) for one in both),
+            f"config field rope_parameters is {parameters!r}; two objects, 'main' and 'compress', are expected.",
+        )
+        main, compress = both
+    else:
+        main = {"rope_theta": parameters.get("rope_theta", theta)}
+        compress = _field(data, "compress_rope_parameters", dict) or {**parameters, "rope_theta": compress_theta}
+    ropes = _rope(main, theta, 65536), _rope(compress, compress_theta, 65536)
+    factors = [one.get("attention_factor") for one in (main, compress)]
+    require(
+        all(factor in (None, 1.0) for factor in factors) and all(rope.softmax_factor == 1.0 for rope in ropes),
+        f"config fields attention_factor {factors} and mscale_all_dim {[rope.mscale_all_dim for rope in ropes]} change"
+        " the rotation's amplitude or the softmax scale; DeepSeek-V4 has neither. Set them to 1.0 and 0.",
+    )
+    return ropes
+
+
+_READERS: dict[str, Callable[[dict[str, Any]], Config]] = {
+    "deepseek_v32": _read_v32,
+    "deepseek_v3_2": _read_v32,
+    "deepseek_v4": _read_v4,
+}
+
+
+def config_from_json(data: dict[str, Any]) -> Config:
+    """Builds a config from the fields of a Hugging Face config.json, of the family that model_type names.
+
+    Absent fields take DeepSeek-V3.2's values, or V4-Flash's where model_type is 'deepseek_v4'; without any rotary
+    scaling RoPE is plain.
 
     Raises:
       ValueError: another architecture, a field of the wrong type, or sizes that do not fit together.
@@ -177,25 +482,14 @@ def config_from_json(data: dict[str, Any]) -> DeepseekV32Config:
     require(isinstance(data, dict), f"config.json holds a {type(data).__name__}; a JSON object is expected.")
     kind = data.get("model_type", "deepseek_v32")
     require(
-        kind in ("deepseek_v32", "deepseek_v3_2"),
-        f"config.json names model_type {kind!r}; this reader knows 'deepseek_v32'. Give a DeepSeek-V3.2 folder.",
+        kind in _READERS,
+        f"config.json names model_type {kind!r}; this reader knows 'deepseek_v32' and 'deepseek_v4'. Give a folder of"
+        " such a model.",
     )
-    fields: dict[str, Any] = {}
-    for field in dataclasses.fields(DeepseekV32Config):
-        if field.name == "rope" or data.get(field.name) is None:
-            continue
-        value = data[field.name]
-        default: Any = field.default
-        wanted = (int, float) if isinstance(default, float) else type(default)
-        ok = isinstance(value, wanted) and (isinstance(default, bool) or not isinstance(value, bool))
-        require(
-            ok, f"config field {field.name} is {value!r}; a {type(default).__name__} is expected. Mend config.json."
-        )
-        fields[field.name] = type(default)(value)
-    return DeepseekV32Config(**fields, rope=_rope_from_json(data))
+    return _READERS[kind](data)
 
 
-def load_config(folder: str | os.PathLike[str]) -> DeepseekV32Config:
+def load_config(folder: str | os.PathLike[str]) -> Config:
     """Reads `folder`/config.json.
 
     Raises:
@@ -206,9 +500,32 @@ def load_config(folder: str | os.PathLike[str]) -> DeepseekV32Config:
         os.path.isdir(folder), f"model folder {os.fspath(folder)!r} does not exist; give a folder with config.json."
     )
     require(os.path.isfile(path), f"{os.fspath(folder)!r} has no config.json; give a Hugging Face model folder.")
+    return _read_file(path)
+
+
+def _read_file(path: str | os.PathLike[str]) -> Config:
     try:
         with open(path, encoding="utf-8") as f:
             data = json.load(f)
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not valid JSON ({error}); fetch the file again.") from None
+        raise ValueError(f"{os.fspath(path)} is not valid JSON ({error}); fetch the file again.") from None
     return config_from_json(data)
+
+
+def from_hf(source: str | os.PathLike[str] | dict[str, Any]) -> Config:
+    """The config of a Hugging Face model: a folder, a path of a config.json, or the fields of one.
+
+    DeepSeek-V3.2 and DeepSeek-V4, in the published spelling and in that of transformers 5.x.
+
+    Args:
+      source: a folder that holds config.json, that file, or its parsed contents.
+
+    Returns:
+      DeepseekV32Config or DeepseekV4Config.
+
+    Raises:
+      ValueError: nothing there, not JSON, another architecture, or fields that do not fit together.
+    """
+    if isinstance(source, dict):
+        return config_from_json(source)
+    return _read_file(source) if os.path.isfile(source) else load_config(source)

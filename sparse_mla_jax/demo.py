@@ -203,6 +203,8 @@ def run(arguments: argparse.Namespace) -> int:
     )
     start = time.perf_counter()
     config, params = checkpoint.load_checkpoint(arguments.model, dtype="float32", progress=False)
+    if not isinstance(config, DeepseekV32Config):
+        raise ValueError(f"--model {arguments.model!r} is a DeepSeek-V4 model; the demo shows V3.2. Try generate.")
     require(config.vocab_size == 256, f"--model has a vocabulary of {config.vocab_size}; the demo needs bytes (256).")
     size = sum(leaf.size for leaf in jax.tree.leaves(params))
     print(f"DeepSeek-V3.2 architecture: {config.num_hidden_layers} layers, {size / 1e6:.1f} M parameters, {device()}")

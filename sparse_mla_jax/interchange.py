@@ -1,12 +1,20 @@
 """Byte-exact packed cache layouts of other engines, in and out.
 
-Two layouts of DeepSeek-V3.2 (as in vLLM), both little endian and per token of a page of `bs` tokens:
+Layouts of vLLM, all little endian, of a page of `bs` tokens (in V4's compressed caches: entries):
 
-    row of the main cache, 656 bytes, interleaved:   512 FP8 latent | 4 float32 scales | 64 bfloat16 rope
-    page of the index cache, bs * 132 bytes, planar: bs * 128 FP8 keys | bs float32 scales | padding up to the stride
+    V3.2, row of the main cache, 656 bytes, interleaved:   512 FP8 latent | 4 float32 scales | 64 bfloat16 rope
+    V3.2 and V4, page of the index cache, bs * 132 bytes, planar:
+        bs * 128 FP8 keys | bs float32 scales | padding up to the stride
+    V4, page of a main cache, bs * 584 bytes, planar:
+        bs * (448 FP8 latent | 64 bfloat16 rope) | bs * (7 E8M0 scales | a zero byte) | padding up to the stride
 
-The functions take the sizes from the cache (or from arguments that default to V3.2's), so that other widths work alike.
-All are pure and jittable, and accept numpy arrays.
+So in a V4 page at address A, entry i has its latents from A + i * 576 on, its rope from A + i * 576 + 448, its scales
+from A + bs * 576 + i * 8. The shape [pages, bs, 584] that engines declare for it is only a size: [page, i] is not entry
+i. Pages follow each other at multiples of 576 bytes: 64 entries take 37440, 2 take 1728.
+
+The functions take the sizes from the cache (or from arguments that default to the model's), so that other widths work
+alike: with L latents in groups of G and R rotary values, 576 is L + 2 * R, and 8 is L // G rounded up to a multiple of
+8. All are pure and jittable, and accept numpy arrays.
 
 **Flavours.** `dtype` says how the packed bytes are to be read: float8_e4m3fn or float8_e4m3fnuz. A cache of the same
 flavour shares every byte with them, whatever the bytes are, so that out and in again (and in and out again) is the
@@ -19,7 +27,8 @@ exact for every code that this library writes. Other writers may have left three
 
 So a change of flavour on the way in (`cache_dtype`) keeps numbers, not always bytes; `ops.cache.reinterpret_cache`
 never looks at the bytes and is for caches that this library wrote. A change of flavour on the way out does not look at
-them either. Float32 scales that are subnormal or NaN keep their bits only where the flavour stays.
+them either. Float32 scales that are subnormal or NaN keep their bits only where the flavour stays; E8M0 scales at
+either end (2**-127, 2**127) have no double or half and stay what they are.
 """
 
 from __future__ import annotations
@@ -133,21 +142,102 @@ def index_from_planar_blocks(
     blocks = _check_bytes("blocks", blocks, 2, 3)
     page_size, dim = check_size("page_size", page_size, 1), check_size("dim", dim, 1)
     require(dim % 4 == 0, f"dim is {dim}; a cache stores FP8 in words of four, give a multiple.")
-    require(
-        blocks.ndim == 2 or blocks.shape[1:] == (page_size, dim + 4),
-        f"blocks have shape {list(blocks.shape)}; expected [pages, stride] or [pages, {page_size}, {dim + 4}].",
-    )
-    pages = blocks.shape[0]
-    blocks = blocks.reshape(pages, -1) if blocks.ndim == 3 else blocks
-    keys, least = page_size * dim, page_size * (dim + 4)
-    require(
-        blocks.shape[1] >= least,
-        f"blocks have {blocks.shape[1]} bytes a page; {page_size} tokens of {dim} + 4 bytes need {least}."
-        " Give the page_size and dim that they were written with.",
-    )
+    blocks = _as_pages(blocks, page_size, dim + 4)
+    pages, keys, least = blocks.shape[0], page_size * dim, page_size * (dim + 4)
     scale = _from_bytes(blocks[:, keys:least], jnp.float32)
     codes, scale, cache_dtype = _enter(blocks[:, :keys].reshape(pages, page_size, dim), scale, dtype, cache_dtype)
     return PagedIndexCache(codes, scale, cache_dtype)
+
+
+def kv_to_v4_blocks(cache: PagedKVCache, *, dtype: Any = None, block_stride: int | None = None) -> Array:
+    """A cache with E8M0 scales as packed pages of V4: uint8[pages, block_stride], zeros where nothing is stored.
+
+    Args:
+      cache: an FP8 cache with scale_dtype float8_e8m0fnu.
+      dtype: the flavour that the reader expects, None for the cache's own.
+      block_stride: bytes from one page to the next; None for the least multiple of L + 2 * R that holds a page.
+
+    Raises:
+      ValueError: the cache is not FP8 or has float32 scales, dtype is not an FP8 flavour, or the stride is too small.
+    """
+    scale = cache.scale
+    if scale is None or scale.dtype != fp8.E8M0:
+        raise ValueError(
+            f"cache has dtype {cache.dtype} with {'no' if scale is None else scale.dtype} scales; V4's layout holds FP8"
+            " with E8M0 scales. Create it with an FP8 dtype and scale_dtype float8_e8m0fnu."
+        )
+    row, scales = _v4_widths(cache.latent_dim, cache.rope_dim, cache.group_size)
+    pages, page_size, groups = scale.shape
+    least = page_size * (row + scales)
+    stride = -(-least // row) * row if block_stride is None else check_size("block_stride", block_stride, 1)
+    require(
+        stride >= least,
+        f"block_stride is {stride}; pages of {page_size} entries need {least} bytes ({row} + {scales} an entry).",
+    )
+    scale = fp8.reinterpret_scales(scale, cache.dtype, cache.dtype if dtype is None else dtype)
+    rows = jnp.concatenate([fp8.unpack_words(cache.latent, jnp.uint8), _bytes(cache.rope)], axis=-1)
+    codes = jnp.pad(lax.bitcast_convert_type(scale, jnp.uint8), ((0, 0), (0, 0), (0, scales - groups)))
+    blocks = jnp.concatenate([rows.reshape(pages, -1), codes.reshape(pages, -1)], axis=-1)
+    return jnp.pad(blocks, ((0, 0), (0, stride - least)))
+
+
+def kv_from_v4_blocks(
+    blocks: Array,
+    *,
+    page_size: int,
+    dtype: Any,
+    cache_dtype: Any = None,
+    latent_dim: int = 448,
+    rope_dim: int = 64,
+    group_size: int = 64,
+) -> PagedKVCache:
+    """A cache from packed pages of V4: the inverse of `kv_to_v4_blocks`; its scales are E8M0.
+
+    Args:
+      blocks: uint8[pages, stride], the bytes behind a page's entries and behind an entry's scales ignored; or
+        uint8[pages, page_size, 584], the shape that engines declare for the same bytes.
+      page_size: entries of a page.
+      dtype: the flavour of the bytes, float8_e4m3fn or float8_e4m3fnuz.
+      cache_dtype: the flavour of the cache, None for that of the bytes.
+      latent_dim: L, a multiple of 4 and of group_size.
+      rope_dim: R.
+      group_size: latent values that share a scale.
+
+    Raises:
+      ValueError: another type, sizes that do not fit together, or a stride that is too small.
+    """
+    blocks = _check_bytes("blocks", blocks, 2, 3)
+    page_size = check_size("page_size", page_size, 1)
+    latent_dim, rope_dim = check_size("latent_dim", latent_dim, 1), check_size("rope_dim", rope_dim, 0)
+    groups = fp8.check_groups(latent_dim, group_size, "latent_dim")
+    require(latent_dim % 4 == 0, f"latent_dim is {latent_dim}; a cache stores FP8 in words of four, give a multiple.")
+    row, scales = _v4_widths(latent_dim, rope_dim, group_size)
+    blocks = _as_pages(blocks, page_size, row + scales)
+    pages, rows = blocks.shape[0], page_size * row
+    codes, rope = jnp.split(blocks[:, :rows].reshape(pages, page_size, row), [latent_dim], axis=-1)
+    scale = blocks[:, rows : page_size * (row + scales)].reshape(pages, page_size, scales)[..., :groups]
+    codes, scale, cache_dtype = _enter(codes, lax.bitcast_convert_type(scale, fp8.E8M0), dtype, cache_dtype)
+    return PagedKVCache(fp8.pack_words(codes), scale, _from_bytes(rope, jnp.bfloat16), cache_dtype, int(group_size))
+
+
+def _v4_widths(latent_dim: int, rope_dim: int, group_size: int) -> tuple[int, int]:
+    """Bytes of an entry among the rows (576) and among the scales (8)."""
+    return latent_dim + 2 * rope_dim, -(-(latent_dim // group_size) // 8) * 8
+
+
+def _as_pages(blocks: Array, page_size: int, width: int) -> Array:
+    """Planar pages uint8[pages, stride] that hold `page_size` times `width` bytes at least."""
+    require(
+        blocks.ndim == 2 or blocks.shape[1:] == (page_size, width),
+        f"blocks have shape {list(blocks.shape)}; expected [pages, stride] or [pages, {page_size}, {width}].",
+    )
+    blocks = blocks.reshape(blocks.shape[0], -1) if blocks.ndim == 3 else blocks
+    require(
+        blocks.shape[1] >= page_size * width,
+        f"blocks have {blocks.shape[1]} bytes a page; {page_size} tokens of {width} bytes need {page_size * width}."
+        " Give the page_size and the widths that they were written with.",
+    )
+    return blocks
 
 
 def _leave(stored: Array, scale: Array | None, cache_dtype: Any, dtype: Any) -> tuple[Array, Array]:

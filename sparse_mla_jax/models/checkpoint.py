@@ -1,7 +1,12 @@
 """Hugging Face folders (config.json with safetensors, published tensor names) to parameters and back.
 
-Published matrices are output-first ([out, in], as torch.nn.Linear keeps them), ours input-first. kv_b_proj is split in
-two, what makes keys and what makes values, and a layer's experts are stacked.
+This file knows folders, files, types, quantised forms and shards. What the tensors of a model family are called, and
+how our arrays are made of them, is in `published_v32` and `published_v4`, each with these functions:
+
+    published_shapes(config), ignored(name, config)          which tensors there are, and which may be there besides
+    scale_names(name), may_be_fp4(name), is_table(name)      what a quantised matrix and its scales look like
+    param_specs(config, dtype), read_layer(get, number, config), read_rest(get, config)        published to ours
+    publish(params, config), stored_dtype(name, shape, dtype), config_to_json(config, dtype)   and back
 """
 
 from __future__ import annotations
@@ -13,7 +18,6 @@ import math
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -24,79 +28,45 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from tqdm import tqdm
 
-from sparse_mla_jax.config import DeepseekV32Config, load_config, require
-from sparse_mla_jax.models.deepseek_v32 import Params, param_specs
+from sparse_mla_jax.config import Config, DeepseekV4Config, load_config, require
+from sparse_mla_jax.models import published_v4, published_v32
+
+Params = dict[str, Any]
 
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 _SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
-_SCALE_SUFFIX = "_scale_inv"
-_DTYPES: dict[str, Any] = {
+# What safetensors files call types, by what a tensor holds.
+_FLOATS: dict[str, Any] = {
     "F64": np.float64,
     "F32": np.float32,
     "F16": np.float16,
     "BF16": ml_dtypes.bfloat16,
     "F8_E4M3": ml_dtypes.float8_e4m3fn,
-    "F8_E8M0": ml_dtypes.float8_e8m0fnu,
 }
+_SCALES: dict[str, Any] = {**_FLOATS, "F8_E8M0": ml_dtypes.float8_e8m0fnu, "U8": ml_dtypes.float8_e8m0fnu}
+_TABLES: dict[str, Any] = {"I64": np.int64, "I32": np.int32, "U32": np.uint32}
+_FP4: dict[str, Any] = {"I8": np.uint8, "U8": np.uint8, "F4": np.uint8}
+_FP4_GROUP = 32
 
-# --- names -----------------------------------------------------------------------------------------------------------
+
+def _family(config: Config) -> Any:
+    """The module that knows the published names of this config's family."""
+    return published_v4 if isinstance(config, DeepseekV4Config) else published_v32
 
 
-def published_shapes(config: DeepseekV32Config) -> dict[str, tuple[int, ...]]:
+def published_shapes(config: Config) -> dict[str, tuple[int, ...]]:
     """Name and shape of every tensor that a folder of this config holds, in the order in which they are written."""
-    c = config
-    shapes: dict[str, tuple[int, ...]] = {}
-
-    def linear(name: str, out: int, width: int) -> None:
-        shapes[name + ".weight"] = (out, width)
-
-    def swiglu(name: str, inner: int) -> None:
-        linear(name + ".gate_proj", inner, c.hidden_size)
-        linear(name + ".up_proj", inner, c.hidden_size)
-        linear(name + ".down_proj", c.hidden_size, inner)
-
-    linear("model.embed_tokens", c.vocab_size, c.hidden_size)
-    for layer in range(c.num_hidden_layers):
-        prefix = f"model.layers.{layer}."
-        shapes[prefix + "input_layernorm.weight"] = (c.hidden_size,)
-        attention = prefix + "self_attn."
-        linear(attention + "q_a_proj", c.q_lora_rank, c.hidden_size)
-        shapes[attention + "q_a_layernorm.weight"] = (c.q_lora_rank,)
-        linear(attention + "q_b_proj", c.num_attention_heads * c.qk_head_dim, c.q_lora_rank)
-        linear(attention + "kv_a_proj_with_mqa", c.kv_lora_rank + c.qk_rope_head_dim, c.hidden_size)
-        shapes[attention + "kv_a_layernorm.weight"] = (c.kv_lora_rank,)
-        linear(attention + "kv_b_proj", c.num_attention_heads * (c.qk_nope_head_dim + c.v_head_dim), c.kv_lora_rank)
-        linear(attention + "o_proj", c.hidden_size, c.num_attention_heads * c.v_head_dim)
-        linear(attention + "indexer.wq_b", c.index_n_heads * c.index_head_dim, c.q_lora_rank)
-        linear(attention + "indexer.wk", c.index_head_dim, c.hidden_size)
-        shapes[attention + "indexer.k_norm.weight"] = (c.index_head_dim,)
-        shapes[attention + "indexer.k_norm.bias"] = (c.index_head_dim,)
-        linear(attention + "indexer.weights_proj", c.index_n_heads, c.hidden_size)
-        shapes[prefix + "post_attention_layernorm.weight"] = (c.hidden_size,)
-        if not c.is_moe_layer(layer):
-            swiglu(prefix + "mlp", c.intermediate_size)
-            continue
-        linear(prefix + "mlp.gate", c.n_routed_experts, c.hidden_size)
-        shapes[prefix + "mlp.gate.e_score_correction_bias"] = (c.n_routed_experts,)
-        for expert in range(c.n_routed_experts):
-            swiglu(f"{prefix}mlp.experts.{expert}", c.moe_intermediate_size)
-        if c.n_shared_experts:
-            swiglu(prefix + "mlp.shared_experts", c.moe_intermediate_size * c.n_shared_experts)
-    shapes["model.norm.weight"] = (c.hidden_size,)
-    if not c.tie_word_embeddings:
-        linear("lm_head", c.vocab_size, c.hidden_size)
-    return shapes
+    return _family(config).published_shapes(config)
 
 
-def _ignored(name: str, config: DeepseekV32Config) -> bool:
-    """Published tensors that this model has no use for: multi-token-prediction layers, derived buffers, tied heads."""
-    layer = re.match(r"model\.layers\.(\d+)\.", name)
-    return (
-        (layer is not None and int(layer.group(1)) >= config.num_hidden_layers)
-        or name.endswith("rotary_emb.inv_freq")
-        or (config.tie_word_embeddings and name == "lm_head.weight")
-    )
+def config_to_json(config: Config, dtype: Any = jnp.float32) -> dict[str, Any]:
+    """The fields of a config.json that `load_config` reads back, as Hugging Face transformers (5.23) does.
+
+    Raises:
+      ValueError: a rotation that the published spelling of DeepSeek-V4 can not say.
+    """
+    return _family(config).config_to_json(config, dtype)
 
 
 # --- files -----------------------------------------------------------------------------------------------------------
@@ -125,17 +95,16 @@ class _File:
     def dtype(self, name: str) -> str:
         return self.header[name]["dtype"]
 
-    def read(self, name: str) -> np.ndarray:
-        kind = self.dtype(name)
-        require(
-            kind in _DTYPES,
-            f"tensor {name} in {self.path} has type {kind}; supported are {', '.join(_DTYPES)}. Convert the folder.",
-        )
+    def read(self, name: str, types: dict[str, Any]) -> np.ndarray:
+        """Its bytes as `types` reads them; of F4, two values to a byte, [..., N / 2] bytes."""
+        dtype, shape = types[self.dtype(name)], self.shape(name)
+        if self.dtype(name) == "F4":
+            shape = (*shape[:-1], shape[-1] // 2)
         start, end = self.header[name]["data_offsets"]
         if start == end:
-            return np.zeros(self.shape(name), _DTYPES[kind])
+            return np.zeros(shape, dtype)
         data = np.memmap(self.path, np.uint8, "r", offset=self.header_size + start, shape=(end - start,))
-        return data.view(_DTYPES[kind]).reshape(self.shape(name))
+        return data.view(dtype).reshape(shape)
 
 
 def _read_index(path: str) -> dict[str, str]:
@@ -182,28 +151,52 @@ def _scale_shape(shape: tuple[int, ...], block: tuple[int, int]) -> tuple[int, .
     return tuple(-(-size // step) for size, step in zip(shape, block))
 
 
-def _check_tensors(files: dict[str, _File], config: DeepseekV32Config, block: tuple[int, int], folder: str) -> None:
-    """Names every tensor that is missing, surplus or of another shape, before anything is read."""
-    wanted = published_shapes(config)
+def _check_tensors(files: dict[str, _File], config: Config, block: tuple[int, int], folder: str) -> dict[str, str]:
+    """Names every tensor that is missing, surplus, or of another shape or type, before anything is read.
+
+    Returns:
+      The quantised matrices, each with the name of its scales.
+    """
+    family, wanted = _family(config), published_shapes(config)
     missing = [name for name in wanted if name not in files]
     require(not missing, f"{folder!r} lacks tensor {_some(missing)}; config.json promises it. Fetch all files.")
+    types, scales = {}, {}
     for name, shape in list(wanted.items()):
-        if files[name].dtype(name).startswith("F8") and len(shape) == 2:
-            scale = name + _SCALE_SUFFIX
-            require(scale in files, f"FP8 tensor {name} has no {scale} in {folder!r}; fetch all files.")
-            wanted[scale] = _scale_shape(shape, block)
-    surplus = sorted(name for name in files if name not in wanted and not _ignored(name, config))
+        types[name] = _TABLES if family.is_table(name) else _FLOATS
+        kind = files[name].dtype(name)
+        packed = kind in _FP4 and family.may_be_fp4(name)
+        if not (packed or (kind == "F8_E4M3" and len(shape) == 2)):
+            continue
+        names = family.scale_names(name)
+        scale = next((one for one in names if one in files), None)
+        if scale is None:
+            form = "FP4" if packed else "FP8"
+            raise ValueError(f"{form} tensor {name} has no {' or '.join(names)} in {folder!r}; fetch all files.")
+        if packed:
+            require(shape[1] % 2 == 0, f"tensor {name} is FP4, two values to a byte, with {shape[1]} to a row.")
+            types[name] = _FP4
+            wanted[name] = shape if kind == "F4" else (shape[0], shape[1] // 2)
+        scales[name], types[scale] = scale, _SCALES
+        wanted[scale] = _scale_shape(shape, (1, _FP4_GROUP) if packed else block)
+    surplus = sorted(name for name in files if name not in wanted and not family.ignored(name, config))
     require(
         not surplus,
         f"{folder!r} holds tensor {_some(surplus)}, for which config.json has no place; use the config.json that"
         " belongs to these weights.",
     )
     for name, shape in wanted.items():
+        file = files[name]
         require(
-            files[name].shape(name) == shape,
-            f"tensor {name} has shape {list(files[name].shape(name))}; config.json makes it {list(shape)}. Use the"
+            file.dtype(name) in types[name],
+            f"tensor {name} in {file.path} has type {file.dtype(name)}; supported are {', '.join(types[name])}. Convert"
+            " the folder.",
+        )
+        require(
+            file.shape(name) == shape,
+            f"tensor {name} has shape {list(file.shape(name))}; config.json makes it {list(shape)}. Use the"
             " config.json that belongs to these weights.",
         )
+    return scales
 
 
 def dequantize_blocks(values: np.ndarray, scales: np.ndarray, block: tuple[int, int] = (128, 128)) -> np.ndarray:
@@ -226,48 +219,28 @@ def dequantize_blocks(values: np.ndarray, scales: np.ndarray, block: tuple[int, 
     return values.astype(np.float32) * scales.astype(np.float32)[rows][:, columns]
 
 
-Get = Callable[[str], np.ndarray]
+def dequantize_fp4(packed: np.ndarray, scales: np.ndarray) -> np.ndarray:
+    """FP4 values, two to a byte, times the scale of every 32 of a row, float32 (exact but for over- and underflow).
 
+    Args:
+      packed: int8 or uint8 [out, in / 2]: e2m1 codes, that of the even column in the low four bits.
+      scales: [out, ceil(in / 32)], E8M0 or any floating type; the last group of a row may be cut.
 
-def _read_attention(get: Get, prefix: str, c: DeepseekV32Config) -> Params:
-    heads, indexer = c.num_attention_heads, prefix + "indexer."
-    kv_b = get(prefix + "kv_b_proj.weight").reshape(heads, c.qk_nope_head_dim + c.v_head_dim, c.kv_lora_rank)
-    return {
-        "q_a_proj": get(prefix + "q_a_proj.weight").T,
-        "q_a_layernorm": get(prefix + "q_a_layernorm.weight"),
-        "q_b_proj": get(prefix + "q_b_proj.weight").T.reshape(c.q_lora_rank, heads, c.qk_head_dim),
-        "kv_a_proj_with_mqa": get(prefix + "kv_a_proj_with_mqa.weight").T,
-        "kv_a_layernorm": get(prefix + "kv_a_layernorm.weight"),
-        "kv_b_k": kv_b[:, : c.qk_nope_head_dim],
-        "kv_b_v": kv_b[:, c.qk_nope_head_dim :].transpose(0, 2, 1),
-        "o_proj": get(prefix + "o_proj.weight").T.reshape(heads, c.v_head_dim, c.hidden_size),
-        "indexer": {
-            "wq_b": get(indexer + "wq_b.weight").T.reshape(c.q_lora_rank, c.index_n_heads, c.index_head_dim),
-            "wk": get(indexer + "wk.weight").T,
-            "k_norm": {"weight": get(indexer + "k_norm.weight"), "bias": get(indexer + "k_norm.bias")},
-            "weights_proj": get(indexer + "weights_proj.weight").T,
-        },
-    }
+    Returns:
+      float32[out, in].
 
-
-def _read_swiglu(get: Get, prefix: str) -> Params:
-    return {name: get(f"{prefix}{name}.weight").T for name in ("gate_proj", "up_proj", "down_proj")}
-
-
-def _read_mlp(get: Get, prefix: str, layer: int, c: DeepseekV32Config) -> Params:
-    if not c.is_moe_layer(layer):
-        return _read_swiglu(get, prefix)
-    experts = [_read_swiglu(get, f"{prefix}experts.{expert}.") for expert in range(c.n_routed_experts)]
-    params: Params = {
-        "gate": {
-            "weight": get(prefix + "gate.weight").T,
-            "e_score_correction_bias": get(prefix + "gate.e_score_correction_bias"),
-        },
-        "experts": {name: np.stack([expert[name] for expert in experts]) for name in experts[0]},
-    }
-    if c.n_shared_experts:
-        params["shared_experts"] = _read_swiglu(get, prefix + "shared_experts.")
-    return params
+    Raises:
+      ValueError: scales of another shape, or packed is not bytes of two axes.
+    """
+    require(
+        packed.dtype in (np.int8, np.uint8) and packed.ndim == 2,
+        f"packed is {packed.dtype}{list(packed.shape)}; expected int8 or uint8 [out, in / 2]. View it as bytes.",
+    )
+    # The sixteen e2m1 codes: sign, two bits of exponent (bias 1), one of mantissa.
+    codes = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
+    data = packed.view(np.uint8)
+    values = codes[np.stack([data & 15, data >> 4], axis=-1)].reshape(data.shape[0], 2 * data.shape[1])
+    return dequantize_blocks(values, scales, (1, _FP4_GROUP))
 
 
 def _block_size(folder: str) -> tuple[int, int]:
@@ -290,15 +263,17 @@ def _check_dtype(dtype: Any) -> Any:
 
 def load_checkpoint(
     folder: str | os.PathLike[str], *, dtype: Any = jnp.float32, progress: bool = True
-) -> tuple[DeepseekV32Config, Params]:
-    """Reads config.json and the weights beside it.
+) -> tuple[Config, Params]:
+    """Reads config.json and the weights beside it, of DeepSeek-V3.2 or DeepSeek-V4.
 
-    One model.safetensors, or several with model.safetensors.index.json. FP8 (e4m3fn) matrices are dequantised by
-    their 128x128 `weight_scale_inv` blocks. Tensors of multi-token-prediction layers and rotary buffers are skipped.
+    One model.safetensors, or several with model.safetensors.index.json. FP8 (e4m3fn) matrices are dequantised by their
+    128x128 blocks (`weight_scale_inv`, or V4's `scale`), V4's FP4 experts by their groups of 32; `published_v4` lists
+    its forms. Tensors of multi-token-prediction layers and rotary buffers are skipped.
 
     Args:
       folder: a Hugging Face model folder.
-      dtype: float32 or bfloat16, of the matrices; norms and e_score_correction_bias are float32 always.
+      dtype: float32 or bfloat16, of the matrices; norms, biases and what else is small are float32 always (see
+        `param_specs` of the family).
       progress: show a progress bar on stderr, if that is a terminal.
 
     Returns:
@@ -310,135 +285,39 @@ def load_checkpoint(
     """
     folder, dtype = os.fspath(folder), _check_dtype(dtype)
     config = load_config(folder)
-    block = _block_size(folder)
-    files = _open_folder(folder)
-    _check_tensors(files, config, block, folder)
-    specs = param_specs(config, dtype)
+    family, block, files = _family(config), _block_size(folder), _open_folder(folder)
+    scales = _check_tensors(files, config, block, folder)
+    specs = family.param_specs(config, dtype)
     disable = not progress or not sys.stderr.isatty()
     with tqdm(total=len(published_shapes(config)), desc="weights", unit="tensor", disable=disable) as bar:
 
         def get(name: str) -> np.ndarray:
-            values = files[name].read(name)
             bar.update()
-            if values.dtype == ml_dtypes.float8_e4m3fn:
-                scale = name + _SCALE_SUFFIX
-                return dequantize_blocks(values, files[scale].read(scale), block)
-            return values
+            file, scale = files[name], scales.get(name)
+            if scale is None:
+                return file.read(name, _TABLES if family.is_table(name) else _FLOATS)
+            factors = files[scale].read(scale, _SCALES)
+            if file.dtype(name) in _FP4:
+                return dequantize_fp4(file.read(name, _FP4), factors).astype(dtype)
+            return dequantize_blocks(file.read(name, _FLOATS), factors, block).astype(dtype)
 
-        # A copy: jax on a CPU would else share memory with the mapped file.
-        def put(specs: Any, values: Any) -> Any:
-            return jax.tree.map(lambda spec, value: jnp.array(np.asarray(value, spec.dtype)), specs, values)
+        def put(spec: Any, value: Any) -> jax.Array:
+            if isinstance(value, list):  # a stack, one of which at a time is converted
+                stack = np.empty(spec.shape, spec.dtype)
+                for number, one in enumerate(value):
+                    stack[number] = one
+                value = stack
+            # A copy: jax on a CPU would else share memory with the mapped file.
+            return jnp.array(np.asarray(value, spec.dtype))
 
-        params: Params = {"embed_tokens": put(specs["embed_tokens"], get("model.embed_tokens.weight")), "layers": []}
-        for number, spec in enumerate(specs["layers"]):
-            prefix = f"model.layers.{number}."
-            layer = {
-                "input_layernorm": get(prefix + "input_layernorm.weight"),
-                "self_attn": _read_attention(get, prefix + "self_attn.", config),
-                "post_attention_layernorm": get(prefix + "post_attention_layernorm.weight"),
-                "mlp": _read_mlp(get, prefix + "mlp.", number, config),
-            }
-            params["layers"].append(put(spec, layer))
-        params["norm"] = put(specs["norm"], get("model.norm.weight"))
-        if not config.tie_word_embeddings:
-            params["lm_head"] = put(specs["lm_head"], get("lm_head.weight").T)
-    return config, params
+        layers = []
+        for number, layer_specs in enumerate(specs.pop("layers")):
+            layers.append(jax.tree.map(put, layer_specs, family.read_layer(get, number, config)))
+        params = jax.tree.map(put, specs, family.read_rest(get, config))
+    return config, {**params, "layers": layers}
 
 
 # --- writing ---------------------------------------------------------------------------------------------------------
-
-
-def config_to_json(config: DeepseekV32Config, dtype: Any = jnp.float32) -> dict[str, Any]:
-    """The fields of a config.json that Hugging Face transformers (5.23) and `load_config` both read."""
-    c = config
-    rope: dict[str, Any] = {"rope_theta": c.rope.theta, "rope_type": "default"}
-    if c.rope.factor != 1.0:
-        rope = {
-            "rope_type": "yarn",
-            "rope_theta": c.rope.theta,
-            "factor": c.rope.factor,
-            "original_max_position_embeddings": c.rope.original_max_position,
-            "beta_fast": c.rope.beta_fast,
-            "beta_slow": c.rope.beta_slow,
-            "mscale": c.rope.mscale_all_dim,
-            "mscale_all_dim": c.rope.mscale_all_dim,
-            # Cosines and sines carry no amplitude; said outright, because without mscale the reader would add one.
-            "attention_factor": 1.0,
-        }
-    names = (
-        "vocab_size hidden_size intermediate_size moe_intermediate_size num_hidden_layers num_attention_heads"
-        " q_lora_rank kv_lora_rank qk_nope_head_dim qk_rope_head_dim v_head_dim n_routed_experts n_shared_experts"
-        " num_experts_per_tok n_group topk_group routed_scaling_factor norm_topk_prob first_k_dense_replace"
-        " index_n_heads index_head_dim index_topk rms_norm_eps max_position_embeddings tie_word_embeddings"
-    )
-    kinds = ["sparse" if c.is_moe_layer(layer) else "dense" for layer in range(c.num_hidden_layers)]
-    return {
-        "architectures": ["DeepseekV32ForCausalLM"],
-        "model_type": "deepseek_v32",
-        "dtype": str(jnp.dtype(dtype)),
-        **{name: getattr(c, name) for name in names.split()},
-        "num_key_value_heads": c.num_attention_heads,
-        "head_dim": c.qk_rope_head_dim,
-        "qk_head_dim": c.qk_head_dim,
-        "layer_types": ["indexed_attention"] * c.num_hidden_layers,
-        "mlp_layer_types": kinds,
-        "rope_parameters": rope,
-        "hidden_act": "silu",
-        "attention_bias": False,
-        "attention_dropout": 0.0,
-        "mlp_bias": False,
-        "initializer_range": 0.02,
-        "use_cache": True,
-        "bos_token_id": 0,
-        "eos_token_id": 1,
-        "pad_token_id": None,
-    }
-
-
-def _publish_swiglu(prefix: str, params: Params) -> Iterator[tuple[str, Any]]:
-    for name in ("gate_proj", "up_proj", "down_proj"):
-        yield f"{prefix}{name}.weight", params[name].T
-
-
-def _publish_attention(prefix: str, p: Params) -> Iterator[tuple[str, Any]]:
-    yield prefix + "q_a_proj.weight", p["q_a_proj"].T
-    yield prefix + "q_a_layernorm.weight", p["q_a_layernorm"]
-    yield prefix + "q_b_proj.weight", p["q_b_proj"].reshape(p["q_b_proj"].shape[0], -1).T
-    yield prefix + "kv_a_proj_with_mqa.weight", p["kv_a_proj_with_mqa"].T
-    yield prefix + "kv_a_layernorm.weight", p["kv_a_layernorm"]
-    both = np.concatenate([p["kv_b_k"], p["kv_b_v"].transpose(0, 2, 1)], axis=1)
-    yield prefix + "kv_b_proj.weight", both.reshape(-1, both.shape[-1])
-    yield prefix + "o_proj.weight", p["o_proj"].reshape(-1, p["o_proj"].shape[-1]).T
-    indexer = p["indexer"]
-    yield prefix + "indexer.wq_b.weight", indexer["wq_b"].reshape(indexer["wq_b"].shape[0], -1).T
-    yield prefix + "indexer.wk.weight", indexer["wk"].T
-    yield prefix + "indexer.k_norm.weight", indexer["k_norm"]["weight"]
-    yield prefix + "indexer.k_norm.bias", indexer["k_norm"]["bias"]
-    yield prefix + "indexer.weights_proj.weight", indexer["weights_proj"].T
-
-
-def _publish(params: Params, config: DeepseekV32Config) -> Iterator[tuple[str, np.ndarray]]:
-    """Published names and arrays, in the order of `published_shapes`; one layer at a time is on the host."""
-    yield "model.embed_tokens.weight", np.asarray(params["embed_tokens"])
-    for number, on_device in enumerate(params["layers"]):
-        layer, prefix = jax.tree.map(np.asarray, on_device), f"model.layers.{number}."
-        mlp, mlp_prefix = layer["mlp"], prefix + "mlp."
-        yield prefix + "input_layernorm.weight", layer["input_layernorm"]
-        yield from _publish_attention(prefix + "self_attn.", layer["self_attn"])
-        yield prefix + "post_attention_layernorm.weight", layer["post_attention_layernorm"]
-        if not config.is_moe_layer(number):
-            yield from _publish_swiglu(mlp_prefix, mlp)
-            continue
-        yield mlp_prefix + "gate.weight", mlp["gate"]["weight"].T
-        yield mlp_prefix + "gate.e_score_correction_bias", mlp["gate"]["e_score_correction_bias"]
-        for expert in range(config.n_routed_experts):
-            own = {name: stack[expert] for name, stack in mlp["experts"].items()}
-            yield from _publish_swiglu(f"{mlp_prefix}experts.{expert}.", own)
-        if config.n_shared_experts:
-            yield from _publish_swiglu(mlp_prefix + "shared_experts.", mlp["shared_experts"])
-    yield "model.norm.weight", np.asarray(params["norm"])
-    if not config.tie_word_embeddings:
-        yield "lm_head.weight", np.asarray(params["lm_head"]).T
 
 
 def _plan_shards(sizes: dict[str, int], max_shard_bytes: int) -> list[list[str]]:
@@ -453,8 +332,8 @@ def _plan_shards(sizes: dict[str, int], max_shard_bytes: int) -> list[list[str]]
     return shards
 
 
-def _check_params(params: Params, config: DeepseekV32Config) -> None:
-    specs = param_specs(config)
+def _check_params(params: Params, config: Config) -> None:
+    specs = _family(config).param_specs(config)
     given: Any = jax.tree.structure(params)
     expected: Any = jax.tree.structure(specs)
     require(given == expected, f"params has the structure {given}; config makes it {expected}.")
@@ -472,7 +351,7 @@ def _replace_json(path: str, data: dict[str, Any]) -> None:
 
 def save_checkpoint(
     folder: str | os.PathLike[str],
-    config: DeepseekV32Config,
+    config: Config,
     params: Params,
     *,
     dtype: Any = None,
@@ -482,7 +361,7 @@ def save_checkpoint(
 ) -> None:
     """Writes a folder in the published naming, which `load_checkpoint` and Hugging Face transformers both read.
 
-    Norms and e_score_correction_bias are written as float32. Weights that an earlier call left there are
+    What is float32 always (norms, biases, ...) is written as float32. Weights that an earlier call left there are
     replaced.
 
     Args:
@@ -502,19 +381,17 @@ def save_checkpoint(
     folder, dtype = os.fspath(folder), _check_dtype(params["embed_tokens"].dtype if dtype is None else dtype)
     os.makedirs(folder, exist_ok=True)
 
-    def stored(name: str) -> Any:  # vectors are norms and biases
-        return np.dtype(np.float32) if len(shapes[name]) == 1 else dtype
-
-    shapes = published_shapes(config)
-    sizes = {name: math.prod(shape) * stored(name).itemsize for name, shape in shapes.items()}
+    family, shapes = _family(config), published_shapes(config)
+    stored = {name: family.stored_dtype(name, shape, dtype) for name, shape in shapes.items()}
+    sizes = {name: math.prod(shape) * stored[name].itemsize for name, shape in shapes.items()}
     shards = _plan_shards(sizes, max_shard_bytes)
     single = len(shards) == 1
     files = [_SINGLE if single else f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
-    tensors = _publish(params, config)
+    tensors = family.publish(params, config)
     disable = not progress or not sys.stderr.isatty()
     for file, names in zip(tqdm(files, desc="writing", unit="file", disable=disable), shards):
         held = {
-            name: np.ascontiguousarray(value, stored(name)) for name, value in itertools.islice(tensors, len(names))
+            name: np.ascontiguousarray(value, stored[name]) for name, value in itertools.islice(tensors, len(names))
         }
         save_file(held, os.path.join(folder, file + ".part"), metadata={"format": "pt"})
     for old in os.listdir(folder):
