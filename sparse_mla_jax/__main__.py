@@ -48,7 +48,9 @@ def _add_model_options(parser: argparse.ArgumentParser, *, cache_dtype: str) -> 
     parser.add_argument(
         "--dtype", choices=DTYPES, default="float32", help="type of weights and activations (default %(default)s)"
     )
-    parser.add_argument("--page-size", type=int, default=64, metavar="N", help="tokens per cache page (default 64)")
+    parser.add_argument(
+        "--page-size", type=int, metavar="N", help="tokens per cache page (default 64, of DeepSeek-V4 256)"
+    )
     parser.add_argument(
         "--implementation", choices=IMPLEMENTATIONS, help="of every operator (default: the best that runs here)"
     )
@@ -60,7 +62,7 @@ MODEL_BENCH = {
     "context": 2048,
     "steps": 32,
     "prefill_chunk": 512,
-    "page_size": 64,
+    "page_size": None,
     "cache_dtype": "float8_e4m3fnuz",
     "dtype": "float32",
 }
@@ -94,7 +96,8 @@ def _add_bench_options(parser: argparse.ArgumentParser, *, heavy: bool) -> None:
     }
     for name, what in sizes.items():
         option = f"--{name.replace('_', '-')}"
-        model.add_argument(option, type=int, metavar="N", help=f"{what} (default {MODEL_BENCH[name]})")
+        default = MODEL_BENCH[name] or "the model's own"
+        model.add_argument(option, type=int, metavar="N", help=f"{what} (default {default})")
     model.add_argument(
         "--cache-dtype", choices=CACHE_DTYPES, help=f"type of the caches (default {MODEL_BENCH['cache_dtype']})"
     )
@@ -394,7 +397,7 @@ def _bench_model(arguments: argparse.Namespace) -> int:
         _options.check_writable("--json", arguments.json)
     for name in ("batch", "context", "steps", "prefill_chunk", "page_size"):
         value = getattr(arguments, name)
-        require(value >= 1, f"--{name.replace('_', '-')} is {value}; at least 1 is expected.")
+        require(value is None or value >= 1, f"--{name.replace('_', '-')} is {value}; at least 1 is expected.")
     require(
         arguments.context <= config.max_position_embeddings,
         f"--context is {arguments.context}; the model's context is {config.max_position_embeddings}.",
@@ -426,7 +429,7 @@ def _bench_model(arguments: argparse.Namespace) -> int:
         "cache_bytes_per_token": engine.bytes_per_token,
         "dtype": arguments.dtype,
         "cache_dtype": arguments.cache_dtype,
-        "page_size": arguments.page_size,
+        "page_size": engine.scheduler.page_size,
         "implementation": arguments.implementation or _implementation(),
         "backend": device["backend"],
         "device": device["device"],
@@ -512,10 +515,12 @@ def _describe(config: Any) -> dict[str, Any]:
     import math
 
     import jax
+    import jax.numpy as jnp
 
-    from sparse_mla_jax.models import deepseek_v32
+    from sparse_mla_jax.models import family
 
-    shapes = jax.tree.leaves(deepseek_v32.param_specs(config))
+    shapes = jax.tree.leaves(family.param_specs(config, jnp.float32))
+    page_size = family.default_page_size(config)
     report: dict[str, Any] = {
         "layers": config.num_hidden_layers,
         "hidden size": config.hidden_size,
@@ -526,10 +531,12 @@ def _describe(config: Any) -> dict[str, Any]:
         "parameters": sum(math.prod(spec.shape) for spec in shapes),
     }
     for name in CACHE_DTYPES:
-        caches = jax.eval_shape(lambda name=name: deepseek_v32.create_caches(config, 1, 1, dtype=name))
-        report[f"cache bytes per token, {name}"] = sum(
-            math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(caches)
+        caches = jax.eval_shape(
+            lambda name=name: family.create_caches(config, 1, page_size, num_requests=1, max_query_len=1, dtype=name)
         )
+        report[f"cache bytes per token, {name}"] = family.bytes_per_token(config, caches, page_size)
+        if per_request := family.bytes_per_request(config, caches):
+            report[f"cache bytes per request, {name}"] = per_request
     return report
 
 

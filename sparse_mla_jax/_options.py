@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sparse_mla_jax.config import DeepseekV32Config, require
-from sparse_mla_jax.models import deepseek_v32
+from sparse_mla_jax.config import Config, require
+from sparse_mla_jax.models import family
 
 DTYPES = ("float32", "bfloat16")
 CACHE_DTYPES = ("float8_e4m3fnuz", "float8_e4m3fn", "bfloat16", "float32")
@@ -59,7 +59,7 @@ def _name(path: Any) -> str:
     return jax.tree_util.keystr(path, simple=True, separator=".")
 
 
-def check_params(params: Any, config: DeepseekV32Config, dtype: Any = None) -> Any:
+def check_params(params: Any, config: Config, dtype: Any = None) -> Any:
     """Puts `params` on the device, matrices as `dtype` (None: as they are); norms stay float32.
 
     Raises:
@@ -70,7 +70,7 @@ def check_params(params: Any, config: DeepseekV32Config, dtype: Any = None) -> A
     wanted = parse_dtype("dtype", dtype, DTYPES)
     tree: Any
     given_tree: Any
-    specs, tree = jax.tree_util.tree_flatten_with_path(deepseek_v32.param_specs(config, wanted))
+    specs, tree = jax.tree_util.tree_flatten_with_path(family.param_specs(config, wanted))
     given, given_tree = jax.tree_util.tree_flatten_with_path(params)
     if given_tree != tree:
         names = [{_name(path) for path, _ in flat} for flat in (specs, given)]

@@ -11,9 +11,9 @@ import numpy as np
 from tqdm import tqdm
 
 from sparse_mla_jax._options import CACHE_DTYPES, check_params, check_size, matmul_precision, parse_dtype
-from sparse_mla_jax.config import DeepseekV32Config, require
+from sparse_mla_jax.config import Config, require
 from sparse_mla_jax.metadata import build_metadata
-from sparse_mla_jax.models import deepseek_v32
+from sparse_mla_jax.models import family
 from sparse_mla_jax.ops._dispatch import check_implementation
 
 
@@ -26,17 +26,18 @@ def _score_step(
     query_lens: jax.Array,
     page_table: jax.Array,
     *,
-    config: DeepseekV32Config,
+    config: Config,
     page_size: int,
     implementation: str | None,
 ) -> tuple[jax.Array, Any]:
     """Logits after every one of token_ids [T]: (float32 [T, V], caches)."""
     with matmul_precision(params):
         metadata = build_metadata(seq_lens, query_lens, page_table, num_tokens=token_ids.shape[0], page_size=page_size)
-        hidden, caches = deepseek_v32.forward(
-            params, token_ids, caches, metadata, config=config, implementation=implementation
+        rows = jnp.arange(seq_lens.shape[0], dtype=jnp.int32)
+        hidden, caches = family.forward(
+            params, token_ids, caches, metadata, config=config, state_ids=rows, implementation=implementation
         )
-        return deepseek_v32.logits(params, hidden, config), caches
+        return family.logits(params, hidden, config), caches
 
 
 def check_token_ids(token_ids: Any, vocab_size: int) -> np.ndarray:
@@ -61,9 +62,9 @@ def check_token_ids(token_ids: Any, vocab_size: int) -> np.ndarray:
 
 
 def check_arguments(
-    config: DeepseekV32Config, token_ids: Any, *, prompt_length: int | None, chunk: int | None, page_size: int
-) -> tuple[np.ndarray, int, int]:
-    """The arguments of `score` that need no weights, defaults filled in: (int32 [B, L], prompt length, chunk).
+    config: Config, token_ids: Any, *, prompt_length: int | None, chunk: int | None, page_size: int | None
+) -> tuple[np.ndarray, int, int, int]:
+    """The arguments of `score` that need no weights, defaults filled in: (int32 [B, L], prompt length, chunk, page).
 
     Raises:
       ValueError: an argument that is not as `score` describes it.
@@ -82,19 +83,19 @@ def check_arguments(
     )
     longest = max(prompt_length, 1)
     chunk = longest if chunk is None else min(check_size("chunk", chunk), longest)
-    check_size("page_size", page_size)
-    return tokens, prompt_length, chunk
+    page_size = family.default_page_size(config) if page_size is None else check_size("page_size", page_size)
+    return tokens, prompt_length, chunk, page_size
 
 
 def score(
     params: Any,
-    config: DeepseekV32Config,
+    config: Config,
     token_ids: Any,
     *,
     prompt_length: int | None = None,
     chunk: int | None = None,
     cache_dtype: Any = "float8_e4m3fnuz",
-    page_size: int = 64,
+    page_size: int | None = None,
     implementation: str | None = None,
     progress: bool = False,
 ) -> np.ndarray:
@@ -111,7 +112,7 @@ def score(
       prompt_length: 0..L; None: L, so prefill only. 0 decodes from an empty cache.
       chunk: tokens per sequence and prefill step; None: the whole prompt at once.
       cache_dtype: float8_e4m3fnuz, float8_e4m3fn, bfloat16 or float32.
-      page_size: tokens per page.
+      page_size: tokens per page; None: 64, of DeepSeek-V4 256 (a multiple or a divisor of every compress ratio).
       implementation: None, "triton", "xla" or "reference".
       progress: whether a bar on stderr counts the tokens.
 
@@ -123,13 +124,15 @@ def score(
     """
     check_implementation(implementation)
     cache_type = parse_dtype("cache_dtype", cache_dtype, CACHE_DTYPES)
-    tokens, prompt_length, chunk = check_arguments(
+    tokens, prompt_length, chunk, page_size = check_arguments(
         config, token_ids, prompt_length=prompt_length, chunk=chunk, page_size=page_size
     )
     batch, length = tokens.shape
     params = check_params(params, config)
     width = -(-length // page_size)
-    caches = deepseek_v32.create_caches(config, batch * width, page_size, dtype=cache_type)
+    caches = family.create_caches(
+        config, batch * width, page_size, num_requests=batch, max_query_len=chunk, dtype=cache_type
+    )
     page_table = jnp.arange(batch * width, dtype=jnp.int32).reshape(batch, width)
     logits = np.empty((batch, length, config.vocab_size), np.float32)
 

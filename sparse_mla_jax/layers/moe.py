@@ -1,16 +1,17 @@
-"""Feed-forward layers: SwiGLU, and DeepSeek-V3's mixture of experts with shared experts."""
+"""Feed-forward layers: SwiGLU, and the mixtures of experts of DeepSeek-V3 and V4 with shared experts."""
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
-from sparse_mla_jax.config import DeepseekV32Config
+from sparse_mla_jax.config import DeepseekV4Config, DeepseekV32Config
 from sparse_mla_jax.ops._chunks import varying
-from sparse_mla_jax.ops.router import biased_grouped_topk
+from sparse_mla_jax.ops.router import biased_grouped_topk, hash_route, sqrt_softplus_topk
 
 
 def matmul(x: Array, weight: Array) -> Array:
@@ -18,24 +19,34 @@ def matmul(x: Array, weight: Array) -> Array:
     return jnp.tensordot(x, weight, axes=1, preferred_element_type=jnp.float32)
 
 
-def swiglu(params: dict[str, Array], x: Array, *, row_weights: Array | None = None) -> Array:
+def _gated(gate: Array, up: Array, limit: float | None) -> Array:
+    """silu(gate) * up; with a limit the gate is cut above it and up on both sides, as DeepSeek-V4 does."""
+    if limit is not None:
+        gate, up = jnp.minimum(gate, limit), jnp.clip(up, -limit, limit)
+    return jax.nn.silu(gate) * up
+
+
+def swiglu(
+    params: dict[str, Array], x: Array, *, row_weights: Array | None = None, limit: float | None = None
+) -> Array:
     """W_down (silu(W_gate x) * W_up x), accumulated in float32 (arXiv:2002.05202).
 
     Args:
       params: gate_proj [D, I], up_proj [D, I], down_proj [I, D].
       x: [T, D].
       row_weights: float32[T] multiplied into the inner activation (a router's weights), or None.
+      limit: bound of W_gate x from above and of W_up x on both sides; None for none.
 
     Returns:
       float32[T, D].
     """
-    inner = jax.nn.silu(matmul(x, params["gate_proj"])) * matmul(x, params["up_proj"])
+    inner = _gated(matmul(x, params["gate_proj"]), matmul(x, params["up_proj"]), limit)
     if row_weights is not None:
         inner = inner * row_weights[:, None]
     return matmul(inner.astype(x.dtype), params["down_proj"])
 
 
-def _by_pair(experts: dict[str, Array], x: Array, weights: Array, ids: Array) -> Array:
+def _by_pair(experts: dict[str, Array], x: Array, weights: Array, ids: Array, limit: float | None) -> Array:
     """One (token, expert) pair after the other: reads the chosen experts only, best for a handful of tokens."""
     k = ids.shape[1]
 
@@ -44,13 +55,13 @@ def _by_pair(experts: dict[str, Array], x: Array, weights: Array, ids: Array) ->
         chosen = jax.tree.map(lambda w: w[ids[token, pair % k]], experts)
         row = jax.lax.dynamic_slice_in_dim(x, token, 1)
         weight = weights[token, pair % k][None]
-        return total.at[token].add(swiglu(chosen, row, row_weights=weight)[0])
+        return total.at[token].add(swiglu(chosen, row, row_weights=weight, limit=limit)[0])
 
     start = varying(jnp.zeros(x.shape, jnp.float32), experts, x, weights)
     return jax.lax.fori_loop(0, ids.size, body, start)
 
 
-def _by_expert(experts: dict[str, Array], x: Array, weights: Array, ids: Array) -> Array:
+def _by_expert(experts: dict[str, Array], x: Array, weights: Array, ids: Array, limit: float | None) -> Array:
     """Every expert over every token, weight 0 where it was not chosen: dense products only."""
     num_experts = experts["gate_proj"].shape[0]
     dense = jnp.zeros((x.shape[0], num_experts), jnp.float32)
@@ -58,13 +69,13 @@ def _by_expert(experts: dict[str, Array], x: Array, weights: Array, ids: Array) 
 
     def body(total: Array, args: tuple[dict[str, Array], Array]) -> tuple[Array, None]:
         expert, weight = args
-        return total + swiglu(expert, x, row_weights=weight), None
+        return total + swiglu(expert, x, row_weights=weight, limit=limit), None
 
     start = varying(jnp.zeros(x.shape, jnp.float32), experts, x, weights)
     return jax.lax.scan(body, start, (experts, dense.T))[0]
 
 
-def _grouped(experts: dict[str, Array], x: Array, weights: Array, ids: Array) -> Array:
+def _grouped(experts: dict[str, Array], x: Array, weights: Array, ids: Array, limit: float | None) -> Array:
     """Pairs sorted by expert, grouped products: each expert's weights are read once, for its own rows."""
     order = jnp.argsort(ids.reshape(-1), stable=True)
     sizes = jnp.bincount(ids.reshape(-1), length=experts["gate_proj"].shape[0]).astype(jnp.int32)
@@ -73,13 +84,15 @@ def _grouped(experts: dict[str, Array], x: Array, weights: Array, ids: Array) ->
     def product(a: Array, name: str) -> Array:
         return jax.lax.ragged_dot(a, experts[name], sizes, preferred_element_type=jnp.float32)
 
-    inner = jax.nn.silu(product(rows, "gate_proj")) * product(rows, "up_proj") * weights.reshape(-1)[order][:, None]
+    inner = _gated(product(rows, "gate_proj"), product(rows, "up_proj"), limit) * weights.reshape(-1)[order][:, None]
     out = product(inner.astype(x.dtype), "down_proj")
     # Back to token order by a gather: a scatter-add would sum in no fixed order on a GPU.
     return out[jnp.argsort(order)].reshape(*ids.shape, -1).sum(axis=1)
 
 
-def routed_experts(experts: dict[str, Array], x: Array, weights: Array, ids: Array) -> Array:
+def routed_experts(
+    experts: dict[str, Array], x: Array, weights: Array, ids: Array, *, limit: float | None = None
+) -> Array:
     """sum_j weights[t, j] * SwiGLU_{ids[t, j]}(x[t]).
 
     Three ways with the same result, chosen by static shapes and platform. On a 2-core CPU (float32, ms): 8 tokens, 64
@@ -91,6 +104,7 @@ def routed_experts(experts: dict[str, Array], x: Array, weights: Array, ids: Arr
       x: [T, D].
       weights: float32[T, k].
       ids: int32[T, k], inside [0, E).
+      limit: see `swiglu`.
 
     Returns:
       float32[T, D].
@@ -98,7 +112,19 @@ def routed_experts(experts: dict[str, Array], x: Array, weights: Array, ids: Arr
     if x.shape[0] == 0:
         return jnp.zeros(x.shape, jnp.float32)
     on_cpu = _by_pair if ids.size <= experts["gate_proj"].shape[0] else _by_expert
-    return jax.lax.platform_dependent(experts, x, weights, ids, cpu=on_cpu, default=_grouped)
+    return jax.lax.platform_dependent(
+        experts,
+        x,
+        weights,
+        ids,
+        cpu=functools.partial(on_cpu, limit=limit),
+        default=functools.partial(_grouped, limit=limit),
+    )
+
+
+def _router_logits(gate: dict[str, Array], x: Array) -> Array:
+    """float32[T, E]. A router decides by comparing: exact products even where the platform's default is less."""
+    return jnp.dot(x, gate["weight"], precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
 
 
 def moe(params: dict[str, Any], x: Array, *, config: DeepseekV32Config) -> Array:
@@ -114,10 +140,8 @@ def moe(params: dict[str, Any], x: Array, *, config: DeepseekV32Config) -> Array
       [T, D] in x.dtype.
     """
     gate = params["gate"]
-    # A router decides by comparing: float32 products even where the platform's default is less.
-    logits = jnp.dot(x, gate["weight"], precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
     weights, ids = biased_grouped_topk(
-        logits,
+        _router_logits(gate, x),
         gate["e_score_correction_bias"],
         num_groups=config.n_group,
         groups_kept=config.topk_group,
@@ -128,4 +152,31 @@ def moe(params: dict[str, Any], x: Array, *, config: DeepseekV32Config) -> Array
     out = routed_experts(params["experts"], x, weights, ids)
     if config.n_shared_experts:
         out = out + swiglu(params["shared_experts"], x)
+    return out.astype(x.dtype)
+
+
+def clamped_moe(params: dict[str, Any], x: Array, token_ids: Array, *, config: DeepseekV4Config) -> Array:
+    """DeepSeek-V4's mixture of experts: sqrt(softplus) router or a table of token ids, clamped SwiGLU everywhere.
+
+    Args:
+      params: gate {weight [D, E], and e_score_correction_bias float32[E] or, in layers that go by the token,
+        token_experts int32[V, k]}, experts (see `routed_experts`), and shared_experts where config.n_shared_experts is
+        not 0.
+      x: [T, D], already normed.
+      token_ids: int[T], read where the gate has a table.
+      config: the model's shapes.
+
+    Returns:
+      [T, D] in x.dtype.
+    """
+    gate, options = params["gate"], {"scale": config.routed_scaling_factor, "renormalize": config.norm_topk_prob}
+    logits = _router_logits(gate, x)
+    if "token_experts" in gate:
+        weights, ids = hash_route(logits, token_ids, gate["token_experts"], **options)
+    else:
+        bias = gate["e_score_correction_bias"]
+        weights, ids = sqrt_softplus_topk(logits, bias, k=config.num_experts_per_tok, **options)
+    out = routed_experts(params["experts"], x, weights, ids, limit=config.swiglu_limit)
+    if config.n_shared_experts:
+        out = out + swiglu(params["shared_experts"], x, limit=config.swiglu_limit)
     return out.astype(x.dtype)

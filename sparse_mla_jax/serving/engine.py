@@ -18,9 +18,9 @@ import jax
 import numpy as np
 
 from sparse_mla_jax._options import CACHE_DTYPES, check_params, check_size, matmul_precision, parse_dtype
-from sparse_mla_jax.config import DeepseekV32Config, require
+from sparse_mla_jax.config import Config, require
 from sparse_mla_jax.metadata import bucket_for, buckets, build_metadata
-from sparse_mla_jax.models import deepseek_v32
+from sparse_mla_jax.models import family
 from sparse_mla_jax.ops._dispatch import check_implementation
 from sparse_mla_jax.serving.pages import PageAllocator
 from sparse_mla_jax.serving.sampling import sample
@@ -37,6 +37,7 @@ class StepInputs(NamedTuple):
       seq_lens: int32 [B], each sequence's length after this step; 0 in padded rows.
       query_lens: int32 [B], how many tokens of the step are the row's; 0 in padded rows.
       page_table: int32 [B, P], -1 where there is no page.
+      state_ids: int32 [B], where the request's per-request state lies (models that have one); -1 in padded rows.
       temperature: float32 [B].
       top_p: float32 [B].
       seeds: uint32 [B].
@@ -46,6 +47,7 @@ class StepInputs(NamedTuple):
     seq_lens: Any
     query_lens: Any
     page_table: Any
+    state_ids: Any
     temperature: Any
     top_p: Any
     seeds: Any
@@ -56,7 +58,7 @@ def model_step(
     caches: Any,
     inputs: StepInputs,
     *,
-    config: DeepseekV32Config,
+    config: Config,
     page_size: int,
     implementation: str | None,
 ) -> tuple[jax.Array, Any]:
@@ -69,10 +71,16 @@ def model_step(
             num_tokens=inputs.token_ids.shape[0],
             page_size=page_size,
         )
-        hidden, caches = deepseek_v32.forward(
-            params, inputs.token_ids, caches, metadata, config=config, implementation=implementation
+        hidden, caches = family.forward(
+            params,
+            inputs.token_ids,
+            caches,
+            metadata,
+            config=config,
+            state_ids=inputs.state_ids,
+            implementation=implementation,
         )
-        scores = deepseek_v32.logits(params, hidden[metadata.last_token], config)
+        scores = family.logits(params, hidden[metadata.last_token], config)
         # The sampled token's position is the length before it: the same however the tokens before it were computed.
         tokens = sample(scores, inputs.temperature, inputs.top_p, inputs.seeds, metadata.seq_lens)
     return tokens, caches
@@ -119,7 +127,7 @@ def encode(name: str, text: Prompt, vocab_size: int) -> tuple[int, ...]:
 
 
 def check_request(
-    config: DeepseekV32Config,
+    config: Config,
     prompt: Prompt,
     *,
     max_tokens: int,
@@ -177,7 +185,8 @@ class Engine:
     Attributes:
       config: the model's shapes.
       params: the model's weights on the device.
-      caches: tuple over layers of (PagedKVCache, PagedIndexCache); replaced by every step.
+      caches: tuple over layers, of (PagedKVCache, PagedIndexCache) or of DeepSeek-V4's LayerCaches; replaced by every
+        step.
       scheduler: the waiting and running requests.
       token_buckets: token counts to which steps are padded, ascending.
     """
@@ -185,11 +194,11 @@ class Engine:
     def __init__(
         self,
         params: Any,
-        config: DeepseekV32Config,
+        config: Config,
         *,
         dtype: Any = None,
         cache_dtype: Any = "float8_e4m3fnuz",
-        page_size: int = 64,
+        page_size: int | None = None,
         num_pages: int | None = None,
         max_batch: int = 8,
         max_context: int | None = None,
@@ -204,7 +213,7 @@ class Engine:
           config: the model's shapes.
           dtype: float32 or bfloat16, what matrices are cast to; None keeps them.
           cache_dtype: float8_e4m3fnuz, float8_e4m3fn, bfloat16 or float32.
-          page_size: tokens per page.
+          page_size: tokens per page; None: 64, of DeepSeek-V4 256 (a multiple or a divisor of every compress ratio).
           num_pages: pages in all; None: enough for max_batch sequences of max_context.
           max_batch: most requests in a step.
           max_context: most tokens of a request, prompt and generated; None: 4096 or the model's own limit if smaller.
@@ -218,7 +227,7 @@ class Engine:
         """
         check_implementation(implementation)
         cache_type = parse_dtype("cache_dtype", cache_dtype, CACHE_DTYPES)
-        page_size = check_size("page_size", page_size)
+        page_size = family.default_page_size(config) if page_size is None else check_size("page_size", page_size)
         max_batch = check_size("max_batch", max_batch)
         limit = config.max_position_embeddings
         max_context = check_size("max_context", min(limit, 4096) if max_context is None else max_context, 2)
@@ -245,7 +254,9 @@ class Engine:
             max_context=max_context,
             token_budget=token_budget,
         )
-        self.caches = deepseek_v32.create_caches(config, num_pages, page_size, dtype=cache_type)
+        self.caches = family.create_caches(
+            config, num_pages, page_size, num_requests=max_batch, max_query_len=token_budget, dtype=cache_type
+        )
         self._step = functools.partial(_jitted_step, config=config, page_size=page_size, implementation=implementation)
         self._failure: str | None = None
 
@@ -255,9 +266,14 @@ class Engine:
         return self.scheduler.max_context
 
     @property
-    def bytes_per_token(self) -> int:
-        """Cache bytes of one token over all layers."""
-        return sum(cache.bytes_per_token + index.bytes_per_token for cache, index in self.caches)
+    def bytes_per_token(self) -> float:
+        """Cache bytes that one more token of context costs over all layers."""
+        return family.bytes_per_token(self.config, self.caches, self.scheduler.page_size)
+
+    @property
+    def bytes_per_request(self) -> int:
+        """Cache bytes that a running request costs besides, whatever its length: windows, open compressions."""
+        return family.bytes_per_request(self.config, self.caches)
 
     @property
     def failed(self) -> bool:
@@ -387,6 +403,7 @@ class Engine:
             seq_lens=np.zeros(rows, np.int32),
             query_lens=np.zeros(rows, np.int32),
             page_table=np.full((rows, self.scheduler.table_width), -1, np.int32),
+            state_ids=np.full(rows, -1, np.int32),
             temperature=np.zeros(rows, np.float32),
             top_p=np.ones(rows, np.float32),
             seeds=np.zeros(rows, np.uint32),
@@ -404,6 +421,7 @@ class Engine:
             inputs.seq_lens[i] = row.seq_len
             inputs.query_lens[i] = row.num_tokens
             inputs.page_table[i] = row.page_row
+            inputs.state_ids[i] = row.state
             inputs.temperature[i] = request.temperature
             inputs.top_p[i] = request.top_p
             inputs.seeds[i] = request.seed

@@ -53,11 +53,12 @@ class Request:
     finish_reason: str | None = None
     error: str | None = None
     num_preemptions: int = 0
-    # The scheduler's own: prompt and generated tokens; how many of them are in the cache; the pages.
+    # The scheduler's own: prompt and generated tokens; how many of them are in the cache; the pages; the state.
     _sequence: list[int] = dataclasses.field(default_factory=list, repr=False)
     _num_cached: int = dataclasses.field(default=0, repr=False)
     _page_row: np.ndarray | None = dataclasses.field(default=None, repr=False)
     _num_pages: int = dataclasses.field(default=0, repr=False)
+    _state: int = dataclasses.field(default=-1, repr=False)
     _arrival: int = dataclasses.field(default=-1, repr=False)
 
     @property
@@ -104,6 +105,11 @@ class Scheduled:
         """int32 [page-table width]: the request's pages in order, then -1."""
         assert self.request._page_row is not None
         return self.request._page_row
+
+    @property
+    def state(self) -> int:
+        """Where what the model keeps per request lies: no two running requests share it."""
+        return self.request._state
 
 
 def held_back(generated: Sequence[int], stop: Sequence[Sequence[int]]) -> int:
@@ -160,6 +166,8 @@ class Scheduler:
         self.capacity = min(max_context, allocator.num_pages * page_size)
         self.waiting: collections.OrderedDict[int, Request] = collections.OrderedDict()
         self.running: list[Request] = []
+        # A request has one from admission to its end or preemption.
+        self._free_states = list(range(max_batch))[::-1]
         self._arrivals = itertools.count()
 
     @property
@@ -237,6 +245,7 @@ class Scheduler:
                 break
             del self.waiting[request._arrival]
             self._take(request, needed)
+            request._state = self._free_states.pop()
             self.running.append(request)
             batch.append(Scheduled(request, min(self._pending(request), budget)))
             budget -= batch[-1].num_tokens
@@ -310,6 +319,9 @@ class Scheduler:
             assert request._page_row is not None
             self.allocator.free(request._page_row[: request._num_pages].tolist())
             request._page_row.fill(-1)
+        if request._state >= 0:
+            self._free_states.append(request._state)
+        request._state = -1
         request._num_pages = 0
         request._num_cached = 0
 

@@ -1,0 +1,126 @@
+"""Manifold-constrained hyper-connections: the residual stream in n copies, mixed by matrices that preserve their sum.
+
+In place of `x + f(norm(x))`, a sub-layer reads a weighted sum of n streams, and its output is added to every stream
+with a weight of its own, after the streams were mixed by a doubly stochastic matrix M. Weights and M are functions of
+the token. Sources: mHC (arXiv:2512.24880), hyper-connections (arXiv:2409.19606); DeepSeek-V4's form and constants.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from sparse_mla_jax.config import DeepseekV4Config, require
+from sparse_mla_jax.ops.hyper_connections import doubly_stochastic, merge, split
+
+__all__ = ["doubly_stochastic", "join_streams", "merge_streams", "split_streams"]
+
+# The product is cut along its inner dimension into so many parts at most, of so many values at least: a few columns of
+# a few tokens would leave a GPU idle, and the sum of the parts would be a launch of its own.
+_PARTS, _PART = 32, 128
+
+
+def _product(streams: Array, matrix: Array) -> Array:
+    """Parts float32[S, T, O] of the concatenation of streams[T, n, D] times matrix[n * D, O]."""
+    tokens, n, width = streams.shape
+    require(
+        matrix.shape[0] == n * width,
+        f"fn has shape {matrix.shape}; streams of {n} x {width} values need {n * width} rows.",
+    )
+    parts = _PARTS
+    while parts > 1 and (n * width % parts or n * width < parts * _PART):
+        parts //= 2
+    flat = streams.reshape(tokens, parts, n * width // parts).astype(jnp.float32)
+    matrix = matrix.astype(jnp.float32).reshape(parts, n * width // parts, matrix.shape[1])
+    # Mixing weights steer every later layer: float32 products even where the platform's default is less.
+    return jnp.einsum("tsi,sio->sto", flat, matrix, precision=jax.lax.Precision.HIGHEST)
+
+
+def split_streams(
+    params: dict[str, Any],
+    streams: Array,
+    *,
+    config: DeepseekV4Config,
+    norm: Array | None = None,
+    implementation: str | None = None,
+) -> tuple[Array, tuple[Array, Array]]:
+    """What a sub-layer reads, and how its output goes back.
+
+    Args:
+      params: fn [n * D, n * (n + 2)], base [n * (n + 2)], scale [3], float32.
+      streams: [T, n, D].
+      config: the model's constants.
+      norm: [D] weight of the sub-layer's own RMS norm; None leaves it to the caller.
+      implementation: None, "triton", "xla" or "reference".
+
+    Returns:
+      (input [T, D] in streams.dtype, (weights of the output float32[T, n], mixing float32[T, n, n])), for
+      `join_streams`.
+
+    Raises:
+      ValueError: weights that do not fit the streams.
+    """
+    joined, writes, mixing = split(
+        streams,
+        _product(streams, params["fn"]),
+        params["base"],
+        params["scale"],
+        iterations=config.hc_sinkhorn_iters,
+        eps=config.hc_eps,
+        norm_eps=config.rms_norm_eps,
+        norm=norm,
+        implementation=implementation,
+    )
+    return joined, (writes, mixing)
+
+
+def join_streams(streams: Array, out: Array, weights: tuple[Array, Array]) -> Array:
+    """streams'[t, j] = writes[t, j] * out[t] + sum_i mixing[t, i, j] * streams[t, i].
+
+    Args:
+      streams: [T, n, D] before the sub-layer.
+      out: [T, D], the sub-layer's output.
+      weights: from `split_streams`.
+
+    Returns:
+      [T, n, D] in streams.dtype.
+    """
+    writes, mixing = weights
+    wide = streams.astype(jnp.float32)
+    mixed = jnp.sum(mixing[:, :, :, None] * wide[:, :, None, :], axis=1)
+    return (writes[:, :, None] * out.astype(jnp.float32)[:, None, :] + mixed).astype(streams.dtype)
+
+
+def merge_streams(
+    params: dict[str, Any],
+    streams: Array,
+    *,
+    config: DeepseekV4Config,
+    norm: Array | None = None,
+    implementation: str | None = None,
+) -> Array:
+    """The one stream that the output head reads: [T, D] in streams.dtype.
+
+    Args:
+      params: fn [n * D, n], base [n], scale [1], float32.
+      streams: [T, n, D].
+      config: the model's constants.
+      norm: [D] weight of the RMS norm that follows; None leaves it to the caller.
+      implementation: None, "triton", "xla" or "reference".
+
+    Raises:
+      ValueError: weights that do not fit the streams.
+    """
+    return merge(
+        streams,
+        _product(streams, params["fn"]),
+        params["base"],
+        params["scale"],
+        eps=config.hc_eps,
+        norm_eps=config.rms_norm_eps,
+        norm=norm,
+        implementation=implementation,
+    )

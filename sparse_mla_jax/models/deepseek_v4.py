@@ -1,0 +1,292 @@
+"""DeepSeek-V4 as pure functions of (params, tokens, caches, metadata), with prefill and decode steps on top.
+
+The residual stream is n streams wide (`layers.hyper_connections`); every layer attends to a sliding window and, most of
+them, to compressed entries (`layers.compressed_attention`). Parameters: see `models.v4_params`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax.numpy as jnp
+from jax import Array
+
+from sparse_mla_jax.config import DeepseekV4Config, require
+from sparse_mla_jax.layers.compressed_attention import LayerCaches, compressed_attention_step
+from sparse_mla_jax.layers.hyper_connections import join_streams, merge_streams, split_streams
+from sparse_mla_jax.layers.moe import clamped_moe, matmul
+from sparse_mla_jax.metadata import StepMetadata, build_metadata, decode_metadata
+from sparse_mla_jax.models.v4_params import Params, init_params, param_specs
+from sparse_mla_jax.ops.cache import PagedIndexCache, PagedKVCache
+from sparse_mla_jax.ops.compressor import CompressorState, entry_pages
+from sparse_mla_jax.ops.window import ring_size
+
+__all__ = ["Caches", "Params", "create_caches", "decode", "forward", "init_params", "logits", "param_specs", "prefill"]
+
+Caches = tuple[LayerCaches, ...]
+
+
+def create_caches(
+    config: DeepseekV4Config,
+    num_pages: int,
+    page_size: int,
+    *,
+    num_requests: int,
+    max_query_len: int = 1,
+    dtype: Any = jnp.float8_e4m3fnuz,
+) -> Caches:
+    """Empty caches: entries by pages of tokens, windows and compressor states by running requests.
+
+    Memory: per token of context what `bytes_per_token` says; per request `bytes_per_request`, however long it grows.
+
+    Args:
+      config: the model's shapes.
+      num_pages: pages for the compressed entries of all requests.
+      page_size: tokens per page, a multiple of every compress ratio (256 for published models) or a divisor of it; a
+        divisor below a ratio stores one entry where a page may hold none, so it costs memory.
+      num_requests: requests that run at a time: rings and states.
+      max_query_len: most tokens of one request in a step; rings are that much longer than the window.
+      dtype: float8_e4m3fnuz, float8_e4m3fn, bfloat16 or float32, of keys and index keys; states are float32.
+
+    Returns:
+      A tuple over layers.
+
+    Raises:
+      ValueError: sizes or a type that the caches do not support.
+    """
+    ring = ring_size(config.sliding_window, max_query_len)
+
+    def keys(pages: int, size: int) -> PagedKVCache:
+        return PagedKVCache.create(
+            pages,
+            size,
+            latent_dim=config.nope_dim,
+            rope_dim=config.qk_rope_head_dim,
+            group_size=config.kv_group_size,
+            dtype=dtype,
+            scale_dtype=jnp.float8_e8m0fnu,
+        )
+
+    def create(layer: int) -> LayerCaches:
+        ratio, window = config.compress_ratio(layer), keys(num_requests, ring)
+        if not ratio:
+            return LayerCaches(window)
+        overlap = config.compressor_overlap(ratio)
+        _, entries = entry_pages(jnp.zeros((0, 0), jnp.int32), page_size=page_size, ratio=ratio)
+        state = CompressorState.create(num_requests, ratio=ratio, dim=config.head_dim, overlap=overlap)
+        if not config.has_indexer(layer):
+            return LayerCaches(window, keys(num_pages, entries), state)
+        dim = config.index_head_dim
+        return LayerCaches(
+            window,
+            keys(num_pages, entries),
+            state,
+            PagedIndexCache.create(num_pages, entries, dim=dim, dtype=dtype),
+            CompressorState.create(num_requests, ratio=ratio, dim=dim, overlap=overlap),
+        )
+
+    return tuple(create(layer) for layer in range(config.num_hidden_layers))
+
+
+def bytes_per_token(caches: Caches, page_size: int) -> float:
+    """Cache bytes that one more token of context costs over all layers, in pages of `page_size` tokens."""
+    total = 0
+    for layer in caches:
+        for cache in (layer.compressed, layer.index):
+            if cache is not None:
+                total += cache.bytes_per_token * cache.page_size
+    return total / page_size
+
+
+def bytes_per_request(caches: Caches) -> int:
+    """Bytes of windows and compressor states that a running request holds over all layers, whatever its length."""
+    total = 0
+    for layer in caches:
+        total += layer.window.bytes_per_token * layer.window.page_size
+        for state in (layer.state, layer.index_state):
+            if state is not None:
+                total += state.bytes_per_request
+    return total
+
+
+def forward(
+    params: Params,
+    token_ids: Array,
+    caches: Caches,
+    metadata: StepMetadata,
+    *,
+    config: DeepseekV4Config,
+    state_ids: Array | None = None,
+    implementation: str | None = None,
+) -> tuple[Array, Caches]:
+    """One step through all layers, for decode tokens and prefill chunks in any mix.
+
+    Args:
+      params: see `models.v4_params`.
+      token_ids: int[T]; ids outside the vocabulary, and those of padding, are clamped into it.
+      caches: from `create_caches`; donate them to update in place.
+      metadata: of this step.
+      config: the model's shapes (static).
+      state_ids: int32[B], the ring and state of each request; None: row b's is b.
+      implementation: None, "triton", "xla" or "reference", for every operator.
+
+    Returns:
+      (hidden [T, D] after the final norm, caches).
+
+    Raises:
+      ValueError: token_ids, caches or metadata of other shapes than expected (at trace time).
+    """
+    require(
+        token_ids.shape == (metadata.num_tokens,) and jnp.issubdtype(token_ids.dtype, jnp.integer),
+        f"token_ids is {token_ids.dtype}{list(token_ids.shape)}; metadata needs int32[{metadata.num_tokens}].",
+    )
+    require(
+        len(caches) == config.num_hidden_layers,
+        f"caches has {len(caches)} layers, config {config.num_hidden_layers}; make them with create_caches.",
+    )
+    require(
+        state_ids is None or state_ids.shape == (metadata.num_requests,),
+        f"state_ids has shape {getattr(state_ids, 'shape', None)}; metadata has {metadata.num_requests} requests.",
+    )
+    table = params["embed_tokens"]
+    token_ids = jnp.clip(token_ids, 0, table.shape[0] - 1)
+    streams = jnp.repeat(table[token_ids][:, None, :], config.hc_mult, axis=1)
+    updated = []
+    for number, cache in enumerate(caches):
+        streams, cache = decoder_layer(
+            params["layers"][number],
+            streams,
+            token_ids,
+            cache,
+            metadata,
+            config=config,
+            layer=number,
+            state_ids=state_ids,
+            implementation=implementation,
+        )
+        updated.append(cache)
+    hidden = merge_streams(
+        params["hc_head"], streams, config=config, norm=params["norm"], implementation=implementation
+    )
+    return hidden, tuple(updated)
+
+
+def decoder_layer(
+    params: Params,
+    streams: Array,
+    token_ids: Array,
+    caches: LayerCaches,
+    metadata: StepMetadata,
+    *,
+    config: DeepseekV4Config,
+    layer: int,
+    state_ids: Array | None = None,
+    implementation: str | None = None,
+) -> tuple[Array, LayerCaches]:
+    """Layer number `layer` on streams [T, n, D]: attention, then the mixture of experts, each between its mixings."""
+    normed, weights = split_streams(
+        params["attn_hc"], streams, config=config, norm=params["input_layernorm"], implementation=implementation
+    )
+    out, caches = compressed_attention_step(
+        params["self_attn"],
+        normed,
+        caches,
+        metadata,
+        config=config,
+        layer=layer,
+        state_ids=state_ids,
+        implementation=implementation,
+    )
+    streams = join_streams(streams, out, weights)
+    normed, weights = split_streams(
+        params["ffn_hc"], streams, config=config, norm=params["post_attention_layernorm"], implementation=implementation
+    )
+    out = clamped_moe(params["mlp"], normed, token_ids, config=config)
+    return join_streams(streams, out, weights), caches
+
+
+def logits(params: Params, hidden: Array, config: DeepseekV4Config) -> Array:
+    """Scores of the next token, float32[..., V], from final-normed hidden [..., D]; ask only for rows that you need."""
+    if config.tie_word_embeddings:
+        return jnp.einsum("...d,vd->...v", hidden, params["embed_tokens"], preferred_element_type=jnp.float32)
+    return matmul(hidden, params["lm_head"])
+
+
+def prefill(
+    params: Params,
+    token_ids: Array,
+    caches: Caches,
+    seq_lens: Array,
+    query_lens: Array,
+    page_table: Array,
+    *,
+    config: DeepseekV4Config,
+    page_size: int,
+    state_ids: Array | None = None,
+    implementation: str | None = None,
+) -> tuple[Array, Caches]:
+    """One step over prompts, chunks of prompts, or a mix with decode tokens; see `build_metadata` for the layout.
+
+    Args:
+      params: see `models.v4_params`.
+      token_ids: int[T] tokens of all requests one after the other, padded behind, T >= 1.
+      caches: from `create_caches`.
+      seq_lens: int[B] tokens of each request, those of this step included.
+      query_lens: int[B] tokens of each request in this step.
+      page_table: int[B, P].
+      config: the model's shapes (static).
+      page_size: tokens per page, as given to `create_caches` (static).
+      state_ids: int[B], the ring and state of each request; None: row b's is b.
+      implementation: None, "triton", "xla" or "reference".
+
+    Returns:
+      (float32[B, V] logits after each request's last token; meaningless for requests without tokens, caches).
+
+    Raises:
+      ValueError: arguments that do not fit together (at trace time).
+    """
+    require(
+        token_ids.ndim == 1 and token_ids.shape[0] >= 1,
+        f"token_ids has shape {token_ids.shape}; int32[T] with at least one token is expected.",
+    )
+    metadata = build_metadata(seq_lens, query_lens, page_table, num_tokens=token_ids.shape[0], page_size=page_size)
+    options = {"config": config, "state_ids": state_ids, "implementation": implementation}
+    hidden, caches = forward(params, token_ids, caches, metadata, **options)
+    return logits(params, hidden[metadata.last_token], config), caches
+
+
+def decode(
+    params: Params,
+    token_ids: Array,
+    caches: Caches,
+    seq_lens: Array,
+    page_table: Array,
+    *,
+    config: DeepseekV4Config,
+    page_size: int,
+    state_ids: Array | None = None,
+    implementation: str | None = None,
+) -> tuple[Array, Caches]:
+    """One token of every request; row b belongs to request b, and rows with seq_lens[b] <= 0 are padding.
+
+    Args:
+      params: see `models.v4_params`.
+      token_ids: int[B] the newest token of each request.
+      caches: from `create_caches`.
+      seq_lens: int[B] tokens of each request, the newest included.
+      page_table: int[B, P].
+      config: the model's shapes (static).
+      page_size: tokens per page, as given to `create_caches` (static).
+      state_ids: int[B], the ring and state of each request; None: row b's is b.
+      implementation: None, "triton", "xla" or "reference".
+
+    Returns:
+      (float32[B, V] logits, caches).
+
+    Raises:
+      ValueError: arguments that do not fit together (at trace time).
+    """
+    metadata = decode_metadata(seq_lens, page_table, page_size=page_size)
+    options = {"config": config, "state_ids": state_ids, "implementation": implementation}
+    hidden, caches = forward(params, token_ids, caches, metadata, **options)
+    return logits(params, hidden, config), caches
