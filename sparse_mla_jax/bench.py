@@ -30,6 +30,7 @@ from sparse_mla_jax.device_timing import (
     method,
     number_of_sets,
     time_calls,
+    wall_time,
 )
 from sparse_mla_jax.ops import _dispatch
 
@@ -38,6 +39,8 @@ FLAVOURS = (*FP8, "bfloat16")
 REPEATS, PEER_REPEATS = 30, 5
 # An XLA body that wants more temporary memory is not run.
 PEER_BYTES = 16 << 30
+# Kernels one by one, where XLA would send off a step as one CUDA graph.
+NO_COMMAND_BUFFERS = {"xla_gpu_enable_command_buffer": ""}
 # Options of this form of `bench` alone; the model's form refuses them.
 OPTIONS = ("case", "flavour", "repeats", "shrink", "peers", "plot", "compare")
 
@@ -89,12 +92,15 @@ class NotSupported(Exception):
     """The library refuses the case, with its reason."""
 
 
-def _compiled(fn: Callable[..., Any], shapes: tuple[Any, ...], donated: int) -> Any:
+def _lowered(fn: Callable[..., Any], shapes: tuple[Any, ...], donated: int) -> Any:
     try:
-        lowered = jax.jit(fn, donate_argnums=tuple(range(donated))).lower(*shapes)
+        return jax.jit(fn, donate_argnums=tuple(range(donated))).lower(*shapes)
     except (ValueError, NotImplementedError) as error:
         raise NotSupported(_one_line(error)) from error
-    return lowered.compile()
+
+
+def _compiled(fn: Callable[..., Any], shapes: tuple[Any, ...], donated: int) -> Any:
+    return _lowered(fn, shapes, donated).compile()
 
 
 def _one_line(error: BaseException) -> str:
@@ -123,24 +129,27 @@ def measure(case: Case, flavour: str, query: str, settings: Settings) -> dict[st
     targets = case if settings.has_targets else case.shrunk()
     shapes, donated = jax.eval_shape(work.arguments), len(jax.eval_shape(work.state))
     start = time.perf_counter()
-    run = _compiled(functools.partial(work.fn, implementation=settings.implementation), shapes, donated)
+    lowered = _lowered(functools.partial(work.fn, implementation=settings.implementation), shapes, donated)
+    run = lowered.compile()
     compiled = time.perf_counter() - start
     sets, state = _sets(work, settings.repeats), work.state()
 
     out = jax.block_until_ready(run(*state, *sets[0]))
     in_place = all(leaf.is_deleted() for leaf in jax.tree.leaves(state)) if donated else None
     # What went in was donated: the same again.
-    error = work.error((*work.state(), *sets[0]), out)
+    error = work.error((*(work.state() if work.replays else ()), *sets[0]), out)
     failure = None if error <= work.bound else f"wrong: error {error:.2g} above {work.bound:.2g}"
     if in_place is False:
         failure = "the donated caches were copied"
     timing = time_calls(run, sets, calls=settings.repeats, state=tuple(out[:donated]) if donated else ())
     del out, state
+    launched_singly = _launched_singly(case, lowered, sets, work, settings.repeats)
 
     gbps, tflops = 1e-3 * work.bytes / timing.microseconds, 1e-6 * work.flops / timing.microseconds
     return {
         **_identity(case, flavour, query, settings.shrink),
         **_time_fields(timing),
+        "wall_us_without_command_buffers": launched_singly,
         "compile_seconds": compiled,
         "bytes": work.bytes,
         "flops": work.flops,
@@ -158,6 +167,13 @@ def measure(case: Case, flavour: str, query: str, settings: Settings) -> dict[st
         "not_supported": None,
         "peers": _peers(case, work, sets, shapes, donated, settings) if settings.peers else {},
     }
+
+
+def _launched_singly(case: Case, lowered: Any, sets: list[tuple[Any, ...]], work: Work, calls: int) -> float | None:
+    """Wall-clock microseconds of a step whose kernels are launched one by one; None for other areas and machines."""
+    if case.area != "step" or method() != CUPTI:
+        return None
+    return wall_time(lowered.compile(NO_COMMAND_BUFFERS), sets, calls, work.state())
 
 
 def _identity(case: Case, flavour: str, query: str, shrink: bool) -> dict[str, Any]:

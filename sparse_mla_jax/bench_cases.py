@@ -44,6 +44,7 @@ SMALL = {
     "context": 128,
     "hidden": 64,
     "q_rank": 32,
+    "layers": 2,
 }
 # Rows that are compared with float64; all are timed.
 SAMPLE = 8
@@ -63,6 +64,7 @@ class Work:
       error: (arguments, outputs) -> error of the outputs; infinite where something is wrong beyond rounding.
       bound: largest error that passes.
       has_bodies: whether `implementation` makes a difference.
+      replays: whether the state may be made anew while the outputs live; else `error` gets the arguments without it.
     """
 
     fn: Callable[..., Any]
@@ -74,6 +76,7 @@ class Work:
     shared: Callable[[], tuple[Any, ...]] = tuple
     state: Callable[[], tuple[Any, ...]] = tuple
     has_bodies: bool = True
+    replays: bool = True
 
     def arguments(self, number: int = 0) -> tuple[Any, ...]:
         """All arguments of a call; under `jax.eval_shape` their shapes alone."""
@@ -500,59 +503,84 @@ def _write(sizes: Mapping[str, int], flavour: str, query: str, *, layout: str) -
     return Work(fn, each, size, 0, error, 4e-2, state=state)
 
 
-# --- one layer of a decode step --------------------------------------------------------------------------------------
-def _step(sizes: Mapping[str, int], flavour: str, query: str) -> Work:
-    """The attention layer of DeepSeek-V3.2, one token per request, at the end of a full context."""
-    del query
+# --- the attention layers of a decode step ---------------------------------------------------------------------------
+def _step_config(sizes: Mapping[str, int], query: str) -> DeepseekV32Config:
     from sparse_mla_jax import step_inspection
-    from sparse_mla_jax.models.deepseek_v32 import init_params
 
-    batch, context, k = sizes["batch"], sizes["context"], sizes["k"]
-    config = dataclasses.replace(
-        step_inspection.published_config(heads=sizes["heads"], layers=1),
+    return dataclasses.replace(
+        step_inspection.published_config(heads=sizes["heads"], layers=sizes["layers"]),
         hidden_size=sizes["hidden"],
         q_lora_rank=sizes["q_rank"],
-        index_topk=k,
+        index_topk=sizes["k"],
+        quantize_index_query=query not in ("", "bfloat16"),
     )
-    slots = batch * context
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def _attention_params(key: Array, config: DeepseekV32Config) -> Any:
+    """Weights of one layer as they are used; those of feed-forward layers are never made."""
+    from sparse_mla_jax.layers.mla import fuse_projections
+    from sparse_mla_jax.models.deepseek_v32 import init_params
+
+    one = dataclasses.replace(config, num_hidden_layers=1, n_routed_experts=0)
+    return fuse_projections(init_params(key, one, jnp.bfloat16)["layers"][0]["self_attn"])
+
+
+def _step(sizes: Mapping[str, int], flavour: str, query: str) -> Work:
+    """Attention layers of DeepSeek-V3.2, one token per request, at the end of a full context.
+
+    Several layers are one program, each with weights and caches of its own: too many to be made twice, so that of their
+    result only finiteness is checked.
+    """
+    from sparse_mla_jax import step_inspection
+
+    batch, context, layers = sizes["batch"], sizes["context"], sizes["layers"]
+    config, slots, single = _step_config(sizes, query), batch * context, layers == 1
+    build_step = step_inspection.layer_step if single else step_inspection.layers_step
     steps = {
-        name: step_inspection.layer_step(
-            config, batch=batch, context=context, cache_dtype=jnp.dtype(flavour), implementation=name
-        )
+        name: build_step(config, batch=batch, context=context, cache_dtype=jnp.dtype(flavour), implementation=name)
         for name in (None, "triton", "xla", "reference")
     }
 
-    @jax.jit
     def shared():
-        return (init_params(_key(15), config, jnp.bfloat16)["layers"][0]["self_attn"],)
+        params = tuple(_attention_params(_key(15, n), config) for n in range(layers))
+        return params if single else (params,)
 
     def state():
-        return kv_cache("v32", flavour, slots), index_cache(flavour, slots, config.index_head_dim)
+        caches = tuple(
+            (kv_cache("v32", flavour, slots), index_cache(flavour, slots, config.index_head_dim)) for _ in range(layers)
+        )
+        return caches if single else (caches,)
 
     def each(number):
         pages = _permutation(_key(16, number), slots // PAGE)
         hidden = jax.random.normal(_key(17, number), (batch, config.hidden_size), jnp.bfloat16)
         return hidden, jnp.full(batch, context, jnp.int32), pages.reshape(batch, -1)
 
-    def fn(cache, index, params, hidden, seq_lens, table, *, implementation=None):
-        out, caches = steps[implementation].fn(params, hidden, (cache, index), seq_lens, table)
-        return (*caches, out)
+    def fn(caches, params, hidden, seq_lens, table, *, implementation=None):
+        out, caches = steps[implementation].fn(params, hidden, caches, seq_lens, table)
+        return caches, out
 
     def error(arguments, got):
+        if not single:
+            return 0.0 if np.isfinite(np.asarray(got[1]).astype(np.float32)).all() else math.inf
         other = "reference" if jax.default_backend() == "cpu" else "xla"
         want = jax.jit(functools.partial(fn, implementation=other))(*arguments)
-        return _relative(got[2], want[2])
+        return _relative(got[1], want[1])
 
-    config_bytes = nbytes(jax.eval_shape(lambda: (shared(), each(0))))
+    weights = jax.eval_shape(shared)
     caches = jax.eval_shape(lambda: (kv_cache("v32", flavour, PAGE), index_cache(flavour, PAGE, config.index_head_dim)))
     latent, index = (c.bytes_per_token for c in caches)
-    visible = min(k, context)
-    size = config_bytes + batch * (visible * latent + context * index + 2 * config.hidden_size)
+    visible = min(config.index_topk, context)
+    read = batch * layers * (visible * latent + context * index)
+    size = nbytes(weights, jax.eval_shape(lambda: each(0))) + read + 2 * batch * config.hidden_size
     scored = config.index_n_heads * config.index_head_dim * context
     attended = config.num_attention_heads * visible * (512 + ROPE + VALUE_DIM)
-    weights = sum(math.prod(x.shape) for x in jax.tree.leaves(jax.eval_shape(shared)))
-    # A selection that differs in one key of a row moves that row by a few per cent.
-    return Work(fn, each, size, 2 * batch * (scored + attended + weights), error, 2e-2, shared, state)
+    products = sum(math.prod(x.shape) for x in jax.tree.leaves(weights))
+    flops = 2 * batch * (layers * (scored + attended) + products)
+    # A selection that differs in one key of a row moves that row by a few per cent; FP8 queries differ in more keys.
+    bound = 4e-2 if config.quantize_index_query else 2e-2
+    return Work(fn, each, size, flops, error, bound, shared, state, has_bodies=single, replays=single)
 
 
 # --- the list --------------------------------------------------------------------------------------------------------
@@ -670,7 +698,10 @@ def _step_cases() -> Iterator[Case]:
         "hidden": config.hidden_size,
         "q_rank": config.q_lora_rank,
     }
-    yield Case("step-v32-attention-b64-h16", "step", sizes, _step)
+    yield Case("step-v32-attention-b64-h16", "step", sizes | {"layers": 1}, _step, queries=QUERIES)
+    # All layers of the published model; 101 GB of caches.
+    every = sizes | {"layers": config.num_hidden_layers}
+    yield Case("step-v32-attention-b64-h16-61-layers", "step", every, _step, queries=QUERIES)
 
 
 CASES = (

@@ -125,13 +125,27 @@ def area_table(rows: Sequence[dict[str, Any]], ratio: dict[tuple[str, str, str],
     return "\n".join(f"{line}  {note}".rstrip() for line, note in zip(lines, notes))
 
 
+def gap_percent(us: float, wall_us: float) -> float:
+    """Share of a call's wall-clock time in which no kernel runs; below 0 where kernels ran slower while counted."""
+    return 100 * (1 - us / wall_us)
+
+
+def _gaps(row: dict[str, Any]) -> str:
+    """Launch gaps of a row, and its time per token, in words."""
+    ways = {"": row["wall_us"], " without command buffers": row.get("wall_us_without_command_buffers")}
+    gaps = [f"{gap_percent(row['us'], wall):.1f} %{way}" for way, wall in ways.items() if wall]
+    batch = row["sizes"].get("batch")
+    return f"gaps {', '.join(gaps)}" + (f"; {number(row['wall_us'] / batch)} us a token" if batch else "")
+
+
 def kernel_table(row: dict[str, Any]) -> str:
     """What one call of a row launches, slowest first."""
     from sparse_mla_jax.inspection import table
 
     rows = [(k["name"], "", k["launches"], number(k["us"])) for k in row["kernels"]]
-    return f"{label(row)}: {row['launches']} launches, {number(row['wall_us'])} us by wall clock\n" + table(
-        ["kernel", "", "launches", "us"], rows
+    return (
+        f"{label(row)}: {row['launches']} launches, {number(row['wall_us'])} us by wall clock, {_gaps(row)}\n"
+        + table(["kernel", "", "launches", "us"], rows)
     )
 
 

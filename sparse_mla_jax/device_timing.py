@@ -204,13 +204,29 @@ def time_calls(
             start = time.perf_counter()
             rotation()
             times.append(1e6 * (time.perf_counter() - start))
+    wall = _without_waiting(rotation, calls)
+    return Timing(statistics.median(times), min(times), max(times), calls, how, kernels, wall)
+
+
+def _without_waiting(rotation: Rotation, calls: int) -> float:
+    """Microseconds a call, of many sent off one after the other."""
     rotation.waits = False
     start = time.perf_counter()
     for _ in range(calls):
         rotation()
     rotation.finish()
-    wall = 1e6 * (time.perf_counter() - start) / calls
-    return Timing(statistics.median(times), min(times), max(times), calls, how, kernels, wall)
+    return 1e6 * (time.perf_counter() - start) / calls
+
+
+def wall_time(
+    fn: Callable[..., Any], sets: Sequence[tuple[Any, ...]], calls: int, state: tuple[Any, ...] = ()
+) -> float:
+    """`Timing.wall_microseconds` alone, after three calls that are not timed; arguments as those of `time_calls`."""
+    rotation = Rotation(fn, sets, state)
+    del state
+    for _ in range(3):
+        rotation()
+    return _without_waiting(rotation, calls)
 
 
 def measure_ceilings(*, calls: int = 10, small: bool = False) -> Ceilings:

@@ -20,7 +20,8 @@ import jax.numpy as jnp
 from pallas_kernels import cdna
 from pallas_kernels.cdna.program import PRODUCT, Program
 from sparse_mla_jax.config import DeepseekV32Config, require
-from sparse_mla_jax.layers.mla import attention_step
+from sparse_mla_jax.layers.mla import attention_step, fuse_projections
+from sparse_mla_jax.layers.norm import rms_norm
 from sparse_mla_jax.metadata import decode_metadata
 from sparse_mla_jax.models import deepseek_v32
 
@@ -81,7 +82,7 @@ def _shapes(config: DeepseekV32Config, batch: int, context: int, cache_dtype: An
 def decode_step(
     *, heads: int = 16, batch: int = 64, context: int = 32768, layers: int = 2, cache_dtype: Any = jnp.float8_e4m3fnuz
 ) -> Step:
-    """DeepSeek-V3.2's greedy decode step in bfloat16, for `compile`.
+    """DeepSeek-V3.2's greedy decode step in bfloat16, for `compile`; weights are those of `fuse_projections`.
 
     Args:
       heads: attention heads on this GPU (128 over all).
@@ -102,7 +103,7 @@ def decode_step(
         )
         return jnp.argmax(scores, axis=-1).astype(jnp.int32), caches
 
-    params = deepseek_v32.param_specs(config, jnp.bfloat16)
+    params = jax.eval_shape(deepseek_v32.fuse_projections, deepseek_v32.param_specs(config, jnp.bfloat16))
     return Step(step, (params, per_sequence, caches, per_sequence, table))
 
 
@@ -110,6 +111,8 @@ def layer_step(
     config: DeepseekV32Config, *, batch: int, context: int, cache_dtype: Any, implementation: str | None = None
 ) -> Step:
     """The attention layer alone of such a step: normalised hidden states in, the layer's output [B, D] out.
+
+    Its weights are those of `fuse_projections`.
 
     Args:
       config: of the model, as `published_config` gives it; one layer of it is taken.
@@ -128,9 +131,39 @@ def layer_step(
         )
         return out, (cache, index_cache)
 
-    params = deepseek_v32.param_specs(config, jnp.bfloat16)["layers"][0]["self_attn"]
+    one = dataclasses.replace(config, num_hidden_layers=1)
+    specs = deepseek_v32.param_specs(one, jnp.bfloat16)
+    params = jax.eval_shape(fuse_projections, specs["layers"][0]["self_attn"])
     hidden = jax.ShapeDtypeStruct((batch, config.hidden_size), jnp.bfloat16)
     return Step(step, (params, hidden, caches[0], per_sequence, table))
+
+
+def layers_step(
+    config: DeepseekV32Config, *, batch: int, context: int, cache_dtype: Any, implementation: str | None = None
+) -> Step:
+    """config.num_hidden_layers attention layers one after the other, each on the normed sum of what came before it.
+
+    Arguments as those of `layer_step`; params and caches are tuples over layers. Norms have no weights, and no
+    feed-forward layer is there.
+    """
+    caches, per_sequence, table = _shapes(config, batch, context, cache_dtype)
+    single = layer_step(config, batch=batch, context=context, cache_dtype=cache_dtype, implementation=implementation)
+
+    @jax.jit
+    def layer(params, hidden, cache, seq_lens, page_table):
+        out, cache = single.fn(params, rms_norm(hidden, jnp.ones(hidden.shape[1])), cache, seq_lens, page_table)
+        return hidden + out, cache
+
+    def step(params, hidden, caches, seq_lens, page_table):
+        after = []
+        for weights, cache in zip(params, caches):
+            # A function of its own: all layers are traced and lowered once.
+            hidden, cache = layer(weights, hidden, cache, seq_lens, page_table)
+            after.append(cache)
+        return hidden, tuple(after)
+
+    params, hidden = single.args[:2]
+    return Step(step, ((params,) * config.num_hidden_layers, hidden, caches, per_sequence, table))
 
 
 def cache_copies(step: Step, program: Program) -> list[str]:
@@ -153,12 +186,19 @@ def cache_copies(step: Step, program: Program) -> list[str]:
     return found + [f"{size} bytes copied by {what}" for size, what in program.copies or () if size in volumes]
 
 
+def products(program: Program) -> list[str]:
+    """Names of the kernels that XLA made for matrix products, and of the libraries' that it calls for them."""
+    gemms = [k.name for k in program.kernels if k.origin == "xla" and k.name.startswith("gemm_fusion")]
+    return gemms + [name for name in program.library_calls if "gemm" in name or "blas" in name]
+
+
 def summary(step: Step, program: Program) -> dict[str, Any]:
     """What a compiled step launches and holds, as plain numbers and strings."""
     return {
         "arch": program.arch,
         "compiler": program.compiler,
         "launches": len(program.kernels),
+        "launches_of_products": len(products(program)),
         "launches_of_pallas_kernels": len(program.pallas_kernels),
         "library_calls": list(program.library_calls),
         "copies": [[size, what] for size, what in program.copies or ()],
@@ -196,7 +236,8 @@ def report(row: dict[str, Any]) -> str:
     copied = sum(size for size, _ in row["copies"])
     return (
         f"{PRODUCT[row['arch']]} ({row['arch']}), compiled by {row['compiler']}\n"
-        f"{row['launches']} launches, {row['launches_of_pallas_kernels']} of them Pallas kernels;"
+        f"{row['launches']} launches, {row['launches_of_pallas_kernels']} of them Pallas kernels and"
+        f" {row['launches_of_products']} matrix products;"
         f" {len(row['library_calls'])} library calls and fills; {len(row['copies'])} copies of {copied} bytes in all\n"
         f"temporary memory {row['temporary_bytes'] / 2**20:.1f} MiB, caches {row['cache_bytes'] / 2**30:.2f} GiB\n"
         f"copies of a cache: {'; '.join(row['cache_copies']) or 'none'}\n\n{launches}\n"

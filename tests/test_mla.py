@@ -9,12 +9,14 @@ from deepseek_v32_oracle import attention, mixture, swiglu
 from small_models import SMALL, scattered_pages, write_folder
 
 from sparse_mla_jax.layers import moe as moe_layer
-from sparse_mla_jax.layers.mla import _per_head, attention_step
+from sparse_mla_jax.layers.mla import _per_head, attention_step, fuse_projections, index_query, select_positions
 from sparse_mla_jax.layers.norm import layer_norm, rms_norm
 from sparse_mla_jax.metadata import build_metadata
 from sparse_mla_jax.models.checkpoint import load_checkpoint
 from sparse_mla_jax.models.deepseek_v32 import create_caches
+from sparse_mla_jax.ops import fp8
 from sparse_mla_jax.ops.cache import gather
+from sparse_mla_jax.ops.indexer import lightning_indexer
 
 PREFIX = "model.layers.1.self_attn."
 
@@ -126,6 +128,87 @@ def test_bfloat16_weights_accumulate_in_float32(layer):
     assert np.abs(out.astype(np.float32) - expected).max() / np.abs(expected).max() < 0.03
 
 
+# --- fused projections -----------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(("pages", "implementation"), [(1, "xla"), (3, "xla"), (3, "triton")])
+def test_fused_projections_change_nothing(layer, pages, implementation):
+    """With the indexer (12 positions, 5 chosen) and without (4 positions)."""
+    params, _ = layer
+    fused = {"self_attn": jax.jit(fuse_projections)(params["self_attn"])}
+    tokens = 4 * pages
+    hidden = np.random.default_rng(8).normal(size=(tokens, SMALL.hidden_size)).astype(np.float32)
+    table, size = scattered_pages(1, tokens, 4)
+    args = (hidden, fresh(size), ints(tokens), ints(tokens), table)
+    with jax.default_matmul_precision("highest"):
+        want, got = (step(p, *args, implementation=implementation) for p in (params, fused))
+    for a, b in zip(jax.tree.leaves(want), jax.tree.leaves(got)):
+        np.testing.assert_allclose(a, b, atol=2e-6)
+
+
+def test_fusing_twice_is_fusing_once(layer):
+    fused = fuse_projections(layer[0]["self_attn"])
+    assert fuse_projections(fused) is fused
+    assert sum(x.size for x in jax.tree.leaves(fused)) > sum(x.size for x in jax.tree.leaves(layer[0]["self_attn"]))
+
+
+def test_rotated_values_pass_a_fused_product_unchanged(layer):
+    """bfloat16 products with ones and zeros are exact."""
+    from sparse_mla_jax.layers.mla import _absorbed
+
+    params = jax.tree.map(lambda a: a.astype(jnp.bfloat16), layer[0]["self_attn"])
+    query = jnp.asarray(np.random.default_rng(9).normal(size=(3, 6, SMALL.qk_head_dim)), jnp.bfloat16)
+    plain, fused = (jax.jit(_absorbed)(p, query) for p in (params, fuse_projections(params)))
+    np.testing.assert_array_equal(fused[..., SMALL.kv_lora_rank :], query[..., SMALL.qk_nope_head_dim :])
+    np.testing.assert_allclose(plain.astype(jnp.float32), fused.astype(jnp.float32), rtol=1e-2, atol=1e-2)
+
+
+# --- quantised index queries -----------------------------------------------------------------------------------------
+QUANTIZED = dataclasses.replace(SMALL, quantize_index_query=True)
+
+
+@pytest.mark.parametrize("dtype", ["float8_e4m3fn", "float8_e4m3fnuz"])
+def test_index_queries_are_quantised_as_asked(layer, dtype):
+    """Codes and weights together are the exact query within FP8's rounding; scales are those of fp8.quantize."""
+    params, _ = layer
+    hidden = np.random.default_rng(10).normal(size=(4, SMALL.hidden_size)).astype(np.float32)
+    meta = build_metadata(ints(4), ints(4), ints(1)[None], num_tokens=4, page_size=4)
+    exact, weights = index_query(params["self_attn"], hidden, meta, config=SMALL)
+    codes, scaled = index_query(params["self_attn"], hidden, meta, config=SMALL, dtype=dtype)
+    want, scales = fp8.quantize(exact, group_size=SMALL.index_head_dim, dtype=dtype)
+    np.testing.assert_array_equal(codes.astype(jnp.float32), want.astype(jnp.float32))
+    np.testing.assert_allclose(scaled, weights * scales[..., 0], rtol=1e-6)
+
+
+@pytest.mark.parametrize(("dtype", "implementation"), [("float8_e4m3fn", "xla"), ("float8_e4m3fnuz", "triton")])
+def test_quantised_index_queries_select_by_rounded_scores(layer, dtype, implementation):
+    """The whole layer selects what the reference selects from the quantised query, and the output is as close."""
+    params, _ = layer
+    hidden = np.random.default_rng(11).normal(size=(12, SMALL.hidden_size)).astype(np.float32)
+    table, pages = scattered_pages(1, 12, 4)
+    args = (params, hidden, fresh(pages, dtype), ints(12), ints(12), table)
+    with jax.default_matmul_precision("highest"):
+        got, *caches = step(*args, config=QUANTIZED, implementation=implementation)
+        want, *_ = step(*args, config=QUANTIZED, implementation="reference")
+        exact, *_ = step(*args, implementation=implementation)
+    np.testing.assert_allclose(got, want, atol=2e-5)
+    # Rows that see no more than index_topk positions have nothing to select.
+    np.testing.assert_allclose(got[: SMALL.index_topk], exact[: SMALL.index_topk], atol=2e-6)
+    meta = build_metadata(ints(12), ints(12), table, num_tokens=12, page_size=4)
+    query, weights = index_query(params["self_attn"], hidden, meta, config=SMALL, dtype=dtype)
+    shared = (caches[1], meta.page_table, meta.request_ids, meta.lengths)
+    chosen = lightning_indexer(query, weights, *shared, k=SMALL.index_topk, max_length=12, implementation="reference")
+    mine = select_positions(params["self_attn"], hidden, caches[1], meta, config=QUANTIZED)
+    np.testing.assert_array_equal(mine, chosen)
+
+
+def test_queries_of_unquantised_keys_stay_as_they_are(layer):
+    params, _ = layer
+    hidden = np.random.default_rng(12).normal(size=(12, SMALL.hidden_size)).astype(np.float32)
+    table, pages = scattered_pages(1, 12, 4)
+    args = (params, hidden, fresh(pages, "bfloat16"), ints(12), ints(12), table)
+    np.testing.assert_array_equal(step(*args)[0], step(*args, config=QUANTIZED)[0])
+
+
+# --- products --------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("tokens", [1, 5])
 def test_per_head_products_of_bfloat16_accumulate_in_float32(tokens):
     """A sum of 2048 ones stays at 256 where bfloat16 accumulates."""

@@ -11,17 +11,20 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from sparse_mla_jax.config import DeepseekV32Config, require
 from sparse_mla_jax.layers.moe import matmul
-from sparse_mla_jax.layers.norm import layer_norm, rms_norm
+from sparse_mla_jax.layers.norm import INNER_EPS
 from sparse_mla_jax.metadata import StepMetadata
 from sparse_mla_jax.ops.attention import sparse_mla
 from sparse_mla_jax.ops.cache import PagedIndexCache, PagedKVCache, write_token
+from sparse_mla_jax.ops.fp8 import is_fp8
 from sparse_mla_jax.ops.indexer import lightning_indexer
+from sparse_mla_jax.ops.norm_rope import Part, norm_rope
 from sparse_mla_jax.ops.ragged import slots_from_positions
-from sparse_mla_jax.ops.rope import rope_frequencies, rotate
+from sparse_mla_jax.ops.rope import rope_frequencies
 
 
 def _check(
@@ -49,30 +52,122 @@ def _check(
         )
 
 
-def _rotate_first(x: Array, positions: Array, frequencies: Array) -> Array:
+# --- projections -----------------------------------------------------------------------------------------------------
+def fuse_projections(params: dict[str, Any]) -> dict[str, Any]:
+    """One layer's weights with those that multiply the same input side by side: two products fewer, and fewer launches.
+
+    Call it once, when the weights are loaded; `attention_step` takes either form. Of what `attention_step` lists it
+    replaces q_a_proj, kv_a_proj_with_mqa, indexer.wk and indexer.weights_proj by hidden_proj [D, r_q + R + dr + Di +
+    Hi], indexer.wq_b and q_b_proj by q_latent_proj [r_q, Hi * Di + H * (dn + dr)], and kv_b_k by q_absorb
+    [H, dn + dr, R + dr], which takes the first dn values of a query into the latent space and passes its rotated ones.
+    """
+    if "hidden_proj" in params:
+        return params
+    indexer, key = params["indexer"], params["kv_b_k"]
+    heads, nope, rank = key.shape
+    rope = params["q_b_proj"].shape[2] - nope
+    absorb = jnp.zeros((heads, nope + rope, rank + rope), key.dtype).at[:, :nope, :rank].set(key)
+    first, second = (jnp.concatenate(_flat(weights), axis=1) for weights in _side_by_side(params))
+    kept = {name: params[name] for name in ("q_a_layernorm", "kv_a_layernorm", "kv_b_v", "o_proj")}
+    return kept | {
+        "hidden_proj": first,
+        "q_latent_proj": second,
+        "q_absorb": absorb.at[:, nope:, rank:].set(jnp.eye(rope, dtype=key.dtype)),
+        "indexer": {"k_norm": indexer["k_norm"]},
+    }
+
+
+def _side_by_side(params: dict[str, Any]) -> tuple[list[Array], list[Array]]:
+    """Weights of the products of the hidden state, and of those of the query's low-rank form, in order of columns."""
+    indexer = params["indexer"]
+    hidden = [params["q_a_proj"], params["kv_a_proj_with_mqa"], indexer["wk"], indexer["weights_proj"]]
+    return hidden, [indexer["wq_b"], params["q_b_proj"]]
+
+
+def _flat(weights: list[Array]) -> list[Array]:
+    """Matrices [D, columns] of weights [D, ...]."""
+    return [w.reshape(w.shape[0], -1) for w in weights]
+
+
+def _products(x: Array, weights: list[Array]) -> Array:
+    """float32[T, columns]: x times each of the weights, side by side."""
+    return jnp.concatenate([matmul(x, w) for w in _flat(weights)], axis=1)
+
+
+def _from_hidden(
+    params: dict[str, Any], hidden: Array, meta: StepMetadata, c: DeepseekV32Config, implementation: str | None
+) -> tuple[Array, ...]:
+    """All that a layer makes of its input, float32 but the first, which has hidden's type.
+
+    The query's low-rank form [T, r_q], which heads and indexer share; what the caches keep: the normed latent [T, R],
+    the rotated shared key [T, dr], the indexer's key [T, Di]; and the indexer's head weights [T, Hi], scales folded in.
+    """
+    fused = "hidden_proj" in params
+    x = matmul(hidden, params["hidden_proj"]) if fused else _products(hidden, _side_by_side(params)[0])
+    norm, part = params["indexer"]["k_norm"], functools.partial(Part, heads=1, dtype="float32")
+    scale = c.index_n_heads**-0.5 * c.index_head_dim**-0.5
+    latent = c.q_lora_rank
+    rope = latent + c.kv_lora_rank
+    key = rope + c.qk_rope_head_dim
+    parts = (
+        part(start=0, width=c.q_lora_rank, weight=params["q_a_layernorm"], dtype=hidden.dtype.name),
+        part(start=latent, width=c.kv_lora_rank, weight=params["kv_a_layernorm"]),
+        part(start=rope, width=c.qk_rope_head_dim, rotated=0, interleaved=True),
+        part(start=key, width=c.index_head_dim, weight=norm["weight"], bias=norm["bias"], rotated=0),
+        part(start=key + c.index_head_dim, width=c.index_n_heads, scale=scale),
+    )
+    done = norm_rope(x, parts, meta.positions, _frequencies(c), eps=INNER_EPS, implementation=implementation)
+    return tuple(heads[:, 0] for heads in done)
+
+
+def _from_q_latent(
+    params: dict[str, Any],
+    q_latent: Array,
+    meta: StepMetadata,
+    c: DeepseekV32Config,
+    implementation: str | None,
+    *,
+    indexer: tuple[np.dtype, Array] | None,
+) -> tuple[Array, tuple[Array, Array] | None]:
+    """The queries [T, H, dn + dr] with their last dr values rotated; and what the indexer asks with (`index_query`).
+
+    `indexer`: type of the indexer's queries and its head weights [T, Hi]; None if it is not asked.
+    """
+    start = 0 if indexer is None else c.index_n_heads * c.index_head_dim
+    if "q_latent_proj" in params:
+        x, start = matmul(q_latent, params["q_latent_proj"]), c.index_n_heads * c.index_head_dim
+    else:
+        # Where the indexer is not asked, its weights are not read.
+        x = _products(q_latent, _side_by_side(params)[1][indexer is None :])
+    parts = [_query_part(start, c, q_latent.dtype)]
+    if indexer is not None:
+        parts.append(_index_part(c, *indexer))
+    x = x.astype(q_latent.dtype)
+    done = norm_rope(x, parts, meta.positions, _frequencies(c), implementation=implementation)
+    if indexer is None:
+        return done[0], None
+    return done[0], done[1] if parts[1].quantized else (done[1], indexer[1])
+
+
+def _query_part(start: int, c: DeepseekV32Config, dtype: np.dtype) -> Part:
+    rotated = c.qk_nope_head_dim
+    return Part(start, c.num_attention_heads, c.qk_head_dim, dtype.name, rotated=rotated, interleaved=True)
+
+
+def _index_part(c: DeepseekV32Config, dtype: np.dtype, weights: Array) -> Part:
     """The indexer's convention: half-split rotation of the first dimensions, the others untouched."""
-    width = 2 * frequencies.shape[0]
-    turned = rotate(x[..., :width], positions, frequencies, interleaved=False)
-    return jnp.concatenate([turned, x[..., width:]], axis=-1)
+    factor = weights if is_fp8(dtype) else None
+    return Part(0, c.index_n_heads, c.index_head_dim, dtype.name, rotated=0, factor=factor)
 
 
-def _latent(params: dict[str, Any], hidden: Array, meta: StepMetadata, frequencies: Array, rank: int) -> tuple:
-    """What the cache keeps of each token: the normed latent [T, R] and the rotated shared key [T, dr], float32."""
-    joint = matmul(hidden, params["kv_a_proj_with_mqa"])
-    latent = rms_norm(joint[:, :rank], params["kv_a_layernorm"])
-    return latent, rotate(joint[:, rank:], meta.positions, frequencies, interleaved=True)
+def _frequencies(c: DeepseekV32Config) -> np.ndarray:
+    return rope_frequencies(c.rope, c.qk_rope_head_dim)
 
 
-def _index_key(params: dict[str, Any], hidden: Array, meta: StepMetadata, frequencies: Array) -> Array:
-    """The indexer's key of each token, float32[T, Di]."""
-    norm = params["k_norm"]
-    key = layer_norm(matmul(hidden, params["wk"]), norm["weight"], norm["bias"])
-    return _rotate_first(key, meta.positions, frequencies)
-
-
-def _q_latent(params: dict[str, Any], hidden: Array) -> Array:
-    """The query's low-rank form [T, r_q], shared by the attention heads and the indexer."""
-    return rms_norm(matmul(hidden, params["q_a_proj"]), params["q_a_layernorm"]).astype(hidden.dtype)
+# --- selection -------------------------------------------------------------------------------------------------------
+def _index_dtype(index_cache: PagedIndexCache, hidden: Array, c: DeepseekV32Config) -> np.dtype:
+    """Type of the indexer's queries: that of its keys where both are to be FP8, else hidden's."""
+    return index_cache.dtype if c.quantize_index_query and index_cache.quantized else hidden.dtype
 
 
 def index_query(
@@ -82,17 +177,20 @@ def index_query(
     *,
     config: DeepseekV32Config,
     q_latent: Array | None = None,
+    dtype: Any = None,
 ) -> tuple[Array, Array]:
-    """What the indexer asks with: (query [T, Hi, Di] in hidden.dtype, head weights float32[T, Hi]), scales folded in.
+    """What the indexer asks with: (query [T, Hi, Di], head weights float32[T, Hi]), scales folded in.
 
-    Arguments as those of `attention_step`; `q_latent` [T, r_q] spares the projection where it is known already.
+    Arguments as those of `attention_step`, and:
+      q_latent: [T, r_q], the query's low-rank form where it is known already.
+      dtype: of the query: hidden's (None), or an FP8 type: quantised per token and head, its scales in the weights.
     """
-    indexer, heads, dim = params["indexer"], config.index_n_heads, config.index_head_dim
-    q_latent = _q_latent(params, hidden) if q_latent is None else q_latent
-    frequencies = jnp.asarray(rope_frequencies(config.rope, config.qk_rope_head_dim))
-    query = matmul(q_latent, indexer["wq_b"]).astype(hidden.dtype)
-    weights = matmul(hidden, indexer["weights_proj"]) * (heads**-0.5 * dim**-0.5)
-    return _rotate_first(query, metadata.positions, frequencies), weights
+    dtype = jnp.dtype(hidden.dtype if dtype is None else dtype)
+    known, *_, weights = _from_hidden(params, hidden, metadata, config, None)
+    q_latent = known if q_latent is None else q_latent
+    asked = _from_q_latent(params, q_latent, metadata, config, None, indexer=(dtype, weights))[1]
+    assert asked is not None
+    return asked
 
 
 def select_positions(
@@ -109,23 +207,42 @@ def select_positions(
 
     Arguments as those of `attention_step`; `index_cache` must hold this step's keys already.
     """
-    if metadata.max_length <= config.index_topk:  # every visible key would be chosen: do not ask
-        column = jnp.arange(metadata.max_length, dtype=jnp.int32)[None, :]
-        return jnp.where(column < metadata.lengths[:, None], column, -1)
-    query, weights = index_query(params, hidden, metadata, config=config, q_latent=q_latent)
+    asked = None
+    if not _takes_all(metadata, config):
+        dtype = _index_dtype(index_cache, hidden, config)
+        asked = index_query(params, hidden, metadata, config=config, q_latent=q_latent, dtype=dtype)
+    return _select(asked, index_cache, metadata, config, implementation)
+
+
+def _takes_all(meta: StepMetadata, c: DeepseekV32Config) -> bool:
+    """Whether every visible key would be chosen, so that nobody needs to ask."""
+    return meta.max_length <= c.index_topk
+
+
+def _select(
+    asked: tuple[Array, Array] | None,
+    index_cache: PagedIndexCache,
+    meta: StepMetadata,
+    c: DeepseekV32Config,
+    implementation: str | None,
+) -> Array:
+    """The result of `select_positions`, from that of `index_query`."""
+    if asked is None:
+        column = jnp.arange(meta.max_length, dtype=jnp.int32)[None, :]
+        return jnp.where(column < meta.lengths[:, None], column, -1)
     return lightning_indexer(
-        query,
-        weights,
+        *asked,
         index_cache,
-        metadata.page_table,
-        metadata.request_ids,
-        metadata.lengths,
-        k=config.index_topk,
-        max_length=metadata.max_length,
+        meta.page_table,
+        meta.request_ids,
+        meta.lengths,
+        k=c.index_topk,
+        max_length=meta.max_length,
         implementation=implementation,
     )
 
 
+# --- attention -------------------------------------------------------------------------------------------------------
 def _per_head(x: Array, weight: Array) -> Array:
     """x[T, H, I] times weight[H, I, O] per head, accumulated and returned in float32."""
     product = functools.partial(jnp.einsum, "thi,hio->tho", preferred_element_type=jnp.float32)
@@ -139,23 +256,26 @@ def _per_head(x: Array, weight: Array) -> Array:
     return jax.lax.platform_dependent(x, weight, cpu=widened, default=product)
 
 
+def _absorbed(params: dict[str, Any], query: Array) -> Array:
+    """Queries [T, H, dn + dr], rotated, as the cache's keys are: [T, H, R + dr] in query's type."""
+    if "q_absorb" in params:
+        return _per_head(query, params["q_absorb"]).astype(query.dtype)
+    nope = params["kv_b_k"].shape[1]
+    latent = _per_head(query[..., :nope], params["kv_b_k"]).astype(query.dtype)
+    return jnp.concatenate([latent, query[..., nope:]], axis=-1)
+
+
 def _attend(
     params: dict[str, Any],
-    q_latent: Array,
+    query: Array,
     cache: PagedKVCache,
     rows: Array,
-    meta: StepMetadata,
-    frequencies: Array,
     config: DeepseekV32Config,
     implementation: str | None,
 ) -> Array:
     """Absorbed attention: queries are taken into the latent space, results out of it, keys are never expanded."""
-    dtype, nope = q_latent.dtype, config.qk_nope_head_dim
-    query = matmul(q_latent, params["q_b_proj"]).astype(dtype)
-    rope = rotate(query[..., nope:], meta.positions, frequencies, interleaved=True)
-    absorbed = _per_head(query[..., :nope], params["kv_b_k"])
     out = sparse_mla(
-        jnp.concatenate([absorbed.astype(dtype), rope], axis=-1),
+        _absorbed(params, query),
         cache,
         rows,
         sm_scale=config.sm_scale,
@@ -163,7 +283,7 @@ def _attend(
         implementation=implementation,
     )
     values = _per_head(out, params["kv_b_v"])
-    return jnp.tensordot(values.astype(dtype), params["o_proj"], axes=2, preferred_element_type=jnp.float32)
+    return jnp.tensordot(values.astype(query.dtype), params["o_proj"], axes=2, preferred_element_type=jnp.float32)
 
 
 def attention_step(
@@ -189,12 +309,15 @@ def attention_step(
       params: one layer's weights, with D hidden size, H heads, R latent width, dn/dr/dv head widths, Hi/Di indexer
         heads and width: q_a_proj [D, r_q], q_a_layernorm [r_q], q_b_proj [r_q, H, dn + dr], kv_a_proj_with_mqa
         [D, R + dr], kv_a_layernorm [R], kv_b_k [H, dn, R], kv_b_v [H, R, dv], o_proj [H, dv, D], indexer: wq_b
-        [r_q, Hi, Di], wk [D, Di], k_norm {weight [Di], bias [Di]}, weights_proj [D, Hi].
+        [r_q, Hi, Di], wk [D, Di], k_norm {weight [Di], bias [Di]}, weights_proj [D, Hi]; or what `fuse_projections`
+        makes of them, which is quicker on a GPU.
       hidden: [T, D] float32 or bfloat16; rows of padding may hold anything.
       cache: latents and rotary keys of this layer.
       index_cache: the indexer's keys of this layer.
       metadata: of this step, from `build_metadata`.
-      config: the model's shapes (static).
+      config: the model's shapes (static). With quantize_index_query, and FP8 keys in index_cache, the indexer's queries
+        are quantised to their type too, one scale per token and head: scores at twice the speed on an H200, rounded to
+        three bits of mantissa as in DeepSeek's own code (which rotates q and k by a Hadamard matrix first; we do not).
       implementation: None, "triton", "xla" or "reference", for every operator of the layer.
 
     Returns:
@@ -204,19 +327,15 @@ def attention_step(
       ValueError: shapes of hidden, caches, metadata and config that do not fit together (at trace time).
     """
     _check(hidden, cache, index_cache, metadata, config)
-    frequencies = jnp.asarray(rope_frequencies(config.rope, config.qk_rope_head_dim))
-    latent, rope = _latent(params, hidden, metadata, frequencies, config.kv_lora_rank)
-    index_key = _index_key(params["indexer"], hidden, metadata, frequencies)
+    q_latent, latent, rope, index_key, weights = _from_hidden(params, hidden, metadata, config, implementation)
     cache, index_cache = write_token(
         cache, index_cache, latent, rope, index_key, metadata.slots, implementation=implementation
     )
-
-    q_latent = _q_latent(params, hidden)
-    chosen = select_positions(
-        params, hidden, index_cache, metadata, config=config, implementation=implementation, q_latent=q_latent
-    )
+    indexer = None if _takes_all(metadata, config) else (_index_dtype(index_cache, hidden, config), weights)
+    query, asked = _from_q_latent(params, q_latent, metadata, config, implementation, indexer=indexer)
+    chosen = _select(asked, index_cache, metadata, config, implementation)
     # Dense rows: top-k leaves what it does not choose at their ends, and packing them would be five kernels more.
-    slots = slots_from_positions(chosen, metadata.request_ids, metadata.page_table, page_size=metadata.page_size)
-    rows = jnp.where(metadata.valid[:, None], slots, -1)
-    out = _attend(params, q_latent, cache, rows, metadata, frequencies, config, implementation)
+    # Padding has length 0, and chooses nothing.
+    rows = slots_from_positions(chosen, metadata.request_ids, metadata.page_table, page_size=metadata.page_size)
+    out = _attend(params, query, cache, rows, config, implementation)
     return out.astype(hidden.dtype), cache, index_cache

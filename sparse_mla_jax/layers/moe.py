@@ -46,7 +46,7 @@ def swiglu(
     return matmul(inner.astype(x.dtype), params["down_proj"])
 
 
-def _by_pair(experts: dict[str, Array], x: Array, weights: Array, ids: Array, limit: float | None) -> Array:
+def _by_pair(experts: dict[str, Array], x: Array, weights: Array, ids: Array, limit: float | None = None) -> Array:
     """One (token, expert) pair after the other: reads the chosen experts only, best for a handful of tokens."""
     k = ids.shape[1]
 
@@ -61,7 +61,7 @@ def _by_pair(experts: dict[str, Array], x: Array, weights: Array, ids: Array, li
     return jax.lax.fori_loop(0, ids.size, body, start)
 
 
-def _by_expert(experts: dict[str, Array], x: Array, weights: Array, ids: Array, limit: float | None) -> Array:
+def _by_expert(experts: dict[str, Array], x: Array, weights: Array, ids: Array, limit: float | None = None) -> Array:
     """Every expert over every token, weight 0 where it was not chosen: dense products only."""
     num_experts = experts["gate_proj"].shape[0]
     dense = jnp.zeros((x.shape[0], num_experts), jnp.float32)
@@ -75,7 +75,7 @@ def _by_expert(experts: dict[str, Array], x: Array, weights: Array, ids: Array, 
     return jax.lax.scan(body, start, (experts, dense.T))[0]
 
 
-def _grouped(experts: dict[str, Array], x: Array, weights: Array, ids: Array, limit: float | None) -> Array:
+def _grouped(experts: dict[str, Array], x: Array, weights: Array, ids: Array, limit: float | None = None) -> Array:
     """Pairs sorted by expert, grouped products: each expert's weights are read once, for its own rows."""
     order = jnp.argsort(ids.reshape(-1), stable=True)
     sizes = jnp.bincount(ids.reshape(-1), length=experts["gate_proj"].shape[0]).astype(jnp.int32)

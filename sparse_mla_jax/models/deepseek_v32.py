@@ -17,6 +17,7 @@ import numpy as np
 from jax import Array
 
 from sparse_mla_jax.config import DeepseekV32Config, require
+from sparse_mla_jax.layers import mla
 from sparse_mla_jax.layers.mla import attention_step
 from sparse_mla_jax.layers.moe import matmul, moe, swiglu
 from sparse_mla_jax.layers.norm import rms_norm
@@ -139,6 +140,16 @@ def init_params(key: Array, config: DeepseekV32Config, dtype: Any = jnp.float32)
         return (values * fan_in**-0.5).astype(spec.dtype)
 
     return jax.tree_util.tree_unflatten(tree, [init(i, path, spec) for i, (path, spec) in enumerate(leaves)])
+
+
+def fuse_projections(params: Params) -> Params:
+    """The same model for steps on a GPU: `layers.mla.fuse_projections` of every layer, one product per input.
+
+    Call it once, when weights are loaded (`jax.jit(fuse_projections, donate_argnums=0)`). Every step here takes the
+    result; writers of checkpoints do not.
+    """
+    layers = [{**layer, "self_attn": mla.fuse_projections(layer["self_attn"])} for layer in params["layers"]]
+    return {**params, "layers": layers}
 
 
 def create_caches(

@@ -1,0 +1,235 @@
+"""Finishes a projection in one launch: norm, rotation, scale and cast of its parts, or FP8 with one scale per head.
+
+One program per token and some heads of one part. A head is one tile: each value is read a second time as the partner of
+its pair, so that both pairings are the same arithmetic and no value moves between lanes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.experimental import pallas as pl
+
+from pallas_kernels._call import call, dispatch, load, store
+from pallas_kernels.cache_write import convert, float32_bits, quantize
+from pallas_kernels.plans.attention import power_of_two
+from pallas_kernels.plans.norm_rope import NormRopePlan, norm_rope_plan
+
+_TYPES = ("bfloat16", "float32", "float8_e4m3fn", "float8_e4m3fnuz")
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["weight", "bias", "factor"],
+    meta_fields=["start", "heads", "width", "dtype", "rotated", "interleaved", "scale"],
+)
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """Columns of a projection that are finished alike: `heads` heads of `width` columns, one after the other.
+
+    Attributes:
+      start: first column.
+      heads, width: how many heads of how many columns.
+      dtype: of the result; FP8 is quantised with one scale per token and head.
+      weight: float [width] of a norm over each head, None for none.
+      bias: float [width] of a layer norm; None with a weight is an RMS norm.
+      rotated: first of a head's columns that are rotated, None for none.
+      interleaved: whether pairs are neighbours; else the halves of the rotated columns pair up.
+      scale: multiplies the result.
+      factor: float32 [T, heads], multiplies the scales of an FP8 result; None for 1.
+    """
+
+    start: int
+    heads: int
+    width: int
+    dtype: str
+    weight: Array | None = None
+    bias: Array | None = None
+    rotated: int | None = None
+    interleaved: bool = False
+    scale: float = 1.0
+    factor: Array | None = None
+
+    @property
+    def quantized(self) -> bool:
+        """Whether the result is FP8."""
+        return self.dtype.startswith("float8")
+
+    @property
+    def columns(self) -> int:
+        """Columns of all heads."""
+        return self.heads * self.width
+
+
+# --- kernel ----------------------------------------------------------------------------------------------------------
+class _Tile:
+    """Some heads of one part of a token, [heads, columns], both padded to powers of two."""
+
+    def __init__(self, part: Part, token: Array, block: Array, size: int, target: str):
+        shape = (size, power_of_two(part.width))
+        row, column = (jnp.arange(n, dtype=jnp.int32) for n in shape)
+        self.part, self.target, self.row = part, target, token
+        self.heads = block * size + row
+        self.token = jnp.full(shape, token)
+        self.head = jnp.broadcast_to(self.heads[:, None], shape)
+        self.column = jnp.broadcast_to(column[None, :], shape)
+        # Padded heads are the program's last ones; padded columns those of each head.
+        inside = [self.head < part.heads] if part.heads % size else []
+        inside += [self.column < part.width] if part.width != shape[1] else []
+        self.exists = functools.reduce(jnp.logical_and, inside) if inside else None
+
+    def load(self, ref, *at: Array) -> Array:
+        """float32 of a reference; zeros where padded."""
+        view = ref.at[at]
+        return (load(view) if self.exists is None else load(view, mask=self.exists, other=0)).astype(jnp.float32)
+
+    def read(self, ref, column: Array) -> Array:
+        """Values of the projection in other columns of the same heads."""
+        return self.load(ref, self.token, self.part.start + self.head * self.part.width + column)
+
+    def store(self, ref, values: Array) -> None:
+        at = self.head * self.part.width + self.column
+        if self.exists is not None and self.target == "cpu":
+            # Interpret mode writes old values back through masked lanes: point them past the array.
+            at = jnp.where(self.exists, at, ref.shape[1])
+        store(ref.at[self.token, at], values, mask=self.exists)
+
+
+def _norm(tile: _Tile, x: Array, weight_ref: Any, bias_ref: Any, eps: float):
+    """(values, columns) -> normalised values, by the statistics of the heads x."""
+    part = tile.part
+    mean = jnp.zeros((x.shape[0], 1), jnp.float32)
+    if bias_ref is not None:
+        mean = jnp.sum(x, axis=1)[:, None] / part.width
+    centred = x - mean if tile.exists is None else jnp.where(tile.exists, x - mean, 0.0)
+    scale = lax.rsqrt(jnp.sum(centred * centred, axis=1)[:, None] / part.width + eps)
+
+    def apply(values: Array, columns: Array) -> Array:
+        out = (values - mean) * scale * tile.load(weight_ref, columns)
+        return out if bias_ref is None else out + tile.load(bias_ref, columns)
+
+    return apply
+
+
+def _partners(tile: _Tile, first: int, pairs: int) -> tuple[Array, Array, Array, Array]:
+    """Of every column: whether it is rotated, its partner, the number of its pair, whether it is the second of it."""
+    at = tile.column - first
+    inside = (at >= 0) & (at < 2 * pairs)
+    if tile.part.interleaved:
+        second, partner, pair = (at & 1) == 1, at ^ 1, at >> 1
+    else:
+        second = at >= pairs
+        partner = jnp.where(second, at - pairs, at + pairs)
+        pair = jnp.where(second, partner, at)
+    return inside, jnp.where(inside, first + partner, tile.column), jnp.where(inside, pair, 0), second
+
+
+def _finish(tile: _Tile, x_ref, cos_ref, sin_ref, weight_ref, bias_ref, eps: float) -> Array:
+    """float32 values of a tile: normalised, rotated, scaled."""
+    part = tile.part
+    values = tile.read(x_ref, tile.column)
+    norm = None if weight_ref is None else _norm(tile, values, weight_ref, bias_ref, eps)
+    if norm is not None:
+        values = norm(values, tile.column)
+    if part.rotated is not None:
+        inside, partner, pair, second = _partners(tile, part.rotated, cos_ref.shape[1])
+        others = tile.read(x_ref, partner)
+        others = others if norm is None else norm(others, partner)
+        cos, sin = (tile.load(ref, tile.token, pair) for ref in (cos_ref, sin_ref))
+        values = jnp.where(inside, values * cos + jnp.where(second, others, -others) * sin, values)
+    return values if part.scale == 1.0 else values * jnp.float32(part.scale)
+
+
+def _store(tile: _Tile, values: Array, out_refs: Sequence[Any], factor_ref: Any) -> None:
+    part = tile.part
+    if not part.quantized:
+        tile.store(out_refs[0], convert(values, out_refs[0].dtype))
+        return
+    if tile.exists is not None:
+        values = jnp.where(tile.exists, values, 0.0)
+    codes, scales = quantize(float32_bits(values), part.dtype, False, tile.target)
+    tile.store(out_refs[0], codes.astype(jnp.uint8))
+    head, exists = tile.heads, tile.heads < part.heads
+    token, mask = jnp.full_like(head, tile.row), exists if part.heads % head.shape[0] else None
+    if factor_ref is not None:
+        # Heads that do not exist repeat the last one's: nothing of theirs is stored.
+        scales = scales * load(factor_ref.at[token, jnp.minimum(head, part.heads - 1)])
+    # As above, in interpret mode.
+    at = head if mask is None or tile.target != "cpu" else jnp.where(exists, head, part.heads)
+    store(out_refs[1].at[token, at], scales, mask=mask)
+
+
+def _kernel(*refs, parts: Sequence[Part], eps: float, plan: NormRopePlan, target: str):
+    """Grid (T, programs of all parts); refs: x, cos and sin if any part is rotated, each part's arrays, the results."""
+    token, program = pl.program_id(0), pl.program_id(1)
+    x_ref, *left = refs
+    rotates = any(p.rotated is not None for p in parts)
+    cos_ref, sin_ref = (left.pop(0), left.pop(0)) if rotates else (None, None)
+    given = [[None if a is None else left.pop(0) for a in (p.weight, p.bias, p.factor)] for p in parts]
+    first = 0
+    for part, (weight, bias, factor) in zip(parts, given):
+        outs = [left.pop(0) for _ in range(1 + part.quantized)]
+        size = plan.heads(part.heads, part.width)
+        count = -(-part.heads // size)
+
+        @pl.when((program >= first) & (program < first + count))
+        def _(part=part, weight=weight, bias=bias, factor=factor, outs=outs, size=size, first=first):
+            tile = _Tile(part, token, program - first, size, target)
+            _store(tile, _finish(tile, x_ref, cos_ref, sin_ref, weight, bias, eps), outs, factor)
+
+        first += count
+
+
+# --- launch ----------------------------------------------------------------------------------------------------------
+def _shapes(part: Part, tokens: int) -> list[jax.ShapeDtypeStruct]:
+    dtype = jnp.uint8 if part.quantized else jnp.dtype(part.dtype)
+    out = [jax.ShapeDtypeStruct((tokens, part.columns), dtype)]
+    return out + ([jax.ShapeDtypeStruct((tokens, part.heads), jnp.float32)] if part.quantized else [])
+
+
+def norm_rope(
+    x: Array, parts: Sequence[Part], cos: Array, sin: Array, *, eps: float, plan: NormRopePlan | None = None
+) -> list[list[Array]]:
+    """Each part of x[T, W] finished: [values [T, heads * width]], FP8 as [bytes, float32 scales [T, heads]].
+
+    x bfloat16 or float32; cos and sin float32 [T, pairs]. T at least 1, parts at least one.
+
+    Raises:
+      NotImplementedError: types that the kernel does not serve.
+    """
+    for dtype in (x.dtype.name, *(p.dtype for p in parts)):
+        if dtype not in _TYPES:
+            raise NotImplementedError(f"a projection or a part of it is {dtype}; the kernel serves {', '.join(_TYPES)}")
+    rotated = [cos, sin] if any(p.rotated is not None for p in parts) else []
+
+    def run(target, x, rotated, parts):
+        chosen = plan or norm_rope_plan(widest=max(p.width for p in parts), target=target)
+        static = [jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), p) for p in parts]
+        arrays = [a for p in parts for a in (p.weight, p.bias, p.factor) if a is not None]
+        programs = sum(-(-p.heads // chosen.heads(p.heads, p.width)) for p in parts)
+        return call(
+            functools.partial(_kernel, parts=static, eps=eps, plan=chosen, target=target),
+            x,
+            *rotated,
+            *arrays,
+            out_shape=[shape for p in parts for shape in _shapes(p, x.shape[0])],
+            grid=(x.shape[0], programs),
+            name="norm_rope",
+            target=target,
+            num_warps=chosen.num_warps,
+        )
+
+    def launch(target, *arrays):
+        if target != "gpu":
+            return run(target, *arrays)
+        ways = {"cuda": functools.partial(run, "cuda"), "default": functools.partial(run, "gpu")}
+        return lax.platform_dependent(*arrays, **ways)
+
+    after = iter(dispatch(launch, x, rotated, list(parts)))
+    return [[next(after) for _ in range(1 + p.quantized)] for p in parts]

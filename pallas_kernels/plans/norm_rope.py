@@ -1,0 +1,38 @@
+"""The plan of the kernel that finishes projections."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+from pallas_kernels._call import CDNA
+from pallas_kernels.plans.attention import power_of_two
+
+# Values that a lane holds of a tile.
+LANE_VALUES = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class NormRopePlan:
+    """Static sizes of one launch; a program finishes some heads of one token.
+
+    Attributes:
+      tile: values of a program, padded ones included, where a head is not wider by itself; a power of two.
+      num_warps: waves per program.
+    """
+
+    tile: int = 1024
+    num_warps: int = 4
+
+    def heads(self, heads: int, width: int) -> int:
+        """Heads of one program of a part, a power of two."""
+        return max(1, min(power_of_two(heads), self.tile // power_of_two(width)))
+
+
+@functools.lru_cache(maxsize=1024)
+def norm_rope_plan(*, widest: int, target: str = "gpu") -> NormRopePlan:
+    """Heuristic plan for parts whose widest head has `widest` values."""
+    wave = 64 if target in CDNA else 32
+    tile = 1024
+    num_warps = max(tile, power_of_two(widest)) // (LANE_VALUES * wave)
+    return NormRopePlan(tile, max(1, min(8, num_warps)))

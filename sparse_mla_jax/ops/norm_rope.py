@@ -1,0 +1,172 @@
+"""Norm, rotation, scale and cast of the parts of a projection: what stands between the products of an attention layer.
+
+One product gives what several parts of a layer need, side by side. Each part is normalised over its heads, rotated,
+scaled and cast, or quantised to FP8 with one scale per token and head: one launch on a GPU where XLA makes one or two
+of every part.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax.numpy as jnp
+from jax import Array, lax
+
+from pallas_kernels import norm_rope as kernel
+from pallas_kernels.norm_rope import Part
+from sparse_mla_jax import reference
+from sparse_mla_jax.config import require
+from sparse_mla_jax.ops import fp8
+from sparse_mla_jax.ops._dispatch import check_implementation, dispatch
+from sparse_mla_jax.ops.rope import rotate
+
+__all__ = ["Part", "norm_rope"]
+
+_TYPES = (jnp.dtype(jnp.bfloat16), fp8.FLOAT32, fp8.E4M3FN, fp8.E4M3FNUZ)
+
+
+def norm_rope(
+    x: Array,
+    parts: Sequence[Part],
+    positions: Array,
+    frequencies: Any,
+    *,
+    eps: float = 1e-6,
+    implementation: str | None = None,
+) -> list[Any]:
+    """Finishes parts of a projection: norm over each head, rotation, scale, cast.
+
+    Args:
+      x: bfloat16 or float32 [T, W]; whatever it is, arithmetic is float32, rounded once at the end.
+      parts: columns of x and what becomes of them, in any order; they may leave columns out.
+      positions: integer [T].
+      frequencies: [pairs] radians per position of the rotated pairs, from `rope_frequencies`.
+      eps: of the norms, added to the mean square.
+      implementation: None for the best that runs here, or "triton", "xla", "reference".
+
+    Returns:
+      Of each part [T, heads, width] in its dtype; of an FP8 part a pair of it and its scales float32 [T, heads], which
+      are those of `fp8.quantize` times the part's factor.
+
+    Raises:
+      ValueError: types, shapes or columns that do not fit.
+    """
+    x, positions, frequencies = jnp.asarray(x), jnp.asarray(positions), jnp.asarray(frequencies, jnp.float32)
+    _check(x, positions, frequencies)
+    for number, part in enumerate(parts):
+        _check_part(f"parts[{number}]", part, x, frequencies.shape[0])
+    if x.shape[0] == 0 or not parts:
+        check_implementation(implementation)
+        return [_shaped(part, [jnp.zeros((0, part.columns), jnp.uint8), jnp.zeros((0, 1))]) for part in parts]
+    return dispatch(
+        "norm_rope",
+        implementation,
+        {
+            "triton": lambda: _triton(x, parts, positions, frequencies, eps),
+            "xla": lambda: [_xla(x, part, positions, frequencies, eps) for part in parts],
+            "reference": lambda: [_reference(x, part, positions, frequencies, eps) for part in parts],
+        },
+    )
+
+
+# --- validation ------------------------------------------------------------------------------------------------------
+def _check(x: Array, positions: Array, frequencies: Array) -> None:
+    require(
+        x.ndim == 2 and x.dtype in (jnp.bfloat16, jnp.float32),
+        f"x is {x.dtype}{list(x.shape)}; expected bfloat16 or float32 [T, W].",
+    )
+    require(
+        positions.shape == x.shape[:1] and jnp.issubdtype(positions.dtype, jnp.integer),
+        f"positions is {positions.dtype}{list(positions.shape)}; expected integers [{x.shape[0]}], one per row of x.",
+    )
+    require(frequencies.ndim == 1, f"frequencies has shape {list(frequencies.shape)}; expected [pairs].")
+
+
+def _check_part(name: str, part: Part, x: Array, pairs: int) -> None:
+    inside = part.start >= 0 and min(part.heads, part.width) >= 1 and part.start + part.columns <= x.shape[1]
+    require(
+        inside,
+        f"{name} takes {part.heads} heads of {part.width} columns from {part.start} on; x has {x.shape[1]} columns.",
+    )
+    require(
+        jnp.dtype(part.dtype) in _TYPES,
+        f"{name} is to be {part.dtype}; expected one of {', '.join(t.name for t in _TYPES)}.",
+    )
+    require(
+        part.rotated is None or 0 <= part.rotated <= part.width - 2 * pairs,
+        f"{name} is rotated from column {part.rotated} on; {pairs} frequencies turn {2 * pairs} of {part.width}.",
+    )
+    require(part.bias is None or part.weight is not None, f"{name} has a bias and no weight; a layer norm has both.")
+    for what, array in (("weight", part.weight), ("bias", part.bias)):
+        require(
+            array is None or array.shape == (part.width,),
+            f"{name} has a {what} of shape {getattr(array, 'shape', None)}; expected [{part.width}], as its heads.",
+        )
+    require(
+        part.factor is None or (part.quantized and part.factor.shape == (x.shape[0], part.heads)),
+        f"{name} is {part.dtype} with a factor of shape {getattr(part.factor, 'shape', None)}; a factor belongs to the"
+        f" scales of an FP8 part, [T, heads] = {[x.shape[0], part.heads]}.",
+    )
+
+
+# --- bodies ----------------------------------------------------------------------------------------------------------
+def _shaped(part: Part, arrays: Sequence[Array]) -> Any:
+    """Results [T, heads * width] (and scales) as the caller gets them."""
+    heads = arrays[0].reshape(-1, part.heads, part.width)
+    if not part.quantized:
+        return heads.astype(part.dtype)
+    return lax.bitcast_convert_type(heads, jnp.dtype(part.dtype)), arrays[1].reshape(-1, part.heads)
+
+
+def _heads(x: Array, part: Part) -> Array:
+    """The part of x as float32 [T, heads, width]."""
+    mine = x[:, part.start : part.start + part.columns]
+    return mine.reshape(-1, part.heads, part.width).astype(jnp.float32)
+
+
+def _xla(x: Array, part: Part, positions: Array, frequencies: Array, eps: float) -> Any:
+    values = _heads(x, part)
+    if part.weight is not None:
+        if part.bias is not None:
+            values = values - jnp.mean(values, axis=-1, keepdims=True)
+        scale = lax.rsqrt(jnp.mean(values * values, axis=-1, keepdims=True) + eps)
+        values = values * scale * part.weight.astype(jnp.float32)
+        if part.bias is not None:
+            values = values + part.bias.astype(jnp.float32)
+    if part.rotated is not None:
+        first, end = part.rotated, part.rotated + 2 * frequencies.shape[0]
+        turned = rotate(values[..., first:end], positions, frequencies, interleaved=part.interleaved)
+        values = jnp.concatenate([values[..., :first], turned, values[..., end:]], axis=-1)
+    if part.scale != 1.0:
+        values = values * part.scale
+    if not part.quantized:
+        return values.astype(part.dtype)
+    codes, scales = fp8.quantize(values, group_size=part.width, dtype=part.dtype)
+    scales = scales[..., 0]
+    return codes, scales if part.factor is None else scales * part.factor
+
+
+def _reference(x: Array, part: Part, positions: Array, frequencies: Array, eps: float) -> Any:
+    values = reference.norm_rope(
+        _heads(x, part),
+        part.weight,
+        part.bias,
+        positions.astype(jnp.float32)[:, None] * frequencies,
+        rotated=part.rotated,
+        interleaved=part.interleaved,
+        eps=eps,
+    )
+    values = values * jnp.float32(part.scale)
+    if not part.quantized:
+        return values.astype(part.dtype)
+    codes, scales = reference.quantize(values, group_size=part.width, dtype=jnp.dtype(part.dtype))
+    factor = 1.0 if part.factor is None else part.factor
+    return lax.bitcast_convert_type(codes, jnp.dtype(part.dtype)), scales[..., 0] * factor
+
+
+def _triton(x: Array, parts: Sequence[Part], positions: Array, frequencies: Array, eps: float) -> list[Any]:
+    # Once for all parts, and under one jit once for all layers of a step.
+    angles = positions.astype(jnp.float32)[:, None] * frequencies
+    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    return [_shaped(part, arrays) for part, arrays in zip(parts, kernel.norm_rope(x, parts, cos, sin, eps=eps))]
