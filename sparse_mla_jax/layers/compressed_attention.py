@@ -23,7 +23,8 @@ from sparse_mla_jax.ops.attention import sparse_mla
 from sparse_mla_jax.ops.cache import PagedIndexCache, PagedKVCache, write
 from sparse_mla_jax.ops.compressor import CompressorState, compress, entry_pages
 from sparse_mla_jax.ops.indexer import lightning_indexer
-from sparse_mla_jax.ops.ragged import slots_from_positions
+from sparse_mla_jax.ops.output_projection import rotated_projection
+from sparse_mla_jax.ops.ragged import DenseRows, slots_from_positions
 from sparse_mla_jax.ops.rope import rope_frequencies, rotate
 from sparse_mla_jax.ops.window import ring_slots, window_slots
 
@@ -90,10 +91,10 @@ def token_states(metadata: StepMetadata, state_ids: Array | None, *, capacity: i
     return jnp.where(meta.valid & (within < capacity), ids[meta.request_ids], -1)
 
 
-def _rotate_last(x: Array, positions: Array, frequencies: Array, *, inverse: bool = False) -> Array:
+def _rotate_last(x: Array, positions: Array, frequencies: Array) -> Array:
     """x[..., d] with its last dimensions rotated in interleaved pairs, float32 arithmetic."""
     kept = x.shape[-1] - 2 * frequencies.shape[0]
-    turned = rotate(x[..., kept:], positions, frequencies, interleaved=True, inverse=inverse)
+    turned = rotate(x[..., kept:], positions, frequencies, interleaved=True)
     return jnp.concatenate([x[..., :kept], turned], axis=-1)
 
 
@@ -176,20 +177,9 @@ def _choose(
     )
 
 
-def _by_group(x: Array, weight: Array) -> Array:
-    """x[T, g, I] times weight[g, I, O] per group, accumulated and returned in float32."""
-    product = functools.partial(jnp.einsum, "tgi,gio->tgo", preferred_element_type=jnp.float32)
-    if x.dtype == weight.dtype == jnp.float32:
-        return product(x, weight)
-
-    def widened(x: Array, weight: Array) -> Array:
-        # XLA:CPU refuses a batched bfloat16 product with a float32 result.
-        return product(x.astype(jnp.float32), weight.astype(jnp.float32))
-
-    return jax.lax.platform_dependent(x, weight, cpu=widened, default=product)
-
-
-def grouped_output(params: dict[str, Any], out: Array, positions: Array, frequencies: Array) -> Array:
+def grouped_output(
+    params: dict[str, Any], out: Array, positions: Array, frequencies: Array, *, implementation: str | None = None
+) -> Array:
     """Attention's result back from its rotation and through the grouped low-rank projection: float32[T, D].
 
     Values carry the rotation of their own positions, so the sum over them is turned back by the query's.
@@ -199,10 +189,9 @@ def grouped_output(params: dict[str, Any], out: Array, positions: Array, frequen
       out: [T, H, d] attention's result.
       positions: int32[T].
       frequencies: [rope dimensions // 2].
+      implementation: None, "triton", "xla" or "reference".
     """
-    first = params["o_a_proj"]
-    turned = _rotate_last(out, positions, frequencies, inverse=True)
-    low = _by_group(turned.reshape(out.shape[0], first.shape[0], -1), first).astype(out.dtype)
+    low = rotated_projection(out, params["o_a_proj"], positions, frequencies, implementation=implementation)
     return matmul(low.reshape(low.shape[0], -1), params["o_b_proj"])
 
 
@@ -274,29 +263,33 @@ def compressed_attention_step(
         table, per_page = entry_pages(meta.page_table, page_size=meta.page_size, ratio=ratio)
         max_entries = meta.max_length // ratio
         if max_entries:
+            entries = jnp.where(states >= 0, meta.lengths // ratio, 0)
             chosen = _choose(
                 params.get("indexer"),
                 hidden,
                 q_latent,
                 caches.index,
                 table,
-                jnp.where(states >= 0, meta.lengths // ratio, 0),
+                entries,
                 max_entries,
                 meta,
                 frequencies,
                 config,
                 implementation,
             )
-            extra = (compressed, slots_from_positions(chosen, meta.request_ids, table, page_size=per_page))
+            slots = slots_from_positions(chosen, meta.request_ids, table, page_size=per_page)
+            extra = (compressed, DenseRows(slots, jnp.minimum(entries, slots.shape[1])))
 
+    near = window_slots(meta.positions, states, window=config.sliding_window, ring=ring)
     out = sparse_mla(
         _queries(params, q_latent, meta.positions, frequencies, config),
         window,
-        window_slots(meta.positions, states, window=config.sliding_window, ring=ring),
+        DenseRows(near, jnp.where(states >= 0, jnp.minimum(meta.lengths, config.sliding_window), 0)),
         sm_scale=config.sm_scale,
         value_dim=config.head_dim,
         sinks=params["sinks"].astype(jnp.float32),
         extra=extra,
         implementation=implementation,
     )
-    return grouped_output(params, out, meta.positions, frequencies).astype(hidden.dtype), caches
+    projected = grouped_output(params, out, meta.positions, frequencies, implementation=implementation)
+    return projected.astype(hidden.dtype), caches

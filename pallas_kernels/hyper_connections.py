@@ -1,0 +1,232 @@
+"""Splits n residual streams into what a sub-layer reads and how its output goes back; merges them before the head.
+
+One program per token, or few: it holds the streams of a token in registers, finds their root mean square, sums them
+with the token's weights and may norm the sum, all in one pass over memory. The mixing matrices of a program's tokens
+are one tile, so that Sinkhorn's iteration moves nothing but registers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+from jax.experimental import pallas as pl
+
+from pallas_kernels._call import call, dispatch, load, store
+from pallas_kernels.plans.attention import power_of_two
+from pallas_kernels.plans.hyper_connections import HyperConnectionPlan, hyper_connection_plan
+
+_TYPES = ("bfloat16", "float32")
+_LOWEST = float(np.finfo(np.float32).min)
+# Values of a token's streams, padded, that fit the registers of a program; and streams whose matrix fits a wave.
+MOST_VALUES, MOST_STREAMS = 2**16, 16
+
+
+@dataclasses.dataclass(frozen=True)
+class _Sizes:
+    """Static: tokens T, streams n of width D, parts S of the product, its columns O."""
+
+    tokens: int
+    streams: int
+    width: int
+    parts: int
+    columns: int
+
+
+# --- arithmetic ------------------------------------------------------------------------------------------------------
+def _sigmoid(x: Array) -> Array:
+    return 1.0 / (1.0 + jnp.exp(-x))
+
+
+def _entry(ref, sizes: _Sizes, token: Array, column: int) -> Array:
+    """One entry of the whole product: the sum of its parts."""
+    part = jnp.arange(power_of_two(sizes.parts), dtype=jnp.int32)
+    view = ref.at[part * sizes.tokens + token, jnp.full_like(part, column)]
+    full = part.shape[0] == sizes.parts
+    return jnp.sum(load(view) if full else load(view, mask=part < sizes.parts, other=0.0), axis=0)
+
+
+def _entries(ref, sizes: _Sizes, token: Array, column: Array) -> Array:
+    """Entries of the whole product: token and column are tiles."""
+    # Not a tile of parts to sum: what it leaves has its rows in different waves, and so would all that follows.
+    parts = [load(ref.at[part * sizes.tokens + token, column]) for part in range(sizes.parts)]
+    return functools.reduce(jnp.add, parts)
+
+
+def _sinkhorn(logits: Array, exists: Array, column: Array, iterations: int, eps: float) -> Array:
+    """exp(logits)[b, rows, columns] scaled to rows and columns of sum 1; 0 where not `exists`.
+
+    Entries of rows that do not exist are finite; `column` tells which columns exist.
+    """
+    logits = jnp.where(column, logits, _LOWEST)
+    weights = jnp.where(column, jnp.exp(logits - jnp.max(logits, axis=2)[:, :, None]), 0.0)
+    mixing = jnp.where(exists, weights / jnp.sum(weights, axis=2)[:, :, None] + eps, 0.0)
+
+    def by_columns(mixing: Array) -> Array:
+        return mixing / (jnp.sum(mixing, axis=1)[:, None, :] + eps)
+
+    def once(_: Any, mixing: Array) -> Array:
+        return by_columns(mixing / (jnp.sum(mixing, axis=2)[:, :, None] + eps))
+
+    return lax.fori_loop(0, iterations - 1, once, by_columns(mixing))
+
+
+# --- kernel ----------------------------------------------------------------------------------------------------------
+def _row(refs, sizes: _Sizes, token: Array, eps: float, norm_eps: float, target: str) -> Array:
+    """Stores what is read of one token; its reciprocal root mean square."""
+    streams_ref, product_ref, base_ref, scale_ref, norm_ref, joined_ref = refs
+    n, width = sizes.streams, sizes.width
+    column = jnp.arange(power_of_two(width), dtype=jnp.int32)
+    exists = None if column.shape[0] == width else column < width
+
+    def row(ref, *at):
+        view = ref.at[at]
+        values = load(view) if exists is None else load(view, mask=exists, other=0)
+        return values.astype(jnp.float32)
+
+    here = jnp.full_like(column, token)
+    streams = [row(streams_ref, here, i * width + column) for i in range(n)]
+    squares = functools.reduce(jnp.add, [x * x for x in streams])
+    scale = lax.rsqrt(jnp.sum(squares, axis=0) * (1.0 / (n * width)) + norm_eps)
+
+    def weight(i: int) -> Array:
+        return _sigmoid(_entry(product_ref, sizes, token, i) * scale * scale_ref[0] + base_ref[i]) + eps
+
+    joined = functools.reduce(jnp.add, [weight(i) * x for i, x in enumerate(streams)])
+    if norm_ref is not None:
+        mean = jnp.sum(joined * joined, axis=0) * (1.0 / width)
+        joined = joined * lax.rsqrt(mean + norm_eps) * row(norm_ref, column)
+    # Interpret mode writes old values back through masked lanes: point them past the array.
+    at = column if exists is None or target != "cpu" else jnp.where(exists, column, width)
+    store(joined_ref.at[here, at], joined.astype(joined_ref.dtype), mask=exists)
+    return scale
+
+
+def _matrices(refs, sizes: _Sizes, first: Array, scales: Array, iterations: int, eps: float, target: str) -> None:
+    """Stores weights of the output and mixing matrices of the tokens from `first` on.
+
+    scales: their reciprocal root mean squares [b], of one token a scalar.
+    """
+    product_ref, base_ref, scale_ref, writes_ref, mixing_ref = refs
+    n, side = sizes.streams, power_of_two(sizes.streams)
+    block = 1 if scales.ndim == 0 else scales.shape[0]
+    # Beyond the last token the last one again: the same bits.
+    token = jnp.minimum(first + jnp.arange(block, dtype=jnp.int32), sizes.tokens - 1)
+    stream = jnp.arange(side, dtype=jnp.int32)
+
+    def logits(token: Array, column: Array, scale: Array, number: int) -> Array:
+        product = _entries(product_ref, sizes, token, column)
+        return product * scale * scale_ref[number] + load(base_ref.at[column])
+
+    def put(ref, token: Array, at: Array, exists: Array, values: Array) -> None:
+        if side == n:
+            store(ref.at[token, at], values)
+            return
+        # As above, in interpret mode.
+        store(ref.at[token, jnp.where(exists, at, ref.shape[1]) if target == "cpu" else at], values, mask=exists)
+
+    at, column = jnp.broadcast_arrays(token[:, None], stream[None, :])
+    exists = column < n
+    values = logits(at, jnp.where(exists, n + column, n), scales if block == 1 else scales[:, None], 1)
+    put(writes_ref, at, column, exists, 2.0 * _sigmoid(values))
+
+    shape = (block, side, side)
+    at, row, column = (
+        jnp.broadcast_to(x, shape) for x in (token[:, None, None], stream[None, :, None], stream[None, None, :])
+    )
+    exists, entry = (row < n) & (column < n), row * n + column
+    values = logits(at, 2 * n + jnp.where(exists, entry, 0), scales if block == 1 else scales[:, None, None], 2)
+    put(mixing_ref, at, entry, exists, _sinkhorn(values, exists, column < n, iterations, eps))
+
+
+def _kernel(*refs, sizes: _Sizes, iterations, eps, norm_eps, normed: bool, plan: HyperConnectionPlan, target: str):
+    """Grid (tokens // plan.tokens,); refs: streams, product, base, scale, norm if there is one, and the results.
+
+    Results: joined [T, D]; where there are matrices (iterations is not None) writes [T, n] and mixing [T, n * n].
+    """
+    if not normed:
+        refs = (*refs[:4], None, *refs[4:])
+    first = pl.program_id(0) * plan.tokens
+    if plan.tokens == 1:
+        scales = _row(refs[:6], sizes, first, eps, norm_eps, target)
+    else:
+        number = jnp.arange(plan.tokens, dtype=jnp.int32)
+
+        def once(i, scales):
+            token = jnp.minimum(first + i, sizes.tokens - 1)
+            return jnp.where(number == i, _row(refs[:6], sizes, token, eps, norm_eps, target), scales)
+
+        scales = lax.fori_loop(0, plan.tokens, once, jnp.zeros(plan.tokens, jnp.float32))
+    if iterations is not None:
+        _matrices([*refs[1:4], *refs[6:]], sizes, first, scales, iterations, eps, target)
+
+
+# --- launch ----------------------------------------------------------------------------------------------------------
+def split(
+    streams: Array,
+    product: Array,
+    base: Array,
+    scale: Array,
+    norm: Array | None,
+    *,
+    iterations: int | None,
+    eps: float,
+    norm_eps: float,
+    plan: HyperConnectionPlan | None = None,
+) -> list[Array]:
+    """[joined [T, D] in streams.dtype, writes float32 [T, n], mixing float32 [T, n, n]]; without matrices joined alone.
+
+    Args:
+      streams: bfloat16 or float32 [T, n, D], T at least 1.
+      product: float32 [S, T, O], whose parts' sum is flat(streams) @ fn; O is n * (n + 2), or n without matrices.
+      base: float32 [O].
+      scale: float32 [3], [1] without matrices.
+      norm: [D], weight of an RMS norm of what is read; None for none.
+      iterations: of Sinkhorn's normalisation; None: only the weighted sum, without matrices.
+      eps, norm_eps: constants of the weights and of the norms.
+      plan: None for the heuristic one.
+
+    Raises:
+      NotImplementedError: types that the kernel does not serve, or more values of a token than its registers hold.
+    """
+    tokens, n, width = streams.shape
+    if streams.dtype.name not in _TYPES:
+        raise NotImplementedError(f"streams are {streams.dtype}; the kernel reads {', '.join(_TYPES)}")
+    if n > MOST_STREAMS or n * power_of_two(width) > MOST_VALUES:
+        raise NotImplementedError(
+            f"{n} streams of {width} values; a program holds {MOST_STREAMS} streams and {MOST_VALUES} values at most"
+        )
+    sizes = _Sizes(tokens, n, width, product.shape[0], product.shape[2])
+
+    def run(target, *arrays):
+        chosen = plan or hyper_connection_plan(tokens=tokens, width=width, target=target)
+        out = [jax.ShapeDtypeStruct((tokens, width), streams.dtype)]
+        if iterations is not None:
+            out += [jax.ShapeDtypeStruct((tokens, k), jnp.float32) for k in (n, n * n)]
+        return call(
+            functools.partial(
+                _kernel,
+                sizes=sizes,
+                iterations=iterations,
+                eps=eps,
+                norm_eps=norm_eps,
+                normed=norm is not None,
+                plan=chosen,
+                target=target,
+            ),
+            *arrays,
+            out_shape=out,
+            grid=(-(-tokens // chosen.tokens),),
+            name="split_streams" if iterations is not None else "merge_streams",
+            target=target,
+            num_warps=chosen.num_warps,
+        )
+
+    flat = streams.reshape(tokens, n * width), product.reshape(-1, product.shape[2])
+    joined, *rest = dispatch(run, *flat, base, scale, *([] if norm is None else [norm]))
+    return [joined, rest[0], rest[1].reshape(tokens, n, n)] if rest else [joined]

@@ -1,0 +1,141 @@
+"""Products of groups of attention heads with a matrix per group, whose inputs are turned back on their way into it.
+
+A tiled matrix product, one program per group, block of tokens and block of columns. It walks over the heads of its
+group; the last values of a head, which carry a rotation, are turned back in registers before they are multiplied.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.experimental import pallas as pl
+
+from pallas_kernels._call import call, dispatch, load, store
+from pallas_kernels.plans.attention import power_of_two
+from pallas_kernels.plans.output_projection import LEAST, ProjectionPlan, projection_plan
+
+
+def _masked(ref, rows: Array, columns: Array, inside: Array | None) -> Array:
+    """ref at rows and columns; zeros where not `inside`."""
+    rows, columns = jnp.broadcast_arrays(rows, columns)
+    if inside is None:
+        return load(ref.at[rows, columns])
+    return load(ref.at[rows, columns], mask=jnp.broadcast_to(inside, rows.shape), other=0.0)
+
+
+class _Product:
+    """What one program reads: `width` values of each of `heads` heads of its tokens, and the rows of its group."""
+
+    def __init__(self, x_ref, w_ref, token: Array, column: Array, heads: int, width: int):
+        self.x_ref, self.w_ref, self.token, self.column = x_ref, w_ref, token[:, None], column[None, :]
+        # First value of the group in a row of x; first row of the group in w.
+        self.group = pl.program_id(2) * (heads * width)
+
+    def weights(self, first: Array, size: int, count: int) -> Array:
+        """Rows of values first.. of the group, [size, columns]; zeros from `count` on."""
+        row = jnp.arange(size, dtype=jnp.int32)[:, None]
+        return _masked(self.w_ref, self.group + first + row, self.column, None if size == count else row < count)
+
+    def values(self, first: Array, at: Array, count: int) -> Array:
+        """Values first + at of the group, [tokens, len(at)]; zeros where at is not below `count`."""
+        at = at[None, :]
+        return _masked(self.x_ref, self.token, self.group + first + at, None if at.shape[1] == count else at < count)
+
+
+def _turned(product: _Product, first: Array, cos: Array, sin: Array, count: int) -> Array:
+    """[tokens, R]: `count` values from `first` on, their interleaved pairs turned back."""
+    at = jnp.arange(cos.shape[1], dtype=jnp.int32)
+    x, partner = (product.values(first, i, count).astype(jnp.float32) for i in (at, at ^ 1))
+    return (x * cos + partner * sin).astype(product.x_ref.dtype)
+
+
+def _kernel(x_ref, w_ref, cos_ref, sin_ref, out_ref, *, heads: int, width: int, plan: ProjectionPlan, target: str):
+    """Grid (blocks of tokens, of columns, groups); x [T, H * d], w [g * I, O], cos, sin [T, r / 2], out [T, g * O]."""
+    tokens, columns, rotated = x_ref.shape[0], w_ref.shape[1], 2 * cos_ref.shape[1]
+    kept = width - rotated
+    token = pl.program_id(0) * plan.tokens + jnp.arange(plan.tokens, dtype=jnp.int32)
+    column = pl.program_id(1) * plan.columns + jnp.arange(plan.columns, dtype=jnp.int32)
+    # Beyond the end the last one again: rows and columns of a product do not see each other.
+    here, there = jnp.minimum(token, tokens - 1), jnp.minimum(column, columns - 1)
+    product = _Product(x_ref, w_ref, here, there, heads, width)
+    dot = functools.partial(jnp.dot, precision=lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
+
+    turn = jnp.arange(max(LEAST, power_of_two(rotated)), dtype=jnp.int32)
+    inside = None if turn.shape[0] == rotated else turn[None, :] < rotated
+    cos, sin = (_masked(ref, here[:, None], (turn >> 1)[None, :], inside) for ref in (cos_ref, sin_ref))
+    # Backwards: first' = first * cos + second * sin, second' = second * cos - first * sin.
+    sin = jnp.where((turn & 1)[None, :] == 1, -sin, sin)
+    step = jnp.arange(plan.step, dtype=jnp.int32)
+
+    def one(first: Array, count: int, total: Array) -> Array:
+        return total + dot(product.values(first, step, count), product.weights(first, plan.step, count))
+
+    def head(h: Array, total: Array) -> Array:
+        first = h * width
+        whole, rest = divmod(kept, plan.step)
+        total = lax.fori_loop(0, whole, lambda i, total: one(first + i * plan.step, plan.step, total), total)
+        if rest:
+            total = one(first + whole * plan.step, rest, total)
+        turned = _turned(product, first + kept, cos, sin, rotated)
+        return total + dot(turned, product.weights(first + kept, turn.shape[0], rotated))
+
+    total = lax.fori_loop(0, heads, head, jnp.zeros((plan.tokens, plan.columns), jnp.float32))
+    exists = (token < tokens)[:, None] & (column < columns)[None, :]
+    if not tokens % plan.tokens and not columns % plan.columns:
+        exists = None
+    at = pl.program_id(2) * columns + column[None, :]
+    if exists is not None and target == "cpu":
+        # Interpret mode writes old values back through masked lanes: point them past the array.
+        at = jnp.where(exists, at, out_ref.shape[1])
+    rows, at = jnp.broadcast_arrays(here[:, None], at)
+    store(out_ref.at[rows, at], total.astype(out_ref.dtype), mask=exists)
+
+
+def rotated_projection(
+    out: Array, weight: Array, cos: Array, sin: Array, *, plan: ProjectionPlan | None = None
+) -> Array:
+    """[T, g, O] in out.dtype: `out` with its last values turned back, by group, times the group's matrix.
+
+    Args:
+      out: bfloat16 or float32 [T, H, d], T at least 1.
+      weight: [g, H // g * d, O] of the same type.
+      cos, sin: float32 [T, r / 2], r at least 2, of the angles by which the last r values of a head were turned.
+      plan: None for the heuristic one.
+
+    Raises:
+      NotImplementedError: types that the kernel does not serve, nothing to turn, or arrays of 2**31 elements and more.
+    """
+    tokens, heads, width = out.shape
+    groups, inner, columns = weight.shape
+    if out.dtype != weight.dtype or out.dtype not in (jnp.bfloat16, jnp.float32):
+        raise NotImplementedError(
+            f"out is {out.dtype}, weight {weight.dtype}; the kernel takes two bfloat16 or float32"
+        )
+    if cos.shape[1] == 0:
+        raise NotImplementedError("no values are rotated; that is a plain product")
+
+    def run(target: str, *arrays: Any) -> Array:
+        chosen = plan or projection_plan(
+            tokens=tokens,
+            groups=groups,
+            columns=columns,
+            kept=width - 2 * cos.shape[1],
+            itemsize=out.dtype.itemsize,
+        )
+        return call(
+            functools.partial(_kernel, heads=heads // groups, width=width, plan=chosen, target=target),
+            *arrays,
+            out_shape=jax.ShapeDtypeStruct((tokens, groups * columns), out.dtype),
+            grid=(-(-tokens // chosen.tokens), -(-columns // chosen.columns), groups),
+            name="rotated_projection",
+            target=target,
+            num_warps=chosen.num_warps,
+            num_stages=chosen.num_stages,
+        )
+
+    flat = out.reshape(tokens, heads * width), weight.reshape(groups * inner, columns)
+    return dispatch(run, *flat, cos, sin).reshape(tokens, groups, columns)

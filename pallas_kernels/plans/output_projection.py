@@ -1,0 +1,49 @@
+"""The plan of the output projection's kernel."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+from pallas_kernels.plans.attention import TARGET_PROGRAMS, power_of_two
+
+# Sides of a matrix instruction's operands.
+LEAST = 16
+
+
+@dataclasses.dataclass(frozen=True)
+class ProjectionPlan:
+    """Static sizes of one launch; all powers of two, at least 16.
+
+    Attributes:
+      tokens: of one program.
+      columns: of the result, of one program.
+      step: values of a head that are multiplied at a time.
+      num_warps: waves per program.
+      num_stages: software pipelining depth.
+    """
+
+    tokens: int = 64
+    columns: int = 64
+    step: int = 64
+    num_warps: int = 4
+    num_stages: int = 2
+
+
+def _step(kept: int, widest: int) -> int:
+    """The widest step that divides the values before the rotated ones, or a narrow one that is masked."""
+    widths = (n for n in (128, 64, 32, LEAST) if kept % n == 0 and n <= widest)
+    return next(widths, min(32, max(LEAST, power_of_two(kept))))
+
+
+@functools.lru_cache(maxsize=1024)
+def projection_plan(*, tokens: int, groups: int, columns: int, kept: int, itemsize: int = 2) -> ProjectionPlan:
+    """Heuristic plan for `tokens` tokens, `groups` products of `columns` columns, heads of `kept` unrotated values.
+
+    Few tokens: the weights are what is read, by as many programs as there are units. Many: larger tiles read them less.
+    """
+    block = max(LEAST, min(128 // itemsize, power_of_two(tokens)))
+    width = 256 // itemsize
+    while width > 2 * LEAST and groups * -(-columns // width) * -(-tokens // block) < TARGET_PROGRAMS:
+        width //= 2
+    return ProjectionPlan(block, max(LEAST, min(width, power_of_two(columns))), _step(kept, 256 // itemsize))

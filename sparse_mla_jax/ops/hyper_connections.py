@@ -1,0 +1,218 @@
+"""Manifold-constrained hyper-connections around a sub-layer: what it reads of n streams, how its output goes back.
+
+Everything but one matrix product: from the streams and their product with `fn` to the sub-layer's input, the weights
+of its output and the doubly stochastic mixing matrix of every token; one launch on a GPU. Sources: mHC
+(arXiv:2512.24880), hyper-connections (arXiv:2409.19606); DeepSeek-V4's form and constants.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from pallas_kernels import hyper_connections as kernel
+from sparse_mla_jax import reference
+from sparse_mla_jax.config import require
+from sparse_mla_jax.ops._dispatch import check_implementation, dispatch
+
+
+def split(
+    streams: Array,
+    product: Array,
+    base: Array,
+    scale: Array,
+    *,
+    iterations: int,
+    eps: float = 1e-6,
+    norm_eps: float = 1e-6,
+    norm: Array | None = None,
+    implementation: str | None = None,
+) -> tuple[Array, Array, Array]:
+    """What a sub-layer reads, the weights with which its output goes back, and how the streams are mixed meanwhile.
+
+    With z = product / rms(all n * D values of the token): the sub-layer reads sum_i (sigmoid(scale[0] z_i + base_i) +
+    eps) streams_i; its output is added to stream j with weight 2 sigmoid(scale[1] z_(n+j) + base_(n+j)); the mixing
+    matrix is `doubly_stochastic` of the last n * n columns of scale[2] z + base, row by row. float32 throughout. A
+    token's results depend on no other token.
+
+    Args:
+      streams: floating [T, n, D].
+      product: float32 [T, n * (n + 2)], flat(streams) @ fn of values as they are; or [S, T, n * (n + 2)], parts of it
+        that are summed here (what a product split over its inner dimension leaves).
+      base: floating [n * (n + 2)].
+      scale: floating [3].
+      iterations: of Sinkhorn's normalisation, at least 1 (static).
+      eps: added to reading weights, entries and sums.
+      norm_eps: added to mean squares, here and in `norm`.
+      norm: [D] weight of an RMS norm of what the sub-layer reads, before it is rounded; None for none.
+      implementation: None for the best that runs here, or "triton", "xla", "reference".
+
+    Returns:
+      (input [T, D] in streams.dtype, weights float32 [T, n], mixing float32 [T, n, n]).
+
+    Raises:
+      ValueError: types or shapes other than these, iterations below 1, or an implementation that does not serve the
+        case.
+    """
+    streams, product, base, scale, norm = _checked(streams, product, base, scale, norm, matrices=True)
+    require(iterations >= 1, f"iterations is {iterations}; the first division by columns is one, so pass at least 1.")
+    tokens, n, width = streams.shape
+    if tokens == 0:
+        check_implementation(implementation)
+        return jnp.zeros((0, width), streams.dtype), jnp.zeros((0, n)), jnp.zeros((0, n, n))
+    how: dict[str, Any] = {"iterations": iterations, "eps": eps, "norm_eps": norm_eps}
+
+    def slow() -> tuple[Array, Array, Array]:
+        joined, writes, mixing = reference.split_streams(streams, product.sum(0), base, scale, norm, **how)
+        return joined.astype(streams.dtype), writes, mixing
+
+    joined, writes, mixing = dispatch(
+        "hyper_connections.split",
+        implementation,
+        {
+            "triton": lambda: kernel.split(streams, product, base, scale, norm, **how),
+            "xla": lambda: _xla_split(streams, product, base, scale, norm, **how),
+            "reference": slow,
+        },
+    )
+    return joined, writes, mixing
+
+
+def merge(
+    streams: Array,
+    product: Array,
+    base: Array,
+    scale: Array,
+    *,
+    eps: float = 1e-6,
+    norm_eps: float = 1e-6,
+    norm: Array | None = None,
+    implementation: str | None = None,
+) -> Array:
+    """The weighted sum of the streams alone, as the output head reads it: `split` without weights and matrices.
+
+    Args:
+      streams: floating [T, n, D].
+      product: float32 [T, n] or [S, T, n], see `split`.
+      base: floating [n].
+      scale: floating [1].
+      eps, norm_eps, norm, implementation: as in `split`.
+
+    Returns:
+      [T, D] in streams.dtype.
+
+    Raises:
+      ValueError: types or shapes other than these, or an implementation that does not serve the case.
+    """
+    streams, product, base, scale, norm = _checked(streams, product, base, scale, norm, matrices=False)
+    if streams.shape[0] == 0:
+        check_implementation(implementation)
+        return jnp.zeros((0, streams.shape[2]), streams.dtype)
+    how: dict[str, Any] = {"eps": eps, "norm_eps": norm_eps}
+
+    def slow() -> Array:
+        return reference.merge_streams(streams, product.sum(0), base, scale, norm, **how).astype(streams.dtype)
+
+    return dispatch(
+        "hyper_connections.merge",
+        implementation,
+        {
+            "triton": lambda: kernel.split(streams, product, base, scale, norm, iterations=None, **how)[0],
+            "xla": lambda: _read(streams, _normed(streams, product, norm_eps), base, scale[0], norm, **how),
+            "reference": slow,
+        },
+    )
+
+
+def doubly_stochastic(logits: Array, *, iterations: int, eps: float) -> Array:
+    """exp(logits)[..., n, n] scaled to rows and columns of sum 1 by Sinkhorn's iteration (float32, XLA).
+
+    Args:
+      logits: [..., n, n].
+      iterations: divisions by rows and by columns; the first division by rows is a softmax.
+      eps: added to the entries once and to every sum.
+
+    Returns:
+      float32[..., n, n]; columns sum to 1 (up to eps), rows nearly.
+    """
+    mixing = jax.nn.softmax(logits.astype(jnp.float32), axis=-1) + eps
+    mixing = mixing / (mixing.sum(axis=-2, keepdims=True) + eps)
+
+    def once(_: Array, mixing: Array) -> Array:
+        mixing = mixing / (mixing.sum(axis=-1, keepdims=True) + eps)
+        return mixing / (mixing.sum(axis=-2, keepdims=True) + eps)
+
+    # Not unrolled: XLA takes half a minute to compile one fusion of it.
+    return jax.lax.fori_loop(0, iterations - 1, once, mixing)
+
+
+# --- validation ------------------------------------------------------------------------------------------------------
+def _checked(
+    streams: Array, product: Array, base: Array, scale: Array, norm: Array | None, *, matrices: bool
+) -> tuple[Array, Array, Array, Array, Array | None]:
+    """The arguments as arrays that fit together, product as [S, T, O], what is small as float32."""
+    streams, product, base, scale = (jnp.asarray(x) for x in (streams, product, base, scale))
+    require(
+        streams.ndim == 3 and jnp.issubdtype(streams.dtype, jnp.floating) and min(streams.shape[1:]) >= 1,
+        f"streams is {streams.dtype}{list(streams.shape)}; expected floating [T, n, D], n and D at least 1.",
+    )
+    tokens, n, width = streams.shape
+    columns, factors = (n * (n + 2), 3) if matrices else (n, 1)
+    fits = product.shape == (tokens, columns) or (product.ndim == 3 and product.shape[1:] == (tokens, columns))
+    fits = fits and (product.ndim == 2 or product.shape[0] >= 1)
+    require(
+        fits and product.dtype == jnp.float32,
+        f"product is {product.dtype}{list(product.shape)}; streams {list(streams.shape)} need"
+        f" float32[{tokens}, {columns}], or parts [S, {tokens}, {columns}]: flat(streams) @ fn in float32.",
+    )
+    norm = None if norm is None else jnp.asarray(norm)
+    for name, array, size in (("base", base, columns), ("scale", scale, factors), ("norm", norm, width)):
+        require(
+            array is None or (array.shape == (size,) and jnp.issubdtype(array.dtype, jnp.floating)),
+            f"{name} is {getattr(array, 'dtype', None)}{list(getattr(array, 'shape', []))}; streams"
+            f" {list(streams.shape)} need floating [{size}]. Give the weights of this sub-layer.",
+        )
+    parts = product if product.ndim == 3 else product[None]
+    return streams, parts, base.astype(jnp.float32), scale.astype(jnp.float32), norm
+
+
+# --- XLA body --------------------------------------------------------------------------------------------------------
+def _normed(streams: Array, product: Array, norm_eps: float) -> Array:
+    """float32 [T, O]: the product of the root-mean-square-normed streams."""
+    wide = streams.astype(jnp.float32)
+    return product.sum(0) * jax.lax.rsqrt(jnp.mean(wide * wide, axis=(1, 2)) + norm_eps)[:, None]
+
+
+def _read(
+    streams: Array, z: Array, base: Array, scale: Array, norm: Array | None, *, eps: float, norm_eps: float
+) -> Array:
+    """[T, D] in streams.dtype: the weighted sum, normed where there is a norm."""
+    weights = jax.nn.sigmoid(z * scale + base) + eps
+    # Elementwise, not a product of matrices: n is 4.
+    joined = jnp.sum(weights[:, :, None] * streams.astype(jnp.float32), axis=1)
+    if norm is not None:
+        mean = jnp.mean(joined * joined, axis=-1, keepdims=True)
+        joined = joined * jax.lax.rsqrt(mean + norm_eps) * norm.astype(jnp.float32)
+    return joined.astype(streams.dtype)
+
+
+def _xla_split(
+    streams: Array,
+    product: Array,
+    base: Array,
+    scale: Array,
+    norm: Array | None,
+    *,
+    iterations: int,
+    eps: float,
+    norm_eps: float,
+) -> tuple[Array, Array, Array]:
+    n = streams.shape[1]
+    z = _normed(streams, product, norm_eps)
+    joined = _read(streams, z[:, :n], base[:n], scale[0], norm, eps=eps, norm_eps=norm_eps)
+    writes = 2.0 * jax.nn.sigmoid(z[:, n : 2 * n] * scale[1] + base[n : 2 * n])
+    logits = z[:, 2 * n :] * scale[2] + base[2 * n :]
+    return joined, writes, doubly_stochastic(logits.reshape(-1, n, n), iterations=iterations, eps=eps)
