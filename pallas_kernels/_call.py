@@ -37,8 +37,61 @@ def load(ref, *, mask=None, other=None):
     return pltriton.load(ref, mask=mask, other=other)
 
 
-def assembly(text: str, constraints: str, *args: jax.Array, dtype: Any, pack: int = 1) -> jax.Array:
-    """Instructions of the target per `pack` elements of `args`; see LLVM's inline assembly for the constraints."""
+def load_codes(ref, rows: jax.Array, mask: jax.Array, column: int, width: int, dtype: Any, target: str) -> jax.Array:
+    """FP8 values [K, width] of type `dtype` from byte `column` on of rows [K] of a reference to uint32 words [N, W].
+
+    0 in rows where `mask` is False. The array must hold less than 2**31 bytes. What is loaded in the type in which the
+    matrix units multiply it goes to them unseen.
+    """
+    columns = jax.numpy.arange(width, dtype=jax.numpy.int32)
+    mask = jax.numpy.broadcast_to(mask[:, None], (rows.shape[0], width))
+    if target != HOST:
+        offsets = (rows * (4 * ref.shape[1]))[:, None] + columns[None, :]
+        return _load_codes_primitive().bind(ref, offsets, mask, column=column, dtype=jax.numpy.dtype(dtype))
+    columns = jax.numpy.broadcast_to(column + columns[None, :], mask.shape)
+    where = ref.at[jax.numpy.broadcast_to(rows[:, None], mask.shape), columns // 4]
+    words = load(where, mask=mask, other=jax.numpy.uint32(0))
+    codes = (words >> (8 * (columns % 4)).astype(jax.numpy.uint32)).astype(jax.numpy.uint8)
+    return jax.lax.bitcast_convert_type(codes, dtype)
+
+
+@functools.cache
+def _load_codes_primitive() -> Any:
+    """A load through a pointer of another type, which Pallas has no word for."""
+    from jax._src.lib.triton import dialect
+    from jax._src.pallas.triton import lowering
+    from jax._src.state.types import ReadEffect
+
+    primitive = jax.extend.core.Primitive("load_codes")
+
+    @primitive.def_effectful_abstract_eval
+    def _(ref, offsets, mask, *, column, dtype):
+        del ref, mask, column
+        return jax.core.ShapedArray(offsets.shape, dtype), {ReadEffect(0)}
+
+    @lowering.register_lowering(primitive)
+    def _(ctx, pointer, offsets, mask, *, column, dtype):
+        kind, shape = lowering._dtype_to_ir_type(dtype), ctx.avals_out[0].shape
+        pointer = dialect.bitcast(dialect.PointerType.get(kind, 1), pointer)
+        # Added first, the column costs no register beside the offsets that all columns share.
+        pointer = lowering._add(pointer, lowering._ir_constant(column, lowering.ir.IntegerType.get_signless(32)))
+        zeros = lowering._zeros(lowering.ir.RankedTensorType.get(shape, kind))
+        return lowering._load(lowering._add(lowering._bcast_to(pointer, shape), offsets), mask=mask, other=zeros)
+
+    return primitive
+
+
+def assembly(
+    text: str, constraints: str, *args: jax.Array, dtype: Any, pack: int = 1, pinned: bool = False
+) -> jax.Array:
+    """Instructions of the target per `pack` elements of `args`; see LLVM's inline assembly for the constraints.
+
+    pinned: Triton does not rearrange what is computed before it to suit what comes after.
+    """
+    if pinned:
+        return _pinned_primitive().bind(
+            *args, text=text, constraints=constraints, dtype=jax.numpy.dtype(dtype), pack=pack
+        )
     (out,) = pltriton.elementwise_inline_asm(
         text,
         args=args,
@@ -47,6 +100,28 @@ def assembly(text: str, constraints: str, *args: jax.Array, dtype: Any, pack: in
         result_shape_dtypes=[jax.ShapeDtypeStruct(args[0].shape, dtype)],
     )
     return out
+
+
+@functools.cache
+def _pinned_primitive() -> Any:
+    """Pallas' own inline assembly has no side effects for Triton, and values are moved across it."""
+    from jax._src.lib.triton import dialect
+    from jax._src.pallas.triton import lowering
+
+    primitive = jax.extend.core.Primitive("pinned_assembly")
+
+    @primitive.def_abstract_eval
+    def _(*args, dtype, **_):
+        return jax.core.ShapedArray(args[0].shape, dtype)
+
+    @lowering.register_lowering(primitive)
+    def _(ctx, *args, text, constraints, dtype, pack):
+        kind = lowering.ir.RankedTensorType.get(ctx.avals_out[0].shape, lowering._dtype_to_ir_type(dtype))
+        return dialect.elementwise_inline_asm(
+            [kind], text, constraints=constraints, pure=False, packed_element=pack, args=args
+        )
+
+    return primitive
 
 
 def store(ref, value, *, mask=None) -> None:

@@ -11,13 +11,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.experimental import pallas as pl
 
-from pallas_kernels._call import call
+from pallas_kernels._call import call, load, store
 
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["latent", "scale", "rope", "values", "indptr"],
+    data_fields=["latent", "scale", "rope", "values", "indptr", "lengths"],
     meta_fields=["dtype", "group_size"],
 )
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +33,7 @@ class Source:
       group_size: latent values per scale.
       values: int32 slots, [T, W] or, with indptr, flat.
       indptr: int32 [T + 1] or None.
+      lengths: int32 [T], entries of [T, W] that count, or None for all of them.
     """
 
     latent: Array
@@ -41,6 +43,7 @@ class Source:
     group_size: int
     values: Array
     indptr: Array | None
+    lengths: Array | None = None
 
     @property
     def width(self) -> int:
@@ -65,16 +68,28 @@ def kernel_arrays(source: Source) -> dict[str, Array]:
     flat["values"] = source.values.reshape(-1)
     if source.indptr is not None:
         flat["indptr"] = source.indptr
+    elif source.lengths is not None:
+        flat["lengths"] = source.lengths
     return flat
 
 
 def row_bounds(refs: dict, token, width: int):
     """First element and length of a row's slots."""
+    if "lengths" in refs:
+        return token * width, jnp.clip(refs["lengths"][token], 0, width)
     if "indptr" not in refs:
         return token * width, jnp.int32(width)
     capacity = refs["values"].shape[0]
     start = jnp.clip(refs["indptr"][token], 0, capacity)
     return start, jnp.maximum(jnp.clip(refs["indptr"][token + 1], 0, capacity) - start, 0)
+
+
+def key_slots(refs: dict, start: Array, length: Array, block: Array, *, count: int, size: int) -> Array:
+    """Slots of key block `block` of `size` keys of a row, -1 where there is none."""
+    at = block * size + jnp.arange(size, dtype=jnp.int32)
+    inside = at < length
+    slots = load(refs["values"].at[jnp.where(inside, start + at, 0)])
+    return jnp.where(inside & (slots >= 0) & (slots < count), slots, -1)
 
 
 def grid2(rows: Array, columns: Array) -> tuple[Array, Array]:
@@ -102,20 +117,80 @@ def unpack(refs: Sequence[Any], s: Any) -> tuple[Any, list[dict], Any, Any, Any]
     return refs[0], sources, refs[at] if s.has_sinks else None, refs[-2], refs[-1]
 
 
-def share_of(sources: Sequence[dict], token: Array, split: Array, s: Any) -> tuple[list[Array], Array, Array]:
-    """(key blocks of each source, first block and end of the program's share of them all)."""
-    lengths = [row_bounds(r, token, w)[1] for r, w in zip(sources, s.widths)]
-    blocks = [(length + s.plan.key_block - 1) // s.plan.key_block for length in lengths]
-    per_split = (sum(blocks) + s.plan.splits - 1) // s.plan.splits
-    return blocks, split * per_split, (split + 1) * per_split
+def _blocks(lengths: Sequence[Array], s: Any) -> list[Array]:
+    """Key blocks of a row in each source."""
+    return [(length + s.plan.key_block - 1) // s.plan.key_block for length in lengths]
 
 
-def walk(over_source: Callable[..., Any], share: tuple[list[Array], Array, Array], state: Any) -> Any:
-    """Folds a share, source by source: over_source(number, first, last, state)."""
-    blocks, low, high = share
+def _part_size(sources: Sequence[dict], tokens: int, s: Any) -> Array:
+    """Key blocks of a part, if the keys of all rows were `plan.shares` parts."""
+
+    def keys(refs, width):
+        if "indptr" not in refs:
+            return jnp.int32(tokens * width)
+        return jnp.clip(refs["indptr"][tokens], 0, refs["values"].shape[0])
+
+    size = s.plan.shares * s.plan.key_block
+    return jnp.maximum((sum(keys(r, w) for r, w in zip(sources, s.widths)) + size - 1) // size, 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """What a program works on.
+
+    Attributes:
+      token, split: row of the outputs.
+      first_head, heads: heads [head_block]; those past the last do not exist.
+      blocks: key blocks of each source.
+      first, last: the program's share of them all.
+    """
+
+    token: Array
+    split: Array
+    first_head: Array
+    heads: Array
+    blocks: list[Array]
+    first: Array
+    last: Array
+
+
+def _part_of(sources: Sequence[dict], tokens: int, s: Any) -> Part:
+    token, split = pl.program_id(0), pl.program_id(2)
+    first_head = pl.program_id(1) * s.plan.head_block
+    heads = first_head + jnp.arange(s.plan.head_block, dtype=jnp.int32)
+    blocks = _blocks([row_bounds(r, token, w)[1] for r, w in zip(sources, s.widths)], s)
+    parts = s.plan.splits
+    if s.plan.shares:
+        # Long rows get more programs than short ones; programs beyond a row's parts have nothing to do.
+        size = _part_size(sources, tokens, s)
+        parts = jnp.clip((sum(blocks) + size - 1) // size, 1, parts)
+    per_split = (sum(blocks) + parts - 1) // parts
+    return Part(token, split, first_head, heads, blocks, split * per_split, (split + 1) * per_split)
+
+
+def _program(kernel: Callable[..., None], *refs: Any, s: Any) -> None:
+    """`kernel` on the program's part. A program without keys only writes that it has none: its `out` is not read."""
+    _, sources, _, _, lse_ref = unpack(refs, s)
+    part = _part_of(sources, lse_ref.shape[1], s)
+
+    def leave():
+        # Masked lanes point past the array: interpret mode writes old values back through them.
+        exists = part.heads < s.heads
+        target = jnp.where(exists, part.heads, s.heads)
+        where = lse_ref.at[jnp.full_like(target, part.split), jnp.full_like(target, part.token), target]
+        store(where, jnp.full(target.shape, -jnp.inf, jnp.float32), mask=exists)
+
+    if s.plan.shares:
+        jax.lax.cond(part.first < sum(part.blocks), lambda: kernel(*refs, part=part, s=s), leave)
+    else:
+        kernel(*refs, part=part, s=s)
+
+
+def walk(over_source: Callable[..., Any], part: Part, state: Any) -> Any:
+    """Folds a part, source by source: over_source(number, first, last, state)."""
     before = jnp.int32(0)
-    for number, count in enumerate(blocks):
-        first, last = jnp.clip(low - before, 0, count), jnp.clip(high - before, 0, count)
+    for number, count in enumerate(part.blocks):
+        first, last = jnp.clip(part.first - before, 0, count), jnp.clip(part.last - before, 0, count)
         state = over_source(number, first, last, state)
         before = before + count
     return state
@@ -132,11 +207,14 @@ def described(sources: Sequence[Source]) -> tuple[list[Array], dict[str, Any]]:
 
 
 def launch_rows(kernel: Callable[..., None], s: Any, q: Array, arrays: Sequence[Array], sinks: Array | None) -> Any:
-    """(out[splits, T, H, value_dim], lse[splits, T, H]) of `kernel` over the grid (T, head blocks, splits)."""
+    """(out[splits, T, H, value_dim], lse[splits, T, H]) of `kernel` over the grid (T, head blocks, splits).
+
+    With `plan.shares`, `out` is not written by programs without keys.
+    """
     tokens, heads = q.shape[:2]
     plan = s.plan
     return call(
-        functools.partial(kernel, s=s),
+        functools.partial(_program, kernel, s=s),
         q,
         *arrays,
         *([sinks] if sinks is not None and s.has_sinks else []),

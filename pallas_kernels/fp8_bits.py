@@ -134,3 +134,13 @@ def is_nan(bits: Array, dtype) -> Array:
 def e8m0_to_float32(bits: Array) -> Array:
     """float32 value 2 ** (code - 127) of E8M0 codes (1..254; 0 reads as 0 and 255 as inf: no cache has them)."""
     return jax.lax.bitcast_convert_type(bits.astype(jnp.uint32) << 23, jnp.float32)
+
+
+def exponent(x: Array) -> Array:
+    """Biased exponent of float32 x >= 0, kept off the ends so that both it and its inverse are normal."""
+    return jnp.clip(jax.lax.bitcast_convert_type(x, jnp.int32) >> 23, 1, 253)
+
+
+def from_exponent(exponent: Array) -> Array:
+    """float32 2 ** (exponent - 127)."""
+    return jax.lax.bitcast_convert_type(exponent << 23, jnp.float32)

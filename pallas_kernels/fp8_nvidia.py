@@ -41,3 +41,14 @@ def decode_bfloat16(codes: Array, dtype) -> Array:
     )
     text = f"{{ .reg .b32 s, t, p, z; mov.b32 p, {power}; mov.b32 z, 0x80008000;{pairs} }}"
     return assembly(text, "=&r,=r,r", codes, dtype=jnp.bfloat16, pack=4)
+
+
+def decode_float16(codes: Array, target: str = HOST) -> Array:
+    """float16 values of e4m3fn [...], exact.
+
+    Pinned: Triton would bring the codes, byte by byte, into the order in which the units read float16.
+    """
+    if target == HOST:
+        return codes.astype(jnp.float16)
+    text = "{ .reg .b16 x, y; mov.b32 {x, y}, $2; cvt.rn.f16x2.e4m3x2 $0, x; cvt.rn.f16x2.e4m3x2 $1, y; }"
+    return assembly(text, "=&r,=r,r", codes, dtype=jnp.float16, pack=4, pinned=True)

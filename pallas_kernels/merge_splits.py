@@ -19,7 +19,7 @@ from pallas_kernels.plans.attention import power_of_two
 TILE = 4096
 
 
-def _kernel(*refs, splits: int, columns: int, block: int):
+def _kernel(*refs, splits: int, columns: int, block: int, partial: bool):
     outs_ref, lses_ref, *sink_ref, out_ref, lse_ref = refs
     token, head, first = pl.program_id(0), pl.program_id(1), pl.program_id(2) * block
     i = jnp.arange(max(2, power_of_two(splits)), dtype=jnp.int32)
@@ -40,7 +40,10 @@ def _kernel(*refs, splits: int, columns: int, block: int):
     c = first + jnp.arange(block, dtype=jnp.int32)
     inside = c < columns
     rows, cols = grid2(parts, c if columns % block == 0 else jnp.where(inside, c, 0))
-    values = load(outs_ref.at[rows, jnp.full_like(rows, token), jnp.full_like(rows, head), cols])
+    where = outs_ref.at[rows, jnp.full_like(rows, token), jnp.full_like(rows, head), cols]
+    values = (
+        load(where, mask=jnp.broadcast_to((weights > 0)[:, None], rows.shape), other=0.0) if partial else load(where)
+    )
     merged = jnp.sum(values * (weights * share)[:, None], axis=0)
     # Masked lanes point past the array: interpret mode writes old values back through them.
     at = jnp.where(inside, c, columns)
@@ -48,12 +51,17 @@ def _kernel(*refs, splits: int, columns: int, block: int):
     lse_ref[token, head] = lse
 
 
-def merge_splits(outs: Array, lses: Array, sinks: Array | None, *, dtype: Any, target: str) -> tuple[Array, Array]:
-    """outs[S, T, H, V], lses[S, T, H] float32 -> (out dtype [T, H, V], lse float32 [T, H]), in a fixed order."""
+def merge_splits(
+    outs: Array, lses: Array, sinks: Array | None, *, dtype: Any, target: str, partial: bool = False
+) -> tuple[Array, Array]:
+    """outs[S, T, H, V], lses[S, T, H] float32 -> (out dtype [T, H, V], lse float32 [T, H]), in a fixed order.
+
+    partial: parts of weight 0 are not read, since they may not be written.
+    """
     splits, tokens, heads, columns = outs.shape
     block = max(16, min(power_of_two(columns), TILE // power_of_two(splits)))
     return call(
-        functools.partial(_kernel, splits=splits, columns=columns, block=block),
+        functools.partial(_kernel, splits=splits, columns=columns, block=block, partial=partial),
         outs,
         lses,
         *([] if sinks is None else [sinks]),

@@ -3,7 +3,7 @@
 Keys are read where they lie: FP8 latents as 32-bit words of four values, decoded into four byte planes, one matrix
 product per plane (a plane is every fourth column, so the query is read with the same stride). Group scales are float32
 and multiply the scores and the probabilities, never the keys: FP8 values are exact in bfloat16, their products with a
-scale are not. On an NVIDIA GPU FP8 keys take another form: see sparse_attention_float16.
+scale are not. On an NVIDIA GPU FP8 keys take other forms: see sparse_attention_fp8 and sparse_attention_float16.
 """
 
 from __future__ import annotations
@@ -15,17 +15,16 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.experimental import pallas as pl
 
-from pallas_kernels import fp8_bits, sparse_attention_float16
+from pallas_kernels import fp8_bits, sparse_attention_float16, sparse_attention_fp8
 from pallas_kernels._call import dispatch, load, store
 from pallas_kernels.attention_source import (
+    Part,
     Source,
     described,
     grid2,
     launch_rows,
     row_bounds,
-    share_of,
     some_key,
     unpack,
     walk,
@@ -241,13 +240,10 @@ def _halves(weights: Array, s: _Static) -> list[Array]:
     return [upper, fp8_bits.truncate_to_bfloat16(weights - upper.astype(jnp.float32))]
 
 
-def _kernel(*refs, s: _Static):
+def _kernel(*refs, part: Part, s: _Static):
     """Grid (T, head blocks, splits): out[split, token, 16 heads, value_dim] and lse[split, token, 16 heads]."""
     q_ref, sources, sink_ref, out_ref, lse_ref = unpack(refs, s)
-    token, split = pl.program_id(0), pl.program_id(2)
-    heads = pl.program_id(1) * s.plan.head_block + jnp.arange(s.plan.head_block, dtype=jnp.int32)
-
-    share = share_of(sources, token, split, s)
+    token, split, heads = part.token, part.split, part.heads
     queries = _load_queries(q_ref, token, heads, s)
     block = (s.plan.head_block,)
     state = (
@@ -264,7 +260,7 @@ def _kernel(*refs, s: _Static):
     def over(number, first, last, state):
         return _over_source(number, sources[number], token, first, last, queries, state, s)
 
-    state = walk(over, share, state)
+    state = walk(over, part, state)
     _store_results(out_ref, lse_ref, sink_ref, token, split, heads, state, s)
 
 
@@ -343,6 +339,7 @@ def _launch(
     """The kernel as it is for one target."""
     tokens, heads = q.shape[:2]
     compute = _compute_dtype(q, sources)
+    native = sparse_attention_fp8.serves(q, sources, value_dim)
     if plan is None:
         width = sum(s.width for s in sources)
         fp8 = any(s.scale is not None for s in sources)
@@ -352,14 +349,20 @@ def _launch(
             width=width,
             itemsize=compute.itemsize,
             fp8=fp8,
+            native=native,
+            key_bytes=2 * q.shape[-1] - 4 * sources[0].latent.shape[-1] if native else 0,
             ragged=any(s.indptr is not None for s in sources),
             target=target,
         )
-    if plan.float16 and sparse_attention_float16.serves(q, sources, value_dim):
+    if plan.native and native:
+        out, lse = sparse_attention_fp8.launch(target, q, sources, sinks, sm_scale, value_dim, plan)
+    elif plan.float16 and sparse_attention_float16.serves(q, sources, value_dim):
         out, lse = sparse_attention_float16.launch(target, q, sources, sinks, sm_scale, value_dim, plan)
     else:
         out, lse = _launch_planes(target, q, sources, sinks, sm_scale, value_dim, plan, compute)
-    return (out[0], lse[0]) if plan.splits == 1 else merge_splits(out, lse, sinks, dtype=q.dtype, target=target)
+    if plan.splits == 1:
+        return out[0], lse[0]
+    return merge_splits(out, lse, sinks, dtype=q.dtype, target=target, partial=plan.shares > 0)
 
 
 def _launch_planes(

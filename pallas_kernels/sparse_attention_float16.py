@@ -17,17 +17,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.experimental import pallas as pl
 
 from pallas_kernels import fp8_bits
 from pallas_kernels._call import load, store
 from pallas_kernels.attention_source import (
+    Part,
     Source,
     described,
     grid2,
+    key_slots,
     launch_rows,
     row_bounds,
-    share_of,
     some_key,
     unpack,
     walk,
@@ -93,16 +93,6 @@ def serves(q: Array, sources: Sequence[Source], value_dim: int) -> bool:
 
 
 # --- arithmetic ------------------------------------------------------------------------------------------------------
-def _exponent(x: Array) -> Array:
-    """Biased exponent of float32 x >= 0, kept off the ends so that both it and its inverse are normal."""
-    return jnp.clip(jax.lax.bitcast_convert_type(x, jnp.int32) >> 23, 1, 253)
-
-
-def _power(exponent: Array) -> Array:
-    """float32 2 ** (exponent - 127)."""
-    return jax.lax.bitcast_convert_type(exponent << 23, jnp.float32)
-
-
 def _split4(x: Array) -> list[Array]:
     """[A, W, 4] -> its four [A, W]; in registers, since the last axis lies within a lane."""
     even, odd = jnp.unstack(x.reshape(*x.shape[:2], 2, 2), axis=3)
@@ -142,26 +132,19 @@ def _load_queries(q_ref, token, heads: Array, s: _Static):
     rows, cols = _grid3(safe, words)
     mask = _inside(words, s.words, rows.shape, 1)
     q = _masked(q_ref.at[jnp.full_like(rows, token), rows, cols], mask).astype(jnp.float32)
-    exponent = _exponent(jnp.max(jnp.max(jnp.abs(q), axis=2), axis=1))
-    planes = [p.astype(jnp.float16) for p in _split4(q * _power(254 - exponent)[:, None, None])]
+    exponent = fp8_bits.exponent(jnp.max(jnp.max(jnp.abs(q), axis=2), axis=1))
+    planes = [p.astype(jnp.float16) for p in _split4(q * fp8_bits.from_exponent(254 - exponent)[:, None, None])]
     if not s.rope:
-        return planes, _power(exponent), None
+        return planes, fp8_bits.from_exponent(exponent), None
     rows, cols, mask = _rope_grid(safe, s)
-    return planes, _power(exponent), _masked(q_ref.at[jnp.full_like(rows, token), rows, 4 * s.words + cols], mask)
+    rope = _masked(q_ref.at[jnp.full_like(rows, token), rows, 4 * s.words + cols], mask)
+    return planes, fp8_bits.from_exponent(exponent), rope
 
 
 def _rope_grid(rows: Array, s: _Static) -> tuple[Array, Array, Array | None]:
     c = jnp.arange(s.rope_width, dtype=jnp.int32)
     rows, cols = grid2(rows, c)
     return rows, cols, _inside(c, s.rope, rows.shape, 1)
-
-
-def _slots(refs: dict, start, length, block, count: int, s: _Static) -> Array:
-    """Slots of key block `block` of the row, -1 where there is none."""
-    at = block * s.plan.key_block + jnp.arange(s.plan.key_block, dtype=jnp.int32)
-    inside = at < length
-    slots = load(refs["values"].at[jnp.where(inside, start + at, 0)])
-    return jnp.where(inside & (slots >= 0) & (slots < count), slots, -1)
 
 
 def _scales(refs: dict, slots: Array, s: _Static) -> Array:
@@ -185,8 +168,8 @@ def _keys(refs: dict, slots: Array, s: _Static) -> tuple[Array, ...]:
 def _planes(words: Array, scales: Array, unit: Array, s: _Static) -> tuple[list[Array], Array]:
     """(four float16 planes [K, width] in units of 2 ** (unit - 127), the unit: at least the one before)."""
     scales = fp8_bits.e8m0_to_float32(scales) if s.exact_scales else scales
-    unit = jnp.maximum(unit, _exponent(jnp.max(jnp.max(scales, axis=1), axis=0)))
-    factor = scales * (_power(254 - unit) * fp8_bits.float16_power(s.fp8, s.target))
+    unit = jnp.maximum(unit, fp8_bits.exponent(jnp.max(jnp.max(scales, axis=1), axis=0)))
+    factor = scales * (fp8_bits.from_exponent(254 - unit) * fp8_bits.float16_power(s.fp8, s.target))
     upper = factor.astype(jnp.float16)
     rest = None if s.exact_scales else _spread((factor - upper.astype(jnp.float32)).astype(jnp.float16), s)
     upper = _spread(upper, s)
@@ -203,7 +186,7 @@ def _over_source(number: int, refs: dict, token, first, last, queries, state, s:
     """Folds key blocks first..last-1 of the row in source `number` into the state."""
     start, length = row_bounds(refs, token, s.widths[number])
     q_planes, q_unit, q_rope = queries
-    slots_of = functools.partial(_slots, refs, start, length, count=s.counts[number], s=s)
+    slots_of = functools.partial(key_slots, refs, start, length, count=s.counts[number], size=s.plan.key_block)
     # Reads need no mask where every key exists.
     present = some_key(lambda block: slots_of(block=block), first, last)
     first = jnp.where(present < 0, last, first)
@@ -220,7 +203,7 @@ def _over_source(number: int, refs: dict, token, first, last, queries, state, s:
             scores += dot(q, k, 1)
         # Between the products: asked for before them, what comes next would delay what they wait for.
         ahead, later = read(after), slots_of(block=i + 2)
-        scores = scores * (_power(new_unit) * (s.scale * LOG2E) * q_unit)[:, None]
+        scores = scores * (fp8_bits.from_exponent(new_unit) * (s.scale * LOG2E) * q_unit)[:, None]
         if s.rope:
             scores += dot(q_rope, keys[1], 1) * (s.scale * LOG2E)
         valid = slots >= 0
@@ -230,7 +213,7 @@ def _over_source(number: int, refs: dict, token, first, last, queries, state, s:
         keep = jnp.exp2(top - new_top)
         # Lanes add up on their own: one reduction across them at the end.
         total = total * keep[:, None] + weights
-        keep_sums = (keep * _power(jnp.maximum(127 + unit - new_unit, 0)))[:, None]
+        keep_sums = (keep * fp8_bits.from_exponent(jnp.maximum(127 + unit - new_unit, 0)))[:, None]
         halves = weights.astype(jnp.float16)
         sums = tuple(x * keep_sums + dot(halves, k, 0) for x, k in zip(sums, planes))
         if s.rope_values:
@@ -244,13 +227,10 @@ def _over_source(number: int, refs: dict, token, first, last, queries, state, s:
     return jax.lax.fori_loop(first, last, body, carry)[0]
 
 
-def _kernel(*refs, s: _Static):
+def _kernel(*refs, part: Part, s: _Static):
     """Grid (T, head blocks, splits): out[split, token, heads, value_dim] and lse[split, token, heads]."""
     q_ref, sources, sink_ref, out_ref, lse_ref = unpack(refs, s)
-    token, split = pl.program_id(0), pl.program_id(2)
-    heads = pl.program_id(1) * s.plan.head_block + jnp.arange(s.plan.head_block, dtype=jnp.int32)
-
-    share = share_of(sources, token, split, s)
+    token, split, heads = part.token, part.split, part.heads
     queries = _load_queries(q_ref, token, heads, s)
     block = s.plan.head_block
     state = (
@@ -264,7 +244,7 @@ def _kernel(*refs, s: _Static):
     def over(number, first, last, state):
         return _over_source(number, sources[number], token, first, last, queries, state, s)
 
-    state = walk(over, share, state)
+    state = walk(over, part, state)
     _store_results(out_ref, lse_ref, sink_ref, token, split, heads, state, s)
 
 
@@ -285,7 +265,7 @@ def _store_results(out_ref, lse_ref, sink_ref, token, split, heads: Array, state
     words = jnp.arange(s.width, dtype=jnp.int32)
     rows, cols = _grid3(target, words)
     mask = jnp.broadcast_to(exists[:, None, None] & (words < s.words)[None, :, None], rows.shape)
-    out = _join4([x * (share * _power(unit))[:, None] for x in sums]).astype(out_ref.dtype)
+    out = _join4([x * (share * fp8_bits.from_exponent(unit))[:, None] for x in sums]).astype(out_ref.dtype)
     store(out_ref.at[jnp.full_like(rows, split), jnp.full_like(rows, token), rows, cols], out, mask=mask)
     if s.rope_values:
         rows, cols, _ = _rope_grid(target, s)

@@ -21,8 +21,9 @@ from sparse_mla_jax.kernel_cases import FP8, attention_answer
 from sparse_mla_jax.ops import cache as cache_ops
 from sparse_mla_jax.ops.attention import sparse_mla
 from sparse_mla_jax.ops.cache import PagedIndexCache, PagedKVCache
+from sparse_mla_jax.ops.compressor import CompressorState, compress, entry_pages
 from sparse_mla_jax.ops.indexer import indexer_scores, lightning_indexer, paged_indexer_scores
-from sparse_mla_jax.ops.ragged import Ragged, pack_rows
+from sparse_mla_jax.ops.ragged import DenseRows, Ragged, pack_rows
 from sparse_mla_jax.ops.topk import top_k
 
 AREAS = ("topk", "indexer", "decode", "prefill", "cache", "step")
@@ -40,6 +41,8 @@ SMALL = {
     "selected": 48,
     "keys": 320,
     "slots": 1024,
+    "rings": 1024,
+    "width": 96,
     "length": 256,
     "context": 128,
     "hidden": 64,
@@ -463,6 +466,56 @@ def _attention(sizes: Mapping[str, int], flavour: str, query: str, *, layout: st
     return Work(fn, each, size, 2 * keys * heads * (dim + VALUE_DIM), error, ATTENTION_BOUND, shared)
 
 
+def _two_sources(sizes: Mapping[str, int], flavour: str, query: str) -> Work:
+    """DeepSeek-V4's decode: a window in rings and `selected` entries, of rows `width` wide, under one softmax."""
+    del query
+    batch, heads, window, selected = (sizes[name] for name in ("batch", "heads", "window", "selected"))
+    width, dim = sizes["width"], LAYOUTS["v4"][0] + ROPE
+
+    def shared():
+        return kv_cache("v4", flavour, sizes["rings"]), kv_cache("v4", flavour, sizes["slots"])
+
+    def each(number):
+        near, far = (
+            _slots(_key(key, number), batch, count, slots, own=True)
+            for key, count, slots in ((15, window, sizes["rings"]), (16, selected, sizes["slots"]))
+        )
+        far = jnp.pad(far, ((0, 0), (0, width - selected)), constant_values=-1)
+        lengths = [jnp.full(batch, n, jnp.int32) for n in (window, selected)]
+        q = jax.random.normal(_key(17, number), (batch, heads, dim), jnp.bfloat16)
+        sinks = jax.random.normal(_key(18, number), (heads,))
+        return q, DenseRows(near, lengths[0]), DenseRows(far, lengths[1]), sinks
+
+    def fn(near, far, q, near_rows, far_rows, sinks, *, implementation=None):
+        return sparse_mla(
+            q,
+            near,
+            near_rows,
+            sm_scale=dim**-0.5,
+            value_dim=VALUE_DIM,
+            sinks=sinks,
+            extra=(far, far_rows),
+            implementation=implementation,
+        )
+
+    def error(arguments, got):
+        near, far, q, near_rows, far_rows, sinks = arguments
+        some, keys = _sample(batch), []
+        for cache, rows, count in ((near, near_rows, window), (far, far_rows, selected)):
+            keys.append(np.asarray(_gather(cache, _take(rows.values, some)[:, :count], dtype=jnp.float32)))
+        every = np.arange(window + selected)[None]
+        want = [
+            attention_answer(one[None], mine, every, dim**-0.5, VALUE_DIM, np.asarray(sinks))[0]
+            for one, mine in zip(_take(q, some), np.concatenate(keys, axis=1))
+        ]
+        return _relative(_take(got, some), np.stack(want))
+
+    token = jax.eval_shape(lambda: kv_cache("v4", flavour, PAGE)).bytes_per_token
+    keys = batch * (window + selected)
+    size = (token + 4) * keys + 2 * batch * heads * (dim + VALUE_DIM)
+    return Work(fn, each, size, 2 * keys * heads * (dim + VALUE_DIM), error, ATTENTION_BOUND, shared)
+
+
 # --- cache writes ----------------------------------------------------------------------------------------------------
 def _write(sizes: Mapping[str, int], flavour: str, query: str, *, layout: str) -> Work:
     """`write_token` of the tokens of one step into donated caches."""
@@ -501,6 +554,72 @@ def _write(sizes: Mapping[str, int], flavour: str, query: str, *, layout: str) -
     size = nbytes(jax.eval_shape(lambda: each(0))) + tokens * sum(c.bytes_per_token for c in caches)
     # Rounding to three bits of mantissa is 2.6e-2 of the norm.
     return Work(fn, each, size, 0, error, 4e-2, state=state)
+
+
+def _compress(sizes: Mapping[str, int], flavour: str, query: str) -> Work:
+    """Entries of one decode step: every ratio-th of the requests closes a window."""
+    del query
+    batch, ratio, page_size = sizes["batch"], sizes["ratio"], sizes["page_size"]
+    dim, overlap = VALUE_DIM, ratio == 4
+    channels, pages = (2 if overlap else 1) * dim, sizes["pages"]
+
+    def state():
+        _, entries = entry_pages(jnp.zeros((0, 0), jnp.int32), page_size=page_size, ratio=ratio)
+        latent, group, scale = LAYOUTS["v4"]
+        cache = PagedKVCache.create(
+            batch * pages,
+            entries,
+            latent_dim=latent,
+            rope_dim=ROPE,
+            group_size=group,
+            dtype=jnp.dtype(flavour),
+            scale_dtype=scale,
+        )
+        shape = CompressorState.create(batch, ratio=ratio, dim=dim, overlap=overlap).kv.shape
+        return cache, CompressorState(*(jax.random.normal(_key(19 + i), shape) for i in range(2)))
+
+    def each(number):
+        # Positions one apart, so that every ratio-th request closes, the first among them; far from a first window.
+        positions = pages * page_size // 2 - 1 + jnp.arange(batch, dtype=jnp.int32)
+        table = _permutation(_key(21, number), batch * pages).reshape(batch, pages)
+        kv, gate = (jax.random.normal(_key(22 + i, number), (batch, channels)) for i in range(2))
+        bias = jax.random.normal(_key(24, number), (ratio, channels))
+        return kv, gate, bias, jnp.ones(dim), positions, table
+
+    def fn(cache, state, kv, gate, bias, norm, positions, table, *, implementation=None):
+        rows = jnp.arange(batch, dtype=jnp.int32)
+        return compress(
+            cache,
+            state,
+            kv,
+            gate,
+            bias,
+            norm,
+            jnp.full((ROPE // 2,), 0.01),
+            positions=positions,
+            request_ids=rows,
+            query_indptr=jnp.arange(batch + 1, dtype=jnp.int32),
+            seq_lens=positions + 1,
+            page_table=table,
+            page_size=page_size,
+            ratio=ratio,
+            implementation=implementation,
+        )
+
+    def error(arguments, got):
+        want = jax.jit(functools.partial(fn, implementation="reference"))(*arguments)
+        kept = [
+            np.array_equal(*(np.asarray(x) for x in pair)) for pair in zip(*map(jax.tree.leaves, (got[1], want[1])))
+        ]
+        if not all(kept):
+            return math.inf
+        every = jnp.arange(got[0].num_slots)
+        return _relative(*(_gather(cache, every, dtype=jnp.float32) for cache in (got[0], want[0])))
+
+    closed = batch // ratio
+    read = closed * ratio * channels * 8 + batch * channels * 16
+    # A value between two codes may fall to either side: an eighth of it, once in a thousand.
+    return Work(fn, each, read + closed * 583, 0, error, 4e-3, state=state)
 
 
 # --- the attention layers of a decode step ---------------------------------------------------------------------------
@@ -665,12 +784,27 @@ def _decode_case(layout: str, batch: int, heads: int, width: int, *, ragged: boo
     )
 
 
+def _two_source_case(batch: int, heads: int, selected: int, *, width: int | None = None, **given: Any) -> Case:
+    window, wide = 128, f"-of-{width}" if width else ""
+    sizes = {"batch": batch, "heads": heads, "window": window, "selected": selected, "width": width or selected}
+    sizes |= {"rings": batch * max(2 * window, (1 << 16) // batch), "slots": batch * (1 << 18) // batch}
+    name = f"decode-v4-b{batch}-h{heads}-w{window}-k{selected}{wide}"
+    return Case(name, "decode", sizes, _two_sources, **given)
+
+
 def _decode_cases() -> Iterator[Case]:
     for layout in LAYOUTS:
         for (batch, heads, width), (reach, floor) in _DECODE.items():
             yield _decode_case(layout, batch, heads, width, reach=reach, floor=floor)
         yield _decode_case(layout, 128, 8, 2048, at_most=(1.0, f"decode-{layout}-b128-h16-k2048"))
         yield _decode_case(layout, 128, 16, 2048, ragged=True)
+    # DeepSeek-V4: two sources against one of as many rows.
+    yield _decode_case("v4", 128, 64, 640)
+    yield _two_source_case(128, 64, 512, at_most=(1.25, "decode-v4-b128-h64-k640"))
+    yield _two_source_case(64, 16, 512, floor=25.0)
+    # Every entry of ratio 128 of 32768 tokens, in rows for a million: what is read decides.
+    yield _decode_case("v4", 128, 64, 384)
+    yield _two_source_case(128, 64, 256, width=8192, at_most=(1.25, "decode-v4-b128-h64-k384"))
 
 
 def _prefill_cases() -> Iterator[Case]:
@@ -686,6 +820,9 @@ def _cache_cases() -> Iterator[Case]:
     for layout in LAYOUTS:
         make = functools.partial(_write, layout=layout)
         yield Case(f"cache-{layout}-t128", "cache", {"tokens": 128, "slots": 1 << 18}, make, reach=5.0)
+    for ratio in (4, 128):
+        sizes = {"batch": 128, "ratio": ratio, "page_size": 256, "pages": 16}
+        yield Case(f"cache-compress-{ratio}-b128", "cache", sizes, _compress)
 
 
 def _step_cases() -> Iterator[Case]:

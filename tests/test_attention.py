@@ -15,7 +15,7 @@ from pallas_kernels.plans.attention import AttentionPlan, attention_plan
 from sparse_mla_jax.ops import attention
 from sparse_mla_jax.ops.attention import apply_sinks, merge, sparse_mla
 from sparse_mla_jax.ops.cache import PagedKVCache
-from sparse_mla_jax.ops.ragged import Ragged
+from sparse_mla_jax.ops.ragged import DenseRows, Ragged
 
 SCALE = 0.17
 LENGTHS = (0, 1, 15, 16, 17, 100, 2048)
@@ -110,6 +110,15 @@ def as_ragged(rows, spare=37):
     indptr = np.cumsum([0] + [len(r) for r in rows]).astype(np.int32)
     values = np.concatenate([np.asarray(r, np.int32) for r in rows] + [np.arange(spare, dtype=np.int32)])
     return Ragged(values=jnp.asarray(values), indptr=jnp.asarray(indptr))
+
+
+def as_lengths(rows, spare=19):
+    """Rows in front of garbage that must not be read."""
+    width = max(len(r) for r in rows) + spare
+    values = np.random.default_rng(0).integers(0, 4000, (len(rows), width)).astype(np.int32)
+    for t, row in enumerate(rows):
+        values[t, : len(row)] = row
+    return DenseRows(jnp.asarray(values), jnp.asarray([len(r) for r in rows], jnp.int32))
 
 
 def as_dense(rows):
@@ -267,6 +276,25 @@ def test_duplicates_count_twice(implementation):
     np.testing.assert_allclose(np.asarray(got[0])[2], np.broadcast_to(keys[7, :32], (6, 32)), rtol=1e-5)
 
 
+def test_lengths_end_rows(implementation):
+    """Two sources of rows with lengths: what lies behind them names slots that hold poison."""
+    q, cache, keys, rng = small(used=range(64))
+    rows, more = make_rows(rng, (40, 0, 13), range(64)), make_rows(rng, (0, 5, 33), range(64))
+    out, lse = run(
+        q, cache, as_lengths(rows), None, (cache, as_lengths(more)), value_dim=32, implementation=implementation
+    )
+    check((out, lse), oracle(q, [(keys, rows), (keys, more)], 32), 1e-5)
+
+
+def test_lengths_are_clamped_to_the_width(implementation):
+    q, cache, keys, rng = small()
+    values = jnp.asarray(rng.integers(0, 128, (3, 20)), jnp.int32)
+    given = DenseRows(values, jnp.asarray([-(2**31), 2**31 - 1, 7], jnp.int32))
+    rows = [[], np.asarray(values[1]).tolist(), np.asarray(values[2, :7]).tolist()]
+    got = run(q, cache, given, value_dim=32, implementation=implementation)
+    check(got, oracle(q, [(keys, rows)], 32), 1e-5)
+
+
 def test_rows_without_keys_are_exactly_zero(implementation):
     q, cache, _, _ = small(used=())
     dense = jnp.asarray([[-1, -1], [128, 2**31 - 1], [-(2**31), -5]], jnp.int32)
@@ -395,7 +423,7 @@ def test_rows_wider_than_a_block(monkeypatch):
     monkeypatch.setattr(attention, "MAX_BLOCK", 7)
     q, cache, keys, rng = small()
     rows = make_rows(rng, (40, 0, 13), range(128))
-    for form in (as_dense(rows), as_ragged(rows)):
+    for form in (as_dense(rows), as_ragged(rows), as_lengths(rows)):
         out, lse = sparse_mla(q, cache, form, sm_scale=SCALE, value_dim=32, return_lse=True, implementation="xla")
         check((out, lse), oracle(q, [(keys, rows)], 32), 1e-5)
 
@@ -404,7 +432,7 @@ def test_chunks_of_rows_change_nothing(monkeypatch):
     q, cache, keys, rng = small(tokens=11)
     rows = make_rows(rng, rng.integers(0, 30, 11), range(128))
     monkeypatch.setattr(attention, "CHUNK_BYTES", 40_000)
-    for form in (as_dense(rows), as_ragged(rows)):
+    for form in (as_dense(rows), as_ragged(rows), as_lengths(rows)):
         out, lse = sparse_mla(q, cache, form, sm_scale=SCALE, value_dim=32, return_lse=True, implementation="xla")
         check((out, lse), oracle(q, [(keys, rows)], 32), 1e-5)
 
@@ -419,8 +447,11 @@ def test_temporaries_are_bounded():
     assert jax.jit(body).lower(*avals).compile().memory_analysis().temp_size_in_bytes < 64 << 20
 
 
-@pytest.mark.parametrize(("splits", "key_block"), [(1, 32), (2, 16), (3, 16), (16, 16)])
-def test_splits_of_the_keys(splits, key_block):
+@pytest.mark.parametrize(
+    ("splits", "key_block", "shares"),
+    [(1, 32, 0), (2, 16, 0), (3, 16, 0), (16, 16, 0), (2, 16, 4), (4, 16, 6), (8, 16, 99)],
+)
+def test_splits_of_the_keys(splits, key_block, shares):
     q, cache, keys, rng = small()
     rows, more = make_rows(rng, (100, 0, 13), range(128)), make_rows(rng, (5, 40, 0), range(128))
     sources = [
@@ -428,31 +459,36 @@ def test_splits_of_the_keys(splits, key_block):
         for r in (as_ragged(rows), as_ragged(more))
     ]
     sinks = jnp.linspace(-2.0, 2.0, 6)
-    got = sparse_attention.sparse_attention(
-        q, sources, sm_scale=SCALE, value_dim=32, sinks=sinks, plan=AttentionPlan(splits=splits, key_block=key_block)
-    )
+    plan = AttentionPlan(splits=splits, key_block=key_block, shares=shares)
+    got = sparse_attention.sparse_attention(q, sources, sm_scale=SCALE, value_dim=32, sinks=sinks, plan=plan)
     check(got, oracle(q, [(keys, rows), (keys, more)], 32, sinks), 1e-5)
 
 
 @pytest.mark.parametrize("scale_dtype", FLOAT16_BOUND, ids=["float32", "e8m0"])
-@pytest.mark.parametrize("kind", ["float8_e4m3fn", "float8_e4m3fnuz"])
-@pytest.mark.parametrize(("splits", "value_dim", "ragged"), [(1, 80, True), (1, 64, False), (3, 70, True)])
-def test_float16_form(kind, scale_dtype, splits, value_dim, ragged):
-    """The form that NVIDIA GPUs run, here in interpret mode: poison, empty rows, wild slots, two sources, sinks."""
+@pytest.mark.parametrize(
+    ("form", "kind"), [("float16", "float8_e4m3fn"), ("float16", "float8_e4m3fnuz"), ("native", "float8_e4m3fn")]
+)
+@pytest.mark.parametrize(
+    ("splits", "shares", "value_dim", "ragged"),
+    [(1, 0, 80, True), (1, 0, 64, False), (3, 0, 70, True), (3, 7, 80, True)],
+)
+def test_forms_for_nvidia(form, kind, scale_dtype, splits, shares, value_dim, ragged):
+    """The forms that NVIDIA GPUs run, here in interpret mode: poison, empty rows, wild slots, two sources, sinks."""
     rng = np.random.default_rng(3)
     sources, plain = [], []
     for lengths in ((0, 1, 33, 100, 0), (3, 0, 40, 0, 0)):
         used = 1 + rng.choice(64 * 64 - 1, 300, replace=False)
         cache, keys = make_cache(rng, kind, 64, 16, 32, used=used, scale_dtype=scale_dtype)
         rows = make_rows(rng, lengths, used)
-        form = as_ragged(rows) if ragged else as_dense(rows)
-        values, indptr = (form.values, form.indptr) if ragged else (form, None)
+        held = as_ragged(rows) if ragged else as_dense(rows)
+        values, indptr = (held.values, held.indptr) if ragged else (held, None)
         sources.append(sparse_attention.Source(cache.latent, cache.scale, cache.rope, cache.dtype, 32, values, indptr))
         plain.append((keys, rows))
     q = jnp.asarray(rng.standard_normal((5, 6, 80)) * np.exp2(np.arange(-3, 3))[None, :, None], jnp.bfloat16)
     sinks = jnp.linspace(-2.0, 2.0, 6)
-    plan = AttentionPlan(float16=True, key_block=32, splits=splits)
+    plan = AttentionPlan(**{form: True}, key_block=32, splits=splits, shares=shares)
     assert sparse_attention.sparse_attention_float16.serves(q, sources, value_dim)
+    assert sparse_attention.sparse_attention_fp8.serves(q, sources, value_dim) == (kind == "float8_e4m3fn")
     got = sparse_attention.sparse_attention(q, sources, sm_scale=SCALE, value_dim=value_dim, sinks=sinks, plan=plan)
     want = oracle(q, plain, value_dim, sinks)
     bound, lse_bound = FLOAT16_BOUND[scale_dtype]
@@ -478,8 +514,9 @@ def test_anchored_keys(kind, splits):
     check(got, oracle(q, [(keys, rows)], 64), 2e-3)
 
 
+@pytest.mark.parametrize("form", ["float16", "native"])
 @pytest.mark.parametrize("order", [1, -1])
-def test_float16_unit_follows_the_largest_scale(order):
+def test_units_follow_the_largest_scale(order, form):
     """Keys 2**17 apart: the unit grows on the way (order 1) or from the start, nothing overflows."""
     rng = np.random.default_rng(5)
     cache, keys = make_cache(rng, "float8_e4m3fn", 64, 16, 32, scale_dtype=jnp.float8_e8m0fnu)
@@ -491,7 +528,7 @@ def test_float16_unit_follows_the_largest_scale(order):
     rows = np.arange(0, 4096, 41)[None, ::order].astype(np.int32)
     q = jnp.asarray(rng.standard_normal((1, 4, 80)) * 1e-3, jnp.bfloat16)
     source = sparse_attention.Source(cache.latent, scale, cache.rope, cache.dtype, 32, jnp.asarray(rows), None)
-    plan = AttentionPlan(float16=True, key_block=16)
+    plan = AttentionPlan(**{form: True}, key_block=16)
     out, _ = sparse_attention.sparse_attention(q, [source], sm_scale=SCALE, value_dim=64, plan=plan)
     want = oracle(q, [(keys, rows.tolist())], 64)[0]
     assert np.linalg.norm(np.asarray(out).astype(np.float64) - want) <= 2e-3 * np.linalg.norm(want)

@@ -141,7 +141,9 @@ def test_slots_are_distinct_and_of_ones_own():
         ("indexer-select-64x65536", FP8[0], "bfloat16"),
         ("decode-v4-b128-h16-k2048-ragged", FP8[0], ""),
         ("prefill-t1024-h16-k2048", "bfloat16", ""),
+        ("decode-v4-b128-h64-w128-k256-of-8192", FP8[1], ""),
         ("cache-v4-t128", FP8[0], ""),
+        ("cache-compress-4-b128", FP8[0], ""),
         ("step-v32-attention-b64-h16", FP8[1], ""),
     ],
 )

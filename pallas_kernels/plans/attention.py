@@ -21,24 +21,29 @@ class AttentionPlan:
       head_block: heads per program, a power of two, at least 16 (the M side of a matrix instruction).
       key_block: keys per loop step, a power of two, at least 16. 32 spill registers on gfx942 (Triton 3.6.0).
       splits: programs that share the keys of a row and are merged afterwards, in a fixed order.
-      tile: widest column tile of unquantised keys, a power of two.
+      shares: 0, or how many parts of even size the keys of all rows would make together. A row then has as many as
+        its length asks for, up to `splits` (more than 1), so that programs have like work where rows have not.
+      tile: widest column tile of unquantised keys, and of FP8 keys that are multiplied as such; a power of two.
       exact_weights: multiply values by probabilities of 16 bits (two bfloat16 terms) instead of 8. One term alone costs
         an error of 1.7e-3, as much as rounding the result to bfloat16 does.
       num_warps: waves per program.
       num_stages: software pipelining depth.
       anchored: unquantised keys that are not there repeat one that is, so that no key passes through a select.
       float16: FP8 keys become scaled float16 (sparse_attention_float16), where that form takes the call.
+      native: FP8 keys are multiplied by FP8 queries (sparse_attention_fp8), where that form takes the call.
     """
 
     head_block: int = 16
     key_block: int = 16
     splits: int = 1
+    shares: int = 0
     tile: int = 128
     exact_weights: bool = True
     num_warps: int = 4
     num_stages: int = 1
     anchored: bool = False
     float16: bool = False
+    native: bool = False
 
 
 def power_of_two(n: int) -> int:
@@ -54,10 +59,17 @@ def attention_plan(
     width: int,
     itemsize: int,
     fp8: bool = False,
+    native: bool = False,
+    key_bytes: int = 0,
     ragged: bool = False,
     target: str = "gpu",
 ) -> AttentionPlan:
-    """Heuristic plan for `tokens` rows of about `width` keys in all sources; itemsize 4 means float32 products."""
+    """Heuristic plan for `tokens` rows of about `width` keys in all sources; itemsize 4 means float32 products.
+
+    native: FP8 keys are such that NVIDIA's units multiply them; key_bytes: what of a key they read.
+    """
+    if itemsize == 2 and target == "gpu" and native:
+        return _native_plan(tokens, heads, width, ragged, key_bytes)
     if itemsize == 2 and target == "gpu":
         return (_float16_plan if fp8 else _bfloat16_plan)(tokens, heads, width, ragged)
     programs = tokens * -(-heads // 16)
@@ -82,6 +94,37 @@ def _splits(programs: int, resident: int, ragged: bool, most: int) -> int:
     """Parts of a row that fill the machine once; rows of different lengths are cut finer, so that none waits long."""
     wanted = 1 << max(0, (resident * (2 if ragged else 1) // max(1, programs)).bit_length() - 1)
     return max(1, min(wanted, most, 64))
+
+
+def _shares(tokens: int, programs: int, resident: int) -> int:
+    """Parts of even size into which the keys of all rows are cut, such that their programs are resident together.
+
+    The last part of a row is half empty on average; where all rows are alike, it is full.
+    """
+    rounds = -(-2 * programs // resident)
+    most = resident * rounds * tokens // programs
+    return min(most - tokens // 2, most // tokens * tokens)
+
+
+def _native_plan(tokens: int, heads: int, width: int, ragged: bool, key_bytes: int) -> AttentionPlan:
+    """132 multiprocessors hold two programs of 64 keys and 16 heads, or one of 128 keys and 32 heads."""
+    wide = heads > 16
+    block, resident, key_block = (32, 132, 128) if wide else (16, 264, 64)
+    programs = tokens * -(-heads // block)
+    splits = _splits(programs, resident, ragged, width // key_block)
+    uneven = ragged and splits > 1
+    return AttentionPlan(
+        head_block=block,
+        key_block=key_block,
+        splits=max(splits, min(4, width // key_block)) if uneven else splits,
+        shares=_shares(tokens, programs, resident) if uneven else 0,
+        # Narrow tiles keep more bits of a score; with 32 heads they cost a quarter of the time.
+        tile=128 if wide else 64,
+        num_warps=8 if wide else 4,
+        # 5 hold two blocks of keys in shared memory, if two programs have room for that; 3 hold one.
+        num_stages=5 if not wide and key_bytes <= 576 else 3,
+        native=True,
+    )
 
 
 def _float16_plan(tokens: int, heads: int, width: int, ragged: bool) -> AttentionPlan:

@@ -22,6 +22,23 @@ def check_implementation(implementation: str | None) -> None:
         raise ValueError(f"implementation is {implementation!r}; expected None or one of {names}.")
 
 
+def with_config(implementation: str | None, config: Any, kind: type) -> str | None:
+    """The implementation to ask for: a config is a plan of the kernel, so it asks for "triton".
+
+    Raises:
+      ValueError: a config that is no `kind`, or another implementation beside it.
+    """
+    if config is None:
+        return implementation
+    if not isinstance(config, kind):
+        raise ValueError(f"config is {type(config).__name__}; expected None or a {kind.__module__}.{kind.__name__}.")
+    if implementation not in (None, "triton"):
+        raise ValueError(
+            f"config is a plan of the kernel and implementation is {implementation!r}; pass 'triton' or None with it."
+        )
+    return "triton"
+
+
 def dispatch(operator: str, implementation: str | None, bodies: Mapping[str, Callable[[], Any]]) -> Any:
     """Runs one of `bodies` (name to nullary function); only NotImplementedError falls through to the next.
 

@@ -18,12 +18,16 @@ import numpy as np
 from jax import Array
 
 from pallas_kernels import fp8_bits
+from pallas_kernels.plans.attention import AttentionPlan
 from sparse_mla_jax import reference
 from sparse_mla_jax.config import require
 from sparse_mla_jax.ops._chunks import map_row_chunks, rows_from, varying
-from sparse_mla_jax.ops._dispatch import dispatch
+from sparse_mla_jax.ops._dispatch import dispatch, with_config
 from sparse_mla_jax.ops.cache import PagedKVCache
-from sparse_mla_jax.ops.ragged import Ragged
+from sparse_mla_jax.ops.ragged import DenseRows, Ragged
+
+# Slots of every query, in the forms that sparse_mla takes.
+Rows = Ragged | DenseRows | Array
 
 HIGHEST = jax.lax.Precision.HIGHEST
 # Temporaries of one chunk of the XLA body: larger chunks leave the CPU's cache and gain nothing (measured).
@@ -36,14 +40,15 @@ MAX_BLOCK = 2048
 def sparse_mla(
     q: Array,
     kv: PagedKVCache | Array,
-    rows: Ragged | Array,
+    rows: Rows,
     *,
     sm_scale: float,
     value_dim: int,
     sinks: Array | None = None,
-    extra: tuple[PagedKVCache | Array, Ragged | Array] | None = None,
+    extra: tuple[PagedKVCache | Array, Rows] | None = None,
     return_lse: bool = False,
     implementation: str | None = None,
+    config: AttentionPlan | None = None,
 ) -> Any:
     """Attention of every query token over the slots that its row names.
 
@@ -55,13 +60,15 @@ def sparse_mla(
     Args:
       q: bfloat16 or float32 [T, H, D], latent part first (absorbed queries), rotated rope part last.
       kv: a PagedKVCache with latent_dim + rope_dim = D, or a plain array [N, D] whose rows are the slots.
-      rows: int32 [T, W] of slots (-1: none), or Ragged with T rows. Slot = page * page_size + offset.
+      rows: int32 [T, W] of slots (-1: none), or Ragged or DenseRows with T rows, which cost by their lengths. Slot =
+        page * page_size + offset.
       sm_scale: a Python number that multiplies the logits; required, since absorbed queries do not tell it.
       value_dim: the first `value_dim` entries of a key are its value (latent_dim for DeepSeek-V3.2).
       sinks: float32 [H] natural-log logits, not scaled by sm_scale, in the denominator only; -inf has no effect.
       extra: (kv, rows) of a second source under the same softmax.
       return_lse: also return the log-sum-exp.
       implementation: None for the best that runs here, or "triton", "xla", "reference".
+      config: a plan of the kernel in place of the heuristic one (static); implies "triton".
 
     Returns:
       out [T, H, value_dim] in q's dtype; with `return_lse`, (out, lse float32 [T, H]): natural log, without the sink.
@@ -69,6 +76,7 @@ def sparse_mla(
     Raises:
       ValueError: shapes or types that do not fit, or an implementation that does not serve the case.
     """
+    implementation = with_config(implementation, config, AttentionPlan)
     sources = [(kv, rows)] if extra is None else [(kv, rows), _pair(extra)]
     scale = _check(q, sources, sm_scale, value_dim, sinks)
     sources = [(kv, _int32(rows)) for kv, rows in sources]
@@ -80,7 +88,7 @@ def sparse_mla(
             "sparse_mla",
             implementation,
             {
-                "triton": lambda: _triton(q, sources, scale, value_dim, sinks),
+                "triton": lambda: _triton(q, sources, scale, value_dim, sinks, config),
                 "xla": lambda: _xla(q, sources, scale, value_dim, sinks),
                 "reference": lambda: _reference(q, sources, scale, value_dim, sinks),
             },
@@ -148,17 +156,23 @@ def _check_source(name: str, kv: Any, rows: Any, tokens: int, dim: int) -> None:
         key_dim(kv) == dim,
         f"{name} has keys of {key_dim(kv)} dimensions and q of {dim}; they must agree (latent_dim + rope_dim).",
     )
-    ints = rows.values if isinstance(rows, Ragged) else rows
+    ints = rows.values if isinstance(rows, Ragged | DenseRows) else rows
     require(
         hasattr(ints, "dtype") and jnp.issubdtype(ints.dtype, jnp.integer),
         f"rows of {name} is {getattr(ints, 'dtype', type(ints).__name__)}; expected int32 slots.",
     )
     if isinstance(rows, Ragged):
         require(rows.rows == tokens, f"rows of {name} holds {rows.rows} rows; q has {tokens} tokens: one row for each.")
-    else:
+        return
+    require(
+        ints.ndim == 2 and ints.shape[0] == tokens,
+        f"rows of {name} has shape {ints.shape}; expected [T, W] with T = {tokens}, or a Ragged.",
+    )
+    if isinstance(rows, DenseRows):
+        lengths = rows.lengths
         require(
-            rows.ndim == 2 and rows.shape[0] == tokens,
-            f"rows of {name} has shape {rows.shape}; expected [T, W] with T = {tokens}, or a Ragged.",
+            lengths.shape == (tokens,) and jnp.issubdtype(lengths.dtype, jnp.integer),
+            f"lengths of rows of {name} is {lengths.dtype}{lengths.shape}; expected int32 [T] with T = {tokens}.",
         )
 
 
@@ -186,9 +200,12 @@ def _check(q: Any, sources: list[tuple[Any, Any]], sm_scale: Any, value_dim: Any
     return float(sm_scale)
 
 
-def _int32(rows: Ragged | Array) -> Ragged | Array:
+def _int32(rows: Rows) -> Rows:
     if isinstance(rows, Ragged):
         return Ragged(values=rows.values.astype(jnp.int32), indptr=rows.indptr.astype(jnp.int32))
+    if isinstance(rows, DenseRows):
+        lengths = jnp.clip(rows.lengths, 0, rows.values.shape[1]).astype(jnp.int32)
+        return DenseRows(values=rows.values.astype(jnp.int32), lengths=lengths)
     return jnp.asarray(rows).astype(jnp.int32)
 
 
@@ -267,21 +284,27 @@ def _attend(q: Array, keys: list[Array], valid: Array, value_dim: int, state):
     return top, total, acc
 
 
-def _row_width(rows: Ragged | Array) -> int:
+def _row_width(rows: Rows) -> int:
     """Keys per row and step: the dense width, or a ragged row's even share of the capacity."""
-    width = -(-rows.capacity // rows.rows) if isinstance(rows, Ragged) else rows.shape[1]
+    if isinstance(rows, Ragged):
+        width = -(-rows.capacity // rows.rows)
+    else:
+        width = (rows.values if isinstance(rows, DenseRows) else rows).shape[1]
     return max(1, min(MAX_BLOCK, width))
 
 
-def _over_source(q: Array, kv, rows: Ragged | Array, first: Array, value_dim: int, state):
+def _over_source(q: Array, kv, rows: Rows, first: Array, value_dim: int, state):
     """The state after one source: rows first..first+T-1 of `rows`, a block of keys at a time."""
     tokens, width = q.shape[0], _row_width(rows)
     if not isinstance(rows, Ragged):
-        mine = rows_from(rows, first, tokens)
-        if mine.shape[1] <= width:
-            return _attend(q, *_keys(kv, mine), value_dim, state) if mine.shape[1] else state
-        starts, lengths = jnp.arange(tokens, dtype=jnp.int32) * mine.shape[1], jnp.full((tokens,), mine.shape[1])
-        values, blocks = mine.reshape(-1), jnp.int32(-(-mine.shape[1] // width))
+        mine = jax.tree.map(lambda x: rows_from(x, first, tokens), rows)
+        slots = mine.values if isinstance(mine, DenseRows) else mine
+        if slots.shape[1] <= width:
+            slots = mine.masked() if isinstance(mine, DenseRows) else slots
+            return _attend(q, *_keys(kv, slots), value_dim, state) if slots.shape[1] else state
+        starts, lengths = jnp.arange(tokens, dtype=jnp.int32) * slots.shape[1], jnp.full((tokens,), slots.shape[1])
+        lengths = mine.lengths if isinstance(mine, DenseRows) else lengths
+        values, blocks = slots.reshape(-1), (jnp.max(lengths) + width - 1) // width
     else:
         if rows.capacity == 0:
             return state
@@ -344,14 +367,16 @@ def dense_rows(kv: PagedKVCache | Array) -> Array:
 
 
 def _reference(q, sources, sm_scale: float, value_dim: int, sinks) -> tuple[Array, Array]:
-    plain = [
-        (dense_rows(kv), rows.to_dense(max(1, rows.capacity)) if isinstance(rows, Ragged) else rows)
-        for kv, rows in sources
-    ]
-    return reference.sparse_mla(q, plain, sm_scale=sm_scale, value_dim=value_dim, sinks=sinks)
+    def plain(rows: Rows) -> Array:
+        if isinstance(rows, Ragged):
+            return rows.to_dense(max(1, rows.capacity))
+        return rows.masked() if isinstance(rows, DenseRows) else rows
+
+    dense = [(dense_rows(kv), plain(rows)) for kv, rows in sources]
+    return reference.sparse_mla(q, dense, sm_scale=sm_scale, value_dim=value_dim, sinks=sinks)
 
 
-def _triton(q, sources, sm_scale: float, value_dim: int, sinks) -> tuple[Array, Array]:
+def _triton(q, sources, sm_scale: float, value_dim: int, sinks, plan: AttentionPlan | None) -> tuple[Array, Array]:
     from pallas_kernels import sparse_attention
 
     tables = [
@@ -361,9 +386,10 @@ def _triton(q, sources, sm_scale: float, value_dim: int, sinks) -> tuple[Array, 
                 if isinstance(kv, PagedKVCache)
                 else dict(latent=kv, scale=None, rope=None, dtype=kv.dtype, group_size=0)
             ),
-            values=rows.values if isinstance(rows, Ragged) else rows,
+            values=rows.values if isinstance(rows, Ragged | DenseRows) else rows,
             indptr=rows.indptr if isinstance(rows, Ragged) else None,
+            lengths=rows.lengths if isinstance(rows, DenseRows) else None,
         )
         for kv, rows in sources
     ]
-    return sparse_attention.sparse_attention(q, tables, sm_scale=sm_scale, value_dim=value_dim, sinks=sinks)
+    return sparse_attention.sparse_attention(q, tables, sm_scale=sm_scale, value_dim=value_dim, sinks=sinks, plan=plan)

@@ -15,11 +15,12 @@ import jax.numpy as jnp
 from jax import Array
 
 from pallas_kernels import fp8_bits
+from pallas_kernels.plans.indexer import IndexerPlan
 from sparse_mla_jax import reference
 from sparse_mla_jax.config import require
 from sparse_mla_jax.ops import fp8, topk
 from sparse_mla_jax.ops._chunks import map_row_chunks, rows_from, varying
-from sparse_mla_jax.ops._dispatch import check_implementation, dispatch
+from sparse_mla_jax.ops._dispatch import check_implementation, dispatch, with_config
 from sparse_mla_jax.ops.cache import PagedIndexCache
 
 HIGHEST = jax.lax.Precision.HIGHEST
@@ -39,6 +40,7 @@ def indexer_scores(
     row_starts: Array,
     row_lengths: Array,
     implementation: str | None = None,
+    config: IndexerPlan | None = None,
 ) -> Array:
     """Scores of contiguous keys (prefill): row t scores columns row_starts[t] .. row_starts[t] + row_lengths[t] - 1.
 
@@ -51,6 +53,7 @@ def indexer_scores(
       weights: float32 [T, H], any sign.
       row_starts, row_lengths: int32 [T] in columns; clamped to the array, negative lengths are 0.
       implementation: None for the best that runs here, or "triton", "xla", "reference".
+      config: a plan of the kernel in place of the heuristic one (static); implies "triton".
 
     Returns:
       float32 [T, N], -inf outside the row's columns. Sums are float32; float32 q is multiplied at highest precision.
@@ -58,6 +61,7 @@ def indexer_scores(
     Raises:
       ValueError: shapes or types that do not fit, or an implementation that does not serve the case.
     """
+    implementation = with_config(implementation, config, IndexerPlan)
     weights = _check_queries(q, weights, keys.dtype)
     _check_keys("keys", keys, q.shape[2])
     if key_scales is not None:
@@ -76,7 +80,7 @@ def indexer_scores(
         "indexer_scores",
         implementation,
         {
-            "triton": lambda: _triton_ragged(q, keys, key_scales, weights, starts, ends),
+            "triton": lambda: _triton_ragged(q, keys, key_scales, weights, starts, ends, config),
             "xla": lambda: _xla_ragged(_wide(q), keys, key_scales, weights, starts, ends, STEP_BYTES),
             "reference": lambda: reference.indexer_scores(
                 _wide(q), keys, key_scales, weights, row_starts=starts, row_lengths=ends - starts
@@ -95,6 +99,7 @@ def paged_indexer_scores(
     *,
     max_length: int,
     implementation: str | None = None,
+    config: IndexerPlan | None = None,
 ) -> Array:
     """Scores of the keys of each token's own request, read through its page table (decode, prefill and mixed steps).
 
@@ -107,6 +112,7 @@ def paged_indexer_scores(
       lengths: int32 [T], how many positions the token sees (its own included).
       max_length: columns of the result, at most P * page_size.
       implementation: None for the best that runs here, or "triton", "xla", "reference".
+      config: a plan of the kernel in place of the heuristic one (static); implies "triton".
 
     Returns:
       float32 [T, max_length]; column = position in the request; -inf at columns >= lengths[t] and where the page table
@@ -115,6 +121,7 @@ def paged_indexer_scores(
     Raises:
       ValueError: shapes or types that do not fit, or an implementation that does not serve the case.
     """
+    implementation = with_config(implementation, config, IndexerPlan)
     weights = _check_queries(q, weights, getattr(cache, "dtype", None))
     pages, requests, lengths = _check_paged(q, cache, page_table, request_ids, lengths, max_length)
     if 0 in (q.shape[0], page_table.shape[0], cache.num_slots):
@@ -124,7 +131,7 @@ def paged_indexer_scores(
         "paged_indexer_scores",
         implementation,
         {
-            "triton": lambda: _triton_paged(q, weights, cache, pages, requests, lengths, max_length),
+            "triton": lambda: _triton_paged(q, weights, cache, pages, requests, lengths, max_length, config),
             "xla": lambda: _xla_paged(_wide(q), weights, cache, pages, requests, lengths, max_length, STEP_BYTES),
             "reference": lambda: _reference_paged(_wide(q), weights, cache, pages, requests, lengths, max_length),
         },
@@ -364,15 +371,15 @@ def _reference_paged(q, weights, cache, pages, requests, lengths, max_length: in
     return reference.paged_indexer_scores(q, keys, scales, weights, slots)
 
 
-def _triton_ragged(q, keys, scales, weights, starts, ends) -> Array:
+def _triton_ragged(q, keys, scales, weights, starts, ends, plan: IndexerPlan | None) -> Array:
     from pallas_kernels import indexer_logits
 
-    return indexer_logits.ragged(q, _stored(keys), keys.dtype, scales, weights, starts, ends)
+    return indexer_logits.ragged(q, _stored(keys), keys.dtype, scales, weights, starts, ends, plan=plan)
 
 
-def _triton_paged(q, weights, cache, pages, requests, lengths, max_length: int) -> Array:
+def _triton_paged(q, weights, cache, pages, requests, lengths, max_length: int, plan: IndexerPlan | None) -> Array:
     from pallas_kernels import indexer_logits
 
     return indexer_logits.paged(
-        q, cache.data, cache.dtype, cache.scale, weights, pages, requests, lengths, max_length=max_length
+        q, cache.data, cache.dtype, cache.scale, weights, pages, requests, lengths, max_length=max_length, plan=plan
     )

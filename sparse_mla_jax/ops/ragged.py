@@ -59,6 +59,32 @@ class Ragged:
         return jnp.where(inside, self.values.at[at].get(mode="promise_in_bounds"), jnp.int32(fill))
 
 
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["values", "lengths"], meta_fields=[])
+@dataclasses.dataclass(frozen=True)
+class DenseRows:
+    """Rows of one width, of which the first entries count: row r is values[r, : lengths[r]].
+
+    Cheaper to make than `Ragged` where entries are in front already, and attention over them costs by length alike.
+
+    Attributes:
+      values: int32[rows, width]; what lies from lengths[r] on has no meaning and is not read.
+      lengths: int32[rows], clamped to 0..width.
+    """
+
+    values: Array
+    lengths: Array
+
+    @property
+    def rows(self) -> int:
+        """Number of rows."""
+        return self.values.shape[0]
+
+    def masked(self) -> Array:
+        """int32[rows, width] with -1 behind every row."""
+        column = jnp.arange(self.values.shape[1], dtype=jnp.int32)[None, :]
+        return jnp.where(column < self.lengths[:, None], self.values, -1)
+
+
 def indptr_from_lengths(lengths: Array) -> Array:
     """Where each row starts: int32[R + 1] from integer lengths[R], beginning with 0; negative lengths count as 0.
 

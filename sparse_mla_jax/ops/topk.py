@@ -20,10 +20,11 @@ import numpy as np
 from jax import Array
 
 from pallas_kernels import topk as kernel
+from pallas_kernels.plans.topk import TopKPlan
 from sparse_mla_jax import reference
 from sparse_mla_jax.config import require
 from sparse_mla_jax.ops._chunks import map_row_chunks, rows_from, varying
-from sparse_mla_jax.ops._dispatch import check_implementation, dispatch
+from sparse_mla_jax.ops._dispatch import check_implementation, dispatch, with_config
 
 OUTSIDE = -(2**31)
 # Rows at a time on a CPU: 32 counts over a chunk stay in its cache (16 was best of 4 to 512, by up to 1.7 times).
@@ -39,6 +40,7 @@ def top_k(
     row_starts: Array | None = None,
     return_scores: bool = False,
     implementation: str | None = None,
+    config: TopKPlan | None = None,
 ) -> Any:
     """Row-local columns of the k largest scores of each row, in ascending order, then -1 (see the module's contract).
 
@@ -50,6 +52,7 @@ def top_k(
       row_starts: int32 [R], a row's first column, clamped to [0, N]; None means 0.
       return_scores: also return the selected scores.
       implementation: None for the best that runs here, or "triton", "xla", "reference".
+      config: a plan of the kernel in place of the heuristic one (static); implies "triton".
 
     Returns:
       int32 [R, k]; with return_scores a pair of it and float32 [R, k]: the scores of these columns, -inf for a NaN and
@@ -58,7 +61,7 @@ def top_k(
     Raises:
       ValueError: shapes or types that do not fit, k below 1, or an implementation that does not serve the case.
     """
-    scores = _scores(scores)
+    scores, implementation = _scores(scores), with_config(implementation, config, TopKPlan)
     _check_k(k)
     rows, columns = scores.shape
     starts = jnp.zeros((rows,), jnp.int32) if row_starts is None else _ints("row_starts", row_starts, rows, columns)
@@ -72,7 +75,9 @@ def top_k(
             "top_k",
             implementation,
             {
-                "triton": lambda: kernel.top_k(scores, k, _narrow(row_starts, starts), _narrow(row_lengths, lengths)),
+                "triton": lambda: kernel.top_k(
+                    scores, k, _narrow(row_starts, starts), _narrow(row_lengths, lengths), plan=config
+                ),
                 "xla": lambda: _xla(scores, k, starts, lengths),
                 "reference": lambda: reference.top_k(scores, k, starts, lengths),
             },

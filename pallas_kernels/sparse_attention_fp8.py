@@ -1,0 +1,271 @@
+"""Sparse latent attention over e4m3fn keys on NVIDIA GPUs: scores are FP8 products of the keys as they lie.
+
+A bfloat16 query is the sum of two e4m3 terms in one unit: exactly, but for what is 2**9 times smaller than the largest
+of its head (then to 2**-17 of that). Keys are the rows of the first product and both terms of all heads its columns, so
+keys go from memory to the matrix units through shared memory alone, a block ahead; group scales multiply scores. Only
+the second product needs float16 keys: plain codes, since the scales go to the weights. The running maximum is that of
+weight times the key's largest scale (a power of two of it), so that neither overflows float16 and the largest product
+keeps its bits. The units keep about 14 bits of a sum: what narrow tiles of columns make is added up in float32.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from pallas_kernels import fp8_bits, fp8_nvidia
+from pallas_kernels._call import MAX_ELEMENTS, dot_fp8, load, load_codes, store
+from pallas_kernels.attention_source import (
+    Part,
+    Source,
+    described,
+    grid2,
+    key_slots,
+    launch_rows,
+    row_bounds,
+    unpack,
+    walk,
+)
+from pallas_kernels.online_softmax import LOG2E, NONE, dot, sink_share
+from pallas_kernels.plans.attention import AttentionPlan, power_of_two
+
+# The largest element of a head's query lies in [2**7, 2**8) of its unit.
+QUERY_EXPONENT = 7
+# Keys whose scales are all below 2**-80 count as if theirs were: a key of zeros must not hide what weight it has.
+LEAST_EXPONENT = 127 - 80
+
+
+@dataclasses.dataclass(frozen=True)
+class _Static:
+    """What the kernel is specialised for."""
+
+    heads: int
+    value_dim: int
+    scale: float
+    latent: int
+    groups: int
+    rope: int
+    names: tuple[tuple[str, ...], ...]  # arrays of each source, in argument order
+    counts: tuple[int, ...]  # slots of each source
+    widths: tuple[int, ...]  # dense width of each source, 0 when ragged
+    has_sinks: bool
+    plan: AttentionPlan
+    target: str
+
+    @property
+    def tile(self) -> int:
+        """Columns of one product: a group or an even part of it."""
+        return min(self.plan.tile, self.latent // self.groups)
+
+    @property
+    def rope_values(self) -> bool:
+        """Whether rope columns are values too."""
+        return self.value_dim > self.latent
+
+
+def serves(q: Array, sources: Sequence[Source], value_dim: int) -> bool:
+    """Whether this form takes the call: bfloat16 queries, e4m3fn sources alike, groups and rope of powers of two."""
+    first = sources[0]
+    if first.scale is None or q.dtype != jnp.bfloat16:
+        return False
+    latent = 4 * first.latent.shape[-1]
+    group, rope = latent // first.scale.shape[-1], q.shape[-1] - latent
+    alike = all(
+        s.scale is not None
+        and (4 * s.latent.shape[-1], latent // s.scale.shape[-1]) == (latent, group)
+        and jnp.dtype(s.dtype) == fp8_nvidia.NATIVE
+        and s.scale.dtype == first.scale.dtype
+        and (rope == 0 or (s.rope is not None and s.rope.dtype == jnp.bfloat16))
+        and 4 * s.latent.size <= MAX_ELEMENTS
+        for s in sources
+    )
+    even = group * first.scale.shape[-1] == latent and group == power_of_two(group) >= 32
+    return alike and even and (rope == 0 or rope == power_of_two(rope) >= 16) and value_dim >= latent
+
+
+# --- pieces of the kernel --------------------------------------------------------------------------------------------
+def _load_queries(q_ref, part: Part, s: _Static):
+    """(FP8 terms [2 * H, tile] of every tile, their unit [H], rope bfloat16 [H, rope] or None)."""
+    i = jnp.arange(2 * s.plan.head_block, dtype=jnp.int32)
+    # 8 upper terms, then their 8 lower ones: a lane holds both of a head.
+    lower = (i & 8) != 0
+    both = part.first_head + (i >> 4) * 8 + (i & 7)
+
+    def read(rows, column, width):
+        rows, cols = grid2(jnp.minimum(rows, s.heads - 1), column + jnp.arange(width, dtype=jnp.int32))
+        return load(q_ref.at[jnp.full_like(rows, part.token), rows, cols])
+
+    tiles = [read(both, column, s.tile).astype(jnp.float32) for column in range(0, s.latent, s.tile)]
+    top = functools.reduce(jnp.maximum, (jnp.max(jnp.abs(q), axis=1) for q in tiles))
+    exponent = jnp.maximum(fp8_bits.exponent(top) - QUERY_EXPONENT, 1)
+    terms = []
+    for q in tiles:
+        q = q * fp8_bits.from_exponent(254 - exponent)[:, None]
+        upper = q.astype(fp8_nvidia.NATIVE).astype(jnp.float32)
+        terms.append(jnp.where(lower[:, None], q - upper, upper).astype(fp8_nvidia.NATIVE))
+    unit = jnp.max(fp8_bits.from_exponent(exponent).reshape(-1, 2, 8), axis=1).reshape(-1)
+    return terms, unit, read(part.heads, s.latent, s.rope) if s.rope else None
+
+
+def _load_scales(refs: dict, slots: Array, s: _Static) -> tuple[Array, ...]:
+    """Scales [K] of every group as they lie; of some slot for keys that are not there."""
+    there = jnp.maximum(slots, 0)
+    return tuple(load(refs["scale"].at[there, jnp.full_like(there, group)]) for group in range(s.groups))
+
+
+def _load_keys(refs: dict, slots: Array, s: _Static) -> tuple[list[Array], Array | None]:
+    """e4m3fn [K, tile] of every tile, and rope [K, rope] or None; zeros for keys that are not there."""
+    there, mask = jnp.maximum(slots, 0), slots >= 0
+    tiles = [
+        load_codes(refs["latent"], there, mask, column, s.tile, fp8_nvidia.NATIVE, s.target)
+        for column in range(0, s.latent, s.tile)
+    ]
+    if not s.rope:
+        return tiles, None
+    rows, cols = grid2(there, jnp.arange(s.rope, dtype=jnp.int32))
+    mask = jnp.broadcast_to(mask[:, None], rows.shape)
+    return tiles, load(refs["rope"].at[rows, cols], mask=mask, other=jnp.zeros((), refs["rope"].dtype))
+
+
+def _scores(terms: Sequence[Array], keys: Sequence[Array], scales: Sequence[Array], s: _Static) -> Array:
+    """float32 [K, H] in units of the queries."""
+    per_group = len(keys) // s.groups
+    total = None
+    for group, scale in enumerate(scales):
+        tiles = range(group * per_group, (group + 1) * per_group)
+        part = functools.reduce(jnp.add, (dot_fp8(keys[i], terms[i], s.target) for i in tiles)) * scale[:, None]
+        total = part if total is None else total + part
+    assert total is not None
+    return jnp.sum(total.reshape(total.shape[0], -1, 2, 8), axis=2).reshape(total.shape[0], -1)
+
+
+def _add_values(sums, keep: Array, weights: Array, keys: Sequence[Array], factors: Sequence[Array], s: _Static):
+    """sums * keep + weights * factor . values, tile by tile."""
+    per_group = len(keys) // s.groups
+    out = []
+    for i, (total, codes) in enumerate(zip(sums, keys)):
+        halves = (weights * factors[i // per_group][:, None]).astype(jnp.float16)
+        out.append(total * keep[:, None] + _dot_keys(halves, fp8_nvidia.decode_float16(codes, s.target)))
+    return tuple(out)
+
+
+def _dot_keys(a: Array, b: Array) -> Array:
+    """float32 [M, N] of a[K, M] and b[K, N]."""
+    return dot(a.T, b, 0)
+
+
+def _over_source(number: int, refs: dict, token, first, last, queries, state, s: _Static):
+    """Folds key blocks first..last-1 of the row in source `number` into the state."""
+    start, length = row_bounds(refs, token, s.widths[number])
+    terms, unit, q_rope = queries
+    slots_of = functools.partial(key_slots, refs, start, length, count=s.counts[number], size=s.plan.key_block)
+
+    def body(i, carry):
+        (top, total, sums, rope_sum), scales = carry
+        slots = slots_of(block=i)
+        valid = slots >= 0
+        keys, rope = _load_keys(refs, slots, s)
+        scales = [fp8_bits.e8m0_to_float32(x) if x.dtype == jnp.uint8 else x for x in scales]
+        scales = [jnp.where(valid, x, 0.0) for x in scales]
+        largest = jnp.maximum(fp8_bits.exponent(functools.reduce(jnp.maximum, scales)), LEAST_EXPONENT)
+        inverse = fp8_bits.from_exponent(254 - largest)
+        scores = _scores(terms, keys, scales, s) * (unit * (s.scale * LOG2E))[None, :]
+        # Small, and too narrow to be copied to shared memory blocks ahead.
+        ahead = _load_scales(refs, slots_of(block=i + 1), s)
+        if rope is not None:
+            scores += dot(rope, q_rope, 1) * (s.scale * LOG2E)
+        scores = jnp.where(valid[:, None], scores + (largest - 127).astype(jnp.float32)[:, None], NONE)
+        new_top = jnp.maximum(top, jnp.max(scores, axis=0))
+        weights = jnp.where(valid[:, None], jnp.exp2(scores - new_top[None, :]), 0.0)
+        keep = jnp.exp2(top - new_top)
+        plain = weights * inverse[:, None]
+        # Lanes add up on their own: one reduction across them at the end.
+        total = total * keep[None, :] + plain
+        sums = _add_values(sums, keep, weights, keys, [scale * inverse for scale in scales], s)
+        if rope is not None and s.rope_values:
+            upper = fp8_bits.truncate_to_bfloat16(plain)
+            lower = (plain - upper.astype(jnp.float32)).astype(jnp.bfloat16)
+            rope_sum = rope_sum * keep[:, None] + _dot_keys(upper, rope) + _dot_keys(lower, rope)
+        return (new_top, total, sums, rope_sum), ahead
+
+    carry = (state, _load_scales(refs, slots_of(block=first), s))
+    return jax.lax.fori_loop(first, last, body, carry)[0]
+
+
+def _kernel(*refs, part: Part, s: _Static):
+    """Grid (T, head blocks, splits): out[split, token, heads, value_dim] and lse[split, token, heads]."""
+    q_ref, sources, sink_ref, out_ref, lse_ref = unpack(refs, s)
+    queries = _load_queries(q_ref, part, s)
+    block = s.plan.head_block
+    state = (
+        jnp.full((block,), NONE, jnp.float32),
+        jnp.zeros((s.plan.key_block, block), jnp.float32),
+        tuple(jnp.zeros((block, s.tile), jnp.float32) for _ in range(0, s.latent, s.tile)),
+        jnp.zeros((block, s.rope) if s.rope_values else (block,), jnp.float32),
+    )
+
+    def over(number, first, last, state):
+        return _over_source(number, sources[number], part.token, first, last, queries, state, s)
+
+    state = walk(over, part, state)
+    _store_results(out_ref, lse_ref, sink_ref, part, state, s)
+
+
+def _store_results(out_ref, lse_ref, sink_ref, part: Part, state, s: _Static):
+    top, total, sums, rope_sum = state
+    token, split, heads = part.token, part.split, part.heads
+    total = jnp.sum(total, axis=0)
+    some = total > 0
+    safe = jnp.where(some, total, 1.0)
+    lse = jnp.where(some, (top + jnp.log2(safe)) * (1 / LOG2E), -jnp.inf)
+    share = 1.0 / safe
+    exists = heads < s.heads
+    if sink_ref is not None:
+        share = share * sink_share(lse, load(sink_ref.at[jnp.where(exists, heads, 0)], mask=exists, other=0.0))
+    # Masked lanes point past the array: interpret mode writes old values back through them.
+    target = jnp.where(exists, heads, s.heads)
+    store(lse_ref.at[jnp.full_like(target, split), jnp.full_like(target, token), target], lse, mask=exists)
+    widths = [s.tile] * len(sums) + ([s.rope] if s.rope_values else [])
+    for i, (value, width) in enumerate(zip((*sums, rope_sum), widths)):
+        column = i * s.tile
+        rows, cols = grid2(target, column + jnp.arange(width, dtype=jnp.int32))
+        mask = jnp.broadcast_to(exists[:, None], rows.shape)
+        mask = mask if column + width <= s.value_dim else mask & (cols < s.value_dim)
+        where = out_ref.at[jnp.full_like(rows, split), jnp.full_like(rows, token), rows, cols]
+        store(where, (value * share[:, None]).astype(out_ref.dtype), mask=mask)
+
+
+# --- launch ----------------------------------------------------------------------------------------------------------
+def launch(
+    target: str,
+    q: Array,
+    sources: Sequence[Source],
+    sinks: Array | None,
+    sm_scale: float,
+    value_dim: int,
+    plan: AttentionPlan,
+) -> tuple[Array, Array]:
+    """(out[splits, T, H, value_dim], lse[splits, T, H]); `serves` must hold."""
+    _, heads, dim = q.shape
+    first = sources[0]
+    assert first.scale is not None
+    arrays, told = described(sources)
+    latent = 4 * first.latent.shape[-1]
+    static = _Static(
+        heads=heads,
+        value_dim=value_dim,
+        scale=sm_scale,
+        latent=latent,
+        groups=first.scale.shape[-1],
+        rope=dim - latent,
+        **told,
+        has_sinks=sinks is not None and plan.splits == 1,
+        plan=plan,
+        target=target,
+    )
+    return launch_rows(_kernel, static, q, arrays, sinks)
