@@ -61,7 +61,7 @@ bench: $(VENV)/.ready
 	@$(BIN)/python -m sparse_mla_jax bench examples/tiny_python
 
 notebook: $(VENV)/.ready llvm
-	for name in decode_step cdna_kernels; do \
+	for name in decode_step cdna_kernels deepseek_v4; do \
 	  $(BIN)/python -c "import sys, jupytext, nbformat, nbclient; path = 'examples/' + sys.argv[1]; n = jupytext.read(path + '.py'); \
 	  nbclient.NotebookClient(n, record_timing=False, resources={'metadata': {'path': 'examples'}}).execute(); \
 	  nbformat.write(n, path + '.ipynb')" $$name || exit 1; \

@@ -15,7 +15,7 @@ def code_cells(notebook):
     return [cell.source for cell in notebook.cells if cell.cell_type == "code"]
 
 
-@pytest.mark.parametrize("name", ["decode_step", "cdna_kernels"])
+@pytest.mark.parametrize("name", ["decode_step", "cdna_kernels", "deepseek_v4"])
 def test_pair_is_in_step(name):
     paired = jupytext.read(EXAMPLES / f"{name}.py")
     notebook = nbformat.read(EXAMPLES / f"{name}.ipynb", as_version=4)
@@ -40,6 +40,15 @@ def test_every_cell_runs():
     assert "same numbers after reinterpret: True" in text
     assert "unchanged: True" in text
     assert text.count("True") >= 6 and "False" not in text
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_deepseek_v4():
+    text = printed("deepseek_v4")
+    assert "3845 bytes a token over 43 layers" in text
+    assert "token 9 sees [4, 5, 6, 7, 8, 9]" in text
+    assert text.count("True") == 2 and "False" not in text
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -21,7 +21,7 @@ from sparse_mla_jax.layers.norm import rms_norm
 from sparse_mla_jax.metadata import StepMetadata
 from sparse_mla_jax.ops.attention import sparse_mla
 from sparse_mla_jax.ops.cache import PagedIndexCache, PagedKVCache, write
-from sparse_mla_jax.ops.compressor import CompressorState, compress, entry_pages
+from sparse_mla_jax.ops.compressor import CompressorState, compress, entry_pages, num_entries
 from sparse_mla_jax.ops.indexer import lightning_indexer
 from sparse_mla_jax.ops.output_projection import rotated_projection
 from sparse_mla_jax.ops.ragged import DenseRows, slots_from_positions
@@ -145,36 +145,79 @@ def _compress_step(
     )
 
 
-def _choose(
+def _q_latent(params: dict[str, Any], hidden: Array, c: DeepseekV4Config) -> Array:
+    """The query's low-rank form [T, r_q], shared by the attention heads and the indexer."""
+    latent = rms_norm(matmul(hidden, params["q_a_proj"]), params["q_a_layernorm"], eps=c.rms_norm_eps)
+    return latent.astype(hidden.dtype)
+
+
+def select_entries(
     params: dict[str, Any],
     hidden: Array,
-    q_latent: Array,
     index: PagedIndexCache | None,
-    table: Array,
-    entries: Array,
-    max_entries: int,
-    meta: StepMetadata,
-    frequencies: Array,
+    metadata: StepMetadata,
+    *,
     config: DeepseekV4Config,
-    implementation: str | None,
+    layer: int,
+    q_latent: Array | None = None,
+    implementation: str | None = None,
 ) -> Array:
-    """Entries that each token attends to besides its window: ascending int32[T, W], then -1."""
-    if index is None or max_entries <= config.index_topk:  # all of them: do not ask
-        column = jnp.arange(max_entries, dtype=jnp.int32)[None, :]
+    """Compressed entries that each token attends to besides its window: ascending int32[T, W], then -1.
+
+    All that exist for the token, or where the layer has an indexer the index_topk that it scores highest. Arguments as
+    those of `compressed_attention_step`; `index` must hold this step's entries already; `q_latent` [T, r_q] spares the
+    projection where it is known.
+    """
+    meta, ratio = metadata, config.compress_ratio(layer)
+    width, entries = meta.max_length // ratio if ratio else 0, num_entries(meta.lengths, ratio=max(ratio, 1))
+    if index is None or width <= config.index_topk:  # all of them: do not ask
+        column = jnp.arange(width, dtype=jnp.int32)[None, :]
         return jnp.where(column < entries[:, None], column, -1)
-    heads, dim = config.index_n_heads, config.index_head_dim
-    query = _rotate_last(matmul(q_latent, params["wq_b"]), meta.positions, frequencies).astype(hidden.dtype)
+    q_latent = _q_latent(params, hidden, config) if q_latent is None else q_latent
+    indexer, heads, dim = params["indexer"], config.index_n_heads, config.index_head_dim
+    frequencies = jnp.asarray(rope_frequencies(config.layer_rope(layer), config.qk_rope_head_dim))
+    query = _rotate_last(matmul(q_latent, indexer["wq_b"]), meta.positions, frequencies).astype(hidden.dtype)
     return lightning_indexer(
         query,
-        matmul(hidden, params["weights_proj"]) * (heads**-0.5 * dim**-0.5),
+        matmul(hidden, indexer["weights_proj"]) * (heads**-0.5 * dim**-0.5),
         index,
-        table,
+        entry_pages(meta.page_table, page_size=meta.page_size, ratio=ratio)[0],
         meta.request_ids,
         entries,
         k=config.index_topk,
-        max_length=max_entries,
+        max_length=width,
         implementation=implementation,
     )
+
+
+def _write_window(
+    params: dict[str, Any],
+    window: PagedKVCache,
+    hidden: Array,
+    positions: Array,
+    states: Array,
+    frequencies: Array,
+    c: DeepseekV4Config,
+    implementation: str | None,
+) -> PagedKVCache:
+    """Every token's own key, normed and rotated, in its request's ring."""
+    key = rms_norm(matmul(hidden, params["kv_proj"]), params["kv_layernorm"], eps=c.rms_norm_eps)
+    key = _rotate_last(key, positions, frequencies)
+    slots = ring_slots(positions, states, ring=window.page_size)
+    return write(window, key[:, : c.nope_dim], key[:, c.nope_dim :], slots, implementation=implementation)
+
+
+def _write_entries(params: dict[str, Any], caches: LayerCaches, hidden: Array, *options: Any) -> LayerCaches:
+    """The entries that this step's tokens close, and the indexer's keys of them; `options` as of `_compress_step`."""
+    if caches.compressed is None or caches.state is None:
+        return caches
+    entries, state = _compress_step(params["compressor"], caches.compressed, caches.state, hidden, *options)
+    caches = dataclasses.replace(caches, compressed=entries, state=state)
+    if caches.index is None or caches.index_state is None:
+        return caches
+    inner = params["indexer"]["compressor"]
+    keys, state = _compress_step(inner, caches.index, caches.index_state, hidden, *options)
+    return dataclasses.replace(caches, index=keys, index_state=state)
 
 
 def grouped_output(
@@ -235,56 +278,28 @@ def compressed_attention_step(
     ratio, meta = config.compress_ratio(layer), metadata
     _check(hidden, caches, meta, ratio, config)
     frequencies = jnp.asarray(rope_frequencies(config.layer_rope(layer), config.qk_rope_head_dim))
-    ring, nope = caches.window.page_size, config.nope_dim
+    ring = caches.window.page_size
     states = token_states(meta, state_ids, capacity=ring - config.sliding_window + 1)
-
-    key = rms_norm(matmul(hidden, params["kv_proj"]), params["kv_layernorm"], eps=config.rms_norm_eps)
-    key = _rotate_last(key, meta.positions, frequencies)
-    window = write(
-        caches.window,
-        key[:, :nope],
-        key[:, nope:],
-        ring_slots(meta.positions, states, ring=ring),
-        implementation=implementation,
-    )
+    window = _write_window(params, caches.window, hidden, meta.positions, states, frequencies, config, implementation)
     caches = dataclasses.replace(caches, window=window)
+    caches = _write_entries(
+        params, caches, hidden, meta, state_ids, frequencies, ratio, config.rms_norm_eps, implementation
+    )
 
-    latent = rms_norm(matmul(hidden, params["q_a_proj"]), params["q_a_layernorm"], eps=config.rms_norm_eps)
-    q_latent = latent.astype(hidden.dtype)
-    extra = None
-    if ratio:
-        options = (meta, state_ids, frequencies, ratio, config.rms_norm_eps, implementation)
-        compressed, state = _compress_step(params["compressor"], caches.compressed, caches.state, hidden, *options)
-        caches = dataclasses.replace(caches, compressed=compressed, state=state)
-        if caches.index is not None:
-            inner = params["indexer"]["compressor"]
-            index, state = _compress_step(inner, caches.index, caches.index_state, hidden, *options)
-            caches = dataclasses.replace(caches, index=index, index_state=state)
+    q_latent, extra = _q_latent(params, hidden, config), None
+    if caches.compressed is not None:
+        options: dict[str, Any] = {"config": config, "layer": layer, "implementation": implementation}
+        chosen = select_entries(params, hidden, caches.index, meta, q_latent=q_latent, **options)
         table, per_page = entry_pages(meta.page_table, page_size=meta.page_size, ratio=ratio)
-        max_entries = meta.max_length // ratio
-        if max_entries:
-            entries = jnp.where(states >= 0, meta.lengths // ratio, 0)
-            chosen = _choose(
-                params.get("indexer"),
-                hidden,
-                q_latent,
-                caches.index,
-                table,
-                entries,
-                max_entries,
-                meta,
-                frequencies,
-                config,
-                implementation,
-            )
-            slots = slots_from_positions(chosen, meta.request_ids, table, page_size=per_page)
-            extra = (compressed, DenseRows(slots, jnp.minimum(entries, slots.shape[1])))
-
+        slots = slots_from_positions(chosen, meta.request_ids, table, page_size=per_page)
+        lengths = jnp.minimum(num_entries(meta.lengths, ratio=ratio), slots.shape[1])
+        extra = (caches.compressed, DenseRows(slots, jnp.where(states >= 0, lengths, 0)))
     near = window_slots(meta.positions, states, window=config.sliding_window, ring=ring)
+    lengths = jnp.where(states >= 0, jnp.minimum(meta.lengths, config.sliding_window), 0)
     out = sparse_mla(
         _queries(params, q_latent, meta.positions, frequencies, config),
         window,
-        DenseRows(near, jnp.where(states >= 0, jnp.minimum(meta.lengths, config.sliding_window), 0)),
+        DenseRows(near, lengths),
         sm_scale=config.sm_scale,
         value_dim=config.head_dim,
         sinks=params["sinks"].astype(jnp.float32),

@@ -1,0 +1,156 @@
+"""Block sizes that were weighed for gfx942 and gfx950: every kernel with its shipped plan and with others, as a table.
+
+    python benchmarks/cdna_candidates.py [--kernel NAME] [--arch gfx942|gfx950|both] [--write]
+
+`--write` renews cdna_candidates.md. Kernels are compiled by the Triton version of the extra `cdna` and executed by our
+interpreter on the problems of `kernel_cases`: nothing was timed on an AMD GPU. Bounds are LLVM's scheduling model,
+summed per pipe over what was executed and spread evenly over the machine, without latency.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import importlib
+import pathlib
+import sys
+from unittest import mock
+
+from pallas_kernels.cdna.program import ARCHITECTURES, PRODUCT
+from sparse_mla_jax import kernel_cases
+from sparse_mla_jax.inspection import NATIVE, measure
+
+FILE = pathlib.Path(__file__).with_suffix(".md")
+
+ATTENTION = [
+    {"num_warps": 1},
+    {"num_warps": 4},
+    {"num_warps": 1, "key_block": 32},
+    {"num_warps": 2, "key_block": 32},
+    {"num_warps": 4, "key_block": 32},
+    {"tile": 64},
+    {"tile": 32},
+    {"exact_weights": False},
+]
+# Case: (module, its plan function, changes to the shipped plan).
+CANDIDATES = {
+    "sparse_mla": ("sparse_attention", "attention_plan", ATTENTION),
+    "sparse_mla_v4": ("sparse_attention", "attention_plan", ATTENTION),
+    "sparse_mla_v4_window": ("sparse_attention", "attention_plan", ATTENTION[:5]),
+    "indexer": (
+        "indexer_logits",
+        "indexer_plan",
+        [
+            {"num_warps": 2},
+            {"num_warps": 8},
+            {"key_block": 32},
+            {"token_block": 4},
+            {"head_block": 32},
+            {"keys_first": True},
+        ],
+    ),
+    "paged_indexer": (
+        "indexer_logits",
+        "indexer_plan",
+        [
+            {"num_warps": 2},
+            {"num_warps": 8},
+            {"key_block": 32},
+            {"head_block": 32},
+            {"keys_first": True},
+            {"key_steps": 2},
+        ],
+    ),
+    "top_k": ("topk", "topk_plan", [{"num_warps": 2}, {"num_warps": 8}]),
+    "top_k_long": (
+        "topk",
+        "topk_plan",
+        [{"num_warps": 8}, {"block": 8192}, {"groups": 0}, {"run": 32}, {"unroll": 1}],
+    ),
+    "cache_write": ("cache_write", "cache_write_plan", [{"num_warps": 1}, {"num_warps": 4}, {"scan": 64}]),
+    "compress": ("compress", "compress_plan", [{"num_warps": 1}, {"num_warps": 2}, {"num_warps": 8}, {"block": 4}]),
+    "compress_128": ("compress", "compress_plan", [{"num_warps": 2}, {"num_warps": 8}, {"block": 8}, {"block": 32}]),
+}
+HEADER = (
+    "change",
+    "VGPRs",
+    "spilled",
+    "scratch",
+    "LDS",
+    "waves/SIMD",
+    "wave-instructions",
+    "busiest pipe",
+    "its bound, us",
+    "HBM floor, us",
+    "error",
+)
+
+
+@contextlib.contextmanager
+def changed(module: str, function: str, change: dict):
+    """The kernel's plan with some fields replaced."""
+    kernel = importlib.import_module(f"pallas_kernels.{module}")
+    shipped = getattr(kernel, function)
+    with mock.patch.object(kernel, function, lambda **sizes: dataclasses.replace(shipped(**sizes), **change)):
+        yield
+
+
+def row(case: kernel_cases.Case, arch: str, change: dict) -> tuple:
+    """One line of a table."""
+    module, function, _ = CANDIDATES[case.name]
+    name = ", ".join(f"{k} {v}" for k, v in change.items()) or "**shipped**"
+    try:
+        with changed(module, function, change):
+            r = measure(case, NATIVE[arch], arch, "triton").as_dict()
+    except Exception as error:  # a candidate may be refused anywhere between Pallas and the assembler
+        return (name, *["-"] * (len(HEADER) - 2), f"{type(error).__name__}: {str(error).splitlines()[0][:60]}")
+    pipe, bound = max(r["lower_bound_us"].items(), key=lambda item: item[1])
+    return (
+        name,
+        r["vgprs"],
+        r["vgpr_spills"] + r["sgpr_spills"],
+        r["scratch"],
+        r["lds"],
+        r["occupancy"],
+        r["wave_instructions"],
+        pipe,
+        f"{bound:.4f}",
+        f"{r['hbm_floor_us']:.4f}",
+        f"{r['error']:.1e}" if r["error"] else "0",
+    )
+
+
+def table(case: kernel_cases.Case, arch: str) -> str:
+    """All candidates of a kernel on one architecture, in Markdown."""
+    rows = [HEADER, ["---"] * len(HEADER)]
+    for change in [{}, *CANDIDATES[case.name][2]]:
+        print(f"{case.name} {arch} {change}", file=sys.stderr)
+        rows.append(row(case, arch, change))
+    lines = "\n".join("| " + " | ".join(map(str, cells)) + " |" for cells in rows)
+    return f"### {case.name} on {arch} ({PRODUCT[arch]}): {case.what}\n\n{lines}\n"
+
+
+def main() -> None:
+    """Prints the tables, or writes the file."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kernel", action="append", choices=list(CANDIDATES), help="may be repeated (default: all)")
+    parser.add_argument("--arch", choices=(*ARCHITECTURES, "both"), default="both")
+    parser.add_argument("--write", action="store_true", help=f"write {FILE.name}")
+    arguments = parser.parse_args()
+    tables = [
+        table(kernel_cases.case(name), arch)
+        for name in arguments.kernel or CANDIDATES
+        for arch in (ARCHITECTURES if arguments.arch == "both" else (arguments.arch,))
+    ]
+    text = f"# Plans weighed for gfx942 and gfx950\n\n{__doc__.split('`--write`')[0].splitlines()[0]}\n\n"
+    text += (
+        "`python benchmarks/cdna_candidates.py --write` renews this file. Compiled by Triton 3.6.0, executed by our\n"
+    )
+    text += "interpreter, native FP8 flavour of each machine; nothing was timed on an AMD GPU.\n\n" + "\n".join(tables)
+    if arguments.write:
+        FILE.write_text(text)
+    else:
+        print(text)
+
+
+if __name__ == "__main__":
+    main()
