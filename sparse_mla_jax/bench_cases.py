@@ -608,10 +608,8 @@ def _compress(sizes: Mapping[str, int], flavour: str, query: str) -> Work:
 
     def error(arguments, got):
         want = jax.jit(functools.partial(fn, implementation="reference"))(*arguments)
-        kept = [
-            np.array_equal(*(np.asarray(x) for x in pair)) for pair in zip(*map(jax.tree.leaves, (got[1], want[1])))
-        ]
-        if not all(kept):
+        after, wanted = (jax.tree.leaves(x[1]) for x in (got, want))
+        if not all(np.array_equal(np.asarray(a), np.asarray(b)) for a, b in zip(after, wanted)):
             return math.inf
         every = jnp.arange(got[0].num_slots)
         return _relative(*(_gather(cache, every, dtype=jnp.float32) for cache in (got[0], want[0])))

@@ -169,7 +169,8 @@ def clamped_moe(params: dict[str, Any], x: Array, token_ids: Array, *, config: D
     Returns:
       [T, D] in x.dtype.
     """
-    gate, options = params["gate"], {"scale": config.routed_scaling_factor, "renormalize": config.norm_topk_prob}
+    gate = params["gate"]
+    options: dict[str, Any] = {"scale": config.routed_scaling_factor, "renormalize": config.norm_topk_prob}
     logits = _router_logits(gate, x)
     if "token_experts" in gate:
         weights, ids = hash_route(logits, token_ids, gate["token_experts"], **options)

@@ -250,7 +250,7 @@ def prefill(
         f"token_ids has shape {token_ids.shape}; int32[T] with at least one token is expected.",
     )
     metadata = build_metadata(seq_lens, query_lens, page_table, num_tokens=token_ids.shape[0], page_size=page_size)
-    options = {"config": config, "state_ids": state_ids, "implementation": implementation}
+    options: dict[str, Any] = {"config": config, "state_ids": state_ids, "implementation": implementation}
     hidden, caches = forward(params, token_ids, caches, metadata, **options)
     return logits(params, hidden[metadata.last_token], config), caches
 
@@ -287,6 +287,6 @@ def decode(
       ValueError: arguments that do not fit together (at trace time).
     """
     metadata = decode_metadata(seq_lens, page_table, page_size=page_size)
-    options = {"config": config, "state_ids": state_ids, "implementation": implementation}
+    options: dict[str, Any] = {"config": config, "state_ids": state_ids, "implementation": implementation}
     hidden, caches = forward(params, token_ids, caches, metadata, **options)
     return logits(params, hidden, config), caches
