@@ -27,8 +27,22 @@ DTYPES = ("float32", "bfloat16")
 CACHE_DTYPES = ("float32", "bfloat16", "float8_e4m3fnuz", "float8_e4m3fn")
 IMPLEMENTATIONS = ("triton", "xla", "reference")
 # Operators that have kernels; the others are plain XLA everywhere.
-KERNEL_OPERATORS = ("top_k", "indexer_scores", "paged_indexer_scores", "lightning_indexer", "sparse_mla")
-XLA_OPERATORS = ("write", "gather", "rotate", "biased_grouped_topk", "merge")
+KERNEL_OPERATORS = (
+    "top_k",
+    "indexer_scores",
+    "paged_indexer_scores",
+    "lightning_indexer",
+    "sparse_mla",
+    "write",
+    "write_index",
+    "write_token",
+    "norm_rope",
+    "compress",
+    "split_streams",
+    "merge_streams",
+    "rotated_projection",
+)
+XLA_OPERATORS = ("gather", "rotate", "biased_grouped_topk", "sqrt_softplus_topk", "hash_route", "merge")
 
 
 class _Parser(argparse.ArgumentParser):

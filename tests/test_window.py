@@ -7,6 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sparse_mla_jax.ops.attention import sparse_mla
+from sparse_mla_jax.ops.cache import PagedKVCache, gather, write
+from sparse_mla_jax.ops.ragged import combine_with_window, slots_from_positions
 from sparse_mla_jax.ops.window import ring_size, ring_slots, window_slots
 
 
@@ -51,6 +54,60 @@ def test_a_step_overwrites_nothing_that_it_sees(start):
     if start >= window:
         lost = {p % (ring - 1): p for p in range(start + query_len)}
         assert lost[(start - window + 1) % (ring - 1)] != start - window + 1
+
+
+def test_gathered_prefill_equals_the_caches_themselves():
+    """Two requests' chunks: rows into one gathered array against window and entries as two sources."""
+    rng, window, chunk, ratio = np.random.default_rng(0), 6, 5, 4
+    ring, lengths = ring_size(window, chunk), (23, 9)
+    near, far = (
+        PagedKVCache.create(pages, size, latent_dim=12, rope_dim=4, group_size=4, dtype="float32")
+        for pages, size in ((2, ring), (6, 4))
+    )
+    table = np.array([[4, 0], [2, 5]])
+    for state, length in enumerate(lengths):
+        rows = rng.standard_normal((length, 16)).astype(np.float32)
+        slots = ring_slots(np.arange(length), np.full(length, state), ring=ring)[-ring:]
+        near = write(near, rows[-ring:, :12], rows[-ring:, 12:], slots)
+        entries = np.arange(length // ratio)
+        rows = rng.standard_normal((len(entries), 16)).astype(np.float32)
+        slots = slots_from_positions(entries[:, None], np.full(len(entries), state), table, page_size=4)[:, 0]
+        far = write(far, rows[:, :12], rows[:, 12:], slots)
+
+    requests = np.repeat([0, 1], chunk)
+    positions = np.concatenate([np.arange(length - chunk, length) for length in lengths])
+    chosen = np.where(rng.random((10, 5)) < 0.7, np.arange(5), -1)
+    chosen = np.where(chosen < ((positions + 1) // ratio)[:, None], chosen, -1)
+    q = rng.standard_normal((10, 3, 16)).astype(np.float32)
+    options = dict(sm_scale=0.25, value_dim=16, sinks=jnp.ones(3))
+    two = sparse_mla(
+        q,
+        near,
+        window_slots(positions, requests, window=window, ring=ring),
+        extra=(far, slots_from_positions(chosen, requests, table, page_size=4)),
+        **options,
+    )
+    # What the chunks can see: their entries, then the positions of the window before and of the chunk.
+    first = [max(0, length - chunk - window + 1) for length in lengths]
+    parts, compressed_start, window_start = [], [], []
+    for state, length in enumerate(lengths):
+        compressed_start.append(sum(map(len, parts)))
+        entries = np.arange(length // ratio)[:, None]
+        slots = slots_from_positions(entries, np.full(len(entries), state), table, page_size=4)[:, 0]
+        parts.append(gather(far, slots, dtype=jnp.float32))
+        window_start.append(sum(map(len, parts)))
+        seen = np.arange(first[state], length)
+        parts.append(gather(near, ring_slots(seen, np.full(len(seen), state), ring=ring), dtype=jnp.float32))
+    rows = combine_with_window(
+        chosen,
+        positions,
+        window=window,
+        compressed_start=np.array(compressed_start)[requests],
+        window_start=np.array(window_start)[requests],
+        first_position=np.array(first)[requests],
+    )
+    one = sparse_mla(q, jnp.concatenate(parts), rows, **options)
+    np.testing.assert_allclose(one, two, rtol=1e-5, atol=1e-6)
 
 
 def test_rings_of_requests_do_not_touch():
