@@ -8,9 +8,10 @@ slot a later token names writes nothing, so that no two programs write one row.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -37,14 +38,14 @@ class Part:
     """One array of a cache and what is written to it.
 
     Attributes:
-      rows: bfloat16, float16 or float32 [T, W].
+      rows: bfloat16, float16 or float32 [T, W]; None where a kernel makes them itself.
       pages: [N, W] bfloat16, float32 or bytes of FP8, or uint32 [N, W // 4], four FP8 values a word.
       scales: float32 [N, W // group_size], or E8M0 as uint8; None where pages are not FP8.
       flavour: static; name of the FP8 type, or None.
       group_size: static; values that share a scale.
     """
 
-    rows: Array
+    rows: Any
     pages: Array
     scales: Array | None = None
     flavour: str | None = None
@@ -157,11 +158,11 @@ def _is_last(slot_ref, slot: Array, token: Array, tokens: int, scan: int) -> Arr
     return last == token
 
 
-class _Grid:
-    """The groups of a row as a tile [groups, each], both padded to powers of two."""
+class Grid:
+    """The groups of a row as a tile [groups, each], both padded to powers of two, the groups to `height` at least."""
 
-    def __init__(self, groups: int, each: int, target: str):
-        self.shape = (power_of_two(groups), power_of_two(each))
+    def __init__(self, groups: int, each: int, target: str, height: int = 1):
+        self.shape = (max(height, power_of_two(groups)), power_of_two(each))
         self.row, self.target, self.width = jnp.arange(self.shape[0], dtype=jnp.int32), target, groups * each
         group = jnp.broadcast_to(self.row[:, None], self.shape)
         column = jnp.broadcast_to(jnp.arange(self.shape[1], dtype=jnp.int32)[None, :], self.shape)
@@ -173,9 +174,18 @@ class _Grid:
             inside = column < each
             self.exists = inside if self.exists is None else self.exists & inside
 
-    def load(self, ref, row: Array) -> Array:
+    def columns(self, first: int, width: int) -> Grid:
+        """The same tile as a grid of `width` columns of the row, from `first` on, which are stored as columns 0.."""
+        part = copy.copy(self)
+        part.at, part.width = self.at - first if first else self.at, width
+        if first or width != self.width:
+            inside = (self.at >= first) & (self.at < first + width)
+            part.exists = inside if self.exists is None else self.exists & inside
+        return part
+
+    def load(self, ref, *row: Array) -> Array:
         """Values of a row, zeros where padded."""
-        view = ref.at[jnp.full_like(self.at, row), self.at]
+        view = ref.at[*[jnp.full_like(self.at, i) for i in row], self.at]
         return load(view) if self.exists is None else load(view, mask=self.exists, other=0)
 
     def store(self, ref, row: Array, value: Array) -> None:
@@ -187,14 +197,24 @@ class _Grid:
         store(ref.at[jnp.full_like(at, row), at], value, mask=self.exists)
 
 
+def encode(part: Part, row: Array, grid: Grid, target: str) -> list[tuple[Grid, Array]]:
+    """What `Part.arrays` hold of a row, values [groups, each] of `grid`: a tile for each array, and its grid."""
+    if part.scales is None or part.flavour is None:
+        return [(grid, convert(row, part.pages.dtype))]
+    groups, height = part.scales.shape[1], row.shape[0]
+    codes, scales = quantize(float32_bits(row), part.flavour, part.scales.dtype == jnp.uint8, target)
+    scale = Grid(groups, 1, target, height), scales[:, None].astype(part.scales.dtype)
+    if part.pages.dtype != jnp.uint32:
+        return [(grid, codes.astype(jnp.uint8)), scale]
+    return [(Grid(groups, part.group_size // 4, target, height), _pack(codes)), scale]
+
+
 def _kernel(*refs, parts: Sequence[Part], tokens: int, plan: CacheWritePlan, target: str):
     """Grid (T,); refs: slots, the rows of every part, the arrays of all parts before, and after (the same)."""
     slot_ref, *row_refs = refs[: 1 + len(parts)]
     out_refs = list(refs[-sum(len(p.arrays) for p in parts) :])
     token = pl.program_id(0)
-    grids = [
-        _Grid(1 if p.scales is None else p.scales.shape[1], p.group_size or p.rows.shape[1], target) for p in parts
-    ]
+    grids = [Grid(1 if p.scales is None else p.scales.shape[1], p.group_size or p.rows.shape[1], target) for p in parts]
     # All in flight before the first is waited for.
     rows = [grid.load(ref, token) for grid, ref in zip(grids, row_refs)]
     slot = slot_ref[token]
@@ -202,22 +222,27 @@ def _kernel(*refs, parts: Sequence[Part], tokens: int, plan: CacheWritePlan, tar
 
     for part, grid, row in zip(parts, grids, rows):
         after = [out_refs.pop(0) for _ in part.arrays]
-        if part.scales is None or part.flavour is None:
-            tiles, values = [grid], [convert(row, part.pages.dtype)]
-        else:
-            codes, scales = quantize(float32_bits(row), part.flavour, part.scales.dtype == jnp.uint8, target)
-            words = part.pages.dtype == jnp.uint32
-            values = [_pack(codes) if words else codes.astype(jnp.uint8), scales[:, None].astype(part.scales.dtype)]
-            groups = part.scales.shape[1]
-            tiles = [_Grid(groups, part.group_size // 4, target) if words else grid, _Grid(groups, 1, target)]
+        encoded = encode(part, row, grid, target)
 
         @pl.when(mine & (slot < part.pages.shape[0]))
-        def _(after=after, tiles=tiles, values=values):
-            for ref, tile, value in zip(after, tiles, values):
+        def _(after=after, encoded=encoded):
+            for ref, (tile, value) in zip(after, encoded):
                 tile.store(ref, slot, value)
 
 
 # --- launch ----------------------------------------------------------------------------------------------------------
+def dispatch_division(run: Callable[..., Any], *args: Any) -> Any:
+    """`dispatch` of `run(target, *args)` where an NVIDIA GPU has a target of its own, "cuda", for `divide`."""
+
+    def launch(target, *args):
+        if target != "gpu":
+            return run(target, *args)
+        ways = {"cuda": functools.partial(run, "cuda"), "default": functools.partial(run, "gpu")}
+        return lax.platform_dependent(*args, **ways)
+
+    return dispatch(launch, *args)
+
+
 def write(parts: Sequence[Part], slots: Array, *, plan: CacheWritePlan | None = None) -> list[list[Array]]:
     """`Part.arrays` of every part after rows[t] is written at slots[t]; in place where the caller's arrays are donated.
 
@@ -254,13 +279,7 @@ def write(parts: Sequence[Part], slots: Array, *, plan: CacheWritePlan | None = 
             input_output_aliases={1 + len(parts) + i: i for i in range(len(arrays))},
         )
 
-    def launch(target, parts, slots):
-        if target != "gpu":
-            return run(target, parts, slots)
-        ways = {"cuda": functools.partial(run, "cuda"), "default": functools.partial(run, "gpu")}
-        return lax.platform_dependent(parts, slots, **ways)
-
     # A row without values has no kernel argument.
     real = [p for p in parts if p.rows.shape[1]]
-    after = iter(dispatch(launch, real, slots) if real else ())
+    after = iter(dispatch_division(run, real, slots) if real else ())
     return [[next(after) for _ in p.arrays] if p.rows.shape[1] else p.arrays for p in parts]

@@ -12,11 +12,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sparse_mla_jax import reference
 from sparse_mla_jax.config import require
+from sparse_mla_jax.metadata import build_metadata
 from sparse_mla_jax.ops import cache as cache_ops
+from sparse_mla_jax.ops import hyper_connections
 from sparse_mla_jax.ops.attention import sparse_mla
 from sparse_mla_jax.ops.cache import PagedIndexCache, PagedKVCache
+from sparse_mla_jax.ops.compressor import CompressorState, compress, entry_pages
 from sparse_mla_jax.ops.indexer import indexer_scores, paged_indexer_scores
+from sparse_mla_jax.ops.output_projection import rotated_projection
 from sparse_mla_jax.ops.topk import top_k
 
 FP8 = ("float8_e4m3fnuz", "float8_e4m3fn")
@@ -69,15 +74,19 @@ def _relative(got: Any, want: np.ndarray) -> float:
 
 
 # --- sparse attention ------------------------------------------------------------------------------------------------
-def attention_answer(q: Any, keys: np.ndarray, rows: np.ndarray, scale: float, value_dim: int) -> np.ndarray:
+def attention_answer(
+    q: Any, keys: np.ndarray, rows: np.ndarray, scale: float, value_dim: int, sinks: np.ndarray | None = None
+) -> np.ndarray:
     """Softmax attention in float64: q[T, H, D], keys[N, D], rows[T, W] -> [T, H, value_dim]; -1 is no key."""
     q, keys = np.asarray(q).astype(np.float64), keys.astype(np.float64)
     out = np.zeros((*q.shape[:2], value_dim))
+    sink = np.full(q.shape[1], -np.inf) if sinks is None else np.asarray(sinks, np.float64)
     for t, row in enumerate(rows):
         chosen = keys[row[row >= 0]]
         logits = scale * q[t] @ chosen.T
-        weights = np.exp(logits - logits.max(axis=1, keepdims=True))
-        out[t] = weights @ chosen[:, :value_dim] / weights.sum(axis=1, keepdims=True)
+        top = logits.max(axis=1, keepdims=True)
+        weights = np.exp(logits - top)
+        out[t] = weights @ chosen[:, :value_dim] / (weights.sum(axis=1) + np.exp(sink - top[:, 0]))[:, None]
     return out
 
 
@@ -120,6 +129,40 @@ def _attention(
         # float32: rounding of sums. bfloat16: rounding the result alone costs 1.65e-3.
         1e-5 if kind == "float32" else 2e-3,
         _nbytes(q, rows) + 2 * selected * cache.bytes_per_token + want.size * q.dtype.itemsize,
+    )
+
+
+def _two_sources(kind: str, heads: int | None, *, window: int, selected: int) -> Problem:
+    """A sliding window and chosen entries, in caches of their own, under one softmax with sinks."""
+    rng = np.random.default_rng(0)
+    heads, latent, dim = 16 if heads is None else heads, 448, 512
+    require(1 <= heads <= 1024, f"heads is {heads}; between 1 and 1024 are expected.")
+    near, far = (_random_cache(rng, kind, latent, 64, jnp.float8_e8m0fnu) for _ in range(2))
+    q = jnp.asarray(rng.standard_normal((2, heads, dim)), jnp.bfloat16)
+    rows = [np.stack([rng.permutation(512)[:n] for _ in range(2)]).astype(np.int32) for n in (window, selected)]
+    sinks = jnp.asarray(rng.standard_normal(heads), jnp.float32)
+    keys = [np.asarray(cache_ops.gather(cache, jnp.arange(512), dtype=jnp.float32)) for cache in (near, far)]
+
+    def fn(q, near, far, near_rows, far_rows, sinks):
+        return sparse_mla(
+            q,
+            near,
+            near_rows,
+            sm_scale=dim**-0.5,
+            value_dim=dim,
+            sinks=sinks,
+            extra=(far, far_rows),
+            implementation="triton",
+        )
+
+    both = np.concatenate([rows[0], rows[1] + 512], axis=1)
+    want = attention_answer(q, np.concatenate(keys), both, dim**-0.5, dim, np.asarray(sinks))
+    return Problem(
+        fn,
+        (q, near, far, *map(jnp.asarray, rows), sinks),
+        lambda out: _relative(out, want),
+        2e-3,  # as above
+        _nbytes(q, *rows) + 2 * (window + selected) * near.bytes_per_token + want.size * q.dtype.itemsize,
     )
 
 
@@ -239,6 +282,133 @@ def _cache_write(kind: str, heads: int | None, *, latent: int, group: int, scale
     return Problem(fn, (cache, index, *rows, slots), error, 0.0, _nbytes(rows, slots) + 5 * token)
 
 
+# --- compressor ------------------------------------------------------------------------------------------------------
+# Half a unit in the last place, relative to the value, of what a cache rounds to.
+_ROUNDING = dict(zip(KINDS, (2.0**-4, 2.0**-4, 2.0**-8, 2.0**-24)))
+
+
+def _entries_error(got: Any, want: np.ndarray, kind: str) -> float:
+    """Largest error of entries [N, D] over what a cache of this type explains; entries are of the order of 1."""
+    allowed = _ROUNDING[kind] * np.abs(want) + 5e-6
+    if kind in FP8:
+        # Half a subnormal code; a scale that is a power of two is up to twice as large as need be.
+        allowed += 2.0**-10 / 224 * np.abs(want).max(axis=1, keepdims=True)
+    error = np.abs(np.asarray(got).astype(np.float64) - want) / allowed
+    return float(error.max()) if np.isfinite(error).all() else math.inf
+
+
+def _compressor_cache(kind: str, indexer: bool, pages: int, entries: int) -> Any:
+    if indexer:
+        return PagedIndexCache.create(pages, entries, dim=128, dtype=jnp.dtype(kind))
+    sizes: Any = dict(latent_dim=448, rope_dim=64, group_size=64, scale_dtype=jnp.float8_e8m0fnu)
+    return PagedKVCache.create(pages, entries, dtype=jnp.dtype(kind), **sizes)
+
+
+def _compress_step(cache, state, kv, gate, bias, norm, table, seq_lens, query_lens, *, page_size, implementation):
+    m = build_metadata(seq_lens, query_lens, table, num_tokens=kv.shape[0], page_size=page_size)
+    names = ("positions", "request_ids", "query_indptr", "seq_lens", "page_table", "page_size")
+    owners = {name: getattr(m, name) for name in names}
+    frequencies = jnp.asarray(_COMPRESSOR_FREQUENCIES)
+    how: Any = dict(ratio=bias.shape[0], implementation=implementation)
+    return compress(cache, state, kv, gate, bias, norm, frequencies, **owners, **how)
+
+
+_COMPRESSOR_FREQUENCIES = (1.6e5 ** (-np.arange(32) / 32)).astype(np.float32)
+
+
+def _compress(kind: str, heads: int | None, *, ratio: int, page_size: int, indexer: bool = False) -> Problem:
+    """Four requests: a chunk from position 0, one that continues, a token that closes a window, one that does not."""
+    del heads
+    rng, (dim, overlap) = np.random.default_rng(5), (128 if indexer else 512, ratio == 4)
+    channels = 2 * dim if overlap else dim
+    before = np.array([0, ratio + 1, 3 * ratio - 1, 3 * ratio], np.int32)
+    after = before + np.array([2 * ratio + 3, 2 * ratio + 3, 1, 1], np.int32)
+    length = int(after.max())
+    kv, gate = (rng.standard_normal((4, length, channels)).astype(np.float32) for _ in range(2))
+    weights = [jnp.asarray(rng.standard_normal(n), jnp.float32) for n in ((ratio, channels), (dim,))]
+    pages = -(-length // page_size)
+    table = jnp.asarray(rng.permutation(4 * pages).reshape(4, pages), jnp.int32)
+    entry_table, entries = entry_pages(table, page_size=page_size, ratio=ratio)
+    cache = _compressor_cache(kind, indexer, 4 * pages, entries)
+    state = CompressorState.create(4, ratio=ratio, dim=dim, overlap=overlap)
+
+    def rows(x, first, last):
+        return jnp.concatenate([x[b, i:j] for b, (i, j) in enumerate(zip(first, last))])
+
+    xla, fn = (functools.partial(_compress_step, page_size=page_size, implementation=i) for i in ("xla", "triton"))
+    none = np.zeros_like(before)
+    earlier = [rows(x, none, before) for x in (kv, gate)]
+    cache, state = jax.jit(xla)(cache, state, *earlier, *weights, table, before, before)
+    args = (cache, state, *(rows(x, before, after) for x in (kv, gate)), *weights, table)
+    args += jnp.asarray(after), jnp.asarray(after - before)
+    kept = jax.jit(xla)(*args)[1]
+    with jax.enable_x64(True):
+        whole: Any = functools.partial(reference.compress, ratio=ratio, dtype=jnp.float64)
+        sequences = [whole(kv[b, :n], gate[b, :n], *weights, _COMPRESSOR_FREQUENCIES) for b, n in enumerate(after)]
+        want = np.concatenate([np.asarray(entries) for entries in sequences])
+    window = np.concatenate([np.arange(n // ratio) for n in after])
+    request = np.repeat(np.arange(4), after // ratio)
+    slots = np.asarray(entry_table)[request, window // entries] * entries + window % entries
+
+    def error(got):
+        cache, state = got
+        if any((np.asarray(a) != np.asarray(b)).any() for a, b in zip(jax.tree.leaves(state), jax.tree.leaves(kept))):
+            return math.inf
+        if indexer:
+            return _entries_error(cache_ops.gather_index(cache, slots, dtype=jnp.float32), want, kind)
+        found, rope = cache_ops.gather(cache, slots, dtype=jnp.float32), cache.rope.dtype.name
+        parts = (slice(0, 448), kind), (slice(448, None), rope)
+        return max(_entries_error(found[:, part], want[:, part], k) for part, k in parts)
+
+    closed = int((after // ratio - before // ratio).sum())
+    read = 8 * channels * ratio * closed + 4 * (ratio * channels + dim)
+    return Problem(fn, args, error, 1.0, read + closed * cache.bytes_per_token)
+
+
+# --- hyper-connections -----------------------------------------------------------------------------------------------
+def _split_streams(kind: str, heads: int | None) -> Problem:
+    """Two tokens of Flash's four streams of 4096, bfloat16, the product in 32 parts as the layer gives it."""
+    del kind, heads
+    rng = np.random.default_rng(6)
+    shapes = (2, 4, 4096), (32, 2, 24), (24,), (3,), (4096,)
+    streams, product, base, scale, norm = (jnp.asarray(rng.standard_normal(x), jnp.float32) for x in shapes)
+    args = (streams.astype(jnp.bfloat16), product / math.sqrt(32), base, scale, norm)
+    constants: Any = dict(iterations=20, eps=1e-6, norm_eps=1e-6)
+    with jax.enable_x64(True):
+        wide, parts, *weights = (jnp.asarray(np.asarray(x, np.float64)) for x in args)
+        results = reference.split_streams(wide, parts.sum(0), *weights, **constants, dtype=jnp.float64)
+        want = [np.asarray(x) for x in results]
+
+    def fn(streams, product, base, scale, norm):
+        return hyper_connections.split(streams, product, base, scale, norm=norm, implementation="triton", **constants)
+
+    def error(got):
+        """Of each result over what its type explains."""
+        allowed = 2e-3, 1e-6, 1e-6
+        return max(_relative(a, b) / most for a, b, most in zip(got, want, allowed))
+
+    return Problem(fn, args, error, 1.0, _nbytes(args) + 2 * (2 * 4096 + 4 * 20))
+
+
+# --- output projection -----------------------------------------------------------------------------------------------
+def _rotated_projection(kind: str, heads: int | None) -> Problem:
+    """One group of eight heads of 448 + 64, five tokens, the first 64 of its columns."""
+    del kind, heads
+    rng = np.random.default_rng(7)
+    out, weight = (jnp.asarray(rng.standard_normal(n), jnp.bfloat16) for n in ((5, 8, 512), (1, 4096, 64)))
+    positions = jnp.asarray([0, 1, 4095, 70000, 163839], jnp.int32)
+    angles = np.asarray(positions.astype(jnp.float32)[:, None] * jnp.asarray(_COMPRESSOR_FREQUENCIES))
+    with jax.enable_x64(True):
+        want = np.asarray(reference.rotated_projection(out, weight, jnp.asarray(angles), dtype=jnp.float64))
+
+    def fn(out, weight, positions):
+        return rotated_projection(out, weight, positions, _COMPRESSOR_FREQUENCIES, implementation="triton")
+
+    args = (out, weight, positions)
+    # Rounding the result to bfloat16 alone costs 1.65e-3.
+    return Problem(fn, args, lambda got: _relative(got, want), 2e-3, _nbytes(args) + 2 * want.size)
+
+
 # --- the list --------------------------------------------------------------------------------------------------------
 CASES = (
     Case(
@@ -250,6 +420,12 @@ CASES = (
         "sparse_mla_v4",
         "DeepSeek-V4: 2 queries, 96 selected rows of 448 + 64, groups of 64, E8M0 scales",
         functools.partial(_attention, latent=448, group=64, value_dim=512, selected=96, scale_dtype=jnp.float8_e8m0fnu),
+        FP8,
+    ),
+    Case(
+        "sparse_mla_v4_window",
+        "DeepSeek-V4: 2 queries, a window of 32 rows and 64 chosen entries, two caches and sinks under one softmax",
+        functools.partial(_two_sources, window=32, selected=64),
         FP8,
     ),
     Case("indexer", "8 queries x 256 keys of 128, contiguous", _indexer),
@@ -271,6 +447,33 @@ CASES = (
         "DeepSeek-V4: 8 tokens of 448 + 64 values and a key of 128, groups of 64, E8M0 scales",
         functools.partial(_cache_write, latent=448, group=64, scale_dtype=jnp.float8_e8m0fnu),
         FP8,
+    ),
+    Case(
+        "compress",
+        "DeepSeek-V4: 6 entries of 448 + 64 values, of 8 tokens each (ratio 4), groups of 64, E8M0 scales",
+        functools.partial(_compress, ratio=4, page_size=16),
+    ),
+    Case(
+        "compress_index",
+        "DeepSeek-V4: 6 indexer keys of 128 values, of 8 tokens each (ratio 4)",
+        functools.partial(_compress, ratio=4, page_size=16, indexer=True),
+    ),
+    Case(
+        "compress_128",
+        "DeepSeek-V4: 5 entries of 448 + 64 values, of 128 tokens each, groups of 64, E8M0 scales",
+        functools.partial(_compress, ratio=128, page_size=64),
+    ),
+    Case(
+        "split_streams",
+        "DeepSeek-V4: 2 tokens of 4 streams of 4096, product in 32 parts, 20 iterations, norm",
+        _split_streams,
+        kinds=(),
+    ),
+    Case(
+        "rotated_projection",
+        "DeepSeek-V4: 5 tokens, a group of 8 heads of 448 + 64 values turned back, 64 columns",
+        _rotated_projection,
+        kinds=(),
     ),
 )
 

@@ -181,6 +181,123 @@ def apply_sinks(out: Array, lse: Array, sinks: Array) -> Array:
     return out * share[..., None]
 
 
+# --- compressor ------------------------------------------------------------------------------------------------------
+def pool(
+    kv: Array, gate: Array, valid: Array, norm: Array, angles: Array, *, eps: float = 1e-6, dtype=jnp.float32
+) -> Array:
+    """Entries of windows: softmax of the gates over a window's rows per channel, weighted sum, RMSNorm, rotation.
+
+    kv[W, S, D], gate[W, S, D] (position bias included), valid[W, S] (False: weight 0), norm[D], angles[W, R // 2] of
+    the last R values in interleaved pairs -> dtype[W, D].
+    """
+    valid = valid[..., None]
+    gate, kv = jnp.where(valid, gate.astype(dtype), -jnp.inf), jnp.where(valid, kv.astype(dtype), 0)
+    entry = (jax.nn.softmax(gate, axis=1) * kv).sum(axis=1)
+    entry = entry / jnp.sqrt((entry**2).mean(axis=-1, keepdims=True) + eps) * norm.astype(dtype)
+    cos, sin = jnp.cos(angles.astype(dtype)), jnp.sin(angles.astype(dtype))
+    still, turning = jnp.split(entry, [entry.shape[1] - 2 * angles.shape[1]], axis=1)
+    first, second = turning[:, 0::2], turning[:, 1::2]
+    turned = jnp.stack([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return jnp.concatenate([still, turned.reshape(turning.shape)], axis=1)
+
+
+def compress(
+    kv: Array,
+    gate: Array,
+    position_bias: Array,
+    norm: Array,
+    frequencies: Array,
+    *,
+    ratio: int,
+    eps: float = 1e-6,
+    dtype=jnp.float32,
+) -> Array:
+    """DeepSeek-V4's entries of one whole sequence kv[T, C], gate[T, C] (C = D, or 2 * D with overlap).
+
+    position_bias[ratio, C], norm[D], frequencies[R // 2] -> dtype[T // ratio, D]. Angles are products in float32.
+    """
+    count, dim = kv.shape[0] // ratio, norm.shape[0]
+    kv = kv[: count * ratio].astype(dtype).reshape(count, ratio, -1)
+    gate = gate[: count * ratio].astype(dtype).reshape(count, ratio, -1) + position_bias.astype(dtype)
+    valid = jnp.ones((count, ratio), bool)
+    if kv.shape[2] == 2 * dim:
+        # A window's rows: the first half of the previous window's tokens, the second half of its own.
+        before = [jnp.roll(x[..., :dim], 1, axis=0) for x in (kv, gate)]
+        kv, gate = (jnp.concatenate([b, x[..., dim:]], axis=1) for b, x in zip(before, (kv, gate)))
+        valid = jnp.concatenate([jnp.broadcast_to(jnp.arange(count)[:, None] > 0, valid.shape), valid], axis=1)
+    angles = (jnp.arange(count) * ratio).astype(jnp.float32)[:, None] * jnp.asarray(frequencies, jnp.float32)
+    return pool(kv, gate, valid, norm, angles, eps=eps, dtype=dtype)
+
+
+# --- hyper-connections -----------------------------------------------------------------------------------------------
+def merge_streams(
+    streams: Array,
+    product: Array,
+    base: Array,
+    scale: Array,
+    norm: Array | None = None,
+    *,
+    eps: float,
+    norm_eps: float,
+    dtype=jnp.float32,
+) -> Array:
+    """dtype[T, D]: sum over n of (sigmoid(scale[0] * z + base) + eps)[n] * streams[T, n, D], RMS-normed where told to.
+
+    z[T, n] are the first columns of product[T, O] = flat(streams) @ fn, divided by the root mean square of the token.
+    """
+    streams, n = streams.astype(dtype), streams.shape[1]
+    z = product.astype(dtype)[:, :n] / jnp.sqrt((streams**2).mean(axis=(1, 2)) + norm_eps)[:, None]
+    weights = 1 / (1 + jnp.exp(-(scale.astype(dtype)[0] * z + base.astype(dtype)[:n]))) + eps
+    joined = (weights[:, :, None] * streams).sum(axis=1)
+    if norm is None:
+        return joined
+    return joined / jnp.sqrt((joined**2).mean(axis=1, keepdims=True) + norm_eps) * norm.astype(dtype)
+
+
+def split_streams(
+    streams: Array,
+    product: Array,
+    base: Array,
+    scale: Array,
+    norm: Array | None = None,
+    *,
+    iterations: int,
+    eps: float,
+    norm_eps: float,
+    dtype=jnp.float32,
+) -> tuple[Array, Array, Array]:
+    """(what a sub-layer reads dtype[T, D], weights of its output dtype[T, n], mixing matrices dtype[T, n, n]).
+
+    product[T, n * (n + 2)] as in `merge_streams`: columns for reading, for writing, and of the matrices row by row.
+    """
+    how = {"eps": eps, "norm_eps": norm_eps, "dtype": dtype}
+    joined, n = merge_streams(streams, product, base, scale, norm, **how), streams.shape[1]
+    z = product.astype(dtype) / jnp.sqrt((streams.astype(dtype) ** 2).mean(axis=(1, 2)) + norm_eps)[:, None]
+    scale, base = scale.astype(dtype), base.astype(dtype)
+    writes = 2 / (1 + jnp.exp(-(scale[1] * z + base)[:, n : 2 * n]))
+    mixing = jax.nn.softmax((scale[2] * z + base)[:, 2 * n :].reshape(-1, n, n), axis=2) + eps
+
+    def by_columns(mixing):
+        return mixing / (mixing.sum(axis=1, keepdims=True) + eps)
+
+    def once(_, mixing):
+        return by_columns(mixing / (mixing.sum(axis=2, keepdims=True) + eps))
+
+    return joined, writes, jax.lax.fori_loop(0, iterations - 1, once, by_columns(mixing))
+
+
+# --- output projection -----------------------------------------------------------------------------------------------
+def rotated_projection(out: Array, weight: Array, angles: Array, *, dtype=jnp.float32) -> Array:
+    """dtype[T, g, O]: out[T, H, d], its last pairs turned back by angles[T, r / 2], by group times weight[g, I, O]."""
+    tokens, kept = out.shape[0], out.shape[2] - 2 * angles.shape[1]
+    cos, sin = (f(angles.astype(dtype))[:, None, :] for f in (jnp.cos, jnp.sin))
+    x = out.astype(dtype)
+    first, second = x[..., kept::2], x[..., kept + 1 :: 2]
+    x = x.at[..., kept::2].set(first * cos + second * sin).at[..., kept + 1 :: 2].set(second * cos - first * sin)
+    rows = x.reshape(tokens, *weight.shape[:2])
+    return jnp.einsum("tgi,gio->tgo", rows, weight.astype(dtype), precision=HIGHEST)
+
+
 # --- router ----------------------------------------------------------------------------------------------------------
 def biased_grouped_topk(
     logits: Array, bias: Array, *, num_groups: int, groups_kept: int, k: int, scale: float, renormalize: bool = True
@@ -196,11 +313,39 @@ def biased_grouped_topk(
     alive = jnp.any(jnp.arange(num_groups)[None, None, :] == kept[:, :, None], axis=1)
     choice = jnp.where(jnp.repeat(alive, experts // num_groups, axis=-1), choice, -jnp.inf)
     ids = jnp.argsort(-choice, axis=-1, stable=True)[:, :k].astype(jnp.int32)
-    weights = jnp.take_along_axis(score, ids, axis=-1)
+    return _shares(jnp.take_along_axis(score, ids, axis=-1), scale, renormalize), ids
+
+
+def sqrt_softplus_topk(
+    logits: Array, bias: Array, *, k: int, scale: float, renormalize: bool = True
+) -> tuple[Array, Array]:
+    """DeepSeek-V4's router: (weights float32[T, k], ids int32[T, k]), ids by descending biased score."""
+    score = sqrt_softplus(logits)
+    ids = jnp.argsort(-(score + bias.astype(jnp.float32)), axis=-1, stable=True)[:, :k].astype(jnp.int32)
+    return _shares(jnp.take_along_axis(score, ids, axis=-1), scale, renormalize), ids
+
+
+def hash_route(
+    logits: Array, token_ids: Array, table: Array, *, scale: float, renormalize: bool = True
+) -> tuple[Array, Array]:
+    """DeepSeek-V4's first layers: experts table[token id], weights from their scores."""
+    ids = jnp.clip(table[jnp.clip(token_ids, 0, table.shape[0] - 1)], 0, logits.shape[1] - 1).astype(jnp.int32)
+    return _shares(jnp.take_along_axis(sqrt_softplus(logits), ids, axis=-1), scale, renormalize), ids
+
+
+def sqrt_softplus(logits: Array) -> Array:
+    """float32 sqrt(ln(1 + e^x)) of finite size; NaN gives 0."""
+    logits = logits.astype(jnp.float32)
+    logits = jnp.minimum(jnp.where(jnp.isnan(logits), -jnp.inf, logits), jnp.finfo(jnp.float32).max)
+    return jnp.sqrt(jnp.maximum(logits, 0) + jnp.log1p(jnp.exp(-jnp.abs(logits))))
+
+
+def _shares(weights: Array, scale: float, renormalize: bool) -> Array:
+    """weights[T, k] over their sum, if wanted and there is one, times scale."""
     if renormalize:
         total = weights.sum(axis=-1, keepdims=True)
         weights = weights / jnp.where(total > 0, total, 1)
-    return weights * scale, ids
+    return weights * scale
 
 
 # --- rope ------------------------------------------------------------------------------------------------------------
@@ -215,3 +360,34 @@ def rotate(x: np.ndarray, angles: np.ndarray, *, interleaved: bool, inverse: boo
         if interleaved
         else np.concatenate([turn.real, turn.imag], -1)
     )
+
+
+# --- projections -----------------------------------------------------------------------------------------------------
+def norm_rope(
+    x: Array,
+    weight: Array | None,
+    bias: Array | None,
+    angles: Array,
+    *,
+    rotated: int | None,
+    interleaved: bool,
+    eps: float,
+    dtype=jnp.float32,
+) -> Array:
+    """x[T, H, W] after a norm over W (none without weight, RMS without bias, else layer norm) and a rotation.
+
+    Pairs of columns from `rotated` on are turned by angles[T, pairs]: neighbours, or those half of the columns apart.
+    """
+    x = x.astype(dtype)
+    if weight is not None:
+        x = x if bias is None else x - x.mean(axis=-1, keepdims=True)
+        x = x / jnp.sqrt((x**2).mean(axis=-1, keepdims=True) + eps) * weight.astype(dtype)
+        x = x if bias is None else x + bias.astype(dtype)
+    if rotated is None:
+        return x
+    pairs = angles.shape[1]
+    cos, sin = (f(angles.astype(dtype))[:, None, :] for f in (jnp.cos, jnp.sin))
+    pair = np.arange(pairs)
+    a, b = (rotated + 2 * pair, rotated + 2 * pair + 1) if interleaved else (rotated + pair, rotated + pairs + pair)
+    first, second = x[..., a], x[..., b]
+    return x.at[..., a].set(first * cos - second * sin).at[..., b].set(second * cos + first * sin)

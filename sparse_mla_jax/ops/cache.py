@@ -351,24 +351,36 @@ def _paged(flat: Array, like: Array) -> Array:
     return lax.bitcast_convert_type(pages, fp8.E8M0) if like.dtype == fp8.E8M0 else pages
 
 
-def _part(pages: Array, scale: Array | None, rows: Array, dtype: np.dtype, group_size: int) -> Part:
+def _part(pages: Array, scale: Array | None, dtype: np.dtype, group_size: int) -> Part:
     if scale is None:
-        return Part(rows, _flat(pages))
-    return Part(rows, _flat(pages), _flat(scale), dtype.name, group_size)
+        return Part(None, _flat(pages))
+    return Part(None, _flat(pages), _flat(scale), dtype.name, group_size)
+
+
+def parts_of(cache: PagedKVCache | PagedIndexCache) -> list[Part]:
+    """What a slot of the cache is made of, for kernels: `rows` is None, slots are one axis."""
+    if isinstance(cache, PagedIndexCache):
+        return [_part(cache.data, cache.scale, cache.dtype, cache.dim)]
+    return [
+        _part(cache.latent, cache.scale, cache.dtype, cache.group_size),
+        _part(cache.rope, None, cache.dtype, 0),
+    ]
+
+
+def with_parts[Cache: (PagedKVCache, PagedIndexCache)](cache: Cache, written: list[list[Array]]) -> Cache:
+    """The cache with the arrays of `parts_of` replaced by others."""
+    return _with_index(cache, written[0]) if isinstance(cache, PagedIndexCache) else _with_kv(cache, written)
 
 
 def _kv_parts(cache: PagedKVCache, latent: Any, rope: Any, slots: Array) -> list[Part]:
     latent = _as_rows("latent", latent, slots, cache.latent_dim)
     rope = _as_rows("rope", rope, slots, cache.rope_dim)
-    return [
-        _part(cache.latent, cache.scale, latent, cache.dtype, cache.group_size),
-        _part(cache.rope, None, rope, cache.dtype, 0),
-    ]
+    return [dataclasses.replace(part, rows=rows) for part, rows in zip(parts_of(cache), (latent, rope))]
 
 
 def _index_part(cache: PagedIndexCache, key: Any, slots: Array) -> Part:
     key = _as_rows("key", key, slots, cache.dim)
-    return _part(cache.data, cache.scale, key, cache.dtype, cache.dim)
+    return dataclasses.replace(parts_of(cache)[0], rows=key)
 
 
 def _with_kv(cache: PagedKVCache, written: list[list[Array]]) -> PagedKVCache:

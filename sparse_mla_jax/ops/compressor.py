@@ -191,7 +191,7 @@ def compress[Cache: (PagedKVCache, PagedIndexCache)](
     )
     # What reads the old state must be over before it is overwritten, or XLA keeps a copy.
     written, state = lax.optimization_barrier((written, state))
-    return written, _updated(state, kv, gate, window.bias, spans)
+    return written, _updated(state, kv, gate, window.bias, spans, request_ids)
 
 
 # --- who owns which rows, and what closes ----------------------------------------------------------------------------
@@ -278,10 +278,13 @@ def _spans(
     at = jnp.minimum(first, tokens - 1)
     position = positions[at]
     rest = seq_lens - position
-    # Rows beyond the page table are padding like any other: position 0 of request 0.
     real = (request_ids[at] == jnp.arange(first.shape[0])) & (position >= 0) & (rest <= owned)
     real &= (state_ids >= 0) & (state_ids < num_states)
-    end = first + jnp.where(real, jnp.clip(rest, 0, owned), 0)
+    number = jnp.clip(rest, 0, owned)
+    # Rows beyond the page table are padding that claims position 0 of request 0.
+    last = jnp.clip(first + number - 1, 0, tokens - 1)
+    real &= positions[last] == position + number - 1
+    end = first + jnp.where(real, number, 0)
     return _Spans(first, end, position, jnp.where(real, state_ids, 0))
 
 
@@ -329,8 +332,9 @@ def _rows(
     return take(kv, state.kv, None), take(gate, state.gate, bias), position >= 0
 
 
-def _pool(window: _Window, kv: Array, gate: Array, valid: Array, at: Array) -> Array:
-    """Entries [K, hd] of rows kv[K, S, hd], gate[K, S, hd], valid[K, S]; at[K] are the positions of rotation."""
+def _pool(window: _Window, rows: tuple[Array, Array, Array], at: Array) -> Array:
+    """Entries [K, hd] of `_rows`; at[K] are the positions of rotation."""
+    kv, gate, valid = rows
     valid = valid[..., None]
     gate = jnp.where(valid, gate, -jnp.inf)
     weight = jnp.where(valid, jnp.exp(gate - jnp.max(gate, axis=1, keepdims=True)), 0)
@@ -354,7 +358,7 @@ def _xla_entries(window: _Window, state: CompressorState, kv: Array, gate: Array
         some = jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, i * block, block), lists)
         # Sums are compiled apart from where their rows come from: else they are fused differently by the step's size.
         rows = lax.optimization_barrier(_rows(window, state, kv, gate, some))
-        entries = lax.optimization_barrier(_pool(window, *rows, some.window * window.ratio))
+        entries = lax.optimization_barrier(_pool(window, rows, some.window * window.ratio))
         return lax.dynamic_update_slice_in_dim(out, entries, i * block, 0)
 
     out = varying(jnp.zeros((most + short, window.dim), jnp.float32), (window, state, kv, gate, closings))
@@ -364,7 +368,8 @@ def _xla_entries(window: _Window, state: CompressorState, kv: Array, gate: Array
 def _reference_entries(window: _Window, state: CompressorState, kv: Array, gate: Array, closings: _Closings) -> Array:
     rows = _rows(window, state, kv, gate, closings)
     angles = (closings.window * window.ratio).astype(jnp.float32)[:, None] * window.frequencies
-    return reference.pool(*rows, window.norm, angles, eps=window.eps)
+    kv, gate, valid = rows
+    return reference.pool(kv, gate, valid, window.norm, angles, eps=window.eps)
 
 
 def _triton_compress[Cache: (PagedKVCache, PagedIndexCache)](
@@ -397,26 +402,34 @@ def _written[Cache: (PagedKVCache, PagedIndexCache)](
     return cache_ops.write(cache, latent, rope, closings.slot, implementation=implementation)
 
 
-def _updated(state: CompressorState, kv: Array, gate: Array, bias: Array, spans: _Spans) -> CompressorState:
+def _updated(
+    state: CompressorState, kv: Array, gate: Array, bias: Array, spans: _Spans, request_ids: Array
+) -> CompressorState:
     """The state after the step: every request's last S tokens, at position % S."""
     size, tokens = state.kv.shape[1], kv.shape[0]
-    # The rows at the end of every request, from the last: at most S.
-    back = jnp.arange(min(size, tokens), dtype=jnp.int32)
-    row = spans.end[:, None] - 1 - back
-    present = row >= spans.first[:, None]
+    back = min(size, tokens)
+    if tokens <= spans.end.size * back:
+        row = jnp.arange(tokens, dtype=jnp.int32)
+        owner = jnp.clip(request_ids, 0, spans.end.size - 1)
+    else:
+        # Long chunks: only their last rows.
+        owner = jnp.repeat(jnp.arange(spans.end.size, dtype=jnp.int32), back)
+        row = spans.end[owner] - 1 - jnp.arange(owner.size, dtype=jnp.int32) % back
+    first, end = spans.first[owner], spans.end[owner]
+    present = (row >= jnp.maximum(first, end - size)) & (row < end)
     row = jnp.where(present, row, 0)
-    position = spans.position[:, None] + row - spans.first[:, None]
-    at = spans.state_id[:, None] * size + position % size
+    position = spans.position[owner] + row - first
     # Places that are nowhere differ too, or the indices would not be unique.
-    at = jnp.where(present, at, -1 - jnp.arange(at.size, dtype=jnp.int32).reshape(at.shape)).reshape(-1)
-    row, step = row.reshape(-1), (position % bias.shape[0]).reshape(-1)
+    at = spans.state_id[owner] * size + position % size
+    at = jnp.where(present, at, -1 - jnp.arange(at.size, dtype=jnp.int32))
 
     def put(pages, rows):
         flat = pages.reshape(-1, pages.shape[-1])
         flat = flat.at[at].set(rows, mode="drop", wrap_negative_indices=False, unique_indices=True)
         return flat.reshape(pages.shape)
 
-    return CompressorState(put(state.kv, kv[row]), put(state.gate, gate[row] + bias[step]))
+    gate = gate[row] + bias[position % bias.shape[0]]
+    return CompressorState(put(state.kv, kv[row]), put(state.gate, gate))
 
 
 # --- arguments -------------------------------------------------------------------------------------------------------
