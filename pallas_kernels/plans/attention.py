@@ -9,6 +9,8 @@ from pallas_kernels._call import CDNA
 
 # Programs that keep the machines at hand busy (132 to 304 compute units); more splits only add merging.
 TARGET_PROGRAMS = 256
+# Waves of attention that the machines hold, one on each SIMD.
+SIMDS = {"gfx942": 304 * 4, "gfx950": 256 * 4}
 # A split shorter than this costs more in merging than it hides.
 MIN_SPLIT_KEYS = 256
 
@@ -73,7 +75,11 @@ def attention_plan(
     if itemsize == 2 and target == "gpu":
         return (_float16_plan if fp8 else _bfloat16_plan)(tokens, heads, width, ragged)
     programs = tokens * -(-heads // 16)
-    wanted = power_of_two(max(1, TARGET_PROGRAMS // max(1, programs)))
+    # Waves repeat each other's scores and index arithmetic; one wave of its own would spill on gfx942, and on gfx950
+    # with bfloat16 keys of two sources.
+    waves = 4 if target not in CDNA else 1 if target == "gfx950" and fp8 else 2
+    resident = SIMDS[target] // waves if itemsize == 2 and target in CDNA else TARGET_PROGRAMS
+    wanted = power_of_two(max(1, resident // max(1, programs)))
     splits = max(1, min(wanted, width // MIN_SPLIT_KEYS, 16))
     if itemsize == 4 and target in CDNA and not fp8:
         # 4 waves spill a few registers with two sources; with FP8 keys it is 8 that spill.
@@ -86,8 +92,7 @@ def attention_plan(
         return AttentionPlan(splits=splits, tile=64, num_warps=2)
     if itemsize == 4:
         return AttentionPlan(splits=splits, tile=64)
-    # CDNA: waves repeat each other's scores and index arithmetic; one wave of its own would spill on gfx942.
-    return AttentionPlan(splits=splits, num_warps=2 if target in CDNA else 4)
+    return AttentionPlan(splits=splits, num_warps=waves)
 
 
 def _splits(programs: int, resident: int, ragged: bool, most: int) -> int:
@@ -103,12 +108,13 @@ def _shares(tokens: int, programs: int, resident: int) -> int:
     """
     rounds = -(-2 * programs // resident)
     most = resident * rounds * tokens // programs
-    return min(most - tokens // 2, most // tokens * tokens)
+    return min(most - 3 * tokens // 8, most // tokens * tokens)
 
 
 def _native_plan(tokens: int, heads: int, width: int, ragged: bool, key_bytes: int) -> AttentionPlan:
     """132 multiprocessors hold two programs of 64 keys and 16 heads, or one of 128 keys and 32 heads."""
-    wide = heads > 16
+    # Two blocks of keys in shared memory are worth more than keys decoded half as often.
+    wide = heads > 16 and key_bytes > 576
     block, resident, key_block = (32, 132, 128) if wide else (16, 264, 64)
     programs = tokens * -(-heads // block)
     splits = _splits(programs, resident, ragged, width // key_block)
@@ -121,8 +127,8 @@ def _native_plan(tokens: int, heads: int, width: int, ragged: bool, key_bytes: i
         # Narrow tiles keep more bits of a score; with 32 heads they cost a quarter of the time.
         tile=128 if wide else 64,
         num_warps=8 if wide else 4,
-        # 5 hold two blocks of keys in shared memory, if two programs have room for that; 3 hold one.
-        num_stages=5 if not wide and key_bytes <= 576 else 3,
+        # 5 hold two blocks of keys in shared memory, if two programs have room for that; 3 hold one: as well for few.
+        num_stages=5 if not wide and key_bytes <= 576 and width // key_block >= 4 * splits else 3,
         native=True,
     )
 

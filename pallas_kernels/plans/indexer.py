@@ -52,7 +52,14 @@ def indexer_plan(
     head_block = max(16, min(16 if itemsize == 4 else 64, power_of_two(heads)))
     if narrow:
         token_block = min(8, power_of_two(tokens)) if shared_keys else 1
-        return IndexerPlan(key_block=key_block, token_block=token_block, head_block=head_block)
+        # Keys as rows: a third to a half of the wave-instructions. Two waves on gfx942 would halve its occupancy.
+        return IndexerPlan(
+            key_block=key_block,
+            token_block=token_block,
+            head_block=head_block,
+            keys_first=itemsize != 4,
+            num_warps=2 if target == "gfx950" and itemsize != 4 else 4,
+        )
     if not shared_keys:
         steps = max(1, min(16, tokens * -(-columns // key_block) // PAGED_PROGRAMS))
         stages = 3 if steps > 1 else 1
