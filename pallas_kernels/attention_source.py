@@ -14,6 +14,7 @@ from jax import Array
 from jax.experimental import pallas as pl
 
 from pallas_kernels._call import call, load, store
+from pallas_kernels.plans.attention import power_of_two
 
 
 @functools.partial(
@@ -126,9 +127,13 @@ def _part_size(sources: Sequence[dict], tokens: int, s: Any) -> Array:
     """Key blocks of a part, if the keys of all rows were `plan.shares` parts."""
 
     def keys(refs, width):
-        if "indptr" not in refs:
+        if "indptr" in refs:
+            return jnp.clip(refs["indptr"][tokens], 0, refs["values"].shape[0])
+        if "lengths" not in refs:
             return jnp.int32(tokens * width)
-        return jnp.clip(refs["indptr"][tokens], 0, refs["values"].shape[0])
+        i = jnp.arange(max(16, power_of_two(tokens)), dtype=jnp.int32)
+        lengths = jnp.clip(load(refs["lengths"].at[jnp.minimum(i, tokens - 1)]), 0, width)
+        return jnp.sum(jnp.where(i < tokens, lengths, 0), axis=0)
 
     size = s.plan.shares * s.plan.key_block
     return jnp.maximum((sum(keys(r, w) for r, w in zip(sources, s.widths)) + size - 1) // size, 1)

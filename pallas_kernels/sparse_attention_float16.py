@@ -227,7 +227,7 @@ def _over_source(number: int, refs: dict, token, first, last, queries, state, s:
     return jax.lax.fori_loop(first, last, body, carry)[0]
 
 
-def _kernel(*refs, part: Part, s: _Static):
+def kernel(*refs, part: Part, s: _Static):
     """Grid (T, head blocks, splits): out[split, token, heads, value_dim] and lse[split, token, heads]."""
     q_ref, sources, sink_ref, out_ref, lse_ref = unpack(refs, s)
     token, split, heads = part.token, part.split, part.heads
@@ -276,7 +276,7 @@ def _store_results(out_ref, lse_ref, sink_ref, token, split, heads: Array, state
 
 
 # --- launch ----------------------------------------------------------------------------------------------------------
-def launch(
+def specialised(
     target: str,
     q: Array,
     sources: Sequence[Source],
@@ -284,8 +284,8 @@ def launch(
     sm_scale: float,
     value_dim: int,
     plan: AttentionPlan,
-) -> tuple[Array, Array]:
-    """(out[splits, T, H, value_dim], lse[splits, T, H]); `serves` must hold."""
+) -> tuple[list[Array], _Static]:
+    """(arrays of all sources in argument order, what `kernel` is specialised for); `serves` must hold."""
     _, heads, dim = q.shape
     first = sources[0]
     assert first.scale is not None
@@ -304,4 +304,18 @@ def launch(
         plan=plan,
         target=target,
     )
-    return launch_rows(_kernel, static, q, arrays, sinks)
+    return arrays, static
+
+
+def launch(
+    target: str,
+    q: Array,
+    sources: Sequence[Source],
+    sinks: Array | None,
+    sm_scale: float,
+    value_dim: int,
+    plan: AttentionPlan,
+) -> tuple[Array, Array]:
+    """(out[splits, T, H, value_dim], lse[splits, T, H]); `serves` must hold."""
+    arrays, static = specialised(target, q, sources, sinks, sm_scale, value_dim, plan)
+    return launch_rows(kernel, static, q, arrays, sinks)

@@ -1,4 +1,4 @@
-"""Sparse latent attention over e4m3fn keys on NVIDIA GPUs: scores are FP8 products of the keys as they lie.
+"""Sparse latent attention over FP8 keys on NVIDIA GPUs: scores are FP8 products of the keys as they lie.
 
 A bfloat16 query is the sum of two e4m3 terms in one unit: exactly, but for what is 2**9 times smaller than the largest
 of its head (then to 2**-17 of that). Keys are the rows of the first product and both terms of all heads its columns, so
@@ -6,6 +6,9 @@ keys go from memory to the matrix units through shared memory alone, a block ahe
 the second product needs float16 keys: plain codes, since the scales go to the weights. The running maximum is that of
 weight times the key's largest scale (a power of two of it), so that neither overflows float16 and the largest product
 keeps its bits. The units keep about 14 bits of a sum: what narrow tiles of columns make is added up in float32.
+
+The units read e4m3fn. A code of e4m3fnuz is half of what they read, but for 0x80 (NaN), which counts as 0, and +-240
+(0x7F, 0xFF; this library writes neither), which is NaN to them: a program with NaN in its sums starts again in float16.
 """
 
 from __future__ import annotations
@@ -13,12 +16,13 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
-from pallas_kernels import fp8_bits, fp8_nvidia
+from pallas_kernels import fp8_bits, fp8_nvidia, sparse_attention_float16
 from pallas_kernels._call import MAX_ELEMENTS, dot_fp8, load, load_codes, store
 from pallas_kernels.attention_source import (
     Part,
@@ -53,6 +57,8 @@ class _Static:
     names: tuple[tuple[str, ...], ...]  # arrays of each source, in argument order
     counts: tuple[int, ...]  # slots of each source
     widths: tuple[int, ...]  # dense width of each source, 0 when ragged
+    unit: float  # value of a code over what the units read
+    again: Any  # what the float16 form is specialised for, where codes are NaN to the units but numbers to us
     has_sinks: bool
     plan: AttentionPlan
     target: str
@@ -69,7 +75,7 @@ class _Static:
 
 
 def serves(q: Array, sources: Sequence[Source], value_dim: int) -> bool:
-    """Whether this form takes the call: bfloat16 queries, e4m3fn sources alike, groups and rope of powers of two."""
+    """Whether this form takes the call: bfloat16 queries, FP8 sources alike, groups and rope of powers of two."""
     first = sources[0]
     if first.scale is None or q.dtype != jnp.bfloat16:
         return False
@@ -78,14 +84,15 @@ def serves(q: Array, sources: Sequence[Source], value_dim: int) -> bool:
     alike = all(
         s.scale is not None
         and (4 * s.latent.shape[-1], latent // s.scale.shape[-1]) == (latent, group)
-        and jnp.dtype(s.dtype) == fp8_nvidia.NATIVE
+        and jnp.dtype(s.dtype) == jnp.dtype(first.dtype)
         and s.scale.dtype == first.scale.dtype
         and (rope == 0 or (s.rope is not None and s.rope.dtype == jnp.bfloat16))
         and 4 * s.latent.size <= MAX_ELEMENTS
         for s in sources
     )
     even = group * first.scale.shape[-1] == latent and group == power_of_two(group) >= 32
-    return alike and even and (rope == 0 or rope == power_of_two(rope) >= 16) and value_dim >= latent
+    exact = jnp.dtype(first.dtype) == fp8_nvidia.NATIVE or sparse_attention_float16.serves(q, sources, value_dim)
+    return alike and even and exact and (rope == 0 or rope == power_of_two(rope) >= 16) and value_dim >= latent
 
 
 # --- pieces of the kernel --------------------------------------------------------------------------------------------
@@ -174,7 +181,7 @@ def _over_source(number: int, refs: dict, token, first, last, queries, state, s:
         scales = [jnp.where(valid, x, 0.0) for x in scales]
         largest = jnp.maximum(fp8_bits.exponent(functools.reduce(jnp.maximum, scales)), LEAST_EXPONENT)
         inverse = fp8_bits.from_exponent(254 - largest)
-        scores = _scores(terms, keys, scales, s) * (unit * (s.scale * LOG2E))[None, :]
+        scores = _scores(terms, keys, scales, s) * (unit * (s.unit * s.scale * LOG2E))[None, :]
         # Small, and too narrow to be copied to shared memory blocks ahead.
         ahead = _load_scales(refs, slots_of(block=i + 1), s)
         if rope is not None:
@@ -212,14 +219,31 @@ def _kernel(*refs, part: Part, s: _Static):
     def over(number, first, last, state):
         return _over_source(number, sources[number], part.token, first, last, queries, state, s)
 
-    state = walk(over, part, state)
-    _store_results(out_ref, lse_ref, sink_ref, part, state, s)
+    top, total, *sums = walk(over, part, state)
+    total = jnp.sum(total, axis=0)
+
+    def finish():
+        _store_results(out_ref, lse_ref, sink_ref, part, (top, total, *sums), s)
+
+    if s.again is None:
+        finish()
+        return
+    # Sums keep a NaN, which a maximum may drop.
+    met = jnp.max((total != total).astype(jnp.int32), axis=0) > 0
+    jax.lax.cond(met, lambda: _start_again(*refs, part=part, s=s), finish)
+
+
+def _start_again(*refs, part: Part, s: _Static):
+    """The whole part in the float16 form, in smaller steps."""
+    steps = s.plan.key_block // s.again.plan.key_block
+    blocks = [steps * count for count in part.blocks]
+    part = dataclasses.replace(part, blocks=blocks, first=steps * part.first, last=steps * part.last)
+    sparse_attention_float16.kernel(*refs, part=part, s=s.again)
 
 
 def _store_results(out_ref, lse_ref, sink_ref, part: Part, state, s: _Static):
     top, total, sums, rope_sum = state
     token, split, heads = part.token, part.split, part.heads
-    total = jnp.sum(total, axis=0)
     some = total > 0
     safe = jnp.where(some, total, 1.0)
     lse = jnp.where(some, (top + jnp.log2(safe)) * (1 / LOG2E), -jnp.inf)
@@ -231,7 +255,8 @@ def _store_results(out_ref, lse_ref, sink_ref, part: Part, state, s: _Static):
     target = jnp.where(exists, heads, s.heads)
     store(lse_ref.at[jnp.full_like(target, split), jnp.full_like(target, token), target], lse, mask=exists)
     widths = [s.tile] * len(sums) + ([s.rope] if s.rope_values else [])
-    for i, (value, width) in enumerate(zip((*sums, rope_sum), widths)):
+    shares = [share * s.unit] * len(sums) + [share]
+    for i, (value, width, share) in enumerate(zip((*sums, rope_sum), widths, shares)):
         column = i * s.tile
         rows, cols = grid2(target, column + jnp.arange(width, dtype=jnp.int32))
         mask = jnp.broadcast_to(exists[:, None], rows.shape)
@@ -256,6 +281,12 @@ def launch(
     assert first.scale is not None
     arrays, told = described(sources)
     latent = 4 * first.latent.shape[-1]
+    plain = jnp.dtype(first.dtype) == fp8_nvidia.NATIVE
+    again = None
+    if not plain:
+        # Its own best step with 16 heads; with more, what takes least from the registers of this form.
+        finer = dataclasses.replace(plan, key_block=max(16, plan.key_block // (2 if plan.head_block == 16 else 8)))
+        _, again = sparse_attention_float16.specialised(target, q, sources, sinks, sm_scale, value_dim, finer)
     static = _Static(
         heads=heads,
         value_dim=value_dim,
@@ -264,6 +295,8 @@ def launch(
         groups=first.scale.shape[-1],
         rope=dim - latent,
         **told,
+        unit=1.0 if plain else 0.5,
+        again=again,
         has_sinks=sinks is not None and plan.splits == 1,
         plan=plan,
         target=target,

@@ -128,6 +128,16 @@ def as_dense(rows):
     return jnp.asarray(dense)
 
 
+def source(cache, rows):
+    """What the kernel is given of a cache and rows in any form."""
+    arrays = (cache.latent, cache.scale, cache.rope, cache.dtype, cache.group_size)
+    if isinstance(rows, Ragged):
+        return sparse_attention.Source(*arrays, rows.values, rows.indptr)
+    if isinstance(rows, DenseRows):
+        return sparse_attention.Source(*arrays, rows.values, None, rows.lengths)
+    return sparse_attention.Source(*arrays, rows, None)
+
+
 @functools.partial(jax.jit, static_argnames=("value_dim", "implementation"))
 def run(q, kv, rows, sinks=None, extra=None, *, value_dim, implementation):
     return sparse_mla(
@@ -451,13 +461,11 @@ def test_temporaries_are_bounded():
     ("splits", "key_block", "shares"),
     [(1, 32, 0), (2, 16, 0), (3, 16, 0), (16, 16, 0), (2, 16, 4), (4, 16, 6), (8, 16, 99)],
 )
-def test_splits_of_the_keys(splits, key_block, shares):
+@pytest.mark.parametrize("held", [as_ragged, as_lengths])
+def test_splits_of_the_keys(splits, key_block, shares, held):
     q, cache, keys, rng = small()
     rows, more = make_rows(rng, (100, 0, 13), range(128)), make_rows(rng, (5, 40, 0), range(128))
-    sources = [
-        sparse_attention.Source(cache.latent, cache.scale, cache.rope, cache.dtype, 32, r.values, r.indptr)
-        for r in (as_ragged(rows), as_ragged(more))
-    ]
+    sources = [source(cache, held(rows)), source(cache, held(more))]
     sinks = jnp.linspace(-2.0, 2.0, 6)
     plan = AttentionPlan(splits=splits, key_block=key_block, shares=shares)
     got = sparse_attention.sparse_attention(q, sources, sm_scale=SCALE, value_dim=32, sinks=sinks, plan=plan)
@@ -466,13 +474,13 @@ def test_splits_of_the_keys(splits, key_block, shares):
 
 @pytest.mark.parametrize("scale_dtype", FLOAT16_BOUND, ids=["float32", "e8m0"])
 @pytest.mark.parametrize(
-    ("form", "kind"), [("float16", "float8_e4m3fn"), ("float16", "float8_e4m3fnuz"), ("native", "float8_e4m3fn")]
+    ("form", "kind"), [(form, kind) for form in ("float16", "native") for kind in ("float8_e4m3fn", "float8_e4m3fnuz")]
 )
 @pytest.mark.parametrize(
-    ("splits", "shares", "value_dim", "ragged"),
-    [(1, 0, 80, True), (1, 0, 64, False), (3, 0, 70, True), (3, 7, 80, True)],
+    ("splits", "shares", "value_dim", "held"),
+    [(1, 0, 80, as_ragged), (1, 0, 64, as_dense), (3, 0, 70, as_ragged), (3, 7, 80, as_ragged), (3, 7, 64, as_lengths)],
 )
-def test_forms_for_nvidia(form, kind, scale_dtype, splits, shares, value_dim, ragged):
+def test_forms_for_nvidia(form, kind, scale_dtype, splits, shares, value_dim, held):
     """The forms that NVIDIA GPUs run, here in interpret mode: poison, empty rows, wild slots, two sources, sinks."""
     rng = np.random.default_rng(3)
     sources, plain = [], []
@@ -480,15 +488,13 @@ def test_forms_for_nvidia(form, kind, scale_dtype, splits, shares, value_dim, ra
         used = 1 + rng.choice(64 * 64 - 1, 300, replace=False)
         cache, keys = make_cache(rng, kind, 64, 16, 32, used=used, scale_dtype=scale_dtype)
         rows = make_rows(rng, lengths, used)
-        held = as_ragged(rows) if ragged else as_dense(rows)
-        values, indptr = (held.values, held.indptr) if ragged else (held, None)
-        sources.append(sparse_attention.Source(cache.latent, cache.scale, cache.rope, cache.dtype, 32, values, indptr))
+        sources.append(source(cache, held(rows)))
         plain.append((keys, rows))
     q = jnp.asarray(rng.standard_normal((5, 6, 80)) * np.exp2(np.arange(-3, 3))[None, :, None], jnp.bfloat16)
     sinks = jnp.linspace(-2.0, 2.0, 6)
     plan = AttentionPlan(**{form: True}, key_block=32, splits=splits, shares=shares)
     assert sparse_attention.sparse_attention_float16.serves(q, sources, value_dim)
-    assert sparse_attention.sparse_attention_fp8.serves(q, sources, value_dim) == (kind == "float8_e4m3fn")
+    assert sparse_attention.sparse_attention_fp8.serves(q, sources, value_dim)
     got = sparse_attention.sparse_attention(q, sources, sm_scale=SCALE, value_dim=value_dim, sinks=sinks, plan=plan)
     want = oracle(q, plain, value_dim, sinks)
     bound, lse_bound = FLOAT16_BOUND[scale_dtype]
@@ -496,6 +502,50 @@ def test_forms_for_nvidia(form, kind, scale_dtype, splits, shares, value_dim, ra
     assert np.isfinite(out).all() and (out[4] == 0).all() and np.isneginf(lse[4]).all()
     assert np.linalg.norm(out - want[0]) <= bound * np.linalg.norm(want[0])
     np.testing.assert_allclose(lse[:4], want[1][:4], atol=lse_bound, rtol=2e-6)
+
+
+@pytest.mark.parametrize(
+    ("scale_dtype", "latent", "value_dim"), [(np.float32, 64, 64), (jnp.float8_e8m0fnu, 96, 112)], ids=["v32", "v4"]
+)
+@pytest.mark.parametrize(
+    ("splits", "shares", "key_block", "held"),
+    [(1, 0, 32, as_ragged), (1, 0, 16, as_dense), (3, 0, 32, as_dense), (3, 7, 32, as_ragged), (3, 7, 32, as_lengths)],
+)
+def test_numbers_that_are_nan_to_the_units(scale_dtype, latent, value_dim, splits, shares, key_block, held):
+    """+-240 of e4m3fnuz in keys that rows name: exact; rows that do not name them keep their bits."""
+    rng = np.random.default_rng(6)
+    before, after, plain, touched = [], [], [], set()
+    for lengths, marked in (((0, 1, 33, 100, 9), 3), ((3, 0, 40, 0, 5), 2)):
+        used = 1 + rng.choice(64 * 64 - 1, 300, replace=False)
+        cache, keys = make_cache(rng, "float8_e4m3fnuz", latent, 16, 32, used=used, scale_dtype=scale_dtype)
+        rows = make_rows(rng, lengths, used)
+        named = [slot for slot in rows[marked] if 0 <= slot < 4096]
+        codes = np.asarray(cache.latent).reshape(4096, -1).view(np.uint8).copy()
+        scale = np.asarray(cache.scale).reshape(4096, -1).astype(np.float64)
+        unused = np.setdiff1d(np.arange(4096), used)[:50]
+        chosen = {named[-1]: 5, named[len(named) // 2]: latent - 1}
+        for at, (slot, column) in enumerate([*chosen.items(), *((slot, 7) for slot in unused)]):
+            codes[slot, column] = (0x7F, 0xFF)[at % 2]
+            keys[slot, column] = (240, -240)[at % 2] * scale[slot, column // 32]
+        touched |= {t for t, row in enumerate(rows) if set(chosen) & set(row)}
+        before.append(source(cache, held(rows)))
+        words = jnp.asarray(codes.view(np.uint32).reshape(cache.latent.shape))
+        after.append(source(dataclasses.replace(cache, latent=words), held(rows)))
+        plain.append((keys, rows))
+    q = jnp.asarray(rng.standard_normal((5, 6, latent + 16)), jnp.bfloat16)
+    sinks = jnp.linspace(-2.0, 2.0, 6)
+    plan = AttentionPlan(native=True, key_block=key_block, splits=splits, shares=shares)
+    body = functools.partial(sparse_attention.sparse_attention, sm_scale=SCALE, value_dim=value_dim, plan=plan)
+    (clean, _), (out, lse) = (body(q, sources, sinks=sinks) for sources in (before, after))
+    want = oracle(q, plain, value_dim, sinks)
+    bound, lse_bound = FLOAT16_BOUND[scale_dtype]
+    out, lse = (np.asarray(x).astype(np.float64) for x in (out, lse))
+    assert np.isfinite(out).all() and {2, 3} <= touched < set(range(5))
+    for t in range(5):
+        assert np.linalg.norm(out[t] - want[0][t]) <= bound * np.linalg.norm(want[0][t]), t
+    np.testing.assert_allclose(lse, want[1], atol=lse_bound, rtol=2e-6)
+    same = sorted(set(range(5)) - touched)
+    assert np.array_equal(out[same], np.asarray(clean).astype(np.float64)[same])
 
 
 @pytest.mark.parametrize("kind", ["bfloat16", "float8_e4m3fn"])

@@ -204,8 +204,10 @@ def _int32(rows: Rows) -> Rows:
     if isinstance(rows, Ragged):
         return Ragged(values=rows.values.astype(jnp.int32), indptr=rows.indptr.astype(jnp.int32))
     if isinstance(rows, DenseRows):
-        lengths = jnp.clip(rows.lengths, 0, rows.values.shape[1]).astype(jnp.int32)
-        return DenseRows(values=rows.values.astype(jnp.int32), lengths=lengths)
+        # Every body clamps lengths itself; here only what int32 does not hold, so that nothing is launched for the rest.
+        wide = rows.lengths.dtype.itemsize > 4
+        lengths = jnp.clip(rows.lengths, 0, rows.values.shape[1]) if wide else rows.lengths
+        return DenseRows(values=rows.values.astype(jnp.int32), lengths=lengths.astype(jnp.int32))
     return jnp.asarray(rows).astype(jnp.int32)
 
 
@@ -303,7 +305,7 @@ def _over_source(q: Array, kv, rows: Rows, first: Array, value_dim: int, state):
             slots = mine.masked() if isinstance(mine, DenseRows) else slots
             return _attend(q, *_keys(kv, slots), value_dim, state) if slots.shape[1] else state
         starts, lengths = jnp.arange(tokens, dtype=jnp.int32) * slots.shape[1], jnp.full((tokens,), slots.shape[1])
-        lengths = mine.lengths if isinstance(mine, DenseRows) else lengths
+        lengths = jnp.clip(mine.lengths, 0, slots.shape[1]) if isinstance(mine, DenseRows) else lengths
         values, blocks = slots.reshape(-1), (jnp.max(lengths) + width - 1) // width
     else:
         if rows.capacity == 0:
