@@ -122,9 +122,10 @@ def test_plans_follow_sizes():
 def test_layer_equals_turning_and_two_products(implementation):
     out, weight, positions, frequencies = problem(3, 6, 24, 3, 8, 10)
     second = np.random.default_rng(1).standard_normal((30, 40), np.float32)
-    got = grouped_output(
-        {"o_a_proj": weight, "o_b_proj": second}, out, positions, frequencies, implementation=implementation
-    )
+    with jax.default_matmul_precision("highest"):
+        got = grouped_output(
+            {"o_a_proj": weight, "o_b_proj": second}, out, positions, frequencies, implementation=implementation
+        )
     angles = np.asarray(positions.astype(jnp.float32)[:, None] * frequencies, np.float64)
     turned = turn_last(np.asarray(out, np.float64), -angles[:, None, :]).reshape(3, 3, -1)
     want = np.einsum("tgi,gio->tgo", turned, np.asarray(weight, np.float64)).reshape(3, -1) @ second
