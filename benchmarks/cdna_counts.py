@@ -21,7 +21,12 @@ COMPILER = "triton"
 
 def count(case: kernel_cases.Case, kind: str, arch: str) -> dict:
     """What the file keeps of one case."""
-    row = measure(case, kind, arch, COMPILER).as_dict()
+    measured = measure(case, kind, arch, COMPILER)
+    if not measured.error <= measured.bound:  # counts of a kernel that is wrong mean nothing
+        raise ValueError(
+            f"{case.name} {kind} on {arch}: error {measured.error:.2e}, at most {measured.bound:.0e} allowed"
+        )
+    row = measured.as_dict()
     kept = ("compiler", "wave_instructions", "by_class", "vgprs", "agprs", "sgprs", "lds", "occupancy")
     return {k: row[k] for k in kept}
 

@@ -103,7 +103,14 @@ def test_attention_matrix(compiled, heads, kind, q_dtype, two):
     check_resources(compiled, accepted.get(heads, (0, 0)))
 
 
-@pytest.mark.parametrize("case", kernel_cases.CASES, ids=lambda c: c.name)
+# Those that take longest; test_cdna_counts executes them in the quick runs.
+LONG = ("compress", "compress_index", "compress_128", "sparse_mla_v4_window")
+
+
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(c, id=c.name, marks=[pytest.mark.slow] if c.name in LONG else []) for c in kernel_cases.CASES],
+)
 def test_published_sizes(compiled, case):
     for kind in [k for k in FP8 if k in case.kinds] or [""]:
         problem = case.build(kind, None)

@@ -151,7 +151,7 @@ def test_selection_matters(odd):
     assert error[:first].max() <= BOUND and error[first:].max() > 10 * BOUND
 
 
-@pytest.mark.parametrize("implementation", ["reference", "triton"])
+@pytest.mark.parametrize("implementation", [pytest.param("reference", marks=pytest.mark.slow), "triton"])
 def test_implementations_agree(tiny, implementation):
     config, params, ids, expected, _ = tiny
     with jax.default_matmul_precision("highest"):
@@ -159,7 +159,10 @@ def test_implementations_agree(tiny, implementation):
     assert np.abs(out - expected[:, :20]).max() <= BOUND
 
 
-@pytest.mark.parametrize("dtype", [jnp.float8_e4m3fnuz, jnp.float8_e4m3fn, jnp.bfloat16])
+@pytest.mark.parametrize(
+    "dtype",
+    [jnp.float8_e4m3fnuz, *(pytest.param(t, marks=pytest.mark.slow) for t in (jnp.float8_e4m3fn, jnp.bfloat16))],
+)
 def test_quantised_caches_stay_close(tiny, dtype):
     config, params, ids, expected, _ = tiny
     out = run(config, params, ids, chunks=[24], dtype=dtype)
