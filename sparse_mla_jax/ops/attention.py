@@ -204,7 +204,7 @@ def _int32(rows: Rows) -> Rows:
     if isinstance(rows, Ragged):
         return Ragged(values=rows.values.astype(jnp.int32), indptr=rows.indptr.astype(jnp.int32))
     if isinstance(rows, DenseRows):
-        # Every body clamps lengths itself; here only what int32 does not hold, so that nothing is launched for the rest.
+        # Every body clamps lengths itself; here only what int32 does not hold, so that nothing is launched for others.
         wide = rows.lengths.dtype.itemsize > 4
         lengths = jnp.clip(rows.lengths, 0, rows.values.shape[1]) if wide else rows.lengths
         return DenseRows(values=rows.values.astype(jnp.int32), lengths=lengths.astype(jnp.int32))
