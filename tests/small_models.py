@@ -2,6 +2,8 @@
 
 import json
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from deepseek_v32_oracle import random_tensors
 from safetensors.numpy import save_file
@@ -50,3 +52,19 @@ def write_folder(folder, config, tensors=None, seed=0, **extra):
     save_file(tensors, folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps({**config_to_json(config), **extra}))
     return tensors
+
+
+def check_in_place(decode, params, create_caches):
+    """A compiled step gives donated caches back where they lay, and what it needs besides does not grow with them.
+
+    decode(params, token_ids, caches, seq_lens, page_table) of two requests; create_caches(number of pages).
+    """
+    lens, table = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((2,), (2, 32)))
+    temporary = []
+    for pages in (64, 8192):
+        caches = jax.eval_shape(lambda pages=pages: create_caches(pages))
+        compiled = jax.jit(decode, donate_argnums=2).lower(params, lens, caches, lens, table).compile()
+        size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(caches))
+        assert compiled.memory_analysis().alias_size_in_bytes == size
+        temporary.append(compiled.memory_analysis().temp_size_in_bytes)
+    assert size > 10 * temporary[0] and temporary[1] == temporary[0], (size, temporary)

@@ -10,7 +10,7 @@ from deepseek_v32_oracle import random_tensors
 from safetensors.numpy import load_file
 from small_models import SMALL, write_folder
 
-from sparse_mla_jax.config import RopeConfig, load_config
+from sparse_mla_jax.config import DEEPSEEK_V4_FLASH, DEEPSEEK_V32, RopeConfig, from_hf, load_config
 from sparse_mla_jax.models import deepseek_v32 as model
 from sparse_mla_jax.models.checkpoint import (
     config_to_json,
@@ -200,6 +200,23 @@ def test_saving_replaces_what_was_there(tmp_path):
     save_checkpoint(tmp_path, CONFIG, params, max_shard_bytes=2000)
     assert not (tmp_path / "model.safetensors").exists()
     jax.tree.map(np.testing.assert_array_equal, load_checkpoint(tmp_path)[1], params)
+
+
+def test_choices_of_the_run_are_not_written(tmp_path):
+    """How index queries are held is no field of a published config.json: a folder says what the model is."""
+    quantized = dataclasses.replace(CONFIG, quantize_index_query=True)
+    save_checkpoint(tmp_path, quantized, model.init_params(jax.random.key(0), CONFIG))
+    written = json.loads((tmp_path / "config.json").read_text())
+    assert written == config_to_json(CONFIG) and "quantize_index_query" not in written
+    assert load_config(tmp_path) == CONFIG
+
+
+@pytest.mark.parametrize("config", [DEEPSEEK_V32, DEEPSEEK_V4_FLASH], ids=lambda config: type(config).__name__)
+def test_every_other_field_is_written(config):
+    fields = {field.name for field in dataclasses.fields(config)}
+    # Rotations have several fields of their own; round trips compare them.
+    assert fields - set(config_to_json(config)) <= {"quantize_index_query", "rope", "compress_rope"}
+    assert from_hf(config_to_json(config)) == config
 
 
 def test_loaded_arrays_do_not_share_the_file(folder):

@@ -2,17 +2,30 @@
 
 import functools
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import indexer_logits, sparse_attention, topk
+from pallas_kernels import cache_write, hyper_connections, indexer_logits, output_projection, sparse_attention, topk
+from pallas_kernels import compress as compress_kernel
+from pallas_kernels import norm_rope as norm_rope_kernel
 from pallas_kernels.plans.attention import AttentionPlan, attention_plan
+from pallas_kernels.plans.cache_write import CacheWritePlan, cache_write_plan
+from pallas_kernels.plans.compress import CompressPlan, compress_plan
+from pallas_kernels.plans.hyper_connections import HyperConnectionPlan, hyper_connection_plan
 from pallas_kernels.plans.indexer import IndexerPlan, indexer_plan
+from pallas_kernels.plans.norm_rope import NormRopePlan, norm_rope_plan
+from pallas_kernels.plans.output_projection import ProjectionPlan, projection_plan
 from pallas_kernels.plans.topk import TopKPlan, topk_plan
+from sparse_mla_jax.metadata import build_metadata
 from sparse_mla_jax.ops.attention import sparse_mla
-from sparse_mla_jax.ops.cache import PagedIndexCache, write_index
+from sparse_mla_jax.ops.cache import PagedIndexCache, PagedKVCache, write, write_index, write_token
+from sparse_mla_jax.ops.compressor import CompressorState, compress
+from sparse_mla_jax.ops.hyper_connections import merge, split
 from sparse_mla_jax.ops.indexer import indexer_scores, paged_indexer_scores
+from sparse_mla_jax.ops.norm_rope import Part, norm_rope
+from sparse_mla_jax.ops.output_projection import rotated_projection
 from sparse_mla_jax.ops.topk import top_k
 
 RNG = np.random.default_rng(0)
@@ -47,18 +60,109 @@ def select(**given):
     return top_k(jnp.asarray(np.sin(np.arange(3 * 700.0)).reshape(3, 700)), 40, **given)
 
 
-OPERATORS = [
-    pytest.param(attend, sparse_attention, "attention_plan", AttentionPlan(splits=3, key_block=32), id="sparse_mla"),
-    pytest.param(contiguous, indexer_logits, "indexer_plan", IndexerPlan(key_block=32, head_block=16), id="indexer"),
-    pytest.param(paged, indexer_logits, "indexer_plan", IndexerPlan(key_block=16, head_block=16), id="paged"),
-    pytest.param(select, topk, "topk_plan", TopKPlan(block=512, num_warps=2, groups=256, run=32), id="top_k"),
-]
-operators = pytest.mark.parametrize(("operator", "kernel", "heuristic", "config"), OPERATORS)
+# Forty tokens in a cache of 96: some name the slot of a later one, some none.
+WRITTEN = jnp.asarray(np.where(np.arange(40) % 7 == 3, -1, RNG.integers(0, 30, 40)), jnp.int32)
+
+
+def kv_cache(dtype="float8_e4m3fn"):
+    return PagedKVCache.create(6, 16, latent_dim=24, rope_dim=8, group_size=8, dtype=dtype)
+
+
+def index_cache():
+    return PagedIndexCache.create(6, 16, dim=32)
+
+
+def write_kv(**given):
+    return write(kv_cache(), KEYS[:40, :24], KEYS[:40, 24:], WRITTEN, **given)
+
+
+def write_keys(**given):
+    return write_index(index_cache(), KEYS[:40], WRITTEN, **given)
+
+
+def write_both(**given):
+    return write_token(
+        kv_cache("float8_e4m3fnuz"), index_cache(), KEYS[:40, :24], KEYS[:40, 24:], KEYS[40:80], WRITTEN, **given
+    )
+
+
+def compress_entries(**given):
+    """Two requests of 23 and 17 tokens, ratio 4 with overlap: nine entries."""
+    lens = np.array([23, 17], np.int32)
+    m = build_metadata(lens, lens, np.arange(6, dtype=np.int32).reshape(2, 3), num_tokens=40, page_size=16)
+    owners = ("positions", "request_ids", "query_indptr", "seq_lens", "page_table", "page_size")
+    return compress(
+        PagedKVCache.create(6, 4, latent_dim=12, rope_dim=4, group_size=4, dtype="float32"),
+        CompressorState.create(2, ratio=4, dim=16, overlap=True),
+        KEYS[:40],
+        KEYS[40:80],
+        KEYS[80:84],
+        KEYS[84, :16],
+        jnp.array([1.0, 0.1]),
+        **{name: getattr(m, name) for name in owners},
+        ratio=4,
+        **given,
+    )
+
+
+def finish(**given):
+    """Five normed and rotated heads of six values, three FP8 ones of eight."""
+    parts = [
+        Part(2, 5, 6, "bfloat16", weight=KEYS[0, :6], rotated=2, interleaved=True),
+        Part(0, 3, 8, "float8_e4m3fn", rotated=0),
+    ]
+    return norm_rope(KEYS[:7], parts, jnp.arange(7), jnp.array([1.0, 0.1]), **given)
+
+
+STREAMS, BASE = KEYS[:88].reshape(11, 4, 64), KEYS[88, :24]
+
+
+def split_streams(**given):
+    product = KEYS[:66].reshape(-1)[: 11 * 24].reshape(11, 24)
+    return split(STREAMS, product, BASE, KEYS[89, :3], norm=KEYS[90:92].reshape(64), iterations=3, **given)
+
+
+def merge_streams(**given):
+    product = KEYS[:11, :4]
+    return merge(STREAMS, product, BASE[:4], KEYS[89, :1], norm=KEYS[90:92].reshape(64), **given)
+
+
+def project(**given):
+    """Nineteen tokens, two groups of two heads of 24 values, 8 of them rotated, 21 columns."""
+    out = KEYS.reshape(-1)[: 19 * 4 * 24].reshape(19, 4, 24)
+    weight = KEYS.reshape(-1)[-2 * 48 * 21 :].reshape(2, 48, 21)
+    return rotated_projection(out, weight, jnp.arange(19), jnp.array([1.0, 0.3, 0.1, 0.01]), **given)
+
+
+# Of each operator the kernel's module, its heuristic, another plan, and whether that keeps the order of arithmetic.
+OPERATORS = {
+    "sparse_mla": (attend, sparse_attention, "attention_plan", AttentionPlan(splits=3, key_block=32), False),
+    "indexer": (contiguous, indexer_logits, "indexer_plan", IndexerPlan(key_block=32, head_block=16), False),
+    "paged": (paged, indexer_logits, "indexer_plan", IndexerPlan(key_block=16, head_block=16), False),
+    "top_k": (select, topk, "topk_plan", TopKPlan(block=512, num_warps=2, groups=256, run=32), True),
+    "write": (write_kv, cache_write, "cache_write_plan", CacheWritePlan(scan=16, num_warps=2), True),
+    "write_index": (write_keys, cache_write, "cache_write_plan", CacheWritePlan(scan=16, num_warps=2), True),
+    "write_token": (write_both, cache_write, "cache_write_plan", CacheWritePlan(scan=32, num_warps=1), True),
+    "compress": (compress_entries, compress_kernel, "compress_plan", CompressPlan(block=3, num_warps=2), True),
+    "norm_rope": (finish, norm_rope_kernel, "norm_rope_plan", NormRopePlan(tile=16, num_warps=1), True),
+    "split": (split_streams, hyper_connections, "hyper_connection_plan", HyperConnectionPlan(4, 2), True),
+    "merge": (merge_streams, hyper_connections, "hyper_connection_plan", HyperConnectionPlan(2, 1), True),
+    "projection": (project, output_projection, "projection_plan", ProjectionPlan(16, 16, 16, 2, 1), False),
+}
+operators = pytest.mark.parametrize(
+    ("operator", "kernel", "heuristic", "config", "same_bits"), OPERATORS.values(), ids=OPERATORS
+)
+
+
+def arrays(results):
+    """What an operator gives, as numpy arrays; FP8 by its bytes."""
+    leaves = jax.tree.leaves(results)
+    return [np.asarray(x.view(jnp.uint8) if x.dtype == jnp.float8_e4m3fn else x) for x in leaves]
 
 
 @operators
-def test_a_config_replaces_the_plan(monkeypatch, operator, kernel, heuristic, config):
-    want = np.asarray(operator(implementation="xla"))
+def test_a_config_replaces_the_plan(monkeypatch, operator, kernel, heuristic, config, same_bits):
+    want, default = (arrays(operator(implementation=name)) for name in ("xla", "triton"))
 
     def refuse(**sizes):
         raise AssertionError("the heuristic plan was asked for")
@@ -67,12 +171,17 @@ def test_a_config_replaces_the_plan(monkeypatch, operator, kernel, heuristic, co
     with pytest.raises(AssertionError, match="heuristic"):
         operator(implementation="triton")
     for implementation in (None, "triton"):
-        got = np.asarray(operator(implementation=implementation, config=config))
-        np.testing.assert_allclose(got, want, rtol=2e-5, atol=2e-5)
+        got = arrays(operator(implementation=implementation, config=config))
+        assert len(got) == len(want) and any(np.any(x) for x in got)
+        for mine, other, same in zip(got, want, default):
+            if same_bits:
+                np.testing.assert_array_equal(mine, same)
+            exact = np.issubdtype(other.dtype, np.integer)
+            np.testing.assert_allclose(mine, other, **(dict(rtol=0) if exact else dict(rtol=2e-5, atol=2e-5)))
 
 
 @operators
-def test_a_config_is_refused_where_it_means_nothing(operator, kernel, heuristic, config):
+def test_a_config_is_refused_where_it_means_nothing(operator, kernel, heuristic, config, same_bits):
     with pytest.raises(ValueError, match="config is a plan of the kernel and implementation is 'xla'"):
         operator(implementation="xla", config=config)
     with pytest.raises(ValueError, match=f"config is dict; expected None or a .*{type(config).__name__}"):
@@ -85,6 +194,11 @@ def test_a_config_is_refused_where_it_means_nothing(operator, kernel, heuristic,
         (attention_plan, dict(tokens=8, heads=16, width=2048, itemsize=2, fp8=True, target="gfx942")),
         (indexer_plan, dict(tokens=8, heads=64, columns=4096, itemsize=2, shared_keys=False, target="gfx950")),
         (topk_plan, dict(columns=4096, k=512, target="gpu")),
+        (cache_write_plan, dict(tokens=8, width=512, target="gfx942")),
+        (compress_plan, dict(rows=8, width=512, target="gfx950")),
+        (norm_rope_plan, dict(widest=512, target="gpu")),
+        (hyper_connection_plan, dict(tokens=8, width=4096, target="gfx942")),
+        (projection_plan, dict(tokens=8, groups=8, columns=1024, kept=448)),
     ],
 )
 def test_plans_are_memoised_by_their_sizes_and_frozen(plan, sizes):

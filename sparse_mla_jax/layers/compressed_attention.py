@@ -53,7 +53,9 @@ class LayerCaches:
     index_state: CompressorState | None = None
 
 
-def _check(hidden: Array, caches: LayerCaches, meta: StepMetadata, ratio: int, c: DeepseekV4Config) -> None:
+def _check(
+    hidden: Array, caches: LayerCaches, meta: StepMetadata, state_ids: Any, ratio: int, c: DeepseekV4Config
+) -> None:
     require(
         hidden.shape == (meta.num_tokens, c.hidden_size),
         f"hidden has shape {hidden.shape}; metadata for {meta.num_tokens} tokens and config.hidden_size"
@@ -65,6 +67,7 @@ def _check(hidden: Array, caches: LayerCaches, meta: StepMetadata, ratio: int, c
         f"caches.window holds {window.latent_dim} + {window.rope_dim} values per token; config needs {c.nope_dim} +"
         f" {c.qk_rope_head_dim}. Make it with models.deepseek_v4.create_caches.",
     )
+    _check_states(state_ids, window.num_pages, meta.num_requests)
     wanted = {"compressed": ratio > 0, "state": ratio > 0, "index": ratio == 4, "index_state": ratio == 4}
     for name, there in wanted.items():
         require(
@@ -81,12 +84,31 @@ def _check(hidden: Array, caches: LayerCaches, meta: StepMetadata, ratio: int, c
         )
 
 
-def token_states(metadata: StepMetadata, state_ids: Array | None, *, capacity: int) -> Array:
-    """The ring of every token's request: int32[T], -1 for padding and for tokens beyond `capacity` of their request."""
+def _check_states(state_ids: Any, rings: int, requests: int) -> None:
+    if state_ids is None:
+        require(
+            rings >= requests,
+            f"caches.window has {rings} rings for {requests} requests; create the caches with"
+            f" num_requests={requests} or more, or pass state_ids.",
+        )
+        return
+    require(
+        state_ids.shape == (requests,) and jnp.issubdtype(state_ids.dtype, jnp.integer),
+        f"state_ids has shape {state_ids.shape} and type {state_ids.dtype}; metadata has {requests} requests and needs"
+        f" int32[{requests}], the ring of each.",
+    )
+
+
+def token_states(metadata: StepMetadata, state_ids: Array | None, *, rings: int, capacity: int) -> Array:
+    """The ring of every token's request: int32[T], -1 for none.
+
+    None have padding, tokens beyond `capacity` of their request, and requests whose ring is not one of `rings`.
+    """
     meta, requests = metadata, metadata.num_requests
     if requests == 0:
         return jnp.full(meta.positions.shape, -1, jnp.int32)
-    ids = jnp.arange(requests, dtype=jnp.int32) if state_ids is None else state_ids.astype(jnp.int32)
+    ids = jnp.arange(requests, dtype=jnp.int32) if state_ids is None else jnp.asarray(state_ids).astype(jnp.int32)
+    ids = jnp.where((ids >= 0) & (ids < rings), ids, -1)
     within = jnp.arange(meta.num_tokens, dtype=jnp.int32) - meta.query_indptr[meta.request_ids]
     return jnp.where(meta.valid & (within < capacity), ids[meta.request_ids], -1)
 
@@ -167,8 +189,16 @@ def select_entries(
     All that exist for the token, or where the layer has an indexer the index_topk that it scores highest. Arguments as
     those of `compressed_attention_step`; `index` must hold this step's entries already; `q_latent` [T, r_q] spares the
     projection where it is known.
+
+    Raises:
+      ValueError: an index in a layer without an indexer, or none in a layer with one (at trace time).
     """
     meta, ratio = metadata, config.compress_ratio(layer)
+    require(
+        (index is not None) == config.has_indexer(layer),
+        f"index is {'absent' if index is None else 'there'} in a layer with compress_ratio {ratio}; give the layer's"
+        " caches.index.",
+    )
     width, entries = meta.max_length // ratio if ratio else 0, num_entries(meta.lengths, ratio=max(ratio, 1))
     if index is None or width <= config.index_topk:  # all of them: do not ask
         column = jnp.arange(width, dtype=jnp.int32)[None, :]
@@ -266,20 +296,21 @@ def compressed_attention_step(
       metadata: of this step, from `build_metadata` or `decode_metadata`.
       config: the model's shapes (static).
       layer: the layer's number (static): it decides ratio and rotation.
-      state_ids: int32[B], where each request's ring and compressor state lie; None: row b's is b.
+      state_ids: int32[B], where each request's ring and compressor state lie; None: row b's is b. A request whose ring
+        is not there writes nothing, and its tokens give zeros.
       implementation: None, "triton", "xla" or "reference", for every operator of the layer.
 
     Returns:
       (output [T, D] in hidden.dtype, caches). Rows of padding are 0.
 
     Raises:
-      ValueError: shapes of hidden, caches, metadata and config that do not fit together (at trace time).
+      ValueError: shapes of hidden, caches, metadata, state_ids and config that do not fit together (at trace time).
     """
     ratio, meta = config.compress_ratio(layer), metadata
-    _check(hidden, caches, meta, ratio, config)
+    _check(hidden, caches, meta, state_ids, ratio, config)
     frequencies = jnp.asarray(rope_frequencies(config.layer_rope(layer), config.qk_rope_head_dim))
-    ring = caches.window.page_size
-    states = token_states(meta, state_ids, capacity=ring - config.sliding_window + 1)
+    ring, rings = caches.window.page_size, caches.window.num_pages
+    states = token_states(meta, state_ids, rings=rings, capacity=ring - config.sliding_window + 1)
     window = _write_window(params, caches.window, hidden, meta.positions, states, frequencies, config, implementation)
     caches = dataclasses.replace(caches, window=window)
     caches = _write_entries(

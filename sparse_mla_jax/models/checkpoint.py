@@ -63,6 +63,8 @@ def published_shapes(config: Config) -> dict[str, tuple[int, ...]]:
 def config_to_json(config: Config, dtype: Any = jnp.float32) -> dict[str, Any]:
     """The fields of a config.json that `load_config` reads back, as Hugging Face transformers (5.23) does.
 
+    Choices of the run (quantize_index_query) are no field of it.
+
     Raises:
       ValueError: a rotation that the published spelling of DeepSeek-V4 can not say.
     """

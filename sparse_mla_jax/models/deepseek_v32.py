@@ -19,9 +19,10 @@ from jax import Array
 from sparse_mla_jax.config import DeepseekV32Config, require
 from sparse_mla_jax.layers import mla
 from sparse_mla_jax.layers.mla import attention_step
-from sparse_mla_jax.layers.moe import matmul, moe, swiglu
+from sparse_mla_jax.layers.moe import moe, swiglu
 from sparse_mla_jax.layers.norm import rms_norm
 from sparse_mla_jax.metadata import StepMetadata, build_metadata, decode_metadata
+from sparse_mla_jax.models.step_ends import check_prompt, check_step, embed, logits
 from sparse_mla_jax.ops.cache import PagedIndexCache, PagedKVCache
 
 Params = dict[str, Any]
@@ -209,14 +210,7 @@ def forward(
     Raises:
       ValueError: token_ids, caches or metadata of other shapes than expected (at trace time).
     """
-    require(
-        token_ids.shape == (metadata.num_tokens,) and jnp.issubdtype(token_ids.dtype, jnp.integer),
-        f"token_ids is {token_ids.dtype}{list(token_ids.shape)}; metadata needs int32[{metadata.num_tokens}].",
-    )
-    require(
-        len(caches) == config.num_hidden_layers,
-        f"caches has {len(caches)} layers, config {config.num_hidden_layers}; make them with create_caches.",
-    )
+    check_step(token_ids, caches, metadata, config)
     hidden = embed(params, token_ids)
     updated = []
     for number, (cache, index_cache) in enumerate(caches):
@@ -225,12 +219,6 @@ def forward(
         )
         updated.append((cache, index_cache))
     return rms_norm(hidden, params["norm"], eps=config.rms_norm_eps), tuple(updated)
-
-
-def embed(params: Params, token_ids: Array) -> Array:
-    """Embeddings [T, D] of token_ids int[T]; ids outside the vocabulary are clamped into it."""
-    table = params["embed_tokens"]
-    return table[jnp.clip(token_ids, 0, table.shape[0] - 1)]
 
 
 def attention_input(params: Params, number: int, hidden: Array, *, config: DeepseekV32Config) -> Array:
@@ -259,13 +247,6 @@ def decoder_layer(
     normed = rms_norm(hidden, layer["post_attention_layernorm"], eps=config.rms_norm_eps)
     out = moe(layer["mlp"], normed, config=config) if config.is_moe_layer(number) else swiglu(layer["mlp"], normed)
     return hidden + out.astype(hidden.dtype), cache, index_cache
-
-
-def logits(params: Params, hidden: Array, config: DeepseekV32Config) -> Array:
-    """Scores of the next token, float32[..., V], from final-normed hidden [..., D]; ask only for rows that you need."""
-    if config.tie_word_embeddings:
-        return jnp.einsum("...d,vd->...v", hidden, params["embed_tokens"], preferred_element_type=jnp.float32)
-    return matmul(hidden, params["lm_head"])
 
 
 def prefill(
@@ -297,10 +278,7 @@ def prefill(
     Raises:
       ValueError: arguments that do not fit together (at trace time).
     """
-    require(
-        token_ids.ndim == 1 and token_ids.shape[0] >= 1,
-        f"token_ids has shape {token_ids.shape}; int32[T] with at least one token is expected.",
-    )
+    check_prompt(token_ids)
     metadata = build_metadata(
         seq_lens, query_lens, page_table, num_tokens=token_ids.shape[0], page_size=_page_size(caches)
     )

@@ -11,11 +11,12 @@ from typing import Any
 import jax.numpy as jnp
 from jax import Array
 
-from sparse_mla_jax.config import DeepseekV4Config, require
+from sparse_mla_jax.config import DeepseekV4Config
 from sparse_mla_jax.layers.compressed_attention import LayerCaches, compressed_attention_step
 from sparse_mla_jax.layers.hyper_connections import join_streams, merge_streams, split_streams
-from sparse_mla_jax.layers.moe import clamped_moe, matmul
+from sparse_mla_jax.layers.moe import clamped_moe
 from sparse_mla_jax.metadata import StepMetadata, build_metadata, decode_metadata
+from sparse_mla_jax.models.step_ends import check_prompt, check_step, embed, logits
 from sparse_mla_jax.models.v4_params import Params, init_params, param_specs
 from sparse_mla_jax.ops.cache import PagedIndexCache, PagedKVCache
 from sparse_mla_jax.ops.compressor import CompressorState, entry_pages
@@ -136,21 +137,8 @@ def forward(
     Raises:
       ValueError: token_ids, caches or metadata of other shapes than expected (at trace time).
     """
-    require(
-        token_ids.shape == (metadata.num_tokens,) and jnp.issubdtype(token_ids.dtype, jnp.integer),
-        f"token_ids is {token_ids.dtype}{list(token_ids.shape)}; metadata needs int32[{metadata.num_tokens}].",
-    )
-    require(
-        len(caches) == config.num_hidden_layers,
-        f"caches has {len(caches)} layers, config {config.num_hidden_layers}; make them with create_caches.",
-    )
-    require(
-        state_ids is None or state_ids.shape == (metadata.num_requests,),
-        f"state_ids has shape {getattr(state_ids, 'shape', None)}; metadata has {metadata.num_requests} requests.",
-    )
-    table = params["embed_tokens"]
-    token_ids = jnp.clip(token_ids, 0, table.shape[0] - 1)
-    streams = jnp.repeat(table[token_ids][:, None, :], config.hc_mult, axis=1)
+    check_step(token_ids, caches, metadata, config)
+    streams = jnp.repeat(embed(params, token_ids)[:, None, :], config.hc_mult, axis=1)
     updated = []
     for number, cache in enumerate(caches):
         streams, cache = decoder_layer(
@@ -205,13 +193,6 @@ def decoder_layer(
     return join_streams(streams, out, weights), caches
 
 
-def logits(params: Params, hidden: Array, config: DeepseekV4Config) -> Array:
-    """Scores of the next token, float32[..., V], from final-normed hidden [..., D]; ask only for rows that you need."""
-    if config.tie_word_embeddings:
-        return jnp.einsum("...d,vd->...v", hidden, params["embed_tokens"], preferred_element_type=jnp.float32)
-    return matmul(hidden, params["lm_head"])
-
-
 def prefill(
     params: Params,
     token_ids: Array,
@@ -245,10 +226,7 @@ def prefill(
     Raises:
       ValueError: arguments that do not fit together (at trace time).
     """
-    require(
-        token_ids.ndim == 1 and token_ids.shape[0] >= 1,
-        f"token_ids has shape {token_ids.shape}; int32[T] with at least one token is expected.",
-    )
+    check_prompt(token_ids)
     metadata = build_metadata(seq_lens, query_lens, page_table, num_tokens=token_ids.shape[0], page_size=page_size)
     options: dict[str, Any] = {"config": config, "state_ids": state_ids, "implementation": implementation}
     hidden, caches = forward(params, token_ids, caches, metadata, **options)

@@ -59,7 +59,8 @@ def sparse_mla(
 
     Args:
       q: bfloat16 or float32 [T, H, D], latent part first (absorbed queries), rotated rope part last.
-      kv: a PagedKVCache with latent_dim + rope_dim = D, or a plain array [N, D] whose rows are the slots.
+      kv: a PagedKVCache with latent_dim + rope_dim = D, or a plain array [N, D] whose rows are the slots. On NVIDIA
+        GPUs the code 0x80 (NaN) of an e4m3fnuz cache may count as 0; no writer of this library writes it.
       rows: int32 [T, W] of slots (-1: none), or Ragged or DenseRows with T rows, which cost by their lengths. Slot =
         page * page_size + offset.
       sm_scale: a Python number that multiplies the logits; required, since absorbed queries do not tell it.

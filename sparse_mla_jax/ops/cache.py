@@ -20,10 +20,11 @@ from jax import Array, lax
 
 from pallas_kernels import cache_write as kernel
 from pallas_kernels.cache_write import Part
+from pallas_kernels.plans.cache_write import CacheWritePlan
 from sparse_mla_jax import reference
 from sparse_mla_jax.config import require
 from sparse_mla_jax.ops import fp8
-from sparse_mla_jax.ops._dispatch import check_implementation, dispatch
+from sparse_mla_jax.ops._dispatch import check_implementation, dispatch, with_config
 
 MAX_SLOTS = 2**31 - 1
 _DTYPES = (fp8.E4M3FNUZ, fp8.E4M3FN, jnp.dtype(jnp.bfloat16), fp8.FLOAT32)
@@ -211,6 +212,7 @@ def write_token(
     slots: Array,
     *,
     implementation: str | None = None,
+    config: CacheWritePlan | None = None,
 ) -> tuple[PagedKVCache, PagedIndexCache]:
     """`write` and `write_index` of the same tokens: one launch on a GPU, in place where the caller donates the caches.
 
@@ -222,6 +224,7 @@ def write_token(
       key: floating [T, D], normalised and rotated.
       slots: integer [T], see `write`.
       implementation: None for the best that runs here, or "triton", "xla", "reference".
+      config: a plan of the kernel in place of the heuristic one (static); implies "triton".
 
     Returns:
       Both caches after.
@@ -231,12 +234,18 @@ def write_token(
     """
     slots = _as_slots(slots)
     parts = [*_kv_parts(cache, latent, rope, slots), _index_part(index_cache, key, slots)]
-    *kv, index = _written("write_token", parts, slots, implementation)
+    *kv, index = _written("write_token", parts, slots, implementation, config)
     return _with_kv(cache, kv), _with_index(index_cache, index)
 
 
 def write(
-    cache: PagedKVCache, latent: Array, rope: Array, slots: Array, *, implementation: str | None = None
+    cache: PagedKVCache,
+    latent: Array,
+    rope: Array,
+    slots: Array,
+    *,
+    implementation: str | None = None,
+    config: CacheWritePlan | None = None,
 ) -> PagedKVCache:
     """Stores tokens, quantised by groups where the cache is FP8; in place where the caller donates `cache`.
 
@@ -251,6 +260,7 @@ def write(
       slots: integer [T]; those below 0 or from num_slots on are skipped, and of several tokens with one slot the last
         stays.
       implementation: None for the best that runs here, or "triton", "xla", "reference".
+      config: a plan of the kernel in place of the heuristic one (static); implies "triton".
 
     Returns:
       The cache after.
@@ -259,11 +269,16 @@ def write(
       ValueError: types or shapes other than these, or an implementation that does not serve the case.
     """
     slots = _as_slots(slots)
-    return _with_kv(cache, _written("write", _kv_parts(cache, latent, rope, slots), slots, implementation))
+    return _with_kv(cache, _written("write", _kv_parts(cache, latent, rope, slots), slots, implementation, config))
 
 
 def write_index(
-    cache: PagedIndexCache, key: Array, slots: Array, *, implementation: str | None = None
+    cache: PagedIndexCache,
+    key: Array,
+    slots: Array,
+    *,
+    implementation: str | None = None,
+    config: CacheWritePlan | None = None,
 ) -> PagedIndexCache:
     """Stores the indexer's keys, quantised with one scale a key where the cache is FP8; in place under donation.
 
@@ -272,6 +287,7 @@ def write_index(
       key: floating [T, D], normalised and rotated.
       slots: integer [T], see `write`.
       implementation: None for the best that runs here, or "triton", "xla", "reference".
+      config: a plan of the kernel in place of the heuristic one (static); implies "triton".
 
     Returns:
       The cache after.
@@ -280,7 +296,7 @@ def write_index(
       ValueError: types or shapes other than these, or an implementation that does not serve the case.
     """
     slots = _as_slots(slots)
-    (index,) = _written("write_index", [_index_part(cache, key, slots)], slots, implementation)
+    (index,) = _written("write_index", [_index_part(cache, key, slots)], slots, implementation, config)
     return _with_index(cache, index)
 
 
@@ -395,8 +411,11 @@ def _with_index(cache: PagedIndexCache, written: list[Array]) -> PagedIndexCache
     return dataclasses.replace(cache, data=_paged(data, cache.data), scale=scales)
 
 
-def _written(operator: str, parts: list[Part], slots: Array, implementation: str | None) -> list[list[Array]]:
+def _written(
+    operator: str, parts: list[Part], slots: Array, implementation: str | None, config: CacheWritePlan | None
+) -> list[list[Array]]:
     """The arrays of every part after the write."""
+    implementation = with_config(implementation, config, CacheWritePlan)
     if slots.shape[0] == 0:
         check_implementation(implementation)
         return [part.arrays for part in parts]
@@ -404,18 +423,18 @@ def _written(operator: str, parts: list[Part], slots: Array, implementation: str
         operator,
         implementation,
         {
-            "triton": lambda: _triton_write(parts, slots),
+            "triton": lambda: _triton_write(parts, slots, config),
             "xla": lambda: _xla_write(parts, slots),
             "reference": lambda: _reference_write(parts, slots),
         },
     )
 
 
-def _triton_write(parts: list[Part], slots: Array) -> list[list[Array]]:
+def _triton_write(parts: list[Part], slots: Array, plan: CacheWritePlan | None) -> list[list[Array]]:
     if slots.dtype != jnp.int32:
         most = max(part.pages.shape[0] for part in parts)
         slots = jnp.where(_valid(slots, most), slots, -1).astype(jnp.int32)
-    return kernel.write(parts, slots)
+    return kernel.write(parts, slots, plan=plan)
 
 
 def _xla_write(parts: list[Part], slots: Array) -> list[list[Array]]:

@@ -19,11 +19,12 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from pallas_kernels import compress as kernel
+from pallas_kernels.plans.compress import CompressPlan
 from sparse_mla_jax import reference
 from sparse_mla_jax.config import require
 from sparse_mla_jax.ops import cache as cache_ops
 from sparse_mla_jax.ops._chunks import varying
-from sparse_mla_jax.ops._dispatch import check_implementation, dispatch
+from sparse_mla_jax.ops._dispatch import check_implementation, dispatch, with_config
 from sparse_mla_jax.ops.cache import PagedIndexCache, PagedKVCache, check_size
 from sparse_mla_jax.ops.ragged import slots_from_positions
 from sparse_mla_jax.ops.rope import rotate
@@ -126,6 +127,7 @@ def compress[Cache: (PagedKVCache, PagedIndexCache)](
     ratio: int,
     eps: float = 1e-6,
     implementation: str | None = None,
+    config: CompressPlan | None = None,
 ) -> tuple[Cache, CompressorState]:
     """Takes in a step's tokens: stores the entries of the windows that they close, and keeps what open windows need.
 
@@ -154,6 +156,7 @@ def compress[Cache: (PagedKVCache, PagedIndexCache)](
       ratio: tokens of a window.
       eps: of the RMSNorm.
       implementation: None for the best that runs here, or "triton", "xla", "reference".
+      config: a plan of the kernel in place of the heuristic one (static); implies "triton".
 
     Returns:
       (cache, state) after.
@@ -161,6 +164,7 @@ def compress[Cache: (PagedKVCache, PagedIndexCache)](
     Raises:
       ValueError: types or shapes other than these, or an implementation that does not serve the case.
     """
+    implementation = with_config(implementation, config, CompressPlan)
     check_implementation(implementation)
     table, entries = entry_pages(_integers("page_table", page_table, None, None), page_size=page_size, ratio=ratio)
     window = _as_window(cache, state, position_bias, norm, frequencies, ratio, eps)
@@ -182,7 +186,7 @@ def compress[Cache: (PagedKVCache, PagedIndexCache)](
         "compress",
         implementation,
         {
-            "triton": lambda: _triton_compress(cache, window, state, kv, gate, closings),
+            "triton": lambda: _triton_compress(cache, window, state, kv, gate, closings, config),
             "xla": lambda: _written(cache, _xla_entries(window, state, kv, gate, closings), closings, "xla"),
             "reference": lambda: _written(
                 cache, _reference_entries(window, state, kv, gate, closings), closings, "reference"
@@ -373,7 +377,13 @@ def _reference_entries(window: _Window, state: CompressorState, kv: Array, gate:
 
 
 def _triton_compress[Cache: (PagedKVCache, PagedIndexCache)](
-    cache: Cache, window: _Window, state: CompressorState, kv: Array, gate: Array, closings: _Closings
+    cache: Cache,
+    window: _Window,
+    state: CompressorState,
+    kv: Array,
+    gate: Array,
+    closings: _Closings,
+    plan: CompressPlan | None,
 ) -> Cache:
     angles = (closings.window * window.ratio).astype(jnp.float32)[:, None] * window.frequencies
     turns = jnp.stack([jnp.cos(angles), jnp.sin(angles)], axis=1)
@@ -389,6 +399,7 @@ def _triton_compress[Cache: (PagedKVCache, PagedIndexCache)](
         window.norm,
         turns,
         eps=window.eps,
+        plan=plan,
     )
     return cache_ops.with_parts(cache, written)
 

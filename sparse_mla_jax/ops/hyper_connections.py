@@ -14,9 +14,10 @@ import jax.numpy as jnp
 from jax import Array
 
 from pallas_kernels import hyper_connections as kernel
+from pallas_kernels.plans.hyper_connections import HyperConnectionPlan
 from sparse_mla_jax import reference
 from sparse_mla_jax.config import require
-from sparse_mla_jax.ops._dispatch import check_implementation, dispatch
+from sparse_mla_jax.ops._dispatch import check_implementation, dispatch, with_config
 
 
 def split(
@@ -30,6 +31,7 @@ def split(
     norm_eps: float = 1e-6,
     norm: Array | None = None,
     implementation: str | None = None,
+    config: HyperConnectionPlan | None = None,
 ) -> tuple[Array, Array, Array]:
     """What a sub-layer reads, the weights with which its output goes back, and how the streams are mixed meanwhile.
 
@@ -49,6 +51,7 @@ def split(
       norm_eps: added to mean squares, here and in `norm`.
       norm: [D] weight of an RMS norm of what the sub-layer reads, before it is rounded; None for none.
       implementation: None for the best that runs here, or "triton", "xla", "reference".
+      config: a plan of the kernel in place of the heuristic one (static); implies "triton".
 
     Returns:
       (input [T, D] in streams.dtype, weights float32 [T, n], mixing float32 [T, n, n]).
@@ -57,6 +60,7 @@ def split(
       ValueError: types or shapes other than these, iterations below 1, or an implementation that does not serve the
         case.
     """
+    implementation = with_config(implementation, config, HyperConnectionPlan)
     streams, product, base, scale, norm = _checked(streams, product, base, scale, norm, matrices=True)
     require(iterations >= 1, f"iterations is {iterations}; the first division by columns is one, so pass at least 1.")
     tokens, n, width = streams.shape
@@ -73,7 +77,7 @@ def split(
         "hyper_connections.split",
         implementation,
         {
-            "triton": lambda: kernel.split(streams, product, base, scale, norm, **how),
+            "triton": lambda: kernel.split(streams, product, base, scale, norm, plan=config, **how),
             "xla": lambda: _xla_split(streams, product, base, scale, norm, **how),
             "reference": slow,
         },
@@ -91,6 +95,7 @@ def merge(
     norm_eps: float = 1e-6,
     norm: Array | None = None,
     implementation: str | None = None,
+    config: HyperConnectionPlan | None = None,
 ) -> Array:
     """The weighted sum of the streams alone, as the output head reads it: `split` without weights and matrices.
 
@@ -99,7 +104,7 @@ def merge(
       product: float32 [T, n] or [S, T, n], see `split`.
       base: floating [n].
       scale: floating [1].
-      eps, norm_eps, norm, implementation: as in `split`.
+      eps, norm_eps, norm, implementation, config: as in `split`.
 
     Returns:
       [T, D] in streams.dtype.
@@ -107,6 +112,7 @@ def merge(
     Raises:
       ValueError: types or shapes other than these, or an implementation that does not serve the case.
     """
+    implementation = with_config(implementation, config, HyperConnectionPlan)
     streams, product, base, scale, norm = _checked(streams, product, base, scale, norm, matrices=False)
     if streams.shape[0] == 0:
         check_implementation(implementation)
@@ -120,7 +126,7 @@ def merge(
         "hyper_connections.merge",
         implementation,
         {
-            "triton": lambda: kernel.split(streams, product, base, scale, norm, iterations=None, **how)[0],
+            "triton": lambda: kernel.split(streams, product, base, scale, norm, iterations=None, plan=config, **how)[0],
             "xla": lambda: _read(streams, _normed(streams, product, norm_eps), base, scale[0], norm, **how),
             "reference": slow,
         },

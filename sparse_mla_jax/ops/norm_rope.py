@@ -15,10 +15,11 @@ from jax import Array, lax
 
 from pallas_kernels import norm_rope as kernel
 from pallas_kernels.norm_rope import Part
+from pallas_kernels.plans.norm_rope import NormRopePlan
 from sparse_mla_jax import reference
 from sparse_mla_jax.config import require
 from sparse_mla_jax.ops import fp8
-from sparse_mla_jax.ops._dispatch import check_implementation, dispatch
+from sparse_mla_jax.ops._dispatch import check_implementation, dispatch, with_config
 from sparse_mla_jax.ops.rope import rotate
 
 __all__ = ["Part", "norm_rope"]
@@ -34,6 +35,7 @@ def norm_rope(
     *,
     eps: float = 1e-6,
     implementation: str | None = None,
+    config: NormRopePlan | None = None,
 ) -> list[Any]:
     """Finishes parts of a projection: norm over each head, rotation, scale, cast.
 
@@ -44,6 +46,7 @@ def norm_rope(
       frequencies: [pairs] radians per position of the rotated pairs, from `rope_frequencies`.
       eps: of the norms, added to the mean square.
       implementation: None for the best that runs here, or "triton", "xla", "reference".
+      config: a plan of the kernel in place of the heuristic one (static); implies "triton".
 
     Returns:
       Of each part [T, heads, width] in its dtype; of an FP8 part a pair of it and its scales float32 [T, heads], which
@@ -52,6 +55,7 @@ def norm_rope(
     Raises:
       ValueError: types, shapes or columns that do not fit.
     """
+    implementation = with_config(implementation, config, NormRopePlan)
     x, positions, frequencies = jnp.asarray(x), jnp.asarray(positions), jnp.asarray(frequencies, jnp.float32)
     _check(x, positions, frequencies)
     for number, part in enumerate(parts):
@@ -63,7 +67,7 @@ def norm_rope(
         "norm_rope",
         implementation,
         {
-            "triton": lambda: _triton(x, parts, positions, frequencies, eps),
+            "triton": lambda: _triton(x, parts, positions, frequencies, eps, config),
             "xla": lambda: [_xla(x, part, positions, frequencies, eps) for part in parts],
             "reference": lambda: [_reference(x, part, positions, frequencies, eps) for part in parts],
         },
@@ -165,8 +169,11 @@ def _reference(x: Array, part: Part, positions: Array, frequencies: Array, eps: 
     return lax.bitcast_convert_type(codes, jnp.dtype(part.dtype)), scales[..., 0] * factor
 
 
-def _triton(x: Array, parts: Sequence[Part], positions: Array, frequencies: Array, eps: float) -> list[Any]:
+def _triton(
+    x: Array, parts: Sequence[Part], positions: Array, frequencies: Array, eps: float, plan: NormRopePlan | None
+) -> list[Any]:
     # Once for all parts, and under one jit once for all layers of a step.
     angles = positions.astype(jnp.float32)[:, None] * frequencies
     cos, sin = jnp.cos(angles), jnp.sin(angles)
-    return [_shaped(part, arrays) for part, arrays in zip(parts, kernel.norm_rope(x, parts, cos, sin, eps=eps))]
+    finished = kernel.norm_rope(x, parts, cos, sin, eps=eps, plan=plan)
+    return [_shaped(part, arrays) for part, arrays in zip(parts, finished)]

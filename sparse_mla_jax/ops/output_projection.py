@@ -14,14 +14,21 @@ import jax.numpy as jnp
 from jax import Array
 
 from pallas_kernels import output_projection as kernel
+from pallas_kernels.plans.output_projection import ProjectionPlan
 from sparse_mla_jax import reference
 from sparse_mla_jax.config import require
-from sparse_mla_jax.ops._dispatch import check_implementation, dispatch
+from sparse_mla_jax.ops._dispatch import check_implementation, dispatch, with_config
 from sparse_mla_jax.ops.rope import rotate
 
 
 def rotated_projection(
-    out: Array, weight: Array, positions: Array, frequencies: Any, *, implementation: str | None = None
+    out: Array,
+    weight: Array,
+    positions: Array,
+    frequencies: Any,
+    *,
+    implementation: str | None = None,
+    config: ProjectionPlan | None = None,
 ) -> Array:
     """low[t, g] = turned(out[t])[g-th H // g heads, one after the other] @ weight[g].
 
@@ -34,6 +41,7 @@ def rotated_projection(
       positions: integer [T].
       frequencies: [r / 2] radians per position, from `rope_frequencies`; r at most d.
       implementation: None for the best that runs here, or "triton", "xla", "reference".
+      config: a plan of the kernel in place of the heuristic one (static); implies "triton".
 
     Returns:
       [T, g, O] in out.dtype.
@@ -41,6 +49,7 @@ def rotated_projection(
     Raises:
       ValueError: types or shapes other than these, or an implementation that does not serve the case.
     """
+    implementation = with_config(implementation, config, ProjectionPlan)
     out, weight, positions = (jnp.asarray(x) for x in (out, weight, positions))
     frequencies = jnp.asarray(frequencies, jnp.float32)
     _check(out, weight, positions, frequencies)
@@ -51,7 +60,7 @@ def rotated_projection(
         "rotated_projection",
         implementation,
         {
-            "triton": lambda: _triton(out, weight, positions, frequencies),
+            "triton": lambda: _triton(out, weight, positions, frequencies, config),
             "xla": lambda: _xla(out, weight, positions, frequencies),
             "reference": lambda: reference.rotated_projection(
                 out, weight, positions.astype(jnp.float32)[:, None] * frequencies
@@ -86,10 +95,10 @@ def _check(out: Array, weight: Array, positions: Array, frequencies: Array) -> N
     )
 
 
-def _triton(out: Array, weight: Array, positions: Array, frequencies: Array) -> Array:
+def _triton(out: Array, weight: Array, positions: Array, frequencies: Array, plan: ProjectionPlan | None) -> Array:
     # Under one jit once for all layers of a step that turn alike.
     angles = positions.astype(jnp.float32)[:, None] * frequencies
-    return kernel.rotated_projection(out, weight, jnp.cos(angles), jnp.sin(angles))
+    return kernel.rotated_projection(out, weight, jnp.cos(angles), jnp.sin(angles), plan=plan)
 
 
 def _xla(out: Array, weight: Array, positions: Array, frequencies: Array) -> Array:
