@@ -69,6 +69,16 @@ CANDIDATES = {
     "cache_write": ("cache_write", "cache_write_plan", [{"num_warps": 1}, {"num_warps": 4}, {"scan": 64}]),
     "compress": ("compress", "compress_plan", [{"num_warps": 1}, {"num_warps": 2}, {"num_warps": 8}, {"block": 4}]),
     "compress_128": ("compress", "compress_plan", [{"num_warps": 2}, {"num_warps": 8}, {"block": 8}, {"block": 32}]),
+    "norm_rope": (
+        "norm_rope",
+        "norm_rope_plan",
+        [{"num_warps": 1}, {"num_warps": 2}, {"num_warps": 8}, {"tile": 2048}],
+    ),
+    "norm_rope_query": (
+        "norm_rope",
+        "norm_rope_plan",
+        [{"num_warps": 1}, {"num_warps": 4}, {"tile": 512}, {"tile": 2048}],
+    ),
 }
 HEADER = (
     "change",

@@ -88,7 +88,8 @@ def _add_bench_options(parser: argparse.ArgumentParser, *, heavy: bool) -> None:
         "target",
         nargs="?",
         metavar="AREA | MODEL_DIR",
-        help="topk, indexer, decode, prefill, cache or step; or a Hugging Face folder (default: all areas)",
+        help="topk, indexer, decode, prefill, cache, projection, streams or step; or a Hugging Face folder"
+        " (default: all areas)",
     )
     parser.add_argument(
         "--json",

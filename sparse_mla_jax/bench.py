@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import json
 import math
+import re
 import statistics
 import sys
 import time
@@ -20,7 +21,8 @@ import jax
 
 from sparse_mla_jax import bench_cases, bench_report
 from sparse_mla_jax._options import check_writable
-from sparse_mla_jax.bench_cases import AREAS, FP8, Case, Work
+from sparse_mla_jax.bench_cases import AREAS
+from sparse_mla_jax.bench_work import Case, Work, nbytes
 from sparse_mla_jax.config import require
 from sparse_mla_jax.device_timing import (
     CUPTI,
@@ -32,6 +34,7 @@ from sparse_mla_jax.device_timing import (
     time_calls,
     wall_time,
 )
+from sparse_mla_jax.kernel_cases import FP8
 from sparse_mla_jax.ops import _dispatch
 
 FLAVOURS = (*FP8, "bfloat16")
@@ -111,7 +114,7 @@ def _one_line(error: BaseException) -> str:
 def _sets(work: Work, calls: int) -> list[tuple[Any, ...]]:
     """Arguments of the calls, without the state."""
     shared = jax.block_until_ready(work.shared())
-    held = bench_cases.nbytes(jax.eval_shape(lambda: work.each(0)))
+    held = nbytes(jax.eval_shape(lambda: work.each(0)))
     make = jax.jit(work.each)
     return [jax.block_until_ready((*shared, *make(n))) for n in range(number_of_sets(work.bytes, held, calls))]
 
@@ -144,6 +147,7 @@ def measure(case: Case, flavour: str, query: str, settings: Settings) -> dict[st
     timing = time_calls(run, sets, calls=settings.repeats, state=tuple(out[:donated]) if donated else ())
     del out, state
     launched_singly = _launched_singly(case, lowered, sets, work, settings.repeats)
+    waits = host_transfers(run.as_text()) if case.area == "step" and method() == CUPTI else None
 
     gbps, tflops = 1e-3 * work.bytes / timing.microseconds, 1e-6 * work.flops / timing.microseconds
     return {
@@ -163,6 +167,7 @@ def measure(case: Case, flavour: str, query: str, settings: Settings) -> dict[st
         "error": error if math.isfinite(error) else None,
         "error_bound": work.bound,
         "in_place": in_place,
+        "host_transfers": waits,
         "failure": failure,
         "not_supported": None,
         "peers": _peers(case, work, sets, shapes, donated, settings) if settings.peers else {},
@@ -174,6 +179,24 @@ def _launched_singly(case: Case, lowered: Any, sets: list[tuple[Any, ...]], work
     if case.area != "step" or method() != CUPTI:
         return None
     return wall_time(lowered.compile(NO_COMMAND_BUFFERS), sets, calls, work.state())
+
+
+# Name and kind of an operation of a compiled program that may need the host.
+_OPERATION = re.compile(r"\s*(?:ROOT )?%?(\S+) = .*? (infeed|outfeed|send|recv|while|custom-call)\(")
+# What makes it need the host: a callback as its target, or no length that is known; feeds and messages always do.
+_NEEDS_HOST = {
+    "custom-call": re.compile(r'custom_call_target="[^"]*callback'),
+    "while": re.compile(r"^(?!.*known_trip_count)"),
+}
+
+
+def host_transfers(program: str) -> list[str]:
+    """Names of the operations of a compiled program (its text) that pass something to the host or wait for it.
+
+    Feeds, messages, callbacks into Python, and loops that go on until a condition on the device says no.
+    """
+    found = ((line, _OPERATION.match(line)) for line in program.split("\n"))
+    return [m[1] for line, m in found if m and (m[2] not in _NEEDS_HOST or _NEEDS_HOST[m[2]].search(line))]
 
 
 def _identity(case: Case, flavour: str, query: str, shrink: bool) -> dict[str, Any]:

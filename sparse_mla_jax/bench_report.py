@@ -44,7 +44,7 @@ def key(row: dict[str, Any]) -> tuple[str, str, str]:
 def kind(row: dict[str, Any]) -> str:
     """Type of the caches, and of the queries where that was chosen."""
     flavour, query = (row[name].removeprefix("float8_") for name in ("flavour", "query"))
-    return f"{flavour}, q {query}" if query else flavour
+    return ", ".join(x for x in (flavour, query and f"q {query}") if x)
 
 
 def label(row: dict[str, Any]) -> str:
@@ -131,11 +131,18 @@ def gap_percent(us: float, wall_us: float) -> float:
 
 
 def _gaps(row: dict[str, Any]) -> str:
-    """Launch gaps of a row, and its time per token, in words."""
+    """Launch gaps of a row, its time per token and per layer, and what of it needs the host, in words."""
     ways = {"": row["wall_us"], " without command buffers": row.get("wall_us_without_command_buffers")}
     gaps = [f"{gap_percent(row['us'], wall):.1f} %{way}" for way, wall in ways.items() if wall]
-    batch = row["sizes"].get("batch")
-    return f"gaps {', '.join(gaps)}" + (f"; {number(row['wall_us'] / batch)} us a token" if batch else "")
+    words, sizes = [f"gaps {', '.join(gaps)}"], row["sizes"]
+    if "batch" in sizes:
+        words.append(f"{number(row['wall_us'] / sizes['batch'])} us a token")
+    if sizes.get("layers", 1) > 1:
+        launches, us = (number(row[name] / sizes["layers"]) for name in ("launches", "us"))
+        words.append(f"{launches} launches and {us} us a layer")
+    if row.get("host_transfers") is not None:
+        words.append(f"host transfers: {', '.join(row['host_transfers']) or 'none'}")
+    return "; ".join(words)
 
 
 def kernel_table(row: dict[str, Any]) -> str:

@@ -11,9 +11,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 
 from sparse_mla_jax import reference
-from sparse_mla_jax.config import require
+from sparse_mla_jax.config import DeepseekV32Config, require
 from sparse_mla_jax.metadata import build_metadata
 from sparse_mla_jax.ops import cache as cache_ops
 from sparse_mla_jax.ops import hyper_connections
@@ -21,7 +22,9 @@ from sparse_mla_jax.ops.attention import sparse_mla
 from sparse_mla_jax.ops.cache import PagedIndexCache, PagedKVCache
 from sparse_mla_jax.ops.compressor import CompressorState, compress, entry_pages
 from sparse_mla_jax.ops.indexer import indexer_scores, paged_indexer_scores
+from sparse_mla_jax.ops.norm_rope import Part, norm_rope
 from sparse_mla_jax.ops.output_projection import rotated_projection
+from sparse_mla_jax.ops.rope import rope_frequencies
 from sparse_mla_jax.ops.topk import top_k
 
 FP8 = ("float8_e4m3fnuz", "float8_e4m3fn")
@@ -55,7 +58,7 @@ class Case:
       name: what `inspect --kernel` calls it.
       what: sizes, for people.
       build: (kind of cache, query heads or None) -> Problem.
-      kinds: cache types that it takes; empty when it has no cache.
+      kinds: cache types that it takes; empty when none matters.
     """
 
     name: str
@@ -409,6 +412,104 @@ def _rotated_projection(kind: str, heads: int | None) -> Problem:
     return Problem(fn, args, lambda got: _relative(got, want), 2e-3, _nbytes(args) + 2 * want.size)
 
 
+# --- norm_rope -------------------------------------------------------------------------------------------------------
+def v32_hidden_parts(vector: Callable[[int], Array], dtype: str) -> tuple[Part, ...]:
+    """What DeepSeek-V3.2's layer makes of the product of its input, 2304 columns side by side.
+
+    The query's low-rank form in `dtype`; float32 what the caches keep (the latent, the rotated key that all heads
+    share, the indexer's key) and the indexer's head weights. vector: size -> a norm's weight or bias, float32 [size].
+    """
+    c, part = DeepseekV32Config(), functools.partial(Part, heads=1)
+    widths = c.q_lora_rank, c.kv_lora_rank, c.qk_rope_head_dim, c.index_head_dim, c.index_n_heads
+    query, latent, key, index, weights = (int(sum(widths[:i])) for i in range(5))
+    return (
+        part(start=query, width=widths[0], weight=vector(widths[0]), dtype=dtype),
+        part(start=latent, width=widths[1], weight=vector(widths[1]), dtype="float32"),
+        part(start=key, width=widths[2], rotated=0, interleaved=True, dtype="float32"),
+        part(
+            start=index, width=widths[3], weight=vector(widths[3]), bias=vector(widths[3]), rotated=0, dtype="float32"
+        ),
+        part(start=weights, width=widths[4], scale=(widths[3] * widths[4]) ** -0.5, dtype="float32"),
+    )
+
+
+def v32_query_parts(heads: int, dtype: str, index_dtype: str, factor: Array | None) -> tuple[Part, ...]:
+    """What it makes of the product of the query's low-rank form: `heads` queries of 128 + 64, and the indexer's.
+
+    index_dtype: of the indexer's 64 queries of 128; FP8 with `factor` float32 [T, 64] in its scales.
+    """
+    c = DeepseekV32Config()
+    index = c.index_n_heads * c.index_head_dim
+    rotated = c.qk_nope_head_dim
+    return (
+        Part(index, heads, c.qk_head_dim, dtype, rotated=rotated, interleaved=True),
+        Part(0, c.index_n_heads, c.index_head_dim, index_dtype, rotated=0, factor=factor),
+    )
+
+
+def finished_answer(x: Any, part: Part, angles: Any, eps: float = 1e-6) -> np.ndarray:
+    """float64 [T, heads, width]: the part of x[T, W], without cast and `factor`; angles float32 [T, pairs]."""
+    mine = np.asarray(x).astype(np.float64)[:, part.start : part.start + part.columns]
+    with jax.enable_x64(True):
+        wide = jnp.asarray(mine.reshape(-1, part.heads, part.width))
+        turned = jnp.asarray(np.asarray(angles).astype(np.float64))
+        how: Any = dict(rotated=part.rotated, interleaved=part.interleaved, eps=eps, dtype=jnp.float64)
+        return np.asarray(reference.norm_rope(wide, part.weight, part.bias, turned, **how)) * part.scale
+
+
+def finished_error(part: Part, got: Any, want: np.ndarray) -> float:
+    """Largest error of a finished part over what its type explains: above 1 it is wrong.
+
+    got: [T, heads, width], of an FP8 part (codes, scales [T, heads]), from `norm_rope`; want: from `finished_answer`.
+    """
+    allowed, scales_error = (_ROUNDING[part.dtype] + 1e-6) * np.abs(want) + 4e-6, 0.0
+    if part.quantized:
+        codes, scales = (np.asarray(a).astype(np.float64) for a in got)
+        factor = 1.0 if part.factor is None else np.asarray(part.factor).astype(np.float64)
+        largest = 448.0 if part.dtype == "float8_e4m3fn" else 224.0
+        scale = np.maximum(np.abs(want).max(axis=-1), 1e-4) / largest
+        scales_error = float(np.abs(scales / (scale * factor) - 1).max()) / 5e-6
+        # Half of the smallest subnormal code.
+        allowed, got = allowed + 2.0**-10 * scale[..., None], codes * scale[..., None]
+    error = np.abs(np.asarray(got).astype(np.float64) - want) / allowed
+    finite = np.isfinite(error).all() and math.isfinite(scales_error)
+    return max(float(error.max()), scales_error) if finite else math.inf
+
+
+def _finished(x: Array, parts: Sequence[Part]) -> Problem:
+    """norm_rope of V3.2 on two tokens, one of them the last of the longest context."""
+    c, positions = DeepseekV32Config(), jnp.asarray([7, 163839], jnp.int32)
+    frequencies = rope_frequencies(c.rope, c.qk_rope_head_dim)
+    angles = np.asarray(positions.astype(jnp.float32)[:, None] * jnp.asarray(frequencies))
+    want = [finished_answer(x, part, angles) for part in parts]
+
+    def fn(x, parts, positions):
+        return norm_rope(x, parts, positions, frequencies, implementation="triton")
+
+    def error(got):
+        return max(finished_error(part, mine, exact) for part, mine, exact in zip(parts, got, want))
+
+    args = (x, tuple(parts), positions)
+    return Problem(fn, args, error, 1.0, _nbytes(args, jax.eval_shape(fn, *args)))
+
+
+def _from_hidden(kind: str, heads: int | None) -> Problem:
+    del kind, heads
+    rng = np.random.default_rng(8)
+    parts = v32_hidden_parts(lambda n: jnp.asarray(1 + 0.1 * rng.standard_normal(n), jnp.float32), "bfloat16")
+    return _finished(jnp.asarray(rng.standard_normal((2, 2304)), jnp.float32), parts)
+
+
+def _from_q_latent(kind: str, heads: int | None) -> Problem:
+    rng = np.random.default_rng(9)
+    heads = 16 if heads is None else heads
+    require(1 <= heads <= 1024, f"heads is {heads}; between 1 and 1024 are expected.")
+    dtype = "float32" if kind == "float32" else "bfloat16"
+    factor = jnp.asarray(1 + rng.random((2, 64)), jnp.float32) if kind in FP8 else None
+    x = jnp.asarray(rng.standard_normal((2, 64 * 128 + heads * 192)), dtype)
+    return _finished(x, v32_query_parts(heads, dtype, kind, factor))
+
+
 # --- the list --------------------------------------------------------------------------------------------------------
 CASES = (
     Case(
@@ -474,6 +575,17 @@ CASES = (
         "DeepSeek-V4: 5 tokens, a group of 8 heads of 448 + 64 values turned back, 64 columns",
         _rotated_projection,
         kinds=(),
+    ),
+    Case(
+        "norm_rope",
+        "DeepSeek-V3.2: 2 tokens, all of the input's product: query form of 1536, latent of 512, keys of 64 and 128",
+        _from_hidden,
+        kinds=(),
+    ),
+    Case(
+        "norm_rope_query",
+        "DeepSeek-V3.2: 2 tokens, 16 query heads of 128 + 64 values, 64 indexer heads of 128 in the type of the cache",
+        _from_q_latent,
     ),
 )
 

@@ -14,9 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sparse_mla_jax import bench, bench_cases, bench_report, device_timing
+from sparse_mla_jax import bench, bench_attention, bench_cases, bench_report, bench_work, device_timing
 from sparse_mla_jax.__main__ import main
-from sparse_mla_jax.bench_cases import AREAS, CASES, FP8
+from sparse_mla_jax.bench_cases import AREAS, CASES
+from sparse_mla_jax.kernel_cases import FP8
 
 SCRIPT = pathlib.Path(__file__).parents[1] / "benchmarks" / "readme_table.py"
 SETTINGS = bench.Settings(
@@ -53,7 +54,8 @@ def test_the_list_is_sane():
         assert None in (case.reach, case.floor) or case.reach <= case.floor
         assert {*case.parts, *([case.at_most[1]] if case.at_most else [])} <= set(names)
         assert list(case.variants())
-    assert all(set(FP8) <= set(case.flavours) for case in CASES if case.area != "topk")
+    without = {"topk", "projection", "streams"}
+    assert all(case.flavours == ("",) if case.area in without else set(FP8) <= set(case.flavours) for case in CASES)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
@@ -68,7 +70,7 @@ def test_every_case_traces_at_full_size(case):
         lambda x: (x.shape, x.dtype), state
     )
     fresh = () if state else out
-    assert bench_cases.nbytes(fresh) < work.bytes < 2e9 * case.sizes.get("layers", 1)
+    assert bench_work.nbytes(fresh) < work.bytes < 2e9 * case.sizes.get("layers", 1)
 
 
 @pytest.mark.parametrize(
@@ -86,6 +88,23 @@ def test_every_case_traces_at_full_size(case):
             "decode-v4-b1-h128-k2048",
             2048 * (448 + 7 + 128 + 4) + 2 * 128 * (512 + 512),
             2 * 128 * 2048 * (512 + 512),
+        ),
+        # A chunk's ring and all entries, once; slots of every token's keys.
+        (
+            "prefill-v4-t2048-h64-w128-k512",
+            (127 + 2048 + 8192) * (448 + 7 + 128) + 4 * 2048 * 640 + 2 * 2048 * 64 * (512 + 512),
+            2 * 2048 * 64 * 640 * (512 + 512),
+        ),
+        (
+            "projection-rotated-t32",
+            2 * (32 * 64 * 512 + 8 * 4096 * 1024 + 32 * 8 * 1024) + 32 * 4,
+            2 * 32 * 8 * 4096 * 1024,
+        ),
+        ("projection-norm-v32-query-t32", 32 * (2 * 2 * (64 * 128 + 128 * 192) + 4), 0),
+        (
+            "streams-sublayer-t128",
+            2 * 128 * 4096 * (4 + 1 + 1 + 4) + 4 * (4 * 4096 * 24 + 24 + 3 + 4096),
+            2 * 128 * 4 * 4096 * 24,
         ),
         ("indexer-2048x32768", None, 2 * 2048 * 32768 * 64 * 128),
         (
@@ -116,11 +135,11 @@ def test_the_answer_of_top_k(seed):
     scores = np.round(rng.standard_normal(rng.integers(1, 60)), 1).astype(np.float32)
     k = int(rng.integers(1, 50))
     want = np.sort(np.argsort(-scores, kind="stable")[:k])
-    np.testing.assert_array_equal(bench_cases.selected(scores, k), want)
+    np.testing.assert_array_equal(bench_attention.selected(scores, k), want)
 
 
 def test_slots_are_distinct_and_of_ones_own():
-    make = jax.jit(lambda own: bench_cases._slots(bench_cases._key(1), 4, 20, 1024, own=own), static_argnums=0)
+    make = jax.jit(lambda own: bench_work.random_slots(bench_work.seed(1), 4, 20, 1024, own=own), static_argnums=0)
     for own in (True, False):
         slots = np.asarray(make(own))
         assert all(len(set(row)) == 20 for row in slots) and slots.min() >= 0 and slots.max() < 1024
@@ -142,9 +161,22 @@ def test_slots_are_distinct_and_of_ones_own():
         ("decode-v4-b128-h16-k2048-ragged", FP8[0], ""),
         ("prefill-t1024-h16-k2048", "bfloat16", ""),
         ("decode-v4-b128-h64-w128-k256-of-8192", FP8[1], ""),
+        ("prefill-v4-t2048-h64-w128-k512", FP8[0], ""),
+        ("prefill-v4-t2048-h64-w128-all-of-256", FP8[1], ""),
         ("cache-v4-t128", FP8[0], ""),
         ("cache-compress-4-b128", FP8[0], ""),
+        ("projection-rotated-t32", "", ""),
+        ("projection-norm-v32-hidden-t32", "", ""),
+        ("projection-norm-v32-query-t32", "", FP8[1]),
+        ("projection-norm-v32-query-t32", "", "bfloat16"),
+        ("projection-norm-v4-hidden-t32", "", ""),
+        ("projection-norm-v4-query-t32", "", ""),
+        ("streams-split-t32", "", ""),
+        ("streams-merge-t1", "", ""),
+        ("streams-sublayer-t32", "", ""),
         ("step-v32-attention-b64-h16", FP8[1], ""),
+        ("step-v4-ratio4-b32", FP8[0], ""),
+        ("step-v4-b128-43-layers", FP8[1], ""),
     ],
 )
 def test_a_shrunk_case_is_right(monkeypatch, name, flavour, query):
@@ -167,18 +199,19 @@ def test_a_shrunk_case_is_right(monkeypatch, name, flavour, query):
     json.dumps(row)
     ((work, arguments, out),) = seen
     if case.area not in ("cache", "step"):
-        spoiled = np.array(out)
-        spoiled.flat[0] += 1
-        assert not work.error(arguments, spoiled) <= work.bound
-        if case.area != "topk":
-            spoiled = np.array(out)
-            spoiled[-1] = np.nan if spoiled.dtype.kind != "i" else -1
-            assert not work.error(arguments, spoiled) <= work.bound
+        leaves, tree = jax.tree.flatten(out)
+        for i, leaf in enumerate(leaves):
+            other, missing = np.array(leaf), np.array(leaf)
+            other.flat[0] = -other.flat[0] - 1
+            missing[-1] = np.nan if missing.dtype.kind != "i" else -1
+            for spoiled in (other, missing) if case.area != "topk" else (other,):
+                got = tree.unflatten([*leaves[:i], spoiled, *leaves[i + 1 :]])
+                assert not work.error(arguments, got) <= work.bound
 
 
 def test_a_wrong_result_is_a_failure(monkeypatch):
-    top_k = bench_cases.top_k
-    monkeypatch.setattr(bench_cases, "top_k", lambda *a, **k: top_k(*a, **k).at[0, 0].add(1))
+    top_k = bench_attention.top_k
+    monkeypatch.setattr(bench_attention, "top_k", lambda *a, **k: top_k(*a, **k).at[0, 0].add(1))
     row = bench.measure(bench_cases.case("topk-1x8192"), "", "", SETTINGS)
     assert row["failure"] == "wrong: error 1 above 0" and row["us"] > 0
 
@@ -227,7 +260,7 @@ def test_refusals_of_the_library_are_not_failures(monkeypatch):
     def refuses(*args, **kwargs):
         raise ValueError("no FP8 queries")
 
-    monkeypatch.setattr(bench_cases, "indexer_scores", refuses)
+    monkeypatch.setattr(bench_attention, "indexer_scores", refuses)
     with pytest.raises(bench.NotSupported, match="no FP8 queries"):
         bench.measure(bench_cases.case("indexer-1024x8192"), FP8[0], FP8[0], SETTINGS)
 
@@ -274,7 +307,10 @@ def test_what_is_asked_for():
     assert [query for _, _, query in found] == ["bfloat16", FP8[1]] and {kind for _, kind, _ in found} == {FP8[1]}
     # What has no cache is in every flavour.
     assert len(bench.variants("topk", None, "bfloat16")) == len(bench.variants("topk", None, None))
-    assert {case.area for case, _, _ in bench.variants(None, None, "bfloat16")} == {"topk", "prefill"}
+    found = bench.variants(None, None, "bfloat16")
+    assert {case.area for case, _, _ in found} == {"topk", "prefill", "projection", "streams"}
+    found = bench.variants("projection", "v32-query-t32", None)
+    assert [(kind, query) for _, kind, query in found] == [("", "bfloat16"), ("", FP8[0]), ("", FP8[1])]
 
 
 def test_implementation_is_timed_beside_xla(capsys):
@@ -489,3 +525,32 @@ def test_kernels_of_a_step_are_listed(document):
     row |= {"area": "step", "launches": 3, "kernels": [{"name": "fusion_1", "launches": 3, "us": 12.3}]}
     text = bench_report.report(found)
     assert "3 launches" in text and "fusion_1" in text and "12.3" in text
+
+
+def test_layers_and_transfers_of_a_step_are_reported(document):
+    row = copy.deepcopy(document[1]["results"][0])
+    row |= {"area": "step", "us": 300.0, "wall_us": 320.0, "launches": 90, "kernels": [], "host_transfers": []}
+    row["sizes"] = {"batch": 4, "layers": 10}
+    line = bench_report.kernel_table(row).split("\n")[0]
+    assert "80.0 us a token; 9.00 launches and 30.0 us a layer; host transfers: none" in line
+    row["host_transfers"] = ["while.3"]
+    assert bench_report.kernel_table(row).split("\n")[0].endswith("host transfers: while.3")
+
+
+def test_what_needs_the_host_is_found():
+    def harmless(x):
+        return jnp.sort(jax.lax.fori_loop(0, 20, lambda i, x: x * 1.5 + 1, x))
+
+    def unknown(x):
+        return jax.lax.while_loop(lambda x: x.sum() < 1000, lambda x: x * 2, x)
+
+    def calls(x):
+        return jax.pure_callback(lambda a: a, jax.ShapeDtypeStruct(x.shape, x.dtype), x)
+
+    found = [
+        bench.host_transfers(jax.jit(f).lower(jnp.ones(4)).compile().as_text()) for f in (harmless, unknown, calls)
+    ]
+    assert [len(names) for names in found] == [0, 1, 1], found
+    assert found[1][0].startswith("while") and "callback" in found[2][0]
+    message = "  %done = (f32[4], u32[], token[]) recv(%token), channel_id=1, is_host_transfer=true"
+    assert bench.host_transfers(message) == ["done"]

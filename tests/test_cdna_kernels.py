@@ -121,7 +121,7 @@ def test_published_sizes(compiled, case):
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", kernel_cases.KINDS)
 @pytest.mark.parametrize("heads", ATTENTION_HEADS)
-@pytest.mark.parametrize("name", ["indexer", "paged_indexer", "sparse_mla"])
+@pytest.mark.parametrize("name", ["indexer", "paged_indexer", "sparse_mla", "norm_rope_query"])
 def test_published_sizes_of_other_heads(compiled, name, heads, kind):
     problem = kernel_cases.case(name).build(kind, heads)
     assert problem.error(jax.jit(problem.fn)(*problem.args)) <= problem.bound

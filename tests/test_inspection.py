@@ -1,13 +1,15 @@
 """`python -m sparse_mla_jax inspect`: tables, JSON, assembly, pictures, the whole decode step, and its rules."""
 
 import dataclasses
+import functools
 import json
 
+import jax
 import pytest
 from cdna_support import require_cdna
 
 from pallas_kernels.cdna.program import Argument
-from sparse_mla_jax import __main__, inspection, kernel_cases, step_inspection
+from sparse_mla_jax import __main__, bench_cases, inspection, kernel_cases, step_inspection
 
 
 def inspect(*arguments):
@@ -104,6 +106,29 @@ def test_launches_of_an_attention_layer(quantize):
     row = step_inspection.summary(step, program)
     assert row["launches_of_products"] == 5 and row["launches"] - row["launches_of_products"] <= 14
     assert row["cache_copies"] == row["copies"] == []
+    assert all(k["spills"] == k["scratch"] == 0 for k in row["kernels"] if k["origin"] == "pallas")
+
+
+@pytest.mark.parametrize(
+    ("name", "most"),
+    [
+        ("step-v4-ratio4-b128", 46),
+        pytest.param("step-v4-ratio128-b128", 35, marks=pytest.mark.slow),
+        pytest.param("step-v4-window-b128", 22, marks=pytest.mark.slow),
+    ],
+)
+def test_launches_of_a_v4_layer(name, most):
+    """DeepSeek-V4-Flash's layers without experts, as `bench` times them; metadata and both mixings included."""
+    require_cdna("xla")
+    from pallas_kernels import cdna
+
+    work = bench_cases.build(bench_cases.case(name), "float8_e4m3fn")
+    step = step_inspection.Step(
+        functools.partial(work.fn, implementation="triton"), jax.eval_shape(work.arguments), donated=0
+    )
+    row = step_inspection.summary(step, cdna.compile(step.fn, *step.args, arch="gfx950", donate_argnums=0))
+    assert row["launches"] <= most and row["launches_of_products"] == 5 and row["temporary_bytes"] < 64 << 20
+    assert row["cache_copies"] == row["copies"] == row["library_calls"] == []
     assert all(k["spills"] == k["scratch"] == 0 for k in row["kernels"] if k["origin"] == "pallas")
 
 
