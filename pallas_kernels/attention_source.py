@@ -14,6 +14,7 @@ from jax import Array
 from jax.experimental import pallas as pl
 
 from pallas_kernels._call import call, load, store
+from pallas_kernels.online_softmax import LOG2E, sink_share
 from pallas_kernels.plans.attention import power_of_two
 
 
@@ -159,18 +160,30 @@ class Part:
     last: Array
 
 
+def share(split: Array, parts: Array | int, total: Array) -> tuple[Array, Array]:
+    """First and last of `total` key blocks that part `split` of `parts` takes; none from part `parts` on.
+
+    Parts differ by one block at most, the longer ones first: programs that share a multiprocessor then add up alike.
+    """
+    size, longer = total // parts, total % parts
+    first = split * size + jnp.minimum(split, longer)
+    return first, jnp.where(split < parts, first + size + (split < longer).astype(jnp.int32), first)
+
+
 def _part_of(sources: Sequence[dict], tokens: int, s: Any) -> Part:
     token, split = pl.program_id(0), pl.program_id(2)
     first_head = pl.program_id(1) * s.plan.head_block
     heads = first_head + jnp.arange(s.plan.head_block, dtype=jnp.int32)
     blocks = _blocks([row_bounds(r, token, w)[1] for r, w in zip(sources, s.widths)], s)
+    total = functools.reduce(jnp.add, blocks)
+    if s.plan.splits == 1:
+        return Part(token, split, first_head, heads, blocks, jnp.int32(0), total)
     parts = s.plan.splits
     if s.plan.shares:
         # Long rows get more programs than short ones; programs beyond a row's parts have nothing to do.
         size = _part_size(sources, tokens, s)
-        parts = jnp.clip((sum(blocks) + size - 1) // size, 1, parts)
-    per_split = (sum(blocks) + parts - 1) // parts
-    return Part(token, split, first_head, heads, blocks, split * per_split, (split + 1) * per_split)
+        parts = jnp.clip((total + size - 1) // size, 1, parts)
+    return Part(token, split, first_head, heads, blocks, *share(split, parts, total))
 
 
 def _program(kernel: Callable[..., None], *refs: Any, s: Any) -> None:
@@ -179,26 +192,79 @@ def _program(kernel: Callable[..., None], *refs: Any, s: Any) -> None:
     part = _part_of(sources, lse_ref.shape[1], s)
 
     def leave():
-        # Masked lanes point past the array: interpret mode writes old values back through them.
-        exists = part.heads < s.heads
-        target = jnp.where(exists, part.heads, s.heads)
-        where = lse_ref.at[jnp.full_like(target, part.split), jnp.full_like(target, part.token), target]
-        store(where, jnp.full(target.shape, -jnp.inf, jnp.float32), mask=exists)
+        _store_lse(lse_ref, part, jnp.full(part.heads.shape, -jnp.inf, jnp.float32), s)
 
     if s.plan.shares:
-        jax.lax.cond(part.first < sum(part.blocks), lambda: kernel(*refs, part=part, s=s), leave)
+        jax.lax.cond(part.first < part.last, lambda: kernel(*refs, part=part, s=s), leave)
     else:
         kernel(*refs, part=part, s=s)
 
 
+def ranges(part: Part) -> list[tuple[Array, Array]]:
+    """First and last key block of a part in each source."""
+    before, out = jnp.int32(0), []
+    for count in part.blocks:
+        out.append((jnp.clip(part.first - before, 0, count), jnp.clip(part.last - before, 0, count)))
+        before = before + count
+    return out
+
+
 def walk(over_source: Callable[..., Any], part: Part, state: Any) -> Any:
     """Folds a part, source by source: over_source(number, first, last, state)."""
-    before = jnp.int32(0)
-    for number, count in enumerate(part.blocks):
-        first, last = jnp.clip(part.first - before, 0, count), jnp.clip(part.last - before, 0, count)
+    for number, (first, last) in enumerate(ranges(part)):
         state = over_source(number, first, last, state)
-        before = before + count
     return state
+
+
+def stored_heads(part: Part, s: Any) -> tuple[Array, Array | None]:
+    """Where the heads [head_block] of a part are stored, and which of them exist (None: all).
+
+    Those that do not point past the array: interpret mode writes old values back through masked lanes.
+    """
+    if s.heads % s.plan.head_block == 0:
+        return part.heads, None
+    exists = part.heads < s.heads
+    return jnp.where(exists, part.heads, s.heads), exists
+
+
+def _store_lse(lse_ref: Any, part: Part, lse: Array, s: Any) -> None:
+    heads, exists = stored_heads(part, s)
+    where = lse_ref.at[jnp.full_like(heads, part.split), jnp.full_like(heads, part.token), heads]
+    store(where, lse, mask=exists)
+
+
+def finish_softmax(lse_ref: Any, sink_ref: Any, part: Part, top: Array, total: Array, s: Any) -> Array:
+    """Stores the lse of an online softmax (base 2, by head); returns what its sums of values are multiplied by."""
+    some = total > 0
+    safe = jnp.where(some, total, 1.0)
+    lse = jnp.where(some, (top + jnp.log2(safe)) * (1 / LOG2E), -jnp.inf)
+    share = 1.0 / safe
+    if sink_ref is not None:
+        heads, exists = stored_heads(part, s)
+        if exists is None:
+            sinks = load(sink_ref.at[heads])
+        else:
+            sinks = load(sink_ref.at[jnp.where(exists, heads, 0)], mask=exists, other=0.0)
+        share = share * sink_share(lse, sinks)
+    _store_lse(lse_ref, part, lse, s)
+    return share
+
+
+def store_values(out_ref: Any, part: Part, columns: Array, values: Array, inside: Array | None, s: Any) -> None:
+    """Stores values [head_block, *C] at `columns` [*C] of heads that exist, where `inside` [*C] (None: everywhere)."""
+    heads, exists = stored_heads(part, s)
+    rows = jnp.broadcast_to(jnp.expand_dims(heads, range(1, values.ndim)), values.shape)
+    where = out_ref.at[
+        jnp.full_like(rows, part.split),
+        jnp.full_like(rows, part.token),
+        rows,
+        jnp.broadcast_to(columns[None], values.shape),
+    ]
+    mask = None if inside is None else jnp.broadcast_to(inside[None], values.shape)
+    if exists is not None:
+        there = jnp.broadcast_to(jnp.expand_dims(exists, range(1, values.ndim)), values.shape)
+        mask = there if mask is None else mask & there
+    store(where, values.astype(out_ref.dtype), mask=mask)
 
 
 def described(sources: Sequence[Source]) -> tuple[list[Array], dict[str, Any]]:

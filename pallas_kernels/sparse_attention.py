@@ -17,20 +17,22 @@ import jax.numpy as jnp
 from jax import Array
 
 from pallas_kernels import fp8_bits, sparse_attention_float16, sparse_attention_fp8
-from pallas_kernels._call import dispatch, load, store
+from pallas_kernels._call import dispatch, load
 from pallas_kernels.attention_source import (
     Part,
     Source,
     described,
+    finish_softmax,
     grid2,
     launch_rows,
     row_bounds,
     some_key,
+    store_values,
     unpack,
     walk,
 )
 from pallas_kernels.merge_splits import merge_splits
-from pallas_kernels.online_softmax import LOG2E, NONE, dot, sink_share, softmax_step
+from pallas_kernels.online_softmax import LOG2E, NONE, dot, softmax_step
 from pallas_kernels.plans.attention import AttentionPlan, attention_plan, power_of_two
 
 
@@ -243,8 +245,8 @@ def _halves(weights: Array, s: _Static) -> list[Array]:
 def _kernel(*refs, part: Part, s: _Static):
     """Grid (T, head blocks, splits): out[split, token, 16 heads, value_dim] and lse[split, token, 16 heads]."""
     q_ref, sources, sink_ref, out_ref, lse_ref = unpack(refs, s)
-    token, split, heads = part.token, part.split, part.heads
-    queries = _load_queries(q_ref, token, heads, s)
+    token = part.token
+    queries = _load_queries(q_ref, token, part.heads, s)
     block = (s.plan.head_block,)
     state = (
         jnp.full(block, NONE, jnp.float32),
@@ -261,22 +263,12 @@ def _kernel(*refs, part: Part, s: _Static):
         return _over_source(number, sources[number], token, first, last, queries, state, s)
 
     state = walk(over, part, state)
-    _store_results(out_ref, lse_ref, sink_ref, token, split, heads, state, s)
+    _store_results(out_ref, lse_ref, sink_ref, part, state, s)
 
 
-def _store_results(out_ref, lse_ref, sink_ref, token, split, heads: Array, state, s: _Static):
+def _store_results(out_ref, lse_ref, sink_ref, part: Part, state, s: _Static):
     top, total, sums = state
-    some = total > 0
-    safe = jnp.where(some, total, 1.0)
-    lse = jnp.where(some, (top + jnp.log2(safe)) * (1 / LOG2E), -jnp.inf)
-    share = 1.0 / safe
-    exists = heads < s.heads
-    if sink_ref is not None:
-        sinks = load(sink_ref.at[jnp.where(exists, heads, 0)], mask=exists, other=0.0)
-        share = share * sink_share(lse, sinks)
-    # Masked lanes point past the array: interpret mode writes old values back through them.
-    target = jnp.where(exists, heads, s.heads)
-    store(lse_ref.at[jnp.full_like(target, split), jnp.full_like(target, token), target], lse, mask=exists)
+    share = finish_softmax(lse_ref, sink_ref, part, top, total, s)
     at = 0
     for tile in s.tiles:
         if tile.column >= s.value_dim:
@@ -285,12 +277,9 @@ def _store_results(out_ref, lse_ref, sink_ref, token, split, heads: Array, state
             columns, inside = _columns(tile, byte)
             if tile.column + tile.count * tile.planes > s.value_dim:
                 inside = columns < s.value_dim if inside is None else inside & (columns < s.value_dim)
-            mask = exists[:, None]
-            if inside is not None:
-                columns, mask = jnp.where(inside, columns, s.value_dim), mask & inside[None, :]
-            rows, cols = grid2(target, columns)
-            where = out_ref.at[jnp.full_like(rows, split), jnp.full_like(rows, token), rows, cols]
-            store(where, (sums[at] * share[:, None]).astype(out_ref.dtype), mask=mask)
+            # Masked lanes point past the array: interpret mode writes old values back through them.
+            columns = columns if inside is None else jnp.where(inside, columns, s.value_dim)
+            store_values(out_ref, part, columns, sums[at] * share[:, None], inside, s)
             at += 1
 
 
@@ -394,7 +383,7 @@ def _launch_planes(
         fp8=flavour,
         compute=compute,
         has_sinks=sinks is not None and plan.splits == 1,
-        anchored=plan.anchored and flavour is None,
+        anchored=plan.anchored,
         plan=plan,
         target=target,
     )

@@ -19,20 +19,22 @@ import jax.numpy as jnp
 from jax import Array
 
 from pallas_kernels import fp8_bits
-from pallas_kernels._call import load, store
+from pallas_kernels._call import load
 from pallas_kernels.attention_source import (
     Part,
     Source,
     described,
+    finish_softmax,
     grid2,
     key_slots,
     launch_rows,
     row_bounds,
     some_key,
+    store_values,
     unpack,
     walk,
 )
-from pallas_kernels.online_softmax import LOG2E, NONE, dot, sink_share
+from pallas_kernels.online_softmax import LOG2E, NONE, dot
 from pallas_kernels.plans.attention import AttentionPlan, power_of_two
 
 # Widest tile of words: float16 planes of 32 keys then take 32 KiB of shared memory.
@@ -230,8 +232,8 @@ def _over_source(number: int, refs: dict, token, first, last, queries, state, s:
 def kernel(*refs, part: Part, s: _Static):
     """Grid (T, head blocks, splits): out[split, token, heads, value_dim] and lse[split, token, heads]."""
     q_ref, sources, sink_ref, out_ref, lse_ref = unpack(refs, s)
-    token, split, heads = part.token, part.split, part.heads
-    queries = _load_queries(q_ref, token, heads, s)
+    token = part.token
+    queries = _load_queries(q_ref, token, part.heads, s)
     block = s.plan.head_block
     state = (
         jnp.full((block,), NONE, jnp.float32),
@@ -245,34 +247,21 @@ def kernel(*refs, part: Part, s: _Static):
         return _over_source(number, sources[number], token, first, last, queries, state, s)
 
     state = walk(over, part, state)
-    _store_results(out_ref, lse_ref, sink_ref, token, split, heads, state, s)
+    _store_results(out_ref, lse_ref, sink_ref, part, state, s)
 
 
-def _store_results(out_ref, lse_ref, sink_ref, token, split, heads: Array, state, s: _Static):
+def _store_results(out_ref, lse_ref, sink_ref, part: Part, state, s: _Static):
     top, total, sums, rope_sum, unit = state
-    total = jnp.sum(total, axis=1)
-    some = total > 0
-    safe = jnp.where(some, total, 1.0)
-    lse = jnp.where(some, (top + jnp.log2(safe)) * (1 / LOG2E), -jnp.inf)
-    share = 1.0 / safe
-    exists = heads < s.heads
-    if sink_ref is not None:
-        share = share * sink_share(lse, load(sink_ref.at[jnp.where(exists, heads, 0)], mask=exists, other=0.0))
-    # Masked lanes point past the array: interpret mode writes old values back through them.
-    target = jnp.where(exists, heads, s.heads)
-    store(lse_ref.at[jnp.full_like(target, split), jnp.full_like(target, token), target], lse, mask=exists)
-
+    share = finish_softmax(lse_ref, sink_ref, part, top, jnp.sum(total, axis=1), s)
     words = jnp.arange(s.width, dtype=jnp.int32)
-    rows, cols = _grid3(target, words)
-    mask = jnp.broadcast_to(exists[:, None, None] & (words < s.words)[None, :, None], rows.shape)
-    out = _join4([x * (share * fp8_bits.from_exponent(unit))[:, None] for x in sums]).astype(out_ref.dtype)
-    store(out_ref.at[jnp.full_like(rows, split), jnp.full_like(rows, token), rows, cols], out, mask=mask)
+    columns = words[:, None] * 4 + jax.lax.broadcasted_iota(jnp.int32, (s.width, 4), 1)
+    inside = None if s.words == s.width else jnp.broadcast_to(words[:, None] < s.words, columns.shape)
+    values = _join4([x * (share * fp8_bits.from_exponent(unit))[:, None] for x in sums])
+    store_values(out_ref, part, columns, values, inside, s)
     if s.rope_values:
-        rows, cols, _ = _rope_grid(target, s)
-        cols = 4 * s.words + cols
-        where = out_ref.at[jnp.full_like(rows, split), jnp.full_like(rows, token), rows, cols]
-        values = (rope_sum * share[:, None]).astype(out_ref.dtype)
-        store(where, values, mask=exists[:, None] & (cols < s.value_dim))
+        columns = 4 * s.words + jnp.arange(s.rope_width, dtype=jnp.int32)
+        inside = None if 4 * s.words + s.rope_width <= s.value_dim else columns < s.value_dim
+        store_values(out_ref, part, columns, rope_sum * share[:, None], inside, s)
 
 
 # --- launch ----------------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -23,19 +23,22 @@ import jax.numpy as jnp
 from jax import Array
 
 from pallas_kernels import fp8_bits, fp8_nvidia, sparse_attention_float16
-from pallas_kernels._call import MAX_ELEMENTS, dot_fp8, load, load_codes, store
+from pallas_kernels._call import MAX_ELEMENTS, dot_fp8, load, load_codes
 from pallas_kernels.attention_source import (
     Part,
     Source,
     described,
+    finish_softmax,
     grid2,
     key_slots,
     launch_rows,
+    ranges,
     row_bounds,
+    store_values,
     unpack,
     walk,
 )
-from pallas_kernels.online_softmax import LOG2E, NONE, dot, sink_share
+from pallas_kernels.online_softmax import LOG2E, NONE, dot
 from pallas_kernels.plans.attention import AttentionPlan, power_of_two
 
 # The largest element of a head's query lies in [2**7, 2**8) of its unit.
@@ -166,11 +169,15 @@ def _dot_keys(a: Array, b: Array) -> Array:
     return dot(a.T, b, 0)
 
 
-def _over_source(number: int, refs: dict, token, first, last, queries, state, s: _Static):
-    """Folds key blocks first..last-1 of the row in source `number` into the state."""
-    start, length = row_bounds(refs, token, s.widths[number])
+def _slots_of(refs: dict, token, width: int, count: int, s: _Static) -> Callable[..., Array]:
+    """slots_of(block=i): slots of a key block of the row in a source."""
+    start, length = row_bounds(refs, token, width)
+    return functools.partial(key_slots, refs, start, length, count=count, size=s.plan.key_block)
+
+
+def _over_source(refs: dict, slots_of, begin: Array, first, last, queries, state, s: _Static):
+    """Folds key blocks first..last-1 of the row in a source into the state; `begin`: slots of the first."""
     terms, unit, q_rope = queries
-    slots_of = functools.partial(key_slots, refs, start, length, count=s.counts[number], size=s.plan.key_block)
 
     def body(i, carry):
         (top, total, sums, rope_sum), scales = carry
@@ -182,8 +189,8 @@ def _over_source(number: int, refs: dict, token, first, last, queries, state, s:
         largest = jnp.maximum(fp8_bits.exponent(functools.reduce(jnp.maximum, scales)), LEAST_EXPONENT)
         inverse = fp8_bits.from_exponent(254 - largest)
         scores = _scores(terms, keys, scales, s) * (unit * (s.unit * s.scale * LOG2E))[None, :]
-        # Small, and too narrow to be copied to shared memory blocks ahead.
-        ahead = _load_scales(refs, slots_of(block=i + 1), s)
+        # Small, and too narrow to be copied to shared memory blocks ahead; none of another program's.
+        ahead = _load_scales(refs, jnp.where(i + 1 < last, slots_of(block=i + 1), -1), s)
         if rope is not None:
             scores += dot(rope, q_rope, 1) * (s.scale * LOG2E)
         scores = jnp.where(valid[:, None], scores + (largest - 127).astype(jnp.float32)[:, None], NONE)
@@ -200,13 +207,16 @@ def _over_source(number: int, refs: dict, token, first, last, queries, state, s:
             rope_sum = rope_sum * keep[:, None] + _dot_keys(upper, rope) + _dot_keys(lower, rope)
         return (new_top, total, sums, rope_sum), ahead
 
-    carry = (state, _load_scales(refs, slots_of(block=first), s))
-    return jax.lax.fori_loop(first, last, body, carry)[0]
+    return jax.lax.fori_loop(first, last, body, (state, _load_scales(refs, begin, s)))[0]
 
 
 def _kernel(*refs, part: Part, s: _Static):
     """Grid (T, head blocks, splits): out[split, token, heads, value_dim] and lse[split, token, heads]."""
     q_ref, sources, sink_ref, out_ref, lse_ref = unpack(refs, s)
+    spans = ranges(part)
+    slots_of = [_slots_of(refs, part.token, w, count, s) for refs, w, count in zip(sources, s.widths, s.counts)]
+    # Before the query, whose arithmetic would delay what the first keys wait for.
+    begin = [slots(block=first) for slots, (first, _) in zip(slots_of, spans)]
     queries = _load_queries(q_ref, part, s)
     block = s.plan.head_block
     state = (
@@ -217,7 +227,7 @@ def _kernel(*refs, part: Part, s: _Static):
     )
 
     def over(number, first, last, state):
-        return _over_source(number, sources[number], part.token, first, last, queries, state, s)
+        return _over_source(sources[number], slots_of[number], begin[number], first, last, queries, state, s)
 
     top, total, *sums = walk(over, part, state)
     total = jnp.sum(total, axis=0)
@@ -243,26 +253,13 @@ def _start_again(*refs, part: Part, s: _Static):
 
 def _store_results(out_ref, lse_ref, sink_ref, part: Part, state, s: _Static):
     top, total, sums, rope_sum = state
-    token, split, heads = part.token, part.split, part.heads
-    some = total > 0
-    safe = jnp.where(some, total, 1.0)
-    lse = jnp.where(some, (top + jnp.log2(safe)) * (1 / LOG2E), -jnp.inf)
-    share = 1.0 / safe
-    exists = heads < s.heads
-    if sink_ref is not None:
-        share = share * sink_share(lse, load(sink_ref.at[jnp.where(exists, heads, 0)], mask=exists, other=0.0))
-    # Masked lanes point past the array: interpret mode writes old values back through them.
-    target = jnp.where(exists, heads, s.heads)
-    store(lse_ref.at[jnp.full_like(target, split), jnp.full_like(target, token), target], lse, mask=exists)
+    share = finish_softmax(lse_ref, sink_ref, part, top, total, s)
     widths = [s.tile] * len(sums) + ([s.rope] if s.rope_values else [])
     shares = [share * s.unit] * len(sums) + [share]
     for i, (value, width, share) in enumerate(zip((*sums, rope_sum), widths, shares)):
-        column = i * s.tile
-        rows, cols = grid2(target, column + jnp.arange(width, dtype=jnp.int32))
-        mask = jnp.broadcast_to(exists[:, None], rows.shape)
-        mask = mask if column + width <= s.value_dim else mask & (cols < s.value_dim)
-        where = out_ref.at[jnp.full_like(rows, split), jnp.full_like(rows, token), rows, cols]
-        store(where, (value * share[:, None]).astype(out_ref.dtype), mask=mask)
+        columns = i * s.tile + jnp.arange(width, dtype=jnp.int32)
+        inside = None if i * s.tile + width <= s.value_dim else columns < s.value_dim
+        store_values(out_ref, part, columns, value * share[:, None], inside, s)
 
 
 # --- launch ----------------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pallas_kernels import sparse_attention
+from pallas_kernels.attention_source import share
 from pallas_kernels.plans.attention import AttentionPlan, attention_plan
 from sparse_mla_jax.ops import attention
 from sparse_mla_jax.ops.attention import apply_sinks, merge, sparse_mla
@@ -548,10 +549,10 @@ def test_numbers_that_are_nan_to_the_units(scale_dtype, latent, value_dim, split
     assert np.array_equal(out[same], np.asarray(clean).astype(np.float64)[same])
 
 
-@pytest.mark.parametrize("kind", ["bfloat16", "float8_e4m3fn"])
+@pytest.mark.parametrize("kind", ["bfloat16", "float8_e4m3fn", "float8_e4m3fnuz"])
 @pytest.mark.parametrize("splits", [1, 3])
 def test_anchored_keys(kind, splits):
-    """Keys that are not there repeat one that is (unquantised ones; FP8 keys do not take the form)."""
+    """Keys that are not there repeat one that is; the others of the cache hold poison."""
     rng = np.random.default_rng(4)
     used = 1 + rng.choice(64 * 64 - 1, 300, replace=False)
     cache, keys = make_cache(rng, kind, 64, 16, 32, used=used)
@@ -582,6 +583,18 @@ def test_units_follow_the_largest_scale(order, form):
     out, _ = sparse_attention.sparse_attention(q, [source], sm_scale=SCALE, value_dim=64, plan=plan)
     want = oracle(q, [(keys, rows.tolist())], 64)[0]
     assert np.linalg.norm(np.asarray(out).astype(np.float64) - want) <= 2e-3 * np.linalg.norm(want)
+
+
+@settings(deadline=None, database=None)
+@given(st.integers(0, 200), st.integers(1, 17), st.integers(0, 3))
+def test_parts_are_even(total, parts, beyond):
+    """Every block is in one part, parts differ by one block at most, the longer ones first; none is left for others."""
+    first, last = (np.asarray(x) for x in share(np.arange(parts + beyond), parts, total))
+    assert not (last - first)[parts:].any()
+    first, last = first[:parts], last[:parts]
+    assert first[0] == 0 and last[-1] == total and (first[1:] == last[:-1]).all()
+    sizes = last - first
+    assert (sizes >= 0).all() and (np.diff(sizes) <= 0).all() and sizes[0] - sizes[-1] <= 1
 
 
 def test_plans_are_memoised_and_sensible():

@@ -30,7 +30,7 @@ class AttentionPlan:
         an error of 1.7e-3, as much as rounding the result to bfloat16 does.
       num_warps: waves per program.
       num_stages: software pipelining depth.
-      anchored: unquantised keys that are not there repeat one that is, so that no key passes through a select.
+      anchored: keys that are not there repeat one that is, so that no key passes through a select.
       float16: FP8 keys become scaled float16 (sparse_attention_float16), where that form takes the call.
       native: FP8 keys are multiplied by FP8 queries (sparse_attention_fp8), where that form takes the call.
     """
@@ -92,7 +92,9 @@ def attention_plan(
         return AttentionPlan(splits=splits, tile=64, num_warps=2)
     if itemsize == 4:
         return AttentionPlan(splits=splits, tile=64)
-    return AttentionPlan(splits=splits, num_warps=waves)
+    # Selects on keys cost gfx942 up to a fifth of its instructions; gfx950 spends as much on FP8 keys without them.
+    anchored = target == "gfx942" or (target in CDNA and not fp8)
+    return AttentionPlan(splits=splits, num_warps=waves, anchored=anchored)
 
 
 def _splits(programs: int, resident: int, ragged: bool, most: int) -> int:
