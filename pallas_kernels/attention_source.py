@@ -165,7 +165,8 @@ def share(split: Array, parts: Array | int, total: Array) -> tuple[Array, Array]
 
     Parts differ by one block at most, the longer ones first: programs that share a multiprocessor then add up alike.
     """
-    size, longer = total // parts, total % parts
+    size = total // parts
+    longer = total - size * parts
     first = split * size + jnp.minimum(split, longer)
     return first, jnp.where(split < parts, first + size + (split < longer).astype(jnp.int32), first)
 

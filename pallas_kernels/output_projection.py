@@ -1,7 +1,7 @@
 """Products of groups of attention heads with a matrix per group, whose inputs are turned back on their way into it.
 
-A tiled matrix product, one program per group, block of tokens and block of columns. It walks over the heads of its
-group; the last values of a head, which carry a rotation, are turned back in registers before they are multiplied.
+A tiled matrix product, one program per group, block of tokens and block of columns. It walks over the last values of
+all heads of its group, which carry a rotation and are turned back in registers, and then over the others.
 """
 
 from __future__ import annotations
@@ -47,10 +47,12 @@ class _Product:
 
 
 def _turned(product: _Product, first: Array, cos: Array, sin: Array, count: int) -> Array:
-    """[tokens, R]: `count` values from `first` on, their interleaved pairs turned back."""
-    at = jnp.arange(cos.shape[1], dtype=jnp.int32)
-    x, partner = (product.values(first, i, count).astype(jnp.float32) for i in (at, at ^ 1))
-    return (x * cos + partner * sin).astype(product.x_ref.dtype)
+    """[tokens, R]: `count` values from `first` on, their interleaved pairs turned back; cos, sin: [tokens, R / 2]."""
+    tokens, pairs = cos.shape
+    x = product.values(first, jnp.arange(2 * pairs, dtype=jnp.int32), count).astype(jnp.float32)
+    even, odd = jnp.unstack(x.reshape(tokens, pairs, 2), axis=2)
+    turned = jnp.stack([even * cos + odd * sin, odd * cos - even * sin], axis=-1)
+    return turned.reshape(tokens, 2 * pairs).astype(product.x_ref.dtype)
 
 
 def _kernel(x_ref, w_ref, cos_ref, sin_ref, out_ref, *, heads: int, width: int, plan: ProjectionPlan, target: str):
@@ -60,30 +62,37 @@ def _kernel(x_ref, w_ref, cos_ref, sin_ref, out_ref, *, heads: int, width: int, 
     token = pl.program_id(0) * plan.tokens + jnp.arange(plan.tokens, dtype=jnp.int32)
     column = pl.program_id(1) * plan.columns + jnp.arange(plan.columns, dtype=jnp.int32)
     # Beyond the end the last one again: rows and columns of a product do not see each other.
-    here, there = jnp.minimum(token, tokens - 1), jnp.minimum(column, columns - 1)
+    here = jnp.minimum(token, tokens - 1)
+    # A minimum hides that columns are consecutive, and with it wide loads.
+    there = column if columns % plan.columns == 0 else jnp.minimum(column, columns - 1)
     product = _Product(x_ref, w_ref, here, there, heads, width)
     dot = functools.partial(jnp.dot, precision=lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
 
-    turn = jnp.arange(max(LEAST, power_of_two(rotated)), dtype=jnp.int32)
-    inside = None if turn.shape[0] == rotated else turn[None, :] < rotated
-    cos, sin = (_masked(ref, here[:, None], (turn >> 1)[None, :], inside) for ref in (cos_ref, sin_ref))
-    # Backwards: first' = first * cos + second * sin, second' = second * cos - first * sin.
-    sin = jnp.where((turn & 1)[None, :] == 1, -sin, sin)
+    turn = max(LEAST, power_of_two(rotated))
+    pair = jnp.arange(turn // 2, dtype=jnp.int32)[None, :]
+    inside = None if turn == rotated else 2 * pair < rotated
+    cos, sin = (_masked(ref, here[:, None], pair, inside) for ref in (cos_ref, sin_ref))
     step = jnp.arange(plan.step, dtype=jnp.int32)
+    whole, rest = divmod(kept, plan.step)
 
     def one(first: Array, count: int, total: Array) -> Array:
         return total + dot(product.values(first, step, count), product.weights(first, plan.step, count))
 
-    def head(h: Array, total: Array) -> Array:
-        first = h * width
-        whole, rest = divmod(kept, plan.step)
-        total = lax.fori_loop(0, whole, lambda i, total: one(first + i * plan.step, plan.step, total), total)
-        if rest:
-            total = one(first + whole * plan.step, rest, total)
-        turned = _turned(product, first + kept, cos, sin, rotated)
-        return total + dot(turned, product.weights(first + kept, turn.shape[0], rotated))
+    def steps(i: Array, total: Array) -> Array:
+        head = lax.div(i, jnp.int32(whole))
+        return one(head * width + (i - head * whole) * plan.step, plan.step, total)
 
-    total = lax.fori_loop(0, heads, head, jnp.zeros((plan.tokens, plan.columns), jnp.float32))
+    def ends(head: Array, total: Array) -> Array:
+        first = head * width + whole * plan.step
+        if rest:
+            total = one(first, rest, total)
+        first += rest
+        return total + dot(_turned(product, first, cos, sin, rotated), product.weights(first, turn, rotated))
+
+    # Two loops, and not one within another: the loads of a loop start and end with it.
+    total = lax.fori_loop(0, heads, ends, jnp.zeros((plan.tokens, plan.columns), jnp.float32))
+    if whole:
+        total = lax.fori_loop(0, heads * whole, steps, total)
     exists = (token < tokens)[:, None] & (column < columns)[None, :]
     if not tokens % plan.tokens and not columns % plan.columns:
         exists = None
@@ -125,6 +134,7 @@ def rotated_projection(
             columns=columns,
             kept=width - 2 * cos.shape[1],
             itemsize=out.dtype.itemsize,
+            target=target,
         )
         return call(
             functools.partial(_kernel, heads=heads // groups, width=width, plan=chosen, target=target),

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from pallas_kernels import cdna
 from pallas_kernels import output_projection as kernel
+from pallas_kernels.cdna.interpreter.assembly import parse
 from pallas_kernels.plans.output_projection import ProjectionPlan, projection_plan
 from sparse_mla_jax.layers.compressed_attention import grouped_output
 from sparse_mla_jax.ops.output_projection import rotated_projection
@@ -110,13 +111,30 @@ def test_plans(arch):
             check(run(out, weight, jnp.cos(angles), jnp.sin(angles)), out, weight, positions, frequencies)
 
 
+@pytest.mark.parametrize("arch", ["gfx942", "gfx950"])
+def test_loads_are_wide(arch):
+    """Where tiles fill the columns, everything is read 16 bytes at a time."""
+    require_cdna("triton")
+    out, weight, positions, frequencies = problem(16, 2, 128, 1, 64, 64, dtype="bfloat16")
+    angles = positions.astype(jnp.float32)[:, None] * frequencies
+    with cdna.device(arch) as device:
+        jax.block_until_ready(jax.jit(kernel.rotated_projection)(out, weight, jnp.cos(angles), jnp.sin(angles)))
+    loads = {i.opcode for i in parse(device.launches[0].kernel.assembly).instructions if "_load_" in i.opcode}
+    vectors = {o for o in loads if not o.startswith("s_")}
+    assert vectors and all(o.endswith("_dwordx4") for o in vectors), vectors
+
+
 def test_plans_follow_sizes():
     flash = dict(groups=8, columns=1024, kept=448)
-    assert projection_plan(tokens=64, **flash) == ProjectionPlan(64, 32, 64)
-    assert projection_plan(tokens=1, **flash) == ProjectionPlan(16, 32, 64)
-    assert projection_plan(tokens=4096, **flash) == ProjectionPlan(64, 128, 64)
-    assert projection_plan(tokens=4096, itemsize=4, **flash) == ProjectionPlan(32, 64, 64)
-    assert projection_plan(tokens=2, groups=1, columns=10, kept=90) == ProjectionPlan(16, 16, 32)
+    assert projection_plan(tokens=64, **flash) == ProjectionPlan(64, 32, 64, num_stages=6)
+    assert projection_plan(tokens=1, **flash) == ProjectionPlan(16, 32, 64, num_stages=6)
+    assert projection_plan(tokens=4096, **flash) == ProjectionPlan(128, 128, 64, 8, 4)
+    assert projection_plan(tokens=4096, itemsize=4, **flash) == ProjectionPlan(32, 64, 64, num_stages=4)
+    assert projection_plan(tokens=2, groups=1, columns=10, kept=90) == ProjectionPlan(16, 16, 32, num_stages=6)
+    for target in ("gfx942", "gfx950", "cpu"):
+        assert projection_plan(tokens=1, **flash, target=target) == ProjectionPlan(16, 32, 64, num_warps=2)
+        assert projection_plan(tokens=64, **flash, target=target) == ProjectionPlan(64, 32, 64)
+        assert projection_plan(tokens=4096, **flash, target=target) == ProjectionPlan(64, 128, 64)
 
 
 def test_layer_equals_turning_and_two_products(implementation):

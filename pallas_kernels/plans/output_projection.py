@@ -37,13 +37,23 @@ def _step(kept: int, widest: int) -> int:
 
 
 @functools.lru_cache(maxsize=1024)
-def projection_plan(*, tokens: int, groups: int, columns: int, kept: int, itemsize: int = 2) -> ProjectionPlan:
+def projection_plan(
+    *, tokens: int, groups: int, columns: int, kept: int, itemsize: int = 2, target: str = "gpu"
+) -> ProjectionPlan:
     """Heuristic plan for `tokens` tokens, `groups` products of `columns` columns, heads of `kept` unrotated values.
 
     Few tokens: the weights are what is read, by as many programs as there are units. Many: larger tiles read them less.
     """
+    step = _step(kept, 256 // itemsize)
+    if target == "gpu" and itemsize == 2 and tokens >= 1024 and columns >= 128:
+        return ProjectionPlan(128, 128, step, num_warps=8, num_stages=4)
     block = max(LEAST, min(128 // itemsize, power_of_two(tokens)))
     width = 256 // itemsize
     while width > 2 * LEAST and groups * -(-columns // width) * -(-tokens // block) < TARGET_PROGRAMS:
         width //= 2
-    return ProjectionPlan(block, max(LEAST, min(width, power_of_two(columns))), _step(kept, 256 // itemsize))
+    width = max(LEAST, min(width, power_of_two(columns)))
+    if target != "gpu":
+        # Waves without a tile of the result of their own repeat each other's.
+        return ProjectionPlan(block, width, step, num_warps=min(4, block * width // LEAST**2))
+    # 4 KiB of weights a step and program: several on their way keep the memory busy.
+    return ProjectionPlan(block, width, step, num_stages=6 if itemsize == 2 and width <= 2 * LEAST else 4)
