@@ -8,8 +8,8 @@ import functools
 from pallas_kernels._call import CDNA
 from pallas_kernels.plans.attention import power_of_two
 
-# Values that a lane holds of a tile.
-LANE_VALUES = 8
+# Most values of a tile that a lane holds: on CDNA more, since reductions across waves cost more than they share.
+LANE_VALUES, CDNA_LANE_VALUES = 8, 32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +32,7 @@ class NormRopePlan:
 @functools.lru_cache(maxsize=1024)
 def norm_rope_plan(*, widest: int, target: str = "gpu") -> NormRopePlan:
     """Heuristic plan for parts whose widest head has `widest` values."""
-    wave = 64 if target in CDNA else 32
+    wave = 64 * CDNA_LANE_VALUES if target in CDNA else 32 * LANE_VALUES
     tile = 1024
-    num_warps = max(tile, power_of_two(widest)) // (LANE_VALUES * wave)
+    num_warps = max(tile, power_of_two(widest)) // wave
     return NormRopePlan(tile, max(1, min(8, num_warps)))
