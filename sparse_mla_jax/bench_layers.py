@@ -160,19 +160,20 @@ def _rotated(sizes: Mapping[str, int], flavour: str, query: str) -> Work:
 
 # --- norms and rotations ---------------------------------------------------------------------------------------------
 def _v4_parts(form: str, heads: int, vector: Callable[[int], Array]) -> tuple[Part, ...]:
-    """DeepSeek-V4's parts as `norm_rope` would finish them; today XLA does, which is the peer.
+    """DeepSeek-V4's parts as its layer finishes them.
 
-    "hidden": the query's low-rank form and the key; "query": heads, divided by their root mean square, and indexer.
+    "hidden": the query's low-rank form and the key, without what is only taken apart; "query": heads, divided by their
+    root mean square, and indexer.
     """
     c = FLASH
     part = functools.partial(Part, dtype="bfloat16", interleaved=True)
     if form == "hidden":
-        key = part(c.q_lora_rank, 1, c.head_dim, weight=vector(c.head_dim), rotated=c.nope_dim)
+        key = part(c.q_lora_rank, 1, c.head_dim, dtype="float32", weight=vector(c.head_dim), rotated=c.nope_dim)
         return part(0, 1, c.q_lora_rank, weight=vector(c.q_lora_rank)), key
-    start, rotated = c.index_n_heads * c.index_head_dim, c.index_head_dim - c.qk_rope_head_dim
+    start, rotated = heads * c.head_dim, c.index_head_dim - c.qk_rope_head_dim
     return (
-        part(start, heads, c.head_dim, weight=jnp.ones(c.head_dim), rotated=c.nope_dim),
-        part(0, c.index_n_heads, c.index_head_dim, rotated=rotated),
+        part(0, heads, c.head_dim, weight=jnp.ones(c.head_dim), rotated=c.nope_dim),
+        part(start, c.index_n_heads, c.index_head_dim, rotated=rotated),
     )
 
 

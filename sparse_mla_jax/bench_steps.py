@@ -152,8 +152,11 @@ def _v4_config(sizes: Mapping[str, int]) -> DeepseekV4Config:
 
 @functools.partial(jax.jit, static_argnames=("config", "kind"))
 def _v4_params(key: Array, config: DeepseekV4Config, kind: int) -> Any:
-    """Weights of one layer, without its experts."""
+    """Weights of one layer as they are used, without its experts."""
+    from sparse_mla_jax.layers.compressed_attention import fuse_projections
+
     params = deepseek_v4.init_params(key, config, jnp.bfloat16)["layers"][kind]
+    params = {**params, "self_attn": fuse_projections(params["self_attn"])}
     return {name: weights for name, weights in params.items() if name != "mlp"}
 
 

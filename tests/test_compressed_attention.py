@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from sparse_mla_jax.config import DeepseekV4Config
-from sparse_mla_jax.layers.compressed_attention import compressed_attention_step, select_entries
+from sparse_mla_jax.layers.compressed_attention import compressed_attention_step, fuse_projections, select_entries
 from sparse_mla_jax.metadata import build_metadata, decode_metadata
 from sparse_mla_jax.models import deepseek_v4
 
@@ -48,6 +48,12 @@ def weights(layer):
     rng = np.random.default_rng(layer)
     specs = deepseek_v4.param_specs(CONFIG)["layers"][layer]["self_attn"]
     return jax.tree.map(lambda s: (len(s.shape) == 1) + 0.3 * rng.standard_normal(s.shape, np.float32), specs)
+
+
+def typed_weights(layer, dtype):
+    """Those of `weights` with matrices of that type."""
+    specs = deepseek_v4.param_specs(CONFIG, dtype)["layers"][layer]["self_attn"]
+    return jax.tree.map(lambda w, s: jnp.asarray(w, s.dtype), weights(layer), specs)
 
 
 def caches(layer, query_len=20, dtype="float32", num_requests=2):
@@ -166,6 +172,59 @@ def test_bfloat16_in_and_out_of_fp8_caches():
     assert np.linalg.norm(out.astype(jnp.float32) - wide) < 0.1 * np.linalg.norm(wide)
 
 
+# --- fused projections -----------------------------------------------------------------------------------------------
+# Not asked where all entries of a request would be chosen.
+EVERY = dataclasses.replace(CONFIG, index_topk=8)
+
+
+@pytest.mark.parametrize(
+    ("layer", "config", "implementation", "dtype"),
+    [
+        *((layer, CONFIG, "xla", "float32") for layer in range(3)),
+        (1, EVERY, "xla", "float32"),
+        (1, CONFIG, "xla", "bfloat16"),
+        (1, CONFIG, "triton", "float32"),
+        *(pytest.param(layer, CONFIG, "xla", "bfloat16", marks=pytest.mark.slow) for layer in (0, 2)),
+        pytest.param(1, CONFIG, "triton", "bfloat16", marks=pytest.mark.slow),
+    ],
+)
+def test_fused_projections_change_nothing(layer, config, implementation, dtype):
+    params, lens = typed_weights(layer, dtype), ints(20, 4)
+    hidden = jnp.asarray(hidden_states(20, 4), dtype)
+    how = dict(layer=layer, config=config, implementation=implementation)
+    with jax.default_matmul_precision("highest"):
+        want, got = (
+            _step(p, hidden, caches(layer, dtype=dtype), lens, lens, STATES, **how)
+            for p in (params, jax.jit(fuse_projections)(params))
+        )
+    for a, b in zip(*map(jax.tree.leaves, (want, got))):
+        a, b = (np.asarray(x, np.float32) for x in (a, b))
+        # A sum of another order may round to the next bfloat16.
+        np.testing.assert_allclose(b, a, atol=2e-6 if dtype == "float32" else 2**-7 * np.abs(a).max())
+
+
+@layers
+def test_fusing_leaves_every_weight(layer):
+    """And the ones of the queries' norm; once is enough."""
+    fused = fuse_projections(weights(layer))
+    assert fuse_projections(fused) is fused
+    before, after = (sum(x.size for x in jax.tree.leaves(tree)) for tree in (weights(layer), fused))
+    assert after == before + CONFIG.head_dim
+
+
+def test_selection_by_fused_weights():
+    hidden, lens = hidden_states(20, 0), ints(20, 0)
+    _, written = step(hidden, caches(1), lens, layer=1)
+
+    @jax.jit
+    def select(weights):
+        meta = build_metadata(lens, lens, TABLE, num_tokens=TOKENS, page_size=PAGE_SIZE)
+        return select_entries(weights, jnp.asarray(hidden), written.index, meta, config=CONFIG, layer=1)
+
+    np.testing.assert_array_equal(*(select(p) for p in (weights(1), fuse_projections(weights(1)))))
+
+
+# --- arguments -------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -141,6 +141,15 @@ def test_other_shapes(odd, chunks, page_size):
     assert error.max() <= BOUND, f"position {error.argmax()}: {error.max()}"
 
 
+@pytest.mark.parametrize("implementation", ["xla", pytest.param("triton", marks=pytest.mark.slow)])
+def test_fused_projections(tiny, implementation):
+    config, params, ids, expected, _ = tiny
+    fused = jax.jit(model.fuse_projections)(params)
+    with jax.default_matmul_precision("highest"):
+        out = run(config, fused, ids[:, :20], chunks=[17, 1], implementation=implementation)
+    assert np.abs(out - expected[:, :20]).max() <= BOUND
+
+
 def test_selection_matters(odd):
     """Control: with one more chosen entry the logits leave the bound where there are so many, and not before."""
     params, _, ids, expected = odd

@@ -13,19 +13,20 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from sparse_mla_jax.config import DeepseekV4Config, require
 from sparse_mla_jax.layers.moe import matmul
-from sparse_mla_jax.layers.norm import rms_norm
 from sparse_mla_jax.metadata import StepMetadata
 from sparse_mla_jax.ops.attention import sparse_mla
 from sparse_mla_jax.ops.cache import PagedIndexCache, PagedKVCache, write
 from sparse_mla_jax.ops.compressor import CompressorState, compress, entry_pages, num_entries
 from sparse_mla_jax.ops.indexer import lightning_indexer
+from sparse_mla_jax.ops.norm_rope import Part, norm_rope
 from sparse_mla_jax.ops.output_projection import rotated_projection
 from sparse_mla_jax.ops.ragged import DenseRows, slots_from_positions
-from sparse_mla_jax.ops.rope import rope_frequencies, rotate
+from sparse_mla_jax.ops.rope import rope_frequencies
 from sparse_mla_jax.ops.window import ring_slots, window_slots
 
 
@@ -113,66 +114,144 @@ def token_states(metadata: StepMetadata, state_ids: Array | None, *, rings: int,
     return jnp.where(meta.valid & (within < capacity), ids[meta.request_ids], -1)
 
 
-def _rotate_last(x: Array, positions: Array, frequencies: Array) -> Array:
-    """x[..., d] with its last dimensions rotated in interleaved pairs, float32 arithmetic."""
-    kept = x.shape[-1] - 2 * frequencies.shape[0]
-    turned = rotate(x[..., kept:], positions, frequencies, interleaved=True)
-    return jnp.concatenate([x[..., :kept], turned], axis=-1)
+# --- projections -----------------------------------------------------------------------------------------------------
+def fuse_projections(params: dict[str, Any]) -> dict[str, Any]:
+    """One layer's weights with those that multiply the same input side by side: one product of each input.
+
+    Call it once, when the weights are loaded; `compressed_attention_step` takes either form. Of what that lists it
+    replaces q_a_proj, kv_proj, kv_proj and gate_proj of both compressors, and indexer.weights_proj, as many as the
+    layer has, by hidden_proj [D, columns], their columns in this order; q_b_proj and indexer.wq_b by q_latent_proj
+    [r_q, H * d + Hi * Di]; and it adds head_norm [d], ones, the weight of the queries' norm.
+    """
+    if "hidden_proj" in params:
+        return params
+    hidden, q_latent = (jnp.concatenate([_flat(w) for w in weights], axis=1) for weights in _side_by_side(params))
+    return _without_projections(params) | {
+        "hidden_proj": hidden,
+        "q_latent_proj": q_latent,
+        # Made in a step, a constant is a launch.
+        "head_norm": jnp.ones(params["q_b_proj"].shape[2], jnp.float32),
+    }
 
 
-def _unit_heads(x: Array, eps: float) -> Array:
-    """Every head divided by its own root mean square, float32."""
-    return x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps)
+def _without_projections(params: dict[str, Any]) -> dict[str, Any]:
+    """What `_side_by_side` leaves."""
+    taken = {"q_a_proj", "q_b_proj", "kv_proj", "gate_proj", "wq_b", "weights_proj"}
+    kept = {name: weight for name, weight in params.items() if name not in taken}
+    return {name: _without_projections(weight) if isinstance(weight, dict) else weight for name, weight in kept.items()}
 
 
-def _queries(
-    params: dict[str, Any], q_latent: Array, positions: Array, frequencies: Array, c: DeepseekV4Config
-) -> Array:
-    """[T, H, d] in q_latent.dtype, normed per head and rotated."""
-    query = _unit_heads(matmul(q_latent, params["q_b_proj"]), c.rms_norm_eps)
-    return _rotate_last(query, positions, frequencies).astype(q_latent.dtype)
+def _side_by_side(params: dict[str, Any]) -> tuple[list[Array], list[Array]]:
+    """Weights of the products of the hidden state, and of those of the query's low-rank form, in order of columns."""
+    hidden, q_latent = [params["q_a_proj"], params["kv_proj"]], [params["q_b_proj"]]
+    if "compressor" in params:
+        hidden += [params["compressor"][name] for name in ("kv_proj", "gate_proj")]
+    if "indexer" in params:
+        indexer = params["indexer"]
+        hidden += [*(indexer["compressor"][name] for name in ("kv_proj", "gate_proj")), indexer["weights_proj"]]
+        q_latent.append(indexer["wq_b"])
+    return hidden, q_latent
 
 
-def _compress_step(
+def _flat(weight: Array) -> Array:
+    """Matrix [D, columns] of a weight [D, ...]."""
+    return weight.reshape(weight.shape[0], -1)
+
+
+def _finished(
     params: dict[str, Any],
-    cache: Any,
-    state: CompressorState,
-    hidden: Array,
-    meta: StepMetadata,
-    state_ids: Array | None,
+    fused: str,
+    x: Array,
+    parts: list[Part],
+    positions: Array,
     frequencies: Array,
-    ratio: int,
     eps: float,
     implementation: str | None,
-) -> tuple[Any, CompressorState]:
-    """`compress` of this step's tokens into a cache of entries or of index keys."""
-    return compress(
-        cache,
-        state,
-        matmul(hidden, params["kv_proj"]),
-        matmul(hidden, params["gate_proj"]),
-        params["position_bias"],
-        params["norm"],
-        frequencies,
-        positions=meta.positions,
-        request_ids=meta.request_ids,
-        query_indptr=meta.query_indptr,
-        seq_lens=meta.seq_lens,
-        page_table=meta.page_table,
-        page_size=meta.page_size,
-        state_ids=state_ids,
-        ratio=ratio,
-        eps=eps,
-        implementation=implementation,
+) -> list[Array]:
+    """[T, heads, width] of each part: the products of x in order, finished as their parts say; the last may lack one.
+
+    `fused`: name of the weights side by side, "hidden_proj" or "q_latent_proj"; `start` of the parts is set here.
+    """
+    finish = functools.partial(
+        norm_rope, positions=positions, frequencies=frequencies, eps=eps, implementation=implementation
     )
+    if fused in params:
+        starts = np.cumsum([0, *(part.columns for part in parts)])
+        placed = [dataclasses.replace(part, start=int(start)) for part, start in zip(parts, starts)]
+        return finish(matmul(x, params[fused]), placed)
+    # Each by itself: bringing them together would be a copy of all.
+    weights = _side_by_side(params)[fused == "q_latent_proj"]
+    products = [(matmul(x, _flat(weight)), part) for weight, part in zip(weights, parts)]
+    return [finish(x, [part])[0] if _changes(part) else x[:, None] for x, part in products]
 
 
-def _q_latent(params: dict[str, Any], hidden: Array, c: DeepseekV4Config) -> Array:
-    """The query's low-rank form [T, r_q], shared by the attention heads and the indexer."""
-    latent = rms_norm(matmul(hidden, params["q_a_proj"]), params["q_a_layernorm"], eps=c.rms_norm_eps)
-    return latent.astype(hidden.dtype)
+def _as_is(width: int) -> Part:
+    """Columns that stay what the product gives."""
+    return Part(0, 1, width, "float32")
 
 
+def _changes(part: Part) -> bool:
+    """Whether it is another than those of `_as_is`."""
+    return part.weight is not None or part.rotated is not None or part.scale != 1.0
+
+
+def _from_hidden(
+    params: dict[str, Any],
+    hidden: Array,
+    positions: Array,
+    frequencies: Array,
+    c: DeepseekV4Config,
+    layer: int,
+    implementation: str | None,
+) -> list[Array]:
+    """All that a layer makes of its input, float32 but the first, which has hidden's type.
+
+    The query's low-rank form [T, r_q], which heads and indexer share; the token's own key [T, d], normed and rotated;
+    with a ratio kv and gate [T, c * d] of the compressor; with an indexer those of its compressor [T, c * Di] and its
+    head weights [T, Hi], scales folded in.
+    """
+    ratio = c.compress_ratio(layer)
+    key = Part(0, 1, c.head_dim, "float32", params["kv_layernorm"], rotated=c.nope_dim, interleaved=True)
+    parts = [Part(0, 1, c.q_lora_rank, hidden.dtype.name, params["q_a_layernorm"]), key]
+    spans = 2 if c.compressor_overlap(ratio) else 1
+    if ratio:
+        parts += [_as_is(spans * c.head_dim)] * 2
+    if c.has_indexer(layer):
+        parts += [_as_is(spans * c.index_head_dim)] * 2
+        parts.append(Part(0, 1, c.index_n_heads, "float32", scale=c.index_n_heads**-0.5 * c.index_head_dim**-0.5))
+    how = positions, frequencies, c.rms_norm_eps, implementation
+    return [heads[:, 0] for heads in _finished(params, "hidden_proj", hidden, parts, *how)]
+
+
+def _from_q_latent(
+    params: dict[str, Any],
+    q_latent: Array,
+    positions: Array,
+    frequencies: Array,
+    c: DeepseekV4Config,
+    implementation: str | None,
+    *,
+    indexer: bool,
+) -> list[Array]:
+    """The queries [T, H, d], every head divided by its root mean square, and the indexer's [T, Hi, Di] if it is asked.
+
+    Both rotated, in q_latent.dtype.
+    """
+    part = functools.partial(Part, dtype=q_latent.dtype.name, interleaved=True)
+    one = params.get("head_norm", jnp.ones(c.head_dim, jnp.float32))
+    parts = [part(0, c.num_attention_heads, c.head_dim, weight=one, rotated=c.nope_dim)]
+    if indexer:
+        rotated = c.index_head_dim - c.qk_rope_head_dim
+        parts.append(part(0, c.index_n_heads, c.index_head_dim, rotated=rotated))
+    how = positions, frequencies, c.rms_norm_eps, implementation
+    return _finished(params, "q_latent_proj", q_latent, parts, *how)
+
+
+def _layer_frequencies(c: DeepseekV4Config, layer: int) -> Array:
+    return jnp.asarray(rope_frequencies(c.layer_rope(layer), c.qk_rope_head_dim))
+
+
+# --- selection -------------------------------------------------------------------------------------------------------
 def select_entries(
     params: dict[str, Any],
     hidden: Array,
@@ -193,63 +272,118 @@ def select_entries(
     Raises:
       ValueError: an index in a layer without an indexer, or none in a layer with one (at trace time).
     """
-    meta, ratio = metadata, config.compress_ratio(layer)
     require(
         (index is not None) == config.has_indexer(layer),
-        f"index is {'absent' if index is None else 'there'} in a layer with compress_ratio {ratio}; give the layer's"
-        " caches.index.",
+        f"index is {'absent' if index is None else 'there'} in a layer with compress_ratio"
+        f" {config.compress_ratio(layer)}; give the layer's caches.index.",
     )
+    asked = None
+    if _asks(metadata, config, layer):
+        how = metadata.positions, _layer_frequencies(config, layer), config
+        known, *_, weights = _from_hidden(params, hidden, *how, layer, implementation)
+        q_latent = known if q_latent is None else q_latent
+        query = _from_q_latent(params, q_latent, *how, implementation, indexer=True)[1]
+        asked = query.astype(hidden.dtype), weights
+    return _select(asked, index, metadata, config, layer, implementation)
+
+
+def _asks(meta: StepMetadata, c: DeepseekV4Config, layer: int) -> bool:
+    """Whether the layer has an indexer, and there can be entries that it would not choose."""
+    return c.has_indexer(layer) and meta.max_length // c.compress_ratio(layer) > c.index_topk
+
+
+def _select(
+    asked: tuple[Array, Array] | None,
+    index: PagedIndexCache | None,
+    meta: StepMetadata,
+    c: DeepseekV4Config,
+    layer: int,
+    implementation: str | None,
+) -> Array:
+    """The result of `select_entries`, from the indexer's queries and head weights if it is asked."""
+    ratio = c.compress_ratio(layer)
     width, entries = meta.max_length // ratio if ratio else 0, num_entries(meta.lengths, ratio=max(ratio, 1))
-    if index is None or width <= config.index_topk:  # all of them: do not ask
+    if asked is None or index is None:
         column = jnp.arange(width, dtype=jnp.int32)[None, :]
         return jnp.where(column < entries[:, None], column, -1)
-    q_latent = _q_latent(params, hidden, config) if q_latent is None else q_latent
-    indexer, heads, dim = params["indexer"], config.index_n_heads, config.index_head_dim
-    frequencies = jnp.asarray(rope_frequencies(config.layer_rope(layer), config.qk_rope_head_dim))
-    query = _rotate_last(matmul(q_latent, indexer["wq_b"]), meta.positions, frequencies).astype(hidden.dtype)
     return lightning_indexer(
-        query,
-        matmul(hidden, indexer["weights_proj"]) * (heads**-0.5 * dim**-0.5),
+        *asked,
         index,
         entry_pages(meta.page_table, page_size=meta.page_size, ratio=ratio)[0],
         meta.request_ids,
         entries,
-        k=config.index_topk,
+        k=c.index_topk,
         max_length=width,
         implementation=implementation,
     )
 
 
-def _write_window(
+# --- caches ----------------------------------------------------------------------------------------------------------
+def _compress_step(
     params: dict[str, Any],
+    cache: Any,
+    state: CompressorState,
+    kv: Array,
+    gate: Array,
+    meta: StepMetadata,
+    state_ids: Array | None,
+    frequencies: Array,
+    ratio: int,
+    eps: float,
+    implementation: str | None,
+) -> tuple[Any, CompressorState]:
+    """`compress` of this step's tokens into a cache of entries or of index keys."""
+    return compress(
+        cache,
+        state,
+        kv,
+        gate,
+        params["position_bias"],
+        params["norm"],
+        frequencies,
+        positions=meta.positions,
+        request_ids=meta.request_ids,
+        query_indptr=meta.query_indptr,
+        seq_lens=meta.seq_lens,
+        page_table=meta.page_table,
+        page_size=meta.page_size,
+        state_ids=state_ids,
+        ratio=ratio,
+        eps=eps,
+        implementation=implementation,
+    )
+
+
+def _write_window(
     window: PagedKVCache,
-    hidden: Array,
+    key: Array,
     positions: Array,
     states: Array,
-    frequencies: Array,
     c: DeepseekV4Config,
     implementation: str | None,
 ) -> PagedKVCache:
-    """Every token's own key, normed and rotated, in its request's ring."""
-    key = rms_norm(matmul(hidden, params["kv_proj"]), params["kv_layernorm"], eps=c.rms_norm_eps)
-    key = _rotate_last(key, positions, frequencies)
+    """Every token's own key in its request's ring."""
     slots = ring_slots(positions, states, ring=window.page_size)
     return write(window, key[:, : c.nope_dim], key[:, c.nope_dim :], slots, implementation=implementation)
 
 
-def _write_entries(params: dict[str, Any], caches: LayerCaches, hidden: Array, *options: Any) -> LayerCaches:
-    """The entries that this step's tokens close, and the indexer's keys of them; `options` as of `_compress_step`."""
+def _write_entries(params: dict[str, Any], caches: LayerCaches, inputs: list[Array], *options: Any) -> LayerCaches:
+    """The entries that this step's tokens close, and the indexer's keys of them; `options` as of `_compress_step`.
+
+    `inputs`: kv and gate of the layer's compressor and of the indexer's, as many as there are.
+    """
     if caches.compressed is None or caches.state is None:
         return caches
-    entries, state = _compress_step(params["compressor"], caches.compressed, caches.state, hidden, *options)
+    own, inner = params["compressor"], params.get("indexer", {}).get("compressor")
+    entries, state = _compress_step(own, caches.compressed, caches.state, inputs[0], inputs[1], *options)
     caches = dataclasses.replace(caches, compressed=entries, state=state)
     if caches.index is None or caches.index_state is None:
         return caches
-    inner = params["indexer"]["compressor"]
-    keys, state = _compress_step(inner, caches.index, caches.index_state, hidden, *options)
+    keys, state = _compress_step(inner, caches.index, caches.index_state, inputs[2], inputs[3], *options)
     return dataclasses.replace(caches, index=keys, index_state=state)
 
 
+# --- attention -------------------------------------------------------------------------------------------------------
 def grouped_output(
     params: dict[str, Any], out: Array, positions: Array, frequencies: Array, *, implementation: str | None = None
 ) -> Array:
@@ -290,7 +424,8 @@ def compressed_attention_step(
         the layer's ratio, c 2 with ratio 4, else 1: q_a_proj [D, r_q], q_a_layernorm [r_q], q_b_proj [r_q, H, d],
         kv_proj [D, d], kv_layernorm [d], sinks [H], o_a_proj [g, H // g * d, r_o], o_b_proj [g * r_o, D]; with a ratio
         compressor {kv_proj [D, c * d], gate_proj [D, c * d], position_bias [m, c * d], norm [d]}; with ratio 4 indexer
-        {wq_b [r_q, Hi, Di], weights_proj [D, Hi], compressor as above of width Di}.
+        {wq_b [r_q, Hi, Di], weights_proj [D, Hi], compressor as above of width Di}; or what `fuse_projections` makes
+        of them, which is quicker on a GPU.
       hidden: [T, D] float32 or bfloat16; rows of padding may hold anything.
       caches: of this layer.
       metadata: of this step, from `build_metadata` or `decode_metadata`.
@@ -308,19 +443,22 @@ def compressed_attention_step(
     """
     ratio, meta = config.compress_ratio(layer), metadata
     _check(hidden, caches, meta, state_ids, ratio, config)
-    frequencies = jnp.asarray(rope_frequencies(config.layer_rope(layer), config.qk_rope_head_dim))
+    frequencies = _layer_frequencies(config, layer)
     ring, rings = caches.window.page_size, caches.window.num_pages
     states = token_states(meta, state_ids, rings=rings, capacity=ring - config.sliding_window + 1)
-    window = _write_window(params, caches.window, hidden, meta.positions, states, frequencies, config, implementation)
+    how = meta.positions, frequencies, config
+    q_latent, key, *inputs = _from_hidden(params, hidden, *how, layer, implementation)
+    window = _write_window(caches.window, key, meta.positions, states, config, implementation)
     caches = dataclasses.replace(caches, window=window)
     caches = _write_entries(
-        params, caches, hidden, meta, state_ids, frequencies, ratio, config.rms_norm_eps, implementation
+        params, caches, inputs, meta, state_ids, frequencies, ratio, config.rms_norm_eps, implementation
     )
 
-    q_latent, extra = _q_latent(params, hidden, config), None
+    query, *asked = _from_q_latent(params, q_latent, *how, implementation, indexer=_asks(meta, config, layer))
+    extra = None
     if caches.compressed is not None:
-        options: dict[str, Any] = {"config": config, "layer": layer, "implementation": implementation}
-        chosen = select_entries(params, hidden, caches.index, meta, q_latent=q_latent, **options)
+        question = (asked[0], inputs[-1]) if asked else None
+        chosen = _select(question, caches.index, meta, config, layer, implementation)
         table, per_page = entry_pages(meta.page_table, page_size=meta.page_size, ratio=ratio)
         slots = slots_from_positions(chosen, meta.request_ids, table, page_size=per_page)
         lengths = jnp.minimum(num_entries(meta.lengths, ratio=ratio), slots.shape[1])
@@ -328,7 +466,7 @@ def compressed_attention_step(
     near = window_slots(meta.positions, states, window=config.sliding_window, ring=ring)
     lengths = jnp.where(states >= 0, jnp.minimum(meta.lengths, config.sliding_window), 0)
     out = sparse_mla(
-        _queries(params, q_latent, meta.positions, frequencies, config),
+        query,
         window,
         DenseRows(near, lengths),
         sm_scale=config.sm_scale,

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from sparse_mla_jax.config import DeepseekV4Config
+from sparse_mla_jax.layers import compressed_attention
 from sparse_mla_jax.layers.compressed_attention import LayerCaches, compressed_attention_step
 from sparse_mla_jax.layers.hyper_connections import join_streams, merge_streams, split_streams
 from sparse_mla_jax.layers.moe import clamped_moe
@@ -22,9 +23,31 @@ from sparse_mla_jax.ops.cache import PagedIndexCache, PagedKVCache
 from sparse_mla_jax.ops.compressor import CompressorState, entry_pages
 from sparse_mla_jax.ops.window import ring_size
 
-__all__ = ["Caches", "Params", "create_caches", "decode", "forward", "init_params", "logits", "param_specs", "prefill"]
+__all__ = [
+    "Caches",
+    "Params",
+    "create_caches",
+    "decode",
+    "forward",
+    "fuse_projections",
+    "init_params",
+    "logits",
+    "param_specs",
+    "prefill",
+]
 
 Caches = tuple[LayerCaches, ...]
+
+
+def fuse_projections(params: Params) -> Params:
+    """The same model for steps on a GPU: `layers.compressed_attention.fuse_projections` of every layer.
+
+    Call it once, when weights are loaded (`jax.jit(fuse_projections, donate_argnums=0)`). Every step here takes the
+    result; writers of checkpoints do not.
+    """
+    fuse = compressed_attention.fuse_projections
+    layers = [{**layer, "self_attn": fuse(layer["self_attn"])} for layer in params["layers"]]
+    return {**params, "layers": layers}
 
 
 def create_caches(
