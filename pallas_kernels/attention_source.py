@@ -160,7 +160,7 @@ class Part:
     last: Array
 
 
-def share(split: Array, parts: Array | int, total: Array) -> tuple[Array, Array]:
+def blocks_of_part(split: Array, parts: Array | int, total: Array) -> tuple[Array, Array]:
     """First and last of `total` key blocks that part `split` of `parts` takes; none from part `parts` on.
 
     Parts differ by one block at most, the longer ones first: programs that share a multiprocessor then add up alike.
@@ -184,7 +184,7 @@ def _part_of(sources: Sequence[dict], tokens: int, s: Any) -> Part:
         # Long rows get more programs than short ones; programs beyond a row's parts have nothing to do.
         size = _part_size(sources, tokens, s)
         parts = jnp.clip((total + size - 1) // size, 1, parts)
-    return Part(token, split, first_head, heads, blocks, *share(split, parts, total))
+    return Part(token, split, first_head, heads, blocks, *blocks_of_part(split, parts, total))
 
 
 def _program(kernel: Callable[..., None], *refs: Any, s: Any) -> None:

@@ -29,8 +29,6 @@ def _kernel(*refs, splits: int, columns: int, block: int, partial: bool):
     inside = c < columns
     rows, cols = grid2(parts, c if columns % block == 0 else jnp.where(inside, c, 0))
     where = outs_ref.at[rows, jnp.full_like(rows, token), jnp.full_like(rows, head), cols]
-    # Asked for first: nothing that it depends on has to be waited for.
-    values = None if partial else load(where)
     lses = load(lses_ref.at[parts, jnp.full_like(i, token), jnp.full_like(i, head)])
     lses = jnp.where(exists, lses, -jnp.inf)
     top = jnp.max(lses, axis=0)
@@ -42,8 +40,9 @@ def _kernel(*refs, splits: int, columns: int, block: int, partial: bool):
     share = 1.0 / safe
     if sink_ref:
         share = share * sink_share(lse, sink_ref[0][head])
-    if values is None:
-        values = load(where, mask=jnp.broadcast_to((weights > 0)[:, None], rows.shape), other=0.0)
+    values = (
+        load(where, mask=jnp.broadcast_to((weights > 0)[:, None], rows.shape), other=0.0) if partial else load(where)
+    )
     merged = jnp.sum(values * (weights * share)[:, None], axis=0)
     # Masked lanes point past the array: interpret mode writes old values back through them.
     at = jnp.where(inside, c, columns)

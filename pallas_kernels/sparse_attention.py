@@ -24,6 +24,7 @@ from pallas_kernels.attention_source import (
     described,
     finish_softmax,
     grid2,
+    key_slots,
     launch_rows,
     row_bounds,
     some_key,
@@ -135,7 +136,6 @@ class _Static:
     fp8: jnp.dtype | None
     compute: jnp.dtype
     has_sinks: bool
-    anchored: bool  # invalid keys repeat a valid one
     plan: AttentionPlan
     target: str
 
@@ -176,7 +176,7 @@ def _load_keys(refs: dict, slots: Array, valid: Array, s: _Static):
         rows, cols = grid2(slots, tile.start + i if tile.full else jnp.where(i < tile.count, tile.start + i, 0))
         exists = valid[:, None] if tile.full else valid[:, None] & (i < tile.count)[None, :]
         part = load(refs[tile.array].at[rows, cols])
-        if not (s.anchored and tile.full):
+        if not (s.plan.anchored and tile.full):
             part = jnp.where(exists, part, jnp.zeros_like(part))
         if tile.group is None:
             keys.append([part.astype(s.compute)])
@@ -191,17 +191,13 @@ def _load_keys(refs: dict, slots: Array, valid: Array, s: _Static):
 
 def _over_source(number: int, refs: dict, token, first, last, queries, state, s: _Static):
     """Folds key blocks first..last-1 of the row in source `number` into the softmax state."""
-    block, width = s.plan.key_block, s.widths[number]
-    start, length = row_bounds(refs, token, width)
+    start, length = row_bounds(refs, token, s.widths[number])
 
-    def slots_of(i):
-        at = i * block + jnp.arange(block, dtype=jnp.int32)
-        inside = at < length
-        slots = load(refs["values"].at[jnp.where(inside, start + at, 0)])
-        return jnp.where(inside & (slots >= 0) & (slots < s.counts[number]), slots, -1)
+    def slots_of(block):
+        return key_slots(refs, start, length, block, count=s.counts[number], size=s.plan.key_block)
 
     present = jnp.int32(0)
-    if s.anchored:
+    if s.plan.anchored:
         present = some_key(slots_of, first, last)
         first, present = jnp.where(present < 0, last, first), jnp.maximum(present, 0)
 
@@ -383,7 +379,6 @@ def _launch_planes(
         fp8=flavour,
         compute=compute,
         has_sinks=sinks is not None and plan.splits == 1,
-        anchored=plan.anchored,
         plan=plan,
         target=target,
     )

@@ -189,7 +189,7 @@ def _over_source(refs: dict, slots_of, begin: Array, first, last, queries, state
         largest = jnp.maximum(fp8_bits.exponent(functools.reduce(jnp.maximum, scales)), LEAST_EXPONENT)
         inverse = fp8_bits.from_exponent(254 - largest)
         scores = _scores(terms, keys, scales, s) * (unit * (s.unit * s.scale * LOG2E))[None, :]
-        # Small, and too narrow to be copied to shared memory blocks ahead; none of another program's.
+        # Small, and too narrow to be copied to shared memory blocks ahead; nothing is read ahead of the last block.
         ahead = _load_scales(refs, jnp.where(i + 1 < last, slots_of(block=i + 1), -1), s)
         if rope is not None:
             scores += dot(rope, q_rope, 1) * (s.scale * LOG2E)

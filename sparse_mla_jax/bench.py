@@ -182,7 +182,7 @@ def _launched_singly(case: Case, lowered: Any, sets: list[tuple[Any, ...]], work
 
 
 # Name and kind of an operation of a compiled program that may need the host.
-_OPERATION = re.compile(r"\s*(?:ROOT )?%?(\S+) = .*? (infeed|outfeed|send|recv|while|custom-call)\(")
+_OPERATION = re.compile(r"\s*(?:ROOT )?%?(\S+) = .*? (infeed|outfeed|send|recv|while|conditional|custom-call)\(")
 # What makes it need the host: a callback as its target, or no length that is known; feeds and messages always do.
 _NEEDS_HOST = {
     "custom-call": re.compile(r'custom_call_target="[^"]*callback'),
@@ -193,7 +193,8 @@ _NEEDS_HOST = {
 def host_transfers(program: str) -> list[str]:
     """Names of the operations of a compiled program (its text) that pass something to the host or wait for it.
 
-    Feeds, messages, callbacks into Python, and loops that go on until a condition on the device says no.
+    Feeds, messages, callbacks into Python, branches, and loops that go on until a condition on the device says no (for
+    the last two XLA:GPU asks the device, unless a command buffer holds them).
     """
     found = ((line, _OPERATION.match(line)) for line in program.split("\n"))
     return [m[1] for line, m in found if m and (m[2] not in _NEEDS_HOST or _NEEDS_HOST[m[2]].search(line))]

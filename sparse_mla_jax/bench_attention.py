@@ -439,7 +439,7 @@ def _decode_case(layout: str, batch: int, heads: int, width: int, *, ragged: boo
 def _two_source_case(batch: int, heads: int, selected: int, *, width: int | None = None, **given: Any) -> Case:
     window, wide = 128, f"-of-{width}" if width else ""
     sizes = {"batch": batch, "heads": heads, "window": window, "selected": selected, "width": width or selected}
-    sizes |= {"rings": batch * max(2 * window, (1 << 16) // batch), "slots": batch * (1 << 18) // batch}
+    sizes |= {"rings": batch * max(2 * window, (1 << 16) // batch), "slots": 1 << 18}
     name = f"decode-v4-b{batch}-h{heads}-w{window}-k{selected}{wide}"
     return Case(name, "decode", sizes, _two_sources_decode, **given)
 

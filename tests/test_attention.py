@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pallas_kernels import sparse_attention
-from pallas_kernels.attention_source import share
+from pallas_kernels.attention_source import blocks_of_part
 from pallas_kernels.plans.attention import AttentionPlan, attention_plan
 from sparse_mla_jax.ops import attention
 from sparse_mla_jax.ops.attention import apply_sinks, merge, sparse_mla
@@ -550,19 +550,28 @@ def test_numbers_that_are_nan_to_the_units(scale_dtype, latent, value_dim, split
 
 
 @pytest.mark.parametrize("kind", ["bfloat16", "float8_e4m3fn", "float8_e4m3fnuz"])
+@pytest.mark.parametrize("scale_dtype", [np.float32, jnp.float8_e8m0fnu], ids=["float32", "e8m0"])
 @pytest.mark.parametrize("splits", [1, 3])
-def test_anchored_keys(kind, splits):
-    """Keys that are not there repeat one that is; the others of the cache hold poison."""
+def test_anchored_keys(kind, scale_dtype, splits):
+    """Keys that are not there repeat one that is; the others of the cache are poison. Some parts have no key at all."""
     rng = np.random.default_rng(4)
     used = 1 + rng.choice(64 * 64 - 1, 300, replace=False)
-    cache, keys = make_cache(rng, kind, 64, 16, 32, used=used)
-    rows = make_rows(rng, (0, 1, 33, 100), used)
-    rows.append([-1] * 40 + rows[2])
-    q = jnp.asarray(rng.standard_normal((5, 6, 80)), jnp.bfloat16)
-    source = sparse_attention.Source(cache.latent, cache.scale, cache.rope, cache.dtype, 32, as_dense(rows), None)
+    q = jnp.asarray(rng.standard_normal((5, 6, 144)), jnp.bfloat16)
     plan = AttentionPlan(anchored=True, key_block=32, splits=splits, num_stages=2)
-    got = sparse_attention.sparse_attention(q, [source], sm_scale=SCALE, value_dim=64, plan=plan)
-    check(got, oracle(q, [(keys, rows)], 64), 2e-3)
+    first, second = make_rows(rng, (0, 1, 33, 100), used), make_rows(rng, (3, 0, 64, 7), used)
+    first.append([-1] * 40 + first[2])
+    second.append([-1] * 100)
+    sources, truth = [], []
+    for rows in (first, second):
+        cache, keys = make_cache(rng, kind, 128, 16, 64, used=used, scale_dtype=scale_dtype)
+        source = sparse_attention.Source(cache.latent, cache.scale, cache.rope, cache.dtype, 64, as_dense(rows), None)
+        # What a select would still pass through were no test of it.
+        assert all(tile.full for tile in sparse_attention.layout(source, plan))
+        sources.append(source)
+        truth.append((keys, rows))
+    # All columns are values: FP8 codes of NaN are numbers on a CPU, the NaN of rope columns is not.
+    got = sparse_attention.sparse_attention(q, sources, sm_scale=SCALE, value_dim=144, plan=plan)
+    check(got, oracle(q, truth, 144), 2e-3)
 
 
 @pytest.mark.parametrize("form", ["float16", "native"])
@@ -589,7 +598,7 @@ def test_units_follow_the_largest_scale(order, form):
 @given(st.integers(0, 200), st.integers(1, 17), st.integers(0, 3))
 def test_parts_are_even(total, parts, beyond):
     """Every block is in one part, parts differ by one block at most, the longer ones first; none is left for others."""
-    first, last = (np.asarray(x) for x in share(np.arange(parts + beyond), parts, total))
+    first, last = (np.asarray(x) for x in blocks_of_part(np.arange(parts + beyond), parts, total))
     assert not (last - first)[parts:].any()
     first, last = first[:parts], last[:parts]
     assert first[0] == 0 and last[-1] == total and (first[1:] == last[:-1]).all()

@@ -544,13 +544,17 @@ def test_what_needs_the_host_is_found():
     def unknown(x):
         return jax.lax.while_loop(lambda x: x.sum() < 1000, lambda x: x * 2, x)
 
+    def branches(x):
+        return jax.lax.cond(x.sum() > 3, lambda x: jnp.sort(x) * 2, lambda x: jnp.cumsum(x) + 1, x)
+
     def calls(x):
         return jax.pure_callback(lambda a: a, jax.ShapeDtypeStruct(x.shape, x.dtype), x)
 
     found = [
-        bench.host_transfers(jax.jit(f).lower(jnp.ones(4)).compile().as_text()) for f in (harmless, unknown, calls)
+        bench.host_transfers(jax.jit(f).lower(jnp.ones(4)).compile().as_text())
+        for f in (harmless, unknown, calls, branches)
     ]
-    assert [len(names) for names in found] == [0, 1, 1], found
+    assert [len(names) for names in found] == [0, 1, 1, 1], found
     assert found[1][0].startswith("while") and "callback" in found[2][0]
     message = "  %done = (f32[4], u32[], token[]) recv(%token), channel_id=1, is_host_transfer=true"
     assert bench.host_transfers(message) == ["done"]

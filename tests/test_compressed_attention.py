@@ -9,7 +9,12 @@ import numpy as np
 import pytest
 
 from sparse_mla_jax.config import DeepseekV4Config
-from sparse_mla_jax.layers.compressed_attention import compressed_attention_step, fuse_projections, select_entries
+from sparse_mla_jax.layers.compressed_attention import (
+    compressed_attention_step,
+    fuse_projections,
+    select_entries,
+    token_states,
+)
 from sparse_mla_jax.metadata import build_metadata, decode_metadata
 from sparse_mla_jax.models import deepseek_v4
 
@@ -236,12 +241,25 @@ def test_selection_by_fused_weights():
         (dict(states=ints(0, 1, 2)), r"state_ids has shape \(3,\)"),
         (dict(states=np.ones(2, np.float32)), r"state_ids has shape \(2,\) and type float32"),
         (dict(cache=caches(1, num_requests=1), states=None), "caches.window has 1 rings"),
+        (dict(cache=dataclasses.replace(caches(1), state=caches(1, num_requests=9).state)), "caches.state has 9 rows"),
+        (
+            dict(cache=dataclasses.replace(caches(1), index_state=caches(1, num_requests=9).index_state)),
+            "caches.index_state has 9 rows",
+        ),
     ],
 )
 def test_refuses(change, message):
     given = dict(hidden=hidden_states(3, 3), cache=caches(1), seq_lens=ints(3, 3), layer=1) | change
     with pytest.raises(ValueError, match=message):
         step(**given)
+
+
+def test_wide_ids_wrap_into_no_ring():
+    meta = decode_metadata(ints(3, 3), TABLE, page_size=PAGE_SIZE)
+    with jax.enable_x64(True):
+        ids = jnp.asarray([2**32, 1])
+        assert ids.dtype == jnp.int64
+        assert list(np.asarray(token_states(meta, ids, rings=4, capacity=8))) == [-1, 1]
 
 
 def test_selection_refuses_a_layer_s_wrong_index():

@@ -128,13 +128,26 @@ def test_plans_follow_sizes():
     flash = dict(groups=8, columns=1024, kept=448)
     assert projection_plan(tokens=64, **flash) == ProjectionPlan(64, 32, 64, num_stages=6)
     assert projection_plan(tokens=1, **flash) == ProjectionPlan(16, 32, 64, num_stages=6)
-    assert projection_plan(tokens=4096, **flash) == ProjectionPlan(128, 128, 64, 8, 4)
-    assert projection_plan(tokens=4096, itemsize=4, **flash) == ProjectionPlan(32, 64, 64, num_stages=4)
+    assert projection_plan(tokens=4096, **flash) == ProjectionPlan(128, 128, 64, 8, 3)
+    assert projection_plan(tokens=1024, groups=1, columns=1024, kept=448) == ProjectionPlan(64, 64, 64, num_stages=4)
     assert projection_plan(tokens=2, groups=1, columns=10, kept=90) == ProjectionPlan(16, 16, 32, num_stages=6)
     for target in ("gfx942", "gfx950", "cpu"):
         assert projection_plan(tokens=1, **flash, target=target) == ProjectionPlan(16, 32, 64, num_warps=2)
         assert projection_plan(tokens=64, **flash, target=target) == ProjectionPlan(64, 32, 64)
         assert projection_plan(tokens=4096, **flash, target=target) == ProjectionPlan(64, 128, 64)
+
+
+@given(st.integers(1, 20000), st.integers(1, 16), st.integers(1, 2048), st.integers(0, 1024), st.sampled_from([2, 4]))
+def test_plans_fit(tokens, groups, columns, kept, itemsize):
+    """What programs keep on its way fits shared memory: 96 KiB on NVIDIA GPUs, 64 on CDNA."""
+    for target, bytes_ in (("gpu", 96 << 10), ("gfx942", 64 << 10), ("gfx950", 64 << 10)):
+        plan = projection_plan(
+            tokens=tokens, groups=groups, columns=columns, kept=kept, itemsize=itemsize, target=target
+        )
+        # Triton keeps a stage less in flight on CDNA.
+        held = plan.num_stages - (target != "gpu")
+        assert held * (plan.tokens + plan.columns) * plan.step * itemsize <= bytes_
+        assert plan.num_stages >= 2 and (target == "gpu" or plan.num_warps <= plan.tokens * plan.columns // 256)
 
 
 def test_layer_equals_turning_and_two_products(implementation):

@@ -189,6 +189,20 @@ def test_a_config_is_refused_where_it_means_nothing(operator, kernel, heuristic,
 
 
 @pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        (dict(key_block=24), "AttentionPlan.key_block is 24; expected a power of two, at least 16"),
+        (dict(head_block=8), "AttentionPlan.head_block is 8"),
+        (dict(splits=0), "splits 0 and shares 0"),
+        (dict(shares=4), "splits 1 and shares 4; expected splits of at least 1, and shares of 0 or"),
+    ],
+)
+def test_plans_that_leave_rows_unwritten_are_refused(sizes, message):
+    with pytest.raises(ValueError, match=message):
+        AttentionPlan(**sizes)
+
+
+@pytest.mark.parametrize(
     ("plan", "sizes"),
     [
         (attention_plan, dict(tokens=8, heads=16, width=2048, itemsize=2, fp8=True, target="gfx942")),

@@ -8,7 +8,7 @@ import functools
 from pallas_kernels._call import CDNA
 from pallas_kernels.plans.attention import power_of_two
 
-# Most values of a tile that a lane holds: on CDNA more, since reductions across waves cost more than they share.
+# Values of a tile that a lane holds, unless 8 waves are too few: on CDNA more, reductions across waves cost so much.
 LANE_VALUES, CDNA_LANE_VALUES = 8, 32
 
 

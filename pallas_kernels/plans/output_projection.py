@@ -9,11 +9,13 @@ from pallas_kernels.plans.attention import TARGET_PROGRAMS, power_of_two
 
 # Sides of a matrix instruction's operands.
 LEAST = 16
+# Of a program's operands on their way: what the smallest of NVIDIA's machines has.
+SHARED_BYTES = 96 * 1024
 
 
 @dataclasses.dataclass(frozen=True)
 class ProjectionPlan:
-    """Static sizes of one launch; all powers of two, at least 16.
+    """Static sizes of one launch; tokens, columns and step are powers of two, at least 16.
 
     Attributes:
       tokens: of one program.
@@ -44,9 +46,10 @@ def projection_plan(
 
     Few tokens: the weights are what is read, by as many programs as there are units. Many: larger tiles read them less.
     """
+    if target == "gpu" and itemsize == 2 and groups * (tokens // 128) * (columns // 128) >= TARGET_PROGRAMS:
+        # One program of two groups of warps fills a multiprocessor.
+        return ProjectionPlan(128, 128, _step(kept, 64), num_warps=8, num_stages=3)
     step = _step(kept, 256 // itemsize)
-    if target == "gpu" and itemsize == 2 and tokens >= 1024 and columns >= 128:
-        return ProjectionPlan(128, 128, step, num_warps=8, num_stages=4)
     block = max(LEAST, min(128 // itemsize, power_of_two(tokens)))
     width = 256 // itemsize
     while width > 2 * LEAST and groups * -(-columns // width) * -(-tokens // block) < TARGET_PROGRAMS:
@@ -56,4 +59,5 @@ def projection_plan(
         # Waves without a tile of the result of their own repeat each other's.
         return ProjectionPlan(block, width, step, num_warps=min(4, block * width // LEAST**2))
     # 4 KiB of weights a step and program: several on their way keep the memory busy.
-    return ProjectionPlan(block, width, step, num_stages=6 if itemsize == 2 and width <= 2 * LEAST else 4)
+    room = SHARED_BYTES // ((block + width) * step * itemsize)
+    return ProjectionPlan(block, width, step, num_stages=max(1, min(6 if width <= 2 * LEAST else 4, room)))

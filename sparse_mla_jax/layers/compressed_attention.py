@@ -76,6 +76,13 @@ def _check(
             f"caches.{name} is {'absent' if there else 'there'} in a layer with compress_ratio {ratio}; make the caches"
             " with models.deepseek_v4.create_caches for this config.",
         )
+    for name in ("state", "index_state"):
+        state = getattr(caches, name)
+        require(
+            state is None or state.kv.shape[0] == window.num_pages,
+            f"caches.{name} has {state and state.kv.shape[0]} rows and caches.window {window.num_pages} rings; a"
+            " request has one of each. Make the caches with models.deepseek_v4.create_caches.",
+        )
     if ratio:
         _, entries = entry_pages(meta.page_table, page_size=meta.page_size, ratio=ratio)
         require(
@@ -108,8 +115,9 @@ def token_states(metadata: StepMetadata, state_ids: Array | None, *, rings: int,
     meta, requests = metadata, metadata.num_requests
     if requests == 0:
         return jnp.full(meta.positions.shape, -1, jnp.int32)
-    ids = jnp.arange(requests, dtype=jnp.int32) if state_ids is None else jnp.asarray(state_ids).astype(jnp.int32)
-    ids = jnp.where((ids >= 0) & (ids < rings), ids, -1)
+    ids = jnp.arange(requests, dtype=jnp.int32) if state_ids is None else jnp.asarray(state_ids)
+    # In the type that came: a wide one may wrap into somebody's ring.
+    ids = jnp.where((ids >= 0) & (ids < rings), ids, -1).astype(jnp.int32)
     within = jnp.arange(meta.num_tokens, dtype=jnp.int32) - meta.query_indptr[meta.request_ids]
     return jnp.where(meta.valid & (within < capacity), ids[meta.request_ids], -1)
 

@@ -488,7 +488,10 @@ def _check_pages(cache: PagedKVCache | PagedIndexCache, entries: int, page_size:
 
 def _as_state_ids(state_ids: Any, state: CompressorState, requests: int) -> Array:
     if state_ids is not None:
-        return _integers("state_ids", state_ids, requests)
+        ids = jnp.asarray(state_ids)
+        known = _integers("state_ids", ids, requests)
+        # A wide type may have wrapped into somebody's row.
+        return jnp.where((ids >= 0) & (ids < state.kv.shape[0]), known, -1)
     require(
         state.kv.shape[0] >= requests,
         f"state has {state.kv.shape[0]} rows for {requests} requests; create it with num_requests={requests} or more,"
