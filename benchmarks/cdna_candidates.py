@@ -21,13 +21,15 @@ from sparse_mla_jax.inspection import NATIVE, measure
 
 FILE = pathlib.Path(__file__).with_suffix(".md")
 
+# What one machine ships is a candidate for the other.
 ATTENTION = [
     {"num_warps": 1},
+    {"num_warps": 2},
     {"num_warps": 4},
-    {"num_warps": 1, "key_block": 32},
+    {"anchored": False},
+    {"anchored": True},
+    {"key_block": 32},
     {"num_warps": 2, "key_block": 32},
-    {"num_warps": 4, "key_block": 32},
-    {"tile": 64},
     {"tile": 32},
     {"exact_weights": False},
 ]
@@ -35,7 +37,7 @@ ATTENTION = [
 CANDIDATES = {
     "sparse_mla": ("sparse_attention", "attention_plan", ATTENTION),
     "sparse_mla_v4": ("sparse_attention", "attention_plan", ATTENTION),
-    "sparse_mla_v4_window": ("sparse_attention", "attention_plan", ATTENTION[:5]),
+    "sparse_mla_v4_window": ("sparse_attention", "attention_plan", ATTENTION[:6]),
     "indexer": (
         "indexer_logits",
         "indexer_plan",
@@ -45,7 +47,7 @@ CANDIDATES = {
             {"key_block": 32},
             {"token_block": 4},
             {"head_block": 32},
-            {"keys_first": True},
+            {"keys_first": False},
         ],
     ),
     "paged_indexer": (
@@ -56,7 +58,7 @@ CANDIDATES = {
             {"num_warps": 8},
             {"key_block": 32},
             {"head_block": 32},
-            {"keys_first": True},
+            {"keys_first": False},
             {"key_steps": 2},
         ],
     ),
@@ -72,12 +74,17 @@ CANDIDATES = {
     "norm_rope": (
         "norm_rope",
         "norm_rope_plan",
-        [{"num_warps": 1}, {"num_warps": 2}, {"num_warps": 8}, {"tile": 2048}],
+        [{"num_warps": 2}, {"num_warps": 4}, {"tile": 2048}],
     ),
     "norm_rope_query": (
         "norm_rope",
         "norm_rope_plan",
-        [{"num_warps": 1}, {"num_warps": 4}, {"tile": 512}, {"tile": 2048}],
+        [{"num_warps": 2}, {"num_warps": 4}, {"tile": 512}, {"tile": 2048}],
+    ),
+    "rotated_projection": (
+        "output_projection",
+        "projection_plan",
+        [{"num_warps": 1}, {"num_warps": 4}, {"num_stages": 1}, {"columns": 64}, {"step": 32}],
     ),
 }
 HEADER = (
