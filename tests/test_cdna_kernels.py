@@ -263,14 +263,8 @@ SUITES = {
 TRIALS = 10
 
 
-def why_unseen(instruction, executions):
+def why_unseen(instruction):
     """Why results can not show that an instruction is gone."""
-    if executions == 0:
-        return "never executed"
-    if instruction.opcode == "s_waitcnt":
-        return "waits are not modelled"
-    if instruction.opcode == "s_nop":
-        return "hazards are not modelled"
     if instruction.opcode == "s_barrier":
         return "waves take turns in orders in which the data is there already"
     if instruction.opcode.startswith("s_cbranch_exec"):
@@ -312,16 +306,16 @@ def survivors(name, arch, monkeypatch):
             for i, n in dataclasses.replace(device.launches[0].counts, per_block=sum(same)).per_instruction()
         )
         monkeypatch.setattr(control_flow, "MAX_BLOCKS", 4 * int(max(per_block.sum() for per_block in same)))
-        # Not drawn: s_nop that is never executed, which fills the space behind the jump over the argument preload.
+        # Not drawn: what no result can show, waits and hazards, and what these inputs never reach.
         everything = parse(first.assembly).instructions
-        instructions = [i for i in everything if i.opcode != "s_nop" or executions[i.line]]
+        instructions = [i for i in everything if i.opcode not in ("s_nop", "s_waitcnt") and executions[i.line]]
         rng = np.random.default_rng([sum(name.encode()), sum(arch.encode())])
         for k in rng.choice(len(instructions), TRIALS, replace=False):
             mutant[first.assembly] = without_line(first, instructions[k].line)
             # Waves one after the other, backwards: a barrier that is gone shows only so.
             if any(noticed(SUITES[name], turns, order) for order in ("together", "reverse")):
                 continue
-            found.append((name, arch, instructions[k], why_unseen(instructions[k], executions[instructions[k].line])))
+            found.append((name, arch, instructions[k], why_unseen(instructions[k])))
         return found
 
 
@@ -332,4 +326,4 @@ def test_deleted_instructions_are_noticed(monkeypatch):
     for name, arch, instruction, reason in unnoticed:
         print(f"{name} on {arch}, line {instruction.line}: {instruction.text}: {reason}")
     trials = len(SUITES) * len(cdna.ARCHITECTURES) * TRIALS
-    assert trials == 60 and len(unnoticed) <= 0.3 * trials
+    assert trials == 60 and len(unnoticed) <= 0.25 * trials
