@@ -86,12 +86,18 @@ def row_bounds(refs: dict, token, width: int):
     return start, jnp.maximum(jnp.clip(refs["indptr"][token + 1], 0, capacity) - start, 0)
 
 
-def key_slots(refs: dict, start: Array, length: Array, block: Array, *, count: int, size: int) -> Array:
-    """Slots of key block `block` of `size` keys of a row, -1 where there is none."""
-    at = block * size + jnp.arange(size, dtype=jnp.int32)
-    inside = at < length
-    slots = load(refs["values"].at[jnp.where(inside, start + at, 0)])
-    return jnp.where(inside & (slots >= 0) & (slots < count), slots, -1)
+def key_slots(refs: dict, token: Array, number: int, s: Any) -> Callable[[Array], Array]:
+    """slots_of(block): the slots [key_block] of a key block of the row in source `number`, -1 where there is none."""
+    start, length = row_bounds(refs, token, s.widths[number])
+    size = s.plan.key_block
+
+    def slots_of(block: Array) -> Array:
+        at = block * size + jnp.arange(size, dtype=jnp.int32)
+        inside = at < length
+        slots = load(refs["values"].at[jnp.where(inside, start + at, 0)])
+        return jnp.where(inside & (slots >= 0) & (slots < s.counts[number]), slots, -1)
+
+    return slots_of
 
 
 def grid2(rows: Array, columns: Array) -> tuple[Array, Array]:

@@ -25,10 +25,6 @@ def _kernel(*refs, splits: int, columns: int, block: int, partial: bool):
     i = jnp.arange(max(2, power_of_two(splits)), dtype=jnp.int32)
     exists = i < splits
     parts = jnp.where(exists, i, 0)
-    c = first + jnp.arange(block, dtype=jnp.int32)
-    inside = c < columns
-    rows, cols = grid2(parts, c if columns % block == 0 else jnp.where(inside, c, 0))
-    where = outs_ref.at[rows, jnp.full_like(rows, token), jnp.full_like(rows, head), cols]
     lses = load(lses_ref.at[parts, jnp.full_like(i, token), jnp.full_like(i, head)])
     lses = jnp.where(exists, lses, -jnp.inf)
     top = jnp.max(lses, axis=0)
@@ -40,6 +36,11 @@ def _kernel(*refs, splits: int, columns: int, block: int, partial: bool):
     share = 1.0 / safe
     if sink_ref:
         share = share * sink_share(lse, sink_ref[0][head])
+
+    c = first + jnp.arange(block, dtype=jnp.int32)
+    inside = c < columns
+    rows, cols = grid2(parts, c if columns % block == 0 else jnp.where(inside, c, 0))
+    where = outs_ref.at[rows, jnp.full_like(rows, token), jnp.full_like(rows, head), cols]
     values = (
         load(where, mask=jnp.broadcast_to((weights > 0)[:, None], rows.shape), other=0.0) if partial else load(where)
     )

@@ -26,7 +26,6 @@ from pallas_kernels.attention_source import (
     grid2,
     key_slots,
     launch_rows,
-    row_bounds,
     some_key,
     store_values,
     unpack,
@@ -191,11 +190,7 @@ def _load_keys(refs: dict, slots: Array, valid: Array, s: _Static):
 
 def _over_source(number: int, refs: dict, token, first, last, queries, state, s: _Static):
     """Folds key blocks first..last-1 of the row in source `number` into the softmax state."""
-    start, length = row_bounds(refs, token, s.widths[number])
-
-    def slots_of(block):
-        return key_slots(refs, start, length, block, count=s.counts[number], size=s.plan.key_block)
-
+    slots_of = key_slots(refs, token, number, s)
     present = jnp.int32(0)
     if s.plan.anchored:
         present = some_key(slots_of, first, last)

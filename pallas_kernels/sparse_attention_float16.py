@@ -10,7 +10,6 @@ power of two of their own. Rope stays bfloat16. The next keys are in flight whil
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -28,7 +27,6 @@ from pallas_kernels.attention_source import (
     grid2,
     key_slots,
     launch_rows,
-    row_bounds,
     some_key,
     store_values,
     unpack,
@@ -186,11 +184,10 @@ def _spread(groups: Array, s: _Static) -> Array:
 
 def _over_source(number: int, refs: dict, token, first, last, queries, state, s: _Static):
     """Folds key blocks first..last-1 of the row in source `number` into the state."""
-    start, length = row_bounds(refs, token, s.widths[number])
     q_planes, q_unit, q_rope = queries
-    slots_of = functools.partial(key_slots, refs, start, length, count=s.counts[number], size=s.plan.key_block)
+    slots_of = key_slots(refs, token, number, s)
     # Reads need no mask where every key exists.
-    present = some_key(lambda block: slots_of(block=block), first, last)
+    present = some_key(slots_of, first, last)
     first = jnp.where(present < 0, last, first)
 
     def read(slots):
@@ -204,7 +201,7 @@ def _over_source(number: int, refs: dict, token, first, last, queries, state, s:
         for q, k in zip(q_planes[1:], planes[1:]):
             scores += dot(q, k, 1)
         # Between the products: asked for before them, what comes next would delay what they wait for.
-        ahead, later = read(after), slots_of(block=i + 2)
+        ahead, later = read(after), slots_of(i + 2)
         scores = scores * (fp8_bits.from_exponent(new_unit) * (s.scale * LOG2E) * q_unit)[:, None]
         if s.rope:
             scores += dot(q_rope, keys[1], 1) * (s.scale * LOG2E)
@@ -224,8 +221,8 @@ def _over_source(number: int, refs: dict, token, first, last, queries, state, s:
             rope_sum = rope_sum * keep[:, None] + dot(upper, keys[1], 0) + dot(lower, keys[1], 0)
         return (new_top, total, sums, rope_sum, new_unit), after, later, *ahead
 
-    slots = slots_of(block=first)
-    carry = (state, slots, slots_of(block=first + 1), *read(slots))
+    slots = slots_of(first)
+    carry = (state, slots, slots_of(first + 1), *read(slots))
     return jax.lax.fori_loop(first, last, body, carry)[0]
 
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -33,7 +33,6 @@ from pallas_kernels.attention_source import (
     key_slots,
     launch_rows,
     ranges,
-    row_bounds,
     store_values,
     unpack,
     walk,
@@ -169,12 +168,6 @@ def _dot_keys(a: Array, b: Array) -> Array:
     return dot(a.T, b, 0)
 
 
-def _slots_of(refs: dict, token, width: int, count: int, s: _Static) -> Callable[..., Array]:
-    """slots_of(block=i): slots of a key block of the row in a source."""
-    start, length = row_bounds(refs, token, width)
-    return functools.partial(key_slots, refs, start, length, count=count, size=s.plan.key_block)
-
-
 def _over_source(refs: dict, slots_of, begin: Array, first, last, queries, state, s: _Static):
     """Folds key blocks first..last-1 of the row in a source into the state; `begin`: slots of the first."""
     terms, unit, q_rope = queries
@@ -190,7 +183,7 @@ def _over_source(refs: dict, slots_of, begin: Array, first, last, queries, state
         inverse = fp8_bits.from_exponent(254 - largest)
         scores = _scores(terms, keys, scales, s) * (unit * (s.unit * s.scale * LOG2E))[None, :]
         # Small, and too narrow to be copied to shared memory blocks ahead; nothing is read ahead of the last block.
-        ahead = _load_scales(refs, jnp.where(i + 1 < last, slots_of(block=i + 1), -1), s)
+        ahead = _load_scales(refs, jnp.where(i + 1 < last, slots_of(i + 1), -1), s)
         if rope is not None:
             scores += dot(rope, q_rope, 1) * (s.scale * LOG2E)
         scores = jnp.where(valid[:, None], scores + (largest - 127).astype(jnp.float32)[:, None], NONE)
@@ -213,10 +206,9 @@ def _over_source(refs: dict, slots_of, begin: Array, first, last, queries, state
 def _kernel(*refs, part: Part, s: _Static):
     """Grid (T, head blocks, splits): out[split, token, heads, value_dim] and lse[split, token, heads]."""
     q_ref, sources, sink_ref, out_ref, lse_ref = unpack(refs, s)
-    spans = ranges(part)
-    slots_of = [_slots_of(refs, part.token, w, count, s) for refs, w, count in zip(sources, s.widths, s.counts)]
+    slots_of = [key_slots(refs, part.token, number, s) for number, refs in enumerate(sources)]
     # Before the query, whose arithmetic would delay what the first keys wait for.
-    begin = [slots(block=first) for slots, (first, _) in zip(slots_of, spans)]
+    begin = [slots(first) for slots, (first, _) in zip(slots_of, ranges(part))]
     queries = _load_queries(q_ref, part, s)
     block = s.plan.head_block
     state = (

@@ -717,3 +717,13 @@ def test_the_kernel_declines():
     with pytest.raises(ValueError, match="entries of 7 values"):
         call(Case(4, True, 4, F32, 7, 2), implementation="triton")
     call(groups)
+
+
+def test_wide_state_ids_wrap_into_no_row():
+    """A request whose id is 2**32 keeps nothing and stores nothing; the other one does as always."""
+    _, plain = call(state_ids=jnp.asarray([0, 1], jnp.int32))
+    with jax.enable_x64(True):
+        _, wide = call(state_ids=jnp.asarray([2**32, 1]))
+    assert np.any(plain.kv[0])
+    assert not np.any(wide.kv[0]) and not np.any(wide.gate[0])
+    np.testing.assert_array_equal(wide.kv[1], plain.kv[1])

@@ -32,7 +32,7 @@ class NormRopePlan:
 @functools.lru_cache(maxsize=1024)
 def norm_rope_plan(*, widest: int, target: str = "gpu") -> NormRopePlan:
     """Heuristic plan for parts whose widest head has `widest` values."""
-    wave = 64 * CDNA_LANE_VALUES if target in CDNA else 32 * LANE_VALUES
+    per_wave = 64 * CDNA_LANE_VALUES if target in CDNA else 32 * LANE_VALUES
     tile = 1024
-    num_warps = max(tile, power_of_two(widest)) // wave
+    num_warps = max(tile, power_of_two(widest)) // per_wave
     return NormRopePlan(tile, max(1, min(8, num_warps)))
