@@ -25,19 +25,19 @@ FILE = pathlib.Path(__file__).with_suffix(".md")
 ATTENTION = [
     {"num_warps": 1},
     {"num_warps": 2},
-    {"num_warps": 4},
+    {"fenced": False},
     {"anchored": False},
     {"anchored": True},
-    {"key_block": 32},
-    {"num_warps": 2, "key_block": 32},
+    {"tile": 16},
     {"tile": 32},
+    {"key_block": 32},
     {"exact_weights": False},
 ]
 # Case: (module, its plan function, changes to the shipped plan).
 CANDIDATES = {
     "sparse_mla": ("sparse_attention", "attention_plan", ATTENTION),
     "sparse_mla_v4": ("sparse_attention", "attention_plan", ATTENTION),
-    "sparse_mla_v4_window": ("sparse_attention", "attention_plan", ATTENTION[:6]),
+    "sparse_mla_v4_window": ("sparse_attention", "attention_plan", ATTENTION[:7]),
     "indexer": (
         "indexer_logits",
         "indexer_plan",

@@ -124,6 +124,57 @@ def _pinned_primitive() -> Any:
     return primitive
 
 
+def hidden(value: jax.Array, target: str) -> jax.Array:
+    """An int32 array, of which a CDNA compiler no longer knows where it comes from.
+
+    What is made of it is made after it: offsets that the start and the end of a kernel have in common would otherwise
+    occupy registers in between.
+    """
+    return _inert_primitive().bind(value, memory=False)[0] if target in CDNA else value
+
+
+def fence(arrays: Sequence[jax.Array], target: str) -> list[jax.Array]:
+    """`arrays`, on CDNA for use when all loads before this have been asked for: one wait for memory, not one for each.
+
+    Compilers save registers by asking for every load just before its use. Only arrays of the first's shape and type are
+    held back; they are of 32 bits, or of 16 and even in number.
+    """
+    out = list(arrays)
+    if target in CDNA:
+        alike = [i for i, a in enumerate(arrays) if (a.shape, a.dtype) == (arrays[0].shape, arrays[0].dtype)]
+        for i, held in zip(alike, _inert_primitive().bind(*(arrays[i] for i in alike), memory=True)):
+            out[i] = held
+    return out
+
+
+@functools.cache
+def _inert_primitive() -> Any:
+    """Inline assembly of no instruction with side effects, of which all operands are there; loads pass it or do not."""
+    from jax._src.lib.triton import dialect
+    from jax._src.pallas.triton import lowering
+
+    primitive = jax.extend.core.Primitive("inert_assembly")
+    primitive.multiple_results = True
+
+    @primitive.def_abstract_eval
+    def _(*args, memory):
+        del memory
+        return [jax.core.ShapedArray(a.shape, a.dtype) for a in args]
+
+    @lowering.register_lowering(primitive)
+    def _(ctx, *args, memory):
+        of, count = ctx.avals_out[0], len(args)
+        kind = lowering.ir.RankedTensorType.get(of.shape, lowering._dtype_to_ir_type(of.dtype))
+        constraints = ["=v"] * count + [str(i) for i in range(count)] + ["~{memory}"] * memory
+        pack = 4 // of.dtype.itemsize
+        out = dialect.elementwise_inline_asm(
+            [kind] * count, "", constraints=",".join(constraints), pure=False, packed_element=pack, args=args
+        )
+        return [out] if count == 1 else out
+
+    return primitive
+
+
 def store(ref, value, *, mask=None) -> None:
     """Writes `value` where `mask`; point the other lanes out of range, or interpret mode rewrites old values."""
     pltriton.store(ref, value, mask=mask)

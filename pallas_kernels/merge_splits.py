@@ -15,8 +15,8 @@ from pallas_kernels.attention_source import grid2
 from pallas_kernels.online_softmax import sink_share
 from pallas_kernels.plans.attention import power_of_two
 
-# float32 values that a program reads at once: 16 to 32 registers a lane.
-TILE = 4096
+# float32 values that a program reads at once, and that one of its waves does.
+TILE, PER_WAVE = 4096, 2048
 
 
 def _kernel(*refs, splits: int, columns: int, block: int, partial: bool):
@@ -71,6 +71,6 @@ def merge_splits(
         ),
         grid=(tokens, heads, -(-columns // block)),
         name="merge_splits",
-        num_warps=4 if block >= 128 else 1,
+        num_warps=max(1, block * power_of_two(splits) // PER_WAVE),
         target=target,
     )

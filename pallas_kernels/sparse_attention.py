@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from pallas_kernels import fp8_bits, sparse_attention_float16, sparse_attention_fp8
-from pallas_kernels._call import dispatch, load
+from pallas_kernels._call import dispatch, fence, hidden, load
 from pallas_kernels.attention_source import (
     Part,
     Source,
@@ -162,26 +162,41 @@ def _load_queries(q_ref, token, heads: Array, s: _Static):
     return out
 
 
-def _load_keys(refs: dict, slots: Array, valid: Array, s: _Static):
-    """Keys of every tile ([key_block, width] per plane) and their factors ([key_block] or None).
+def _read_keys(refs: dict, slots: Array, s: _Static) -> tuple[list[Array], list[Array]]:
+    """What memory holds of keys: every tile [key_block, width], and the scales [key_block] of tiles that have one.
 
-    Nothing is masked at the load: invalid keys read slot 0, then become 0. On CDNA every masked load is a branch.
-    Anchored ones read a key of the row and stay: what comes straight from a load can go to the matrix units unseen.
+    Nothing is masked at the load: keys that are not there read a slot that is. On CDNA every masked load is a branch.
     """
-    keys: list[list[Array]] = []
-    factors: list[Array | None] = []
+    parts, scales = [], []
     for tile in s.tiles:
         i = jnp.arange(tile.width, dtype=jnp.int32)
         rows, cols = grid2(slots, tile.start + i if tile.full else jnp.where(i < tile.count, tile.start + i, 0))
-        exists = valid[:, None] if tile.full else valid[:, None] & (i < tile.count)[None, :]
-        part = load(refs[tile.array].at[rows, cols])
+        parts.append(load(refs[tile.array].at[rows, cols]))
+        if tile.group is not None:
+            scales.append(load(refs["scale"].at[slots, jnp.full_like(slots, tile.group)]))
+    return parts, scales
+
+
+def _decode_keys(parts: Sequence[Array], scales: Sequence[Array], valid: Array, s: _Static):
+    """Keys of every tile ([key_block, width] per plane) and their factors ([key_block] or None).
+
+    Invalid keys become 0. Anchored ones repeat a key of the row and stay: what comes straight from a load can go to the
+    matrix units unseen.
+    """
+    keys: list[list[Array]] = []
+    factors: list[Array | None] = []
+    unused = iter(scales)
+    for tile, part in zip(s.tiles, parts):
         if not (s.plan.anchored and tile.full):
+            exists = valid[:, None]
+            if not tile.full:
+                exists = exists & (jnp.arange(tile.width, dtype=jnp.int32) < tile.count)[None, :]
             part = jnp.where(exists, part, jnp.zeros_like(part))
         if tile.group is None:
             keys.append([part.astype(s.compute)])
             factors.append(None)
             continue
-        scale = load(refs["scale"].at[slots, jnp.full_like(slots, tile.group)])
+        scale = next(unused)
         scale = fp8_bits.e8m0_to_float32(scale) if scale.dtype == jnp.uint8 else scale
         keys.append(planes_of(part, s))
         factors.append(jnp.where(valid, scale * fp8_bits.power(s.fp8, s.target), 0.0))
@@ -200,8 +215,10 @@ def _over_source(number: int, refs: dict, token, first, last, queries, state, s:
         top, total, sums = state
         slots = slots_of(i)
         valid = slots >= 0
-        slots = jnp.where(valid, slots, present)
-        keys, factors = _load_keys(refs, slots, valid, s)
+        parts, scales = _read_keys(refs, jnp.where(valid, slots, present), s)
+        if s.plan.fenced:
+            parts = fence(parts, s.target)
+        keys, factors = _decode_keys(parts, scales, valid, s)
         scores = scores_of(queries, keys, factors) * (s.scale * LOG2E)
         top, total, keep, probabilities = softmax_step(top, total, scores, valid)
         return top, total, _add_values(sums, keep, probabilities, keys, factors, s)
@@ -236,8 +253,6 @@ def _halves(weights: Array, s: _Static) -> list[Array]:
 def _kernel(*refs, part: Part, s: _Static):
     """Grid (T, head blocks, splits): out[split, token, 16 heads, value_dim] and lse[split, token, 16 heads]."""
     q_ref, sources, sink_ref, out_ref, lse_ref = unpack(refs, s)
-    token = part.token
-    queries = _load_queries(q_ref, token, part.heads, s)
     block = (s.plan.head_block,)
     state = (
         jnp.full(block, NONE, jnp.float32),
@@ -251,7 +266,10 @@ def _kernel(*refs, part: Part, s: _Static):
     )
 
     def over(number, first, last, state):
-        return _over_source(number, sources[number], token, first, last, queries, state, s)
+        # Each loop holds them in registers of its own, which a later source's would fill from the start.
+        heads = hidden(part.heads, s.target) if number else part.heads
+        queries = _load_queries(q_ref, part.token, heads, s)
+        return _over_source(number, sources[number], part.token, first, last, queries, state, s)
 
     state = walk(over, part, state)
     _store_results(out_ref, lse_ref, sink_ref, part, state, s)
@@ -259,6 +277,7 @@ def _kernel(*refs, part: Part, s: _Static):
 
 def _store_results(out_ref, lse_ref, sink_ref, part: Part, state, s: _Static):
     top, total, sums = state
+    part = dataclasses.replace(part, heads=hidden(part.heads, s.target))
     share = finish_softmax(lse_ref, sink_ref, part, top, total, s)
     at = 0
     for tile in s.tiles:
@@ -332,6 +351,8 @@ def _launch(
             native=native,
             key_bytes=2 * q.shape[-1] - 4 * sources[0].latent.shape[-1] if native else 0,
             ragged=any(s.indptr is not None for s in sources),
+            sources=len(sources),
+            dim=q.shape[-1],
             target=target,
         )
     if plan.native and native:

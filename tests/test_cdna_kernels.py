@@ -41,19 +41,6 @@ def compiled(request):
         yield device
 
 
-# Accepted: (arch, compiler, cache, queries, two sources) -> heads -> most VGPRs spilled and most bytes of scratch.
-# gfx942 can not convert e4m3fn by itself: decoding it beside float32 products and the second source's loop takes more
-# than 512 registers, whatever the tile, the key block and the number of waves. XLA:ROCm's Triton does it with 313.
-SPILLS = {
-    ("gfx942", "triton", "float8_e4m3fn", "float32", True): {
-        1: (12, 52),
-        6: (12, 52),
-        16: (10, 44),
-        64: (14, 60),
-        128: (14, 60),
-    }
-}
-
 # Rounding to nearest, and subnormals kept, in all float types: the only mode that the interpreter knows.
 FLOAT_MODE = 0b1111_0000
 
@@ -64,17 +51,16 @@ def float_mode(kernel):
     return settings >> 12 & 0xFF
 
 
-def check_resources(device, spilled=(0, 0)):
-    """What every shipped kernel must respect; `spilled`: VGPRs and bytes of scratch, neither more nor less."""
+def check_resources(device):
+    """What every shipped kernel must respect."""
     assert device.launches, "no kernel was executed"
     kernels = list({id(launch.kernel): launch.kernel for launch in device.launches}.values())
     for kernel in kernels:
         r = kernel.resources
-        assert r.sgpr_spills == 0 and r.lds <= LDS_BYTES[kernel.arch], (kernel.name, r)
+        assert (r.vgpr_spills, r.sgpr_spills, r.scratch) == (0, 0, 0), (kernel.name, r)
+        assert r.lds <= LDS_BYTES[kernel.arch], (kernel.name, r)
         assert kernel.threads <= MAX_THREADS and r.vgprs <= 512, (kernel.name, r)
         assert float_mode(kernel) == FLOAT_MODE and "s_setreg" not in kernel.assembly, kernel.name
-    found = tuple(max(getattr(k.resources, name) for k in kernels) for name in ("vgpr_spills", "scratch"))
-    assert found == spilled, [(k.name, k.resources) for k in kernels]
 
 
 # --- results and resources -------------------------------------------------------------------------------------------
@@ -95,8 +81,7 @@ def test_attention_heads(compiled, heads, kind):
 def test_attention_matrix(compiled, heads, kind, q_dtype, two):
     lengths = (0, 1, 15, 16, 17, 100, 33)
     test_attention.Case(heads, kind, q_dtype, 512, 64, 128, lengths=lengths, two=two).verify("triton", sinks_too=two)
-    accepted = SPILLS.get((compiled.arch, compiled.compiler, kind, q_dtype, two), {})
-    check_resources(compiled, accepted.get(heads, (0, 0)))
+    check_resources(compiled)
 
 
 # Those that take longest; test_cdna_counts executes them in the quick runs.

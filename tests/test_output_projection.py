@@ -126,10 +126,10 @@ def test_loads_are_wide(arch):
 
 def test_plans_follow_sizes():
     flash = dict(groups=8, columns=1024, kept=448)
-    assert projection_plan(tokens=64, **flash) == ProjectionPlan(64, 32, 64, num_stages=6)
-    assert projection_plan(tokens=1, **flash) == ProjectionPlan(16, 32, 64, num_stages=6)
-    assert projection_plan(tokens=4096, **flash) == ProjectionPlan(128, 128, 64, 8, 3)
-    assert projection_plan(tokens=1024, groups=1, columns=1024, kept=448) == ProjectionPlan(64, 64, 64, num_stages=4)
+    assert projection_plan(tokens=64, **flash) == ProjectionPlan(64, 64, 64, num_stages=6)
+    assert projection_plan(tokens=1, **flash) == ProjectionPlan(16, 64, 64, num_stages=6)
+    assert projection_plan(tokens=4096, **flash) == ProjectionPlan(128, 256, 64, 8, 3)
+    assert projection_plan(tokens=1024, groups=1, columns=1024, kept=448) == ProjectionPlan(64, 128, 64, num_stages=4)
     assert projection_plan(tokens=2, groups=1, columns=10, kept=90) == ProjectionPlan(16, 16, 32, num_stages=6)
     for target in ("gfx942", "gfx950", "cpu"):
         assert projection_plan(tokens=1, **flash, target=target) == ProjectionPlan(16, 32, 64, num_warps=2)

@@ -31,6 +31,8 @@ class AttentionPlan:
       num_warps: waves per program.
       num_stages: software pipelining depth.
       anchored: keys that are not there repeat one that is, so that no key passes through a select.
+      fenced: all of a step's keys are asked for before the first is used, on CDNA, where the compiler would save
+        registers by a wait for memory at every tile.
       float16: FP8 keys become scaled float16 (sparse_attention_float16), where that form takes the call.
       native: FP8 keys are multiplied by FP8 queries (sparse_attention_fp8), where that form takes the call.
     """
@@ -44,6 +46,7 @@ class AttentionPlan:
     num_warps: int = 4
     num_stages: int = 1
     anchored: bool = False
+    fenced: bool = False
     float16: bool = False
     native: bool = False
 
@@ -75,37 +78,41 @@ def attention_plan(
     native: bool = False,
     key_bytes: int = 0,
     ragged: bool = False,
+    sources: int = 1,
+    dim: int = 0,
     target: str = "gpu",
 ) -> AttentionPlan:
     """Heuristic plan for `tokens` rows of about `width` keys in all sources; itemsize 4 means float32 products.
 
-    native: FP8 keys are such that NVIDIA's units multiply them; key_bytes: what of a key they read.
+    native: FP8 keys are such that NVIDIA's units multiply them; key_bytes: what of a key they read; dim: values of a
+    key and a query.
     """
     if itemsize == 2 and target == "gpu" and native:
         return _native_plan(tokens, heads, width, ragged, key_bytes)
     if itemsize == 2 and target == "gpu":
         return (_float16_plan if fp8 else _bfloat16_plan)(tokens, heads, width, ragged)
     programs = tokens * -(-heads // 16)
-    # Waves repeat each other's scores and index arithmetic; one wave of its own would spill on gfx942, and on gfx950
-    # with bfloat16 keys of two sources.
-    waves = 4 if target not in CDNA else 1 if target == "gfx950" and fp8 else 2
+    # Waves repeat each other's scores and index arithmetic. One would spill bfloat16 keys of two sources on gfx950, and
+    # FP8 keys of two sources with 576 values on gfx942.
+    alone = fp8 and not (target == "gfx942" and sources > 1 and dim > 512)
+    waves = 4 if target not in CDNA else 1 if alone else 2
     resident = SIMDS[target] // waves if itemsize == 2 and target in CDNA else TARGET_PROGRAMS
     wanted = power_of_two(max(1, resident // max(1, programs)))
     splits = max(1, min(wanted, width // MIN_SPLIT_KEYS, 16))
     if itemsize == 4 and target in CDNA and not fp8:
         # 4 waves spill a few registers with two sources; with FP8 keys it is 8 that spill.
         return AttentionPlan(splits=splits, num_warps=8)
-    if itemsize == 4 and target == "gfx942":
-        # Wider tiles spill with two sources, and so do 2 waves.
-        return AttentionPlan(splits=splits, tile=32)
-    if itemsize == 4 and target == "gfx950":
-        # Half the wave-instructions of 4 waves, and no register spilled by e4m3fnuz with two sources.
-        return AttentionPlan(splits=splits, tile=64, num_warps=2)
+    if itemsize == 4 and target in CDNA:
+        # Wider tiles, and one wave, spill with two sources.
+        return AttentionPlan(splits=splits, tile=32 if target == "gfx942" else 16, num_warps=2)
     if itemsize == 4:
         return AttentionPlan(splits=splits, tile=64)
-    # Without selects on keys gfx942 spares up to a fifth of its instructions (e4m3fnuz; e4m3fn takes 5 % more, but
-    # spills nothing with two sources); gfx950 spends more on FP8 keys.
+    # Without selects on keys gfx942 spares instructions; gfx950 spends more on FP8 keys.
     anchored = target == "gfx942" or (target in CDNA and not fp8)
+    if alone and target in CDNA:
+        # On gfx942 wider tiles spill with two sources.
+        tile = 16 if target == "gfx942" else 32
+        return AttentionPlan(splits=splits, tile=tile, num_warps=waves, anchored=anchored, fenced=True)
     return AttentionPlan(splits=splits, num_warps=waves, anchored=anchored)
 
 

@@ -9,8 +9,10 @@ from pallas_kernels.plans.attention import TARGET_PROGRAMS, power_of_two
 
 # Sides of a matrix instruction's operands.
 LEAST = 16
-# Of a program's operands on their way: what the smallest of NVIDIA's machines has.
+# Of a program's operands on their way: what the smallest of NVIDIA's machines has; tiles for many tokens want 144 KiB.
 SHARED_BYTES = 96 * 1024
+# Programs that keep an H200 busy, where several steps of each are on their way.
+NVIDIA_PROGRAMS = 128
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,13 +48,14 @@ def projection_plan(
 
     Few tokens: the weights are what is read, by as many programs as there are units. Many: larger tiles read them less.
     """
-    if target == "gpu" and itemsize == 2 and groups * (tokens // 128) * (columns // 128) >= TARGET_PROGRAMS:
+    wanted = NVIDIA_PROGRAMS if target == "gpu" else TARGET_PROGRAMS
+    if target == "gpu" and itemsize == 2 and groups * (tokens // 128) * (columns // 256) >= wanted:
         # One program of two groups of warps fills a multiprocessor.
-        return ProjectionPlan(128, 128, _step(kept, 64), num_warps=8, num_stages=3)
+        return ProjectionPlan(128, 256, _step(kept, 64), num_warps=8, num_stages=3)
     step = _step(kept, 256 // itemsize)
     block = max(LEAST, min(128 // itemsize, power_of_two(tokens)))
     width = 256 // itemsize
-    while width > 2 * LEAST and groups * -(-columns // width) * -(-tokens // block) < TARGET_PROGRAMS:
+    while width > 2 * LEAST and groups * -(-columns // width) * -(-tokens // block) < wanted:
         width //= 2
     width = max(LEAST, min(width, power_of_two(columns)))
     if target != "gpu":
@@ -60,4 +63,4 @@ def projection_plan(
         return ProjectionPlan(block, width, step, num_warps=min(4, block * width // LEAST**2))
     # 4 KiB of weights a step and program: several on their way keep the memory busy.
     room = SHARED_BYTES // ((block + width) * step * itemsize)
-    return ProjectionPlan(block, width, step, num_stages=max(1, min(6 if width <= 2 * LEAST else 4, room)))
+    return ProjectionPlan(block, width, step, num_stages=max(1, min(6, room)))
