@@ -92,10 +92,10 @@ def attention_plan(
     if itemsize == 2 and target == "gpu":
         return (_float16_plan if fp8 else _bfloat16_plan)(tokens, heads, width, ragged)
     programs = tokens * -(-heads // 16)
-    # Waves repeat each other's scores and index arithmetic. One would spill bfloat16 keys of two sources on gfx950, and
-    # FP8 keys of two sources with 576 values on gfx942.
-    alone = fp8 and not (target == "gfx942" and sources > 1 and dim > 512)
-    waves = 4 if target not in CDNA else 1 if alone else 2
+    # Two sources of 576 values leave no registers for keys that wait, nor for one wave.
+    crowded = sources > 1 and dim > 512
+    # Waves repeat each other's scores and index arithmetic; one wave of bfloat16 keys would spill with two sources.
+    waves = 4 if target not in CDNA else 1 if fp8 and not crowded else 2
     resident = SIMDS[target] // waves if itemsize == 2 and target in CDNA else TARGET_PROGRAMS
     wanted = power_of_two(max(1, resident // max(1, programs)))
     splits = max(1, min(wanted, width // MIN_SPLIT_KEYS, 16))
@@ -103,13 +103,13 @@ def attention_plan(
         # 4 waves spill a few registers with two sources; with FP8 keys it is 8 that spill.
         return AttentionPlan(splits=splits, num_warps=8)
     if itemsize == 4 and target in CDNA:
-        # Wider tiles, and one wave, spill with two sources.
-        return AttentionPlan(splits=splits, tile=32 if target == "gfx942" else 16, num_warps=2)
+        # Wider tiles spill with two sources.
+        return AttentionPlan(splits=splits, tile=32, num_warps=2)
     if itemsize == 4:
         return AttentionPlan(splits=splits, tile=64)
     # Without selects on keys gfx942 spares instructions; gfx950 spends more on FP8 keys.
     anchored = target == "gfx942" or (target in CDNA and not fp8)
-    if alone and target in CDNA:
+    if fp8 and target in CDNA and not crowded:
         # On gfx942 wider tiles spill with two sources.
         tile = 16 if target == "gfx942" else 32
         return AttentionPlan(splits=splits, tile=tile, num_warps=waves, anchored=anchored, fenced=True)
