@@ -139,13 +139,16 @@ def test_plans_follow_sizes():
 
 @given(st.integers(1, 20000), st.integers(1, 16), st.integers(1, 2048), st.integers(0, 1024), st.sampled_from([2, 4]))
 def test_plans_fit(tokens, groups, columns, kept, itemsize):
-    """What programs keep on its way fits shared memory: 96 KiB on NVIDIA GPUs, 64 on CDNA."""
+    """What programs keep on its way fits shared memory: 96 KiB on NVIDIA GPUs (144 for many tokens), 64 on CDNA."""
     for target, bytes_ in (("gpu", 96 << 10), ("gfx942", 64 << 10), ("gfx950", 64 << 10)):
         plan = projection_plan(
             tokens=tokens, groups=groups, columns=columns, kept=kept, itemsize=itemsize, target=target
         )
         # Triton keeps a stage less in flight on CDNA.
         held = plan.num_stages - (target != "gpu")
+        if plan.columns == 256:
+            assert target == "gpu" and tokens >= 128
+            bytes_ = 144 << 10
         assert held * (plan.tokens + plan.columns) * plan.step * itemsize <= bytes_
         assert plan.num_stages >= 2 and (target == "gpu" or plan.num_warps <= plan.tokens * plan.columns // 256)
 
