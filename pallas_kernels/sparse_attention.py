@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from pallas_kernels import fp8_bits, sparse_attention_float16, sparse_attention_fp8
-from pallas_kernels._call import dispatch, fence, hidden, load
+from pallas_kernels._call import CDNA, dispatch, fence, hidden, load
 from pallas_kernels.attention_source import (
     Part,
     Source,
@@ -253,6 +253,7 @@ def _halves(weights: Array, s: _Static) -> list[Array]:
 def _kernel(*refs, part: Part, s: _Static):
     """Grid (T, head blocks, splits): out[split, token, 16 heads, value_dim] and lse[split, token, 16 heads]."""
     q_ref, sources, sink_ref, out_ref, lse_ref = unpack(refs, s)
+    queries = _load_queries(q_ref, part.token, part.heads, s)
     block = (s.plan.head_block,)
     state = (
         jnp.full(block, NONE, jnp.float32),
@@ -266,10 +267,10 @@ def _kernel(*refs, part: Part, s: _Static):
     )
 
     def over(number, first, last, state):
-        # Each loop holds them in registers of its own, which a later source's would fill from the start.
-        heads = hidden(part.heads, s.target) if number else part.heads
-        queries = _load_queries(q_ref, part.token, heads, s)
-        return _over_source(number, sources[number], part.token, first, last, queries, state, s)
+        # On CDNA each loop holds them in registers of its own, which a later source's would fill from the start.
+        again = number > 0 and s.target in CDNA
+        mine = _load_queries(q_ref, part.token, hidden(part.heads, s.target), s) if again else queries
+        return _over_source(number, sources[number], part.token, first, last, mine, state, s)
 
     state = walk(over, part, state)
     _store_results(out_ref, lse_ref, sink_ref, part, state, s)
