@@ -37,46 +37,94 @@ def load(ref, *, mask=None, other=None):
     return pltriton.load(ref, mask=mask, other=other)
 
 
-def load_codes(ref, rows: jax.Array, mask: jax.Array, column: int, width: int, dtype: Any, target: str) -> jax.Array:
-    """FP8 values [K, width] of type `dtype` from byte `column` on of rows [K] of a reference to uint32 words [N, W].
+def load_from(
+    refs: Sequence[Any], number: jax.Array | int, *index: jax.Array, target: str, mask: jax.Array | None = None
+) -> jax.Array:
+    """Reads refs[number].at[index], 0 where `mask` is False, from references alike but for their first axis.
 
-    0 in rows where `mask` is False. The array must hold less than 2**31 bytes. What is loaded in the type in which the
+    `number` is one for the program, so what chooses among the references is one address, not what was read from all.
+    """
+    if len(refs) == 1:
+        where = refs[0].at[index]
+        return load(where) if mask is None else load(where, mask=mask, other=jax.numpy.zeros((), refs[0].dtype))
+    if target != HOST:
+        offsets = index[0]
+        for size, column in zip(refs[0].shape[1:], index[1:]):
+            offsets = offsets * size + column
+        return _load_from(refs, number, offsets, mask, 0, refs[0].dtype)
+    out = None
+    for i, ref in enumerate(refs):
+        value = load_from([ref], 0, jax.numpy.where(number == i, index[0], 0), *index[1:], target=target, mask=mask)
+        out = value if out is None else jax.numpy.where(number == i, value, out)
+    assert out is not None
+    return out
+
+
+def load_codes(
+    refs: Sequence[Any],
+    number: jax.Array | int,
+    rows: jax.Array,
+    mask: jax.Array,
+    column: int,
+    width: int,
+    dtype: Any,
+    target: str,
+) -> jax.Array:
+    """FP8 values [K, width] of type `dtype` from byte `column` on of rows [K] of refs[number], uint32 words [N, W].
+
+    0 in rows where `mask` is False. The arrays must hold less than 2**31 bytes. What is loaded in the type in which the
     matrix units multiply it goes to them unseen.
     """
     columns = jax.numpy.arange(width, dtype=jax.numpy.int32)
     mask = jax.numpy.broadcast_to(mask[:, None], (rows.shape[0], width))
     if target != HOST:
-        offsets = (rows * (4 * ref.shape[1]))[:, None] + columns[None, :]
-        return _load_codes_primitive().bind(ref, offsets, mask, column=column, dtype=jax.numpy.dtype(dtype))
+        offsets = (rows * (4 * refs[0].shape[1]))[:, None] + columns[None, :]
+        return _load_from(refs, number, offsets, mask, column, dtype)
     columns = jax.numpy.broadcast_to(column + columns[None, :], mask.shape)
-    where = ref.at[jax.numpy.broadcast_to(rows[:, None], mask.shape), columns // 4]
-    words = load(where, mask=mask, other=jax.numpy.uint32(0))
+    rows = jax.numpy.broadcast_to(rows[:, None], mask.shape)
+    words = load_from(refs, number, rows, columns // 4, target=target, mask=mask)
     codes = (words >> (8 * (columns % 4)).astype(jax.numpy.uint32)).astype(jax.numpy.uint8)
     return jax.lax.bitcast_convert_type(codes, dtype)
 
 
+def _load_from(refs, number, offsets, mask, start: int, dtype: Any) -> jax.Array:
+    masks = [] if mask is None else [mask]
+    number = jax.numpy.int32(number)
+    dtype = jax.numpy.dtype(dtype)
+    return _load_from_primitive().bind(number, *refs, offsets, *masks, refs=len(refs), start=start, dtype=dtype)
+
+
 @functools.cache
-def _load_codes_primitive() -> Any:
-    """A load through a pointer of another type, which Pallas has no word for."""
+def _load_from_primitive() -> Any:
+    """A load through a chosen pointer, or through one of another type: Pallas has no words for these."""
     from jax._src.lib.triton import dialect
     from jax._src.pallas.triton import lowering
     from jax._src.state.types import ReadEffect
 
-    primitive = jax.extend.core.Primitive("load_codes")
+    primitive = jax.extend.core.Primitive("load_from")
 
     @primitive.def_effectful_abstract_eval
-    def _(ref, offsets, mask, *, column, dtype):
-        del ref, mask, column
-        return jax.core.ShapedArray(offsets.shape, dtype), {ReadEffect(0)}
+    def _(number, *args, refs, start, dtype):
+        del number, start
+        return jax.core.ShapedArray(args[refs].shape, dtype), {ReadEffect(1 + i) for i in range(refs)}
 
     @lowering.register_lowering(primitive)
-    def _(ctx, pointer, offsets, mask, *, column, dtype):
+    def _(ctx, number, *args, refs, start, dtype):
+        pointers, (offsets, *mask) = args[:refs], args[refs:]
+        word = lowering.ir.IntegerType.get_signless(32)
+        pointer = pointers[0]
+        for i, other in enumerate(pointers[1:], 1):
+            pointer = lowering.arith_dialect.select(
+                lowering._equal(number, lowering._ir_constant(i, word), signed=True), other, pointer
+            )
         kind, shape = lowering._dtype_to_ir_type(dtype), ctx.avals_out[0].shape
-        pointer = dialect.bitcast(dialect.PointerType.get(kind, 1), pointer)
-        # Added first, the column costs no register beside the offsets that all columns share.
-        pointer = lowering._add(pointer, lowering._ir_constant(column, lowering.ir.IntegerType.get_signless(32)))
-        zeros = lowering._zeros(lowering.ir.RankedTensorType.get(shape, kind))
-        return lowering._load(lowering._add(lowering._bcast_to(pointer, shape), offsets), mask=mask, other=zeros)
+        if dtype != ctx.avals_in[1].dtype:
+            pointer = dialect.bitcast(dialect.PointerType.get(kind, 1), pointer)
+        # Added first, the start costs no register beside the offsets that all columns share.
+        pointer = lowering._add(pointer, lowering._ir_constant(start, word))
+        zeros = lowering._zeros(lowering.ir.RankedTensorType.get(shape, kind)) if mask else None
+        where = lowering._add(lowering._bcast_to(pointer, shape), offsets)
+        return lowering._load(where, mask=mask[0] if mask else None, other=zeros)
 
     return primitive
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.experimental import pallas as pl
 
-from pallas_kernels._call import call, load, store
+from pallas_kernels._call import call, load, load_from, store
 from pallas_kernels.online_softmax import LOG2E, sink_share
 from pallas_kernels.plans.attention import power_of_two
 
@@ -86,16 +86,36 @@ def row_bounds(refs: dict, token, width: int):
     return start, jnp.maximum(jnp.clip(refs["indptr"][token + 1], 0, capacity) - start, 0)
 
 
-def key_slots(refs: dict, token: Array, number: int, s: Any) -> Callable[[Array], Array]:
-    """slots_of(block): the slots [key_block] of a key block of the row in source `number`, -1 where there is none."""
-    start, length = row_bounds(refs, token, s.widths[number])
+def choose(number: Array | int, values: Sequence[Any]) -> Any:
+    """values[number]."""
+    chosen = values[0]
+    for i, value in enumerate(values[1:], 1):
+        chosen = jnp.where(number == i, value, chosen)
+    return chosen
+
+
+def key_slots(sources: Sequence[dict], part: Part, s: Any) -> Callable[[Array], tuple[Array | int, Array]]:
+    """slots_of(block): (number of a key block's source, its slots [key_block], -1 where there is none).
+
+    Blocks of a row are counted through its sources, one after the other.
+    """
+    bounds = [row_bounds(refs, part.token, width) for refs, width in zip(sources, s.widths)]
+    counts = [jnp.int32(count) for count in s.counts]
+    before = [jnp.int32(0)]
+    for count in part.blocks[:-1]:
+        before.append(before[-1] + count)
     size = s.plan.key_block
 
-    def slots_of(block: Array) -> Array:
-        at = block * size + jnp.arange(size, dtype=jnp.int32)
+    def slots_of(block: Array) -> tuple[Array | int, Array]:
+        number: Array | int = 0
+        for first in before[1:]:
+            number = number + (block >= first).astype(jnp.int32)
+        start, length = (choose(number, values) for values in zip(*bounds))
+        at = (block - choose(number, before)) * size + jnp.arange(size, dtype=jnp.int32)
         inside = at < length
-        slots = load(refs["values"].at[jnp.where(inside, start + at, 0)])
-        return jnp.where(inside & (slots >= 0) & (slots < s.counts[number]), slots, -1)
+        lists = [refs["values"] for refs in sources]
+        slots = load_from(lists, number, jnp.where(inside, start + at, 0), target=s.target)
+        return number, jnp.where(inside & (slots >= 0) & (slots < choose(number, counts)), slots, -1)
 
     return slots_of
 
@@ -106,14 +126,28 @@ def grid2(rows: Array, columns: Array) -> tuple[Array, Array]:
     return jnp.broadcast_to(rows[:, None], shape), jnp.broadcast_to(columns[None, :], shape)
 
 
-def some_key(slots_of: Callable[[Array], Array], first: Array, last: Array) -> Array:
-    """A slot that exists among key blocks first..last-1 of a row, -1 if none does; `slots_of(block)` has -1 for none.
-
-    Keys that are not there may repeat it with weight 0: reads need no mask then, and meet nobody else's NaN.
-    """
+def _some_key(slots_of: Callable[[Array], tuple[Any, Array]], first: Array, last: Array) -> Array:
+    """A slot that exists among key blocks first..last-1 of a row, -1 if none does."""
     return jax.lax.while_loop(
-        lambda c: (c[1] < 0) & (c[0] < last), lambda c: (c[0] + 1, jnp.max(slots_of(c[0]))), (first, jnp.int32(-1))
+        lambda c: (c[1] < 0) & (c[0] < last), lambda c: (c[0] + 1, jnp.max(slots_of(c[0])[1])), (first, jnp.int32(-1))
     )[1]
+
+
+def some_keys(slots_of: Callable[[Array], tuple[Any, Array]], part: Part) -> tuple[list[Array], Array, Array]:
+    """(a slot of each source that a part's blocks name, its first and last block but for sources of which it has none).
+
+    Keys that are not there may repeat that slot with weight 0: reads need no mask then, and meet nobody else's NaN.
+    """
+    assert len(part.blocks) <= 2, "a source between others could not be left out"
+    first, last, found = part.first, part.last, []
+    for number, (begin, end) in enumerate(ranges(part)):
+        present = _some_key(slots_of, begin, end)
+        if number == 0:
+            first = jnp.where(present < 0, end, first)
+        else:
+            last = jnp.where(present < 0, begin, last)
+        found.append(jnp.maximum(present, 0))
+    return found, first, last
 
 
 def unpack(refs: Sequence[Any], s: Any) -> tuple[Any, list[dict], Any, Any, Any]:
@@ -208,19 +242,11 @@ def _program(kernel: Callable[..., None], *refs: Any, s: Any) -> None:
 
 
 def ranges(part: Part) -> list[tuple[Array, Array]]:
-    """First and last key block of a part in each source."""
-    before, out = jnp.int32(0), []
-    for count in part.blocks:
-        out.append((jnp.clip(part.first - before, 0, count), jnp.clip(part.last - before, 0, count)))
-        before = before + count
-    return out
-
-
-def walk(over_source: Callable[..., Any], part: Part, state: Any) -> Any:
-    """Folds a part, source by source: over_source(number, first, last, state)."""
-    for number, (first, last) in enumerate(ranges(part)):
-        state = over_source(number, first, last, state)
-    return state
+    """First and last block of a part in each source, counted through all sources."""
+    ends = [part.first]
+    for number in range(1, len(part.blocks)):
+        ends.append(jnp.clip(functools.reduce(jnp.add, part.blocks[:number]), part.first, part.last))
+    return list(zip(ends, [*ends[1:], part.last]))
 
 
 def stored_heads(part: Part, s: Any) -> tuple[Array, Array | None]:

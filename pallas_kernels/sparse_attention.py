@@ -17,19 +17,19 @@ import jax.numpy as jnp
 from jax import Array
 
 from pallas_kernels import fp8_bits, sparse_attention_float16, sparse_attention_fp8
-from pallas_kernels._call import CDNA, dispatch, fence, hidden, load
+from pallas_kernels._call import dispatch, fence, hidden, load, load_from
 from pallas_kernels.attention_source import (
     Part,
     Source,
+    choose,
     described,
     finish_softmax,
     grid2,
     key_slots,
     launch_rows,
-    some_key,
+    some_keys,
     store_values,
     unpack,
-    walk,
 )
 from pallas_kernels.merge_splits import merge_splits
 from pallas_kernels.online_softmax import LOG2E, NONE, dot, softmax_step
@@ -162,18 +162,22 @@ def _load_queries(q_ref, token, heads: Array, s: _Static):
     return out
 
 
-def _read_keys(refs: dict, slots: Array, s: _Static) -> tuple[list[Array], list[Array]]:
+def _read_keys(sources: Sequence[dict], number, slots: Array, s: _Static) -> tuple[list[Array], list[Array]]:
     """What memory holds of keys: every tile [key_block, width], and the scales [key_block] of tiles that have one.
 
     Nothing is masked at the load: keys that are not there read a slot that is. On CDNA every masked load is a branch.
     """
+
+    def read(name, rows, cols):
+        return load_from([refs[name] for refs in sources], number, rows, cols, target=s.target)
+
     parts, scales = [], []
     for tile in s.tiles:
         i = jnp.arange(tile.width, dtype=jnp.int32)
         rows, cols = grid2(slots, tile.start + i if tile.full else jnp.where(i < tile.count, tile.start + i, 0))
-        parts.append(load(refs[tile.array].at[rows, cols]))
+        parts.append(read(tile.array, rows, cols))
         if tile.group is not None:
-            scales.append(load(refs["scale"].at[slots, jnp.full_like(slots, tile.group)]))
+            scales.append(read("scale", slots, jnp.full_like(slots, tile.group)))
     return parts, scales
 
 
@@ -203,19 +207,18 @@ def _decode_keys(parts: Sequence[Array], scales: Sequence[Array], valid: Array, 
     return keys, factors
 
 
-def _over_source(number: int, refs: dict, token, first, last, queries, state, s: _Static):
-    """Folds key blocks first..last-1 of the row in source `number` into the softmax state."""
-    slots_of = key_slots(refs, token, number, s)
-    present = jnp.int32(0)
+def _over_blocks(sources: Sequence[dict], part: Part, queries, state, s: _Static):
+    """Folds the key blocks of a part into the softmax state."""
+    slots_of = key_slots(sources, part, s)
+    present, first, last = [jnp.int32(0)] * len(sources), part.first, part.last
     if s.plan.anchored:
-        present = some_key(slots_of, first, last)
-        first, present = jnp.where(present < 0, last, first), jnp.maximum(present, 0)
+        present, first, last = some_keys(slots_of, part)
 
     def body(i, state):
         top, total, sums = state
-        slots = slots_of(i)
+        number, slots = slots_of(i)
         valid = slots >= 0
-        parts, scales = _read_keys(refs, jnp.where(valid, slots, present), s)
+        parts, scales = _read_keys(sources, number, jnp.where(valid, slots, choose(number, present)), s)
         if s.plan.fenced:
             parts = fence(parts, s.target)
         keys, factors = _decode_keys(parts, scales, valid, s)
@@ -266,13 +269,7 @@ def _kernel(*refs, part: Part, s: _Static):
         ),
     )
 
-    def over(number, first, last, state):
-        # On CDNA each loop holds them in registers of its own, which a later source's would fill from the start.
-        again = number > 0 and s.target in CDNA
-        mine = _load_queries(q_ref, part.token, hidden(part.heads, s.target), s) if again else queries
-        return _over_source(number, sources[number], part.token, first, last, mine, state, s)
-
-    state = walk(over, part, state)
+    state = _over_blocks(sources, part, queries, state, s)
     _store_results(out_ref, lse_ref, sink_ref, part, state, s)
 
 
@@ -352,8 +349,6 @@ def _launch(
             native=native,
             key_bytes=2 * q.shape[-1] - 4 * sources[0].latent.shape[-1] if native else 0,
             ragged=any(s.indptr is not None for s in sources),
-            sources=len(sources),
-            dim=q.shape[-1],
             target=target,
         )
     if plan.native and native:

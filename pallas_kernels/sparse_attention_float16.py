@@ -18,19 +18,19 @@ import jax.numpy as jnp
 from jax import Array
 
 from pallas_kernels import fp8_bits
-from pallas_kernels._call import load
+from pallas_kernels._call import load_from
 from pallas_kernels.attention_source import (
     Part,
     Source,
+    choose,
     described,
     finish_softmax,
     grid2,
     key_slots,
     launch_rows,
-    some_key,
+    some_keys,
     store_values,
     unpack,
-    walk,
 )
 from pallas_kernels.online_softmax import LOG2E, NONE, dot
 from pallas_kernels.plans.attention import AttentionPlan, power_of_two
@@ -114,10 +114,6 @@ def _grid3(rows: Array, words: Array) -> tuple[Array, Array]:
     return jnp.broadcast_to(rows[:, None, None], shape), columns
 
 
-def _masked(ref, mask: Array | None):
-    return load(ref) if mask is None else load(ref, mask=mask, other=jnp.zeros((), ref.dtype))
-
-
 def _inside(index: Array, count: int, shape: tuple[int, ...], axis: int) -> Array | None:
     """Which indices along `axis` exist, in the shape of the whole; None where all do."""
     if index.shape[0] == count:
@@ -131,13 +127,13 @@ def _load_queries(q_ref, token, heads: Array, s: _Static):
     words = jnp.arange(s.width, dtype=jnp.int32)
     rows, cols = _grid3(safe, words)
     mask = _inside(words, s.words, rows.shape, 1)
-    q = _masked(q_ref.at[jnp.full_like(rows, token), rows, cols], mask).astype(jnp.float32)
+    q = load_from([q_ref], 0, jnp.full_like(rows, token), rows, cols, target=s.target, mask=mask).astype(jnp.float32)
     exponent = fp8_bits.exponent(jnp.max(jnp.max(jnp.abs(q), axis=2), axis=1))
     planes = [p.astype(jnp.float16) for p in _split4(q * fp8_bits.from_exponent(254 - exponent)[:, None, None])]
     if not s.rope:
         return planes, fp8_bits.from_exponent(exponent), None
     rows, cols, mask = _rope_grid(safe, s)
-    rope = _masked(q_ref.at[jnp.full_like(rows, token), rows, 4 * s.words + cols], mask)
+    rope = load_from([q_ref], 0, jnp.full_like(rows, token), rows, 4 * s.words + cols, target=s.target, mask=mask)
     return planes, fp8_bits.from_exponent(exponent), rope
 
 
@@ -147,22 +143,24 @@ def _rope_grid(rows: Array, s: _Static) -> tuple[Array, Array, Array | None]:
     return rows, cols, _inside(c, s.rope, rows.shape, 1)
 
 
-def _scales(refs: dict, slots: Array, s: _Static) -> Array:
+def _scales(sources: Sequence[dict], number, slots: Array, s: _Static) -> Array:
     """float32 or E8M0 bytes [K, groups padded with 0]."""
     g = jnp.arange(power_of_two(s.groups), dtype=jnp.int32)
     rows, cols = grid2(slots, g)
-    return _masked(refs["scale"].at[rows, cols], _inside(g, s.groups, rows.shape, 1))
+    mask = _inside(g, s.groups, rows.shape, 1)
+    return load_from([refs["scale"] for refs in sources], number, rows, cols, target=s.target, mask=mask)
 
 
-def _keys(refs: dict, slots: Array, s: _Static) -> tuple[Array, ...]:
+def _keys(sources: Sequence[dict], number, slots: Array, s: _Static) -> tuple[Array, ...]:
     """Words [K, width] and rope [K, rope_width] as they lie; zeros where there is none."""
     words = jnp.arange(s.width, dtype=jnp.int32)
     rows, cols = grid2(slots, words)
-    latent = _masked(refs["latent"].at[rows, cols], _inside(words, s.words, rows.shape, 1))
+    mask = _inside(words, s.words, rows.shape, 1)
+    latent = load_from([refs["latent"] for refs in sources], number, rows, cols, target=s.target, mask=mask)
     if not s.rope:
         return (latent,)
     rows, cols, mask = _rope_grid(slots, s)
-    return latent, _masked(refs["rope"].at[rows, cols], mask)
+    return latent, load_from([refs["rope"] for refs in sources], number, rows, cols, target=s.target, mask=mask)
 
 
 def _planes(words: Array, scales: Array, unit: Array, s: _Static) -> tuple[list[Array], Array]:
@@ -182,17 +180,16 @@ def _spread(groups: Array, s: _Static) -> Array:
     return jnp.broadcast_to(groups[:, :, None], shape).reshape(groups.shape[0], s.width)
 
 
-def _over_source(number: int, refs: dict, token, first, last, queries, state, s: _Static):
-    """Folds key blocks first..last-1 of the row in source `number` into the state."""
+def _over_blocks(sources: Sequence[dict], part: Part, queries, state, s: _Static):
+    """Folds the key blocks of a part into the state."""
     q_planes, q_unit, q_rope = queries
-    slots_of = key_slots(refs, token, number, s)
+    slots_of = key_slots(sources, part, s)
     # Reads need no mask where every key exists.
-    present = some_key(slots_of, first, last)
-    first = jnp.where(present < 0, last, first)
+    present, first, last = some_keys(slots_of, part)
 
-    def read(slots):
-        there = jnp.where(slots >= 0, slots, jnp.maximum(present, 0))
-        return _scales(refs, there, s), *_keys(refs, there, s)
+    def read(number, slots):
+        there = jnp.where(slots >= 0, slots, choose(number, present))
+        return _scales(sources, number, there, s), *_keys(sources, number, there, s)
 
     def body(i, carry):
         (top, total, sums, rope_sum, unit), slots, after, scales, *keys = carry
@@ -201,7 +198,7 @@ def _over_source(number: int, refs: dict, token, first, last, queries, state, s:
         for q, k in zip(q_planes[1:], planes[1:]):
             scores += dot(q, k, 1)
         # Between the products: asked for before them, what comes next would delay what they wait for.
-        ahead, later = read(after), slots_of(i + 2)
+        ahead, later = read(*after), slots_of(i + 2)
         scores = scores * (fp8_bits.from_exponent(new_unit) * (s.scale * LOG2E) * q_unit)[:, None]
         if s.rope:
             scores += dot(q_rope, keys[1], 1) * (s.scale * LOG2E)
@@ -219,18 +216,17 @@ def _over_source(number: int, refs: dict, token, first, last, queries, state, s:
             upper = fp8_bits.truncate_to_bfloat16(weights)
             lower = (weights - upper.astype(jnp.float32)).astype(jnp.bfloat16)
             rope_sum = rope_sum * keep[:, None] + dot(upper, keys[1], 0) + dot(lower, keys[1], 0)
-        return (new_top, total, sums, rope_sum, new_unit), after, later, *ahead
+        return (new_top, total, sums, rope_sum, new_unit), after[1], later, *ahead
 
-    slots = slots_of(first)
-    carry = (state, slots, slots_of(first + 1), *read(slots))
+    begin = slots_of(first)
+    carry = (state, begin[1], slots_of(first + 1), *read(*begin))
     return jax.lax.fori_loop(first, last, body, carry)[0]
 
 
 def kernel(*refs, part: Part, s: _Static):
     """Grid (T, head blocks, splits): out[split, token, heads, value_dim] and lse[split, token, heads]."""
     q_ref, sources, sink_ref, out_ref, lse_ref = unpack(refs, s)
-    token = part.token
-    queries = _load_queries(q_ref, token, part.heads, s)
+    queries = _load_queries(q_ref, part.token, part.heads, s)
     block = s.plan.head_block
     state = (
         jnp.full((block,), NONE, jnp.float32),
@@ -240,10 +236,7 @@ def kernel(*refs, part: Part, s: _Static):
         jnp.int32(1),
     )
 
-    def over(number, first, last, state):
-        return _over_source(number, sources[number], token, first, last, queries, state, s)
-
-    state = walk(over, part, state)
+    state = _over_blocks(sources, part, queries, state, s)
     _store_results(out_ref, lse_ref, sink_ref, part, state, s)
 
 

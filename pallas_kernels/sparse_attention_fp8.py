@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from pallas_kernels import fp8_bits, fp8_nvidia, sparse_attention_float16
-from pallas_kernels._call import MAX_ELEMENTS, dot_fp8, load, load_codes
+from pallas_kernels._call import MAX_ELEMENTS, dot_fp8, load, load_codes, load_from
 from pallas_kernels.attention_source import (
     Part,
     Source,
@@ -32,10 +32,8 @@ from pallas_kernels.attention_source import (
     grid2,
     key_slots,
     launch_rows,
-    ranges,
     store_values,
     unpack,
-    walk,
 )
 from pallas_kernels.online_softmax import LOG2E, NONE, dot
 from pallas_kernels.plans.attention import AttentionPlan, power_of_two
@@ -121,24 +119,26 @@ def _load_queries(q_ref, part: Part, s: _Static):
     return terms, unit, read(part.heads, s.latent, s.rope) if s.rope else None
 
 
-def _load_scales(refs: dict, slots: Array, s: _Static) -> tuple[Array, ...]:
+def _load_scales(sources: Sequence[dict], number, slots: Array, s: _Static) -> tuple[Array, ...]:
     """Scales [K] of every group as they lie; of some slot for keys that are not there."""
-    there = jnp.maximum(slots, 0)
-    return tuple(load(refs["scale"].at[there, jnp.full_like(there, group)]) for group in range(s.groups))
+    refs, there = [source["scale"] for source in sources], jnp.maximum(slots, 0)
+    return tuple(
+        load_from(refs, number, there, jnp.full_like(there, group), target=s.target) for group in range(s.groups)
+    )
 
 
-def _load_keys(refs: dict, slots: Array, s: _Static) -> tuple[list[Array], Array | None]:
+def _load_keys(sources: Sequence[dict], number, slots: Array, s: _Static) -> tuple[list[Array], Array | None]:
     """e4m3fn [K, tile] of every tile, and rope [K, rope] or None; zeros for keys that are not there."""
-    there, mask = jnp.maximum(slots, 0), slots >= 0
+    refs, there, mask = [source["latent"] for source in sources], jnp.maximum(slots, 0), slots >= 0
     tiles = [
-        load_codes(refs["latent"], there, mask, column, s.tile, fp8_nvidia.NATIVE, s.target)
+        load_codes(refs, number, there, mask, column, s.tile, fp8_nvidia.NATIVE, s.target)
         for column in range(0, s.latent, s.tile)
     ]
     if not s.rope:
         return tiles, None
     rows, cols = grid2(there, jnp.arange(s.rope, dtype=jnp.int32))
     mask = jnp.broadcast_to(mask[:, None], rows.shape)
-    return tiles, load(refs["rope"].at[rows, cols], mask=mask, other=jnp.zeros((), refs["rope"].dtype))
+    return tiles, load_from([source["rope"] for source in sources], number, rows, cols, target=s.target, mask=mask)
 
 
 def _scores(terms: Sequence[Array], keys: Sequence[Array], scales: Sequence[Array], s: _Static) -> Array:
@@ -168,22 +168,23 @@ def _dot_keys(a: Array, b: Array) -> Array:
     return dot(a.T, b, 0)
 
 
-def _over_source(refs: dict, slots_of, begin: Array, first, last, queries, state, s: _Static):
-    """Folds key blocks first..last-1 of the row in a source into the state; `begin`: slots of the first."""
+def _over_blocks(sources: Sequence[dict], slots_of, begin, part: Part, queries, state, s: _Static):
+    """Folds the key blocks of a part into the state; `begin`: source and slots of the first."""
     terms, unit, q_rope = queries
 
     def body(i, carry):
         (top, total, sums, rope_sum), scales = carry
-        slots = slots_of(block=i)
+        number, slots = slots_of(i)
         valid = slots >= 0
-        keys, rope = _load_keys(refs, slots, s)
+        keys, rope = _load_keys(sources, number, slots, s)
         scales = [fp8_bits.e8m0_to_float32(x) if x.dtype == jnp.uint8 else x for x in scales]
         scales = [jnp.where(valid, x, 0.0) for x in scales]
         largest = jnp.maximum(fp8_bits.exponent(functools.reduce(jnp.maximum, scales)), LEAST_EXPONENT)
         inverse = fp8_bits.from_exponent(254 - largest)
         scores = _scores(terms, keys, scales, s) * (unit * (s.unit * s.scale * LOG2E))[None, :]
         # Small, and too narrow to be copied to shared memory blocks ahead; nothing is read ahead of the last block.
-        ahead = _load_scales(refs, jnp.where(i + 1 < last, slots_of(i + 1), -1), s)
+        number, after = slots_of(i + 1)
+        ahead = _load_scales(sources, number, jnp.where(i + 1 < part.last, after, -1), s)
         if rope is not None:
             scores += dot(rope, q_rope, 1) * (s.scale * LOG2E)
         scores = jnp.where(valid[:, None], scores + (largest - 127).astype(jnp.float32)[:, None], NONE)
@@ -200,15 +201,17 @@ def _over_source(refs: dict, slots_of, begin: Array, first, last, queries, state
             rope_sum = rope_sum * keep[:, None] + _dot_keys(upper, rope) + _dot_keys(lower, rope)
         return (new_top, total, sums, rope_sum), ahead
 
-    return jax.lax.fori_loop(first, last, body, (state, _load_scales(refs, begin, s)))[0]
+    number, slots = begin
+    carry = (state, _load_scales(sources, number, slots, s))
+    return jax.lax.fori_loop(part.first, part.last, body, carry)[0]
 
 
 def _kernel(*refs, part: Part, s: _Static):
     """Grid (T, head blocks, splits): out[split, token, heads, value_dim] and lse[split, token, heads]."""
     q_ref, sources, sink_ref, out_ref, lse_ref = unpack(refs, s)
-    slots_of = [key_slots(refs, part.token, number, s) for number, refs in enumerate(sources)]
+    slots_of = key_slots(sources, part, s)
     # Before the query, whose arithmetic would delay what the first keys wait for.
-    begin = [slots(first) for slots, (first, _) in zip(slots_of, ranges(part))]
+    begin = slots_of(part.first)
     queries = _load_queries(q_ref, part, s)
     block = s.plan.head_block
     state = (
@@ -218,10 +221,7 @@ def _kernel(*refs, part: Part, s: _Static):
         jnp.zeros((block, s.rope) if s.rope_values else (block,), jnp.float32),
     )
 
-    def over(number, first, last, state):
-        return _over_source(sources[number], slots_of[number], begin[number], first, last, queries, state, s)
-
-    top, total, *sums = walk(over, part, state)
+    top, total, *sums = _over_blocks(sources, slots_of, begin, part, queries, state, s)
     total = jnp.sum(total, axis=0)
 
     def finish():

@@ -78,42 +78,31 @@ def attention_plan(
     native: bool = False,
     key_bytes: int = 0,
     ragged: bool = False,
-    sources: int = 1,
-    dim: int = 0,
     target: str = "gpu",
 ) -> AttentionPlan:
     """Heuristic plan for `tokens` rows of about `width` keys in all sources; itemsize 4 means float32 products.
 
-    native: FP8 keys are such that NVIDIA's units multiply them; key_bytes: what of a key they read; dim: values of a
-    key and a query.
+    native: FP8 keys are such that NVIDIA's units multiply them; key_bytes: what of a key they read.
     """
     if itemsize == 2 and target == "gpu" and native:
         return _native_plan(tokens, heads, width, ragged, key_bytes)
     if itemsize == 2 and target == "gpu":
         return (_float16_plan if fp8 else _bfloat16_plan)(tokens, heads, width, ragged)
     programs = tokens * -(-heads // 16)
-    # Two sources of 576 values leave no registers for keys that wait, nor for one wave.
-    crowded = sources > 1 and dim > 512
-    # Waves repeat each other's scores and index arithmetic; one wave of bfloat16 keys would spill with two sources.
-    waves = 4 if target not in CDNA else 1 if fp8 and not crowded else 2
+    # Waves repeat each other's scores and index arithmetic; one wave of float32 products would spill.
+    waves = (1 if itemsize == 2 else 2) if target in CDNA else 4
     resident = SIMDS[target] // waves if itemsize == 2 and target in CDNA else TARGET_PROGRAMS
     wanted = power_of_two(max(1, resident // max(1, programs)))
     splits = max(1, min(wanted, width // MIN_SPLIT_KEYS, 16))
-    if itemsize == 4 and target in CDNA and not fp8:
-        # 4 waves spill a few registers with two sources; with FP8 keys it is 8 that spill.
-        return AttentionPlan(splits=splits, num_warps=8)
-    if itemsize == 4 and target in CDNA:
-        # Wider tiles spill with two sources; without a fence XLA:ROCm moves a register on gfx950 and counts it.
-        return AttentionPlan(splits=splits, tile=32, num_warps=2, fenced=target == "gfx950")
+    if target not in CDNA:
+        return AttentionPlan(splits=splits, tile=64 if itemsize == 4 else 128)
     if itemsize == 4:
-        return AttentionPlan(splits=splits, tile=64)
+        return AttentionPlan(splits=splits, num_warps=waves)
+    # Words reach the matrix operand's form through LDS unless their tile is narrow.
+    tile = 128 if not fp8 else 16 if target == "gfx942" else 32
     # Without selects on keys gfx942 spares instructions; gfx950 spends more on FP8 keys.
-    anchored = target == "gfx942" or (target in CDNA and not fp8)
-    if fp8 and target in CDNA and not crowded:
-        # On gfx942 wider tiles spill with two sources.
-        tile = 16 if target == "gfx942" else 32
-        return AttentionPlan(splits=splits, tile=tile, num_warps=waves, anchored=anchored, fenced=True)
-    return AttentionPlan(splits=splits, num_warps=waves, anchored=anchored)
+    anchored = target == "gfx942" or not fp8
+    return AttentionPlan(splits=splits, tile=tile, num_warps=waves, anchored=anchored, fenced=True)
 
 
 def _splits(programs: int, resident: int, ragged: bool, most: int) -> int:
@@ -149,7 +138,7 @@ def _native_plan(tokens: int, heads: int, width: int, ragged: bool, key_bytes: i
         tile=128 if wide else 64,
         num_warps=8 if wide else 4,
         # 5 hold two blocks of keys in shared memory, if two programs have room for that; 3 hold one: as well for few.
-        num_stages=5 if not wide and key_bytes <= 576 and width // key_block >= 4 * splits else 3,
+        num_stages=5 if not wide and key_bytes <= 576 and width // key_block >= 2 * splits else 3,
         native=True,
     )
 
