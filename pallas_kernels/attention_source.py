@@ -94,30 +94,38 @@ def choose(number: Array | int, values: Sequence[Any]) -> Any:
     return chosen
 
 
-def key_slots(sources: Sequence[dict], part: Part, s: Any) -> Callable[[Array], tuple[Array | int, Array]]:
-    """slots_of(block): (number of a key block's source, its slots [key_block], -1 where there is none).
+def key_slots(
+    sources: Sequence[dict], part: Part, s: Any
+) -> tuple[Callable[[Array], Array | int], Callable[[Array], Array]]:
+    """(number_of, slots_of): a key block's source, and its slots [key_block], -1 where there is none.
 
     Blocks of a row are counted through its sources, one after the other.
     """
-    bounds = [row_bounds(refs, part.token, width) for refs, width in zip(sources, s.widths)]
-    counts = [jnp.int32(count) for count in s.counts]
-    before = [jnp.int32(0)]
-    for count in part.blocks[:-1]:
-        before.append(before[-1] + count)
     size = s.plan.key_block
+    # Of each source: its first block; the first slot, less what is before its blocks; the end of its slots, counted so.
+    before, starts, ends = [jnp.int32(0)], [], []
+    for refs, width, count in zip(sources, s.widths, part.blocks):
+        start, length = row_bounds(refs, part.token, width)
+        starts.append(start - before[-1] * size)
+        ends.append(length + before[-1] * size)
+        before.append(before[-1] + count)
+    counts = [jnp.int32(count) for count in s.counts]
 
-    def slots_of(block: Array) -> tuple[Array | int, Array]:
+    def number_of(block: Array) -> Array | int:
         number: Array | int = 0
-        for first in before[1:]:
+        for first in before[1:-1]:
             number = number + (block >= first).astype(jnp.int32)
-        start, length = (choose(number, values) for values in zip(*bounds))
-        at = (block - choose(number, before)) * size + jnp.arange(size, dtype=jnp.int32)
-        inside = at < length
-        lists = [refs["values"] for refs in sources]
-        slots = load_from(lists, number, jnp.where(inside, start + at, 0), target=s.target)
-        return number, jnp.where(inside & (slots >= 0) & (slots < choose(number, counts)), slots, -1)
+        return number
 
-    return slots_of
+    def slots_of(block: Array) -> Array:
+        number = number_of(block)
+        at = block * size + jnp.arange(size, dtype=jnp.int32)
+        inside = at < choose(number, ends)
+        lists = [refs["values"] for refs in sources]
+        slots = load_from(lists, number, jnp.where(inside, choose(number, starts) + at, 0), target=s.target)
+        return jnp.where(inside & (slots >= 0) & (slots < choose(number, counts)), slots, -1)
+
+    return number_of, slots_of
 
 
 def grid2(rows: Array, columns: Array) -> tuple[Array, Array]:
@@ -126,14 +134,14 @@ def grid2(rows: Array, columns: Array) -> tuple[Array, Array]:
     return jnp.broadcast_to(rows[:, None], shape), jnp.broadcast_to(columns[None, :], shape)
 
 
-def _some_key(slots_of: Callable[[Array], tuple[Any, Array]], first: Array, last: Array) -> Array:
+def _some_key(slots_of: Callable[[Array], Array], first: Array, last: Array) -> Array:
     """A slot that exists among key blocks first..last-1 of a row, -1 if none does."""
     return jax.lax.while_loop(
-        lambda c: (c[1] < 0) & (c[0] < last), lambda c: (c[0] + 1, jnp.max(slots_of(c[0])[1])), (first, jnp.int32(-1))
+        lambda c: (c[1] < 0) & (c[0] < last), lambda c: (c[0] + 1, jnp.max(slots_of(c[0]))), (first, jnp.int32(-1))
     )[1]
 
 
-def some_keys(slots_of: Callable[[Array], tuple[Any, Array]], part: Part) -> tuple[list[Array], Array, Array]:
+def some_keys(slots_of: Callable[[Array], Array], part: Part) -> tuple[list[Array], Array, Array]:
     """(a slot of each source that a part's blocks name, its first and last block but for sources of which it has none).
 
     Keys that are not there may repeat that slot with weight 0: reads need no mask then, and meet nobody else's NaN.

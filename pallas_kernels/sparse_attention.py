@@ -209,14 +209,14 @@ def _decode_keys(parts: Sequence[Array], scales: Sequence[Array], valid: Array, 
 
 def _over_blocks(sources: Sequence[dict], part: Part, queries, state, s: _Static):
     """Folds the key blocks of a part into the softmax state."""
-    slots_of = key_slots(sources, part, s)
+    number_of, slots_of = key_slots(sources, part, s)
     present, first, last = [jnp.int32(0)] * len(sources), part.first, part.last
     if s.plan.anchored:
         present, first, last = some_keys(slots_of, part)
 
     def body(i, state):
         top, total, sums = state
-        number, slots = slots_of(i)
+        number, slots = number_of(i), slots_of(i)
         valid = slots >= 0
         parts, scales = _read_keys(sources, number, jnp.where(valid, slots, choose(number, present)), s)
         if s.plan.fenced:

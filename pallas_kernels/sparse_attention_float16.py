@@ -183,7 +183,7 @@ def _spread(groups: Array, s: _Static) -> Array:
 def _over_blocks(sources: Sequence[dict], part: Part, queries, state, s: _Static):
     """Folds the key blocks of a part into the state."""
     q_planes, q_unit, q_rope = queries
-    slots_of = key_slots(sources, part, s)
+    number_of, slots_of = key_slots(sources, part, s)
     # Reads need no mask where every key exists.
     present, first, last = some_keys(slots_of, part)
 
@@ -198,7 +198,7 @@ def _over_blocks(sources: Sequence[dict], part: Part, queries, state, s: _Static
         for q, k in zip(q_planes[1:], planes[1:]):
             scores += dot(q, k, 1)
         # Between the products: asked for before them, what comes next would delay what they wait for.
-        ahead, later = read(*after), slots_of(i + 2)
+        ahead, later = read(number_of(i + 1), after), slots_of(i + 2)
         scores = scores * (fp8_bits.from_exponent(new_unit) * (s.scale * LOG2E) * q_unit)[:, None]
         if s.rope:
             scores += dot(q_rope, keys[1], 1) * (s.scale * LOG2E)
@@ -216,10 +216,10 @@ def _over_blocks(sources: Sequence[dict], part: Part, queries, state, s: _Static
             upper = fp8_bits.truncate_to_bfloat16(weights)
             lower = (weights - upper.astype(jnp.float32)).astype(jnp.bfloat16)
             rope_sum = rope_sum * keep[:, None] + dot(upper, keys[1], 0) + dot(lower, keys[1], 0)
-        return (new_top, total, sums, rope_sum, new_unit), after[1], later, *ahead
+        return (new_top, total, sums, rope_sum, new_unit), after, later, *ahead
 
-    begin = slots_of(first)
-    carry = (state, begin[1], slots_of(first + 1), *read(*begin))
+    slots = slots_of(first)
+    carry = (state, slots, slots_of(first + 1), *read(number_of(first), slots))
     return jax.lax.fori_loop(first, last, body, carry)[0]
 
 

@@ -168,13 +168,13 @@ def _dot_keys(a: Array, b: Array) -> Array:
     return dot(a.T, b, 0)
 
 
-def _over_blocks(sources: Sequence[dict], slots_of, begin, part: Part, queries, state, s: _Static):
-    """Folds the key blocks of a part into the state; `begin`: source and slots of the first."""
+def _over_blocks(sources: Sequence[dict], number_of, slots_of, begin: Array, part: Part, queries, state, s: _Static):
+    """Folds the key blocks of a part into the state; `begin`: slots of the first."""
     terms, unit, q_rope = queries
 
     def body(i, carry):
         (top, total, sums, rope_sum), scales = carry
-        number, slots = slots_of(i)
+        number, slots = number_of(i), slots_of(i)
         valid = slots >= 0
         keys, rope = _load_keys(sources, number, slots, s)
         scales = [fp8_bits.e8m0_to_float32(x) if x.dtype == jnp.uint8 else x for x in scales]
@@ -183,8 +183,7 @@ def _over_blocks(sources: Sequence[dict], slots_of, begin, part: Part, queries, 
         inverse = fp8_bits.from_exponent(254 - largest)
         scores = _scores(terms, keys, scales, s) * (unit * (s.unit * s.scale * LOG2E))[None, :]
         # Small, and too narrow to be copied to shared memory blocks ahead; nothing is read ahead of the last block.
-        number, after = slots_of(i + 1)
-        ahead = _load_scales(sources, number, jnp.where(i + 1 < part.last, after, -1), s)
+        ahead = _load_scales(sources, number_of(i + 1), jnp.where(i + 1 < part.last, slots_of(i + 1), -1), s)
         if rope is not None:
             scores += dot(rope, q_rope, 1) * (s.scale * LOG2E)
         scores = jnp.where(valid[:, None], scores + (largest - 127).astype(jnp.float32)[:, None], NONE)
@@ -201,15 +200,14 @@ def _over_blocks(sources: Sequence[dict], slots_of, begin, part: Part, queries, 
             rope_sum = rope_sum * keep[:, None] + _dot_keys(upper, rope) + _dot_keys(lower, rope)
         return (new_top, total, sums, rope_sum), ahead
 
-    number, slots = begin
-    carry = (state, _load_scales(sources, number, slots, s))
+    carry = (state, _load_scales(sources, number_of(part.first), begin, s))
     return jax.lax.fori_loop(part.first, part.last, body, carry)[0]
 
 
 def _kernel(*refs, part: Part, s: _Static):
     """Grid (T, head blocks, splits): out[split, token, heads, value_dim] and lse[split, token, heads]."""
     q_ref, sources, sink_ref, out_ref, lse_ref = unpack(refs, s)
-    slots_of = key_slots(sources, part, s)
+    number_of, slots_of = key_slots(sources, part, s)
     # Before the query, whose arithmetic would delay what the first keys wait for.
     begin = slots_of(part.first)
     queries = _load_queries(q_ref, part, s)
@@ -221,7 +219,7 @@ def _kernel(*refs, part: Part, s: _Static):
         jnp.zeros((block, s.rope) if s.rope_values else (block,), jnp.float32),
     )
 
-    top, total, *sums = _over_blocks(sources, slots_of, begin, part, queries, state, s)
+    top, total, *sums = _over_blocks(sources, number_of, slots_of, begin, part, queries, state, s)
     total = jnp.sum(total, axis=0)
 
     def finish():
