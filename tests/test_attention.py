@@ -549,6 +549,30 @@ def test_numbers_that_are_nan_to_the_units(scale_dtype, latent, value_dim, split
     assert np.array_equal(out[same], np.asarray(clean).astype(np.float64)[same])
 
 
+@pytest.mark.parametrize("form", ["generic", "anchored", "float16", "native"])
+@pytest.mark.parametrize("small", [0, 1])
+@pytest.mark.parametrize("splits", [1, 3])
+def test_sources_of_different_size(form, small, splits):
+    """A slot past the smaller cache is none there, and one in the larger; what it would alias is poison."""
+    rng = np.random.default_rng(8)
+    few, room = 256, 4096
+    sources, plain = [], []
+    for number in (0, 1):
+        used = 1 + rng.choice((few if number == small else room) - 1, 200, replace=False)
+        cache, keys = make_cache(rng, "float8_e4m3fn", 128, 16, 64, used=used)
+        rows = make_rows(rng, (0, 40, 3, 70), used)
+        if number == small:
+            rows = [[*row, *rng.integers(few, room, 9).tolist()] for row in rows]
+            cache = jax.tree.map(lambda a: a[: few // 64], cache)
+            keys = keys[:few]
+        sources.append(source(cache, as_lengths(rows)))
+        plain.append((keys, [[slot for slot in row if slot < len(keys)] for row in rows]))
+    q = jnp.asarray(rng.standard_normal((4, 6, 144)), jnp.bfloat16)
+    plan = AttentionPlan(key_block=32, splits=splits, **({form: True} if form != "generic" else {}))
+    got = sparse_attention.sparse_attention(q, sources, sm_scale=SCALE, value_dim=144, plan=plan)
+    check(got, oracle(q, plain, 144), *(FLOAT16_BOUND[np.float32] if form in ("float16", "native") else (2e-3, 2e-5)))
+
+
 @pytest.mark.parametrize("kind", ["bfloat16", "float8_e4m3fn", "float8_e4m3fnuz"])
 @pytest.mark.parametrize("scale_dtype", [np.float32, jnp.float8_e8m0fnu], ids=["float32", "e8m0"])
 @pytest.mark.parametrize("splits", [1, 3])

@@ -7,7 +7,7 @@ import pytest
 from sparse_mla_jax.ops.attention import sparse_mla
 from sparse_mla_jax.ops.cache import PagedIndexCache, PagedKVCache
 from sparse_mla_jax.ops.indexer import indexer_scores, paged_indexer_scores
-from sparse_mla_jax.ops.ragged import Ragged
+from sparse_mla_jax.ops.ragged import DenseRows, Ragged
 
 # Device kind, compute units, platform, the FP8 flavour of that hardware.
 TARGETS = [
@@ -69,6 +69,23 @@ def test_sparse_mla(target, heads, form):
     assert ("merge_splits" in text) == (form != "many tokens")
     # Four-value words are read as they lie: no copy of the cache in another type comes before the kernel.
     assert "bitcast_convert" not in text.split(CUSTOM_CALL)[0]
+
+
+@pytest.mark.parametrize("target", TARGETS, ids=lambda t: t[0])
+@pytest.mark.parametrize("flavour", ["float8_e4m3fn", "float8_e4m3fnuz"])
+@pytest.mark.parametrize("two", [False, True], ids=["one source", "two sources"])
+@pytest.mark.parametrize("form", ["dense", "lengths", "ragged"])
+def test_either_flavour_on_every_target(target, flavour, two, form):
+    cache, window = kv_cache(flavour), jax.eval_shape(lambda c: jax.tree.map(lambda a: a[:16], c), kv_cache(flavour))
+    slots = shape((8, 2048), jnp.int32)
+    forms = {"dense": slots, "lengths": DenseRows(slots, shape((8,), jnp.int32)), "ragged": ragged(8, 2048)}
+    extra = (window, shape((8, 128), jnp.int32)) if two else None
+
+    def f(q, cache, rows, extra):
+        return sparse_mla(q, cache, rows, sm_scale=0.135, value_dim=512, extra=extra, implementation="triton")
+
+    text = lower(target, f, shape((8, 16, 576), jnp.bfloat16), cache, forms[form], extra)
+    assert text.count(f"@{CUSTOM_CALL}") == 2
 
 
 @pytest.mark.parametrize("target", TARGETS, ids=lambda t: t[0])

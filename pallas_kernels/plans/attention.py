@@ -100,9 +100,8 @@ def attention_plan(
         return AttentionPlan(splits=splits, num_warps=waves)
     # Words reach the matrix operand's form through LDS unless their tile is narrow.
     tile = 128 if not fp8 else 16 if target == "gfx942" else 32
-    # Without selects on keys gfx942 spares instructions; gfx950 spends more on FP8 keys.
-    anchored = target == "gfx942" or not fp8
-    return AttentionPlan(splits=splits, tile=tile, num_warps=waves, anchored=anchored, fenced=True)
+    # Selects on keys cost instructions on gfx942, and on gfx950 a register that XLA:ROCm moves, with two sources.
+    return AttentionPlan(splits=splits, tile=tile, num_warps=waves, anchored=True, fenced=True)
 
 
 def _splits(programs: int, resident: int, ragged: bool, most: int) -> int:
