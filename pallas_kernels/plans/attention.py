@@ -89,19 +89,18 @@ def attention_plan(
     if itemsize == 2 and target == "gpu":
         return (_float16_plan if fp8 else _bfloat16_plan)(tokens, heads, width, ragged)
     programs = tokens * -(-heads // 16)
-    # Waves repeat each other's scores and index arithmetic; one wave of float32 products would spill.
-    waves = (1 if itemsize == 2 else 2) if target in CDNA else 4
-    resident = SIMDS[target] // waves if itemsize == 2 and target in CDNA else TARGET_PROGRAMS
+    resident = SIMDS[target] if itemsize == 2 and target in CDNA else TARGET_PROGRAMS
     wanted = power_of_two(max(1, resident // max(1, programs)))
     splits = max(1, min(wanted, width // MIN_SPLIT_KEYS, 16))
     if target not in CDNA:
         return AttentionPlan(splits=splits, tile=64 if itemsize == 4 else 128)
+    # Waves repeat each other's scores and index arithmetic; one wave of float32 products would spill.
     if itemsize == 4:
-        return AttentionPlan(splits=splits, num_warps=waves)
+        return AttentionPlan(splits=splits, num_warps=2)
     # Words reach the matrix operand's form through LDS unless their tile is narrow.
     tile = 128 if not fp8 else 16 if target == "gfx942" else 32
     # Selects on keys cost instructions on gfx942, and on gfx950 a register that XLA:ROCm moves, with two sources.
-    return AttentionPlan(splits=splits, tile=tile, num_warps=waves, anchored=True, fenced=True)
+    return AttentionPlan(splits=splits, tile=tile, num_warps=1, anchored=True, fenced=True)
 
 
 def _splits(programs: int, resident: int, ragged: bool, most: int) -> int:
