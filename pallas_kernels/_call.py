@@ -173,12 +173,14 @@ def _pinned_primitive() -> Any:
 
 
 def hidden(value: jax.Array, target: str) -> jax.Array:
-    """An int32 array, of which a CDNA compiler no longer knows where it comes from.
+    """An int32 array, of which a GPU's compiler no longer knows where it comes from.
 
     What is made of it is made after it: offsets that the start and the end of a kernel have in common would otherwise
     occupy registers in between.
     """
-    return _inert_primitive().bind(value, memory=False)[0] if target in CDNA else value
+    if target == HOST:
+        return value
+    return _inert_primitive().bind(value, memory=False, register="v" if target in CDNA else "r")[0]
 
 
 def fence(arrays: Sequence[jax.Array], target: str) -> list[jax.Array]:
@@ -190,7 +192,7 @@ def fence(arrays: Sequence[jax.Array], target: str) -> list[jax.Array]:
     out = list(arrays)
     if target in CDNA:
         alike = [i for i, a in enumerate(arrays) if (a.shape, a.dtype) == (arrays[0].shape, arrays[0].dtype)]
-        for i, held in zip(alike, _inert_primitive().bind(*(arrays[i] for i in alike), memory=True)):
+        for i, held in zip(alike, _inert_primitive().bind(*(arrays[i] for i in alike), memory=True, register="v")):
             out[i] = held
     return out
 
@@ -205,15 +207,15 @@ def _inert_primitive() -> Any:
     primitive.multiple_results = True
 
     @primitive.def_abstract_eval
-    def _(*args, memory):
-        del memory
+    def _(*args, memory, register):
+        del memory, register
         return [jax.core.ShapedArray(a.shape, a.dtype) for a in args]
 
     @lowering.register_lowering(primitive)
-    def _(ctx, *args, memory):
+    def _(ctx, *args, memory, register):
         of, count = ctx.avals_out[0], len(args)
         kind = lowering.ir.RankedTensorType.get(of.shape, lowering._dtype_to_ir_type(of.dtype))
-        constraints = ["=v"] * count + [str(i) for i in range(count)] + ["~{memory}"] * memory
+        constraints = ["=" + register] * count + [str(i) for i in range(count)] + ["~{memory}"] * memory
         pack = 4 // of.dtype.itemsize
         out = dialect.elementwise_inline_asm(
             [kind] * count, "", constraints=",".join(constraints), pure=False, packed_element=pack, args=args

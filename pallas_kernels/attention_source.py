@@ -13,9 +13,13 @@ import jax.numpy as jnp
 from jax import Array
 from jax.experimental import pallas as pl
 
+from pallas_kernels import fp8_bits
 from pallas_kernels._call import call, load, load_from, store
 from pallas_kernels.online_softmax import LOG2E, sink_share
 from pallas_kernels.plans.attention import power_of_two
+
+# The largest value of a part lies in [2**14, 2**15) of its unit.
+HALF_EXPONENT = 14
 
 
 @functools.partial(
@@ -158,13 +162,14 @@ def some_keys(slots_of: Callable[[Array], Array], part: Part) -> tuple[list[Arra
     return found, first, last
 
 
-def unpack(refs: Sequence[Any], s: Any) -> tuple[Any, list[dict], Any, Any, Any]:
-    """References of a launch: (queries, arrays of each source by name, sinks or None, out, lse)."""
+def unpack(refs: Sequence[Any], s: Any) -> tuple[Any, list[dict], Any, Any, Any, Any]:
+    """References of a launch: (queries, arrays of each source by name, sinks or None, out, lse, units or None)."""
     at, sources = 1, []
     for names in s.names:
         sources.append(dict(zip(names, refs[at : at + len(names)])))
         at += len(names)
-    return refs[0], sources, refs[at] if s.has_sinks else None, refs[-2], refs[-1]
+    sinks, outputs = refs[at : at + s.has_sinks], refs[at + s.has_sinks :]
+    return refs[0], sources, *(sinks or [None]), *outputs, *([] if s.plan.half_parts else [None])
 
 
 def _blocks(lengths: Sequence[Array], s: Any) -> list[Array]:
@@ -219,9 +224,10 @@ def blocks_of_part(split: Array, parts: Array | int, total: Array) -> tuple[Arra
     return first, jnp.where(split < parts, first + size + (split < longer).astype(jnp.int32), first)
 
 
-def _part_of(sources: Sequence[dict], tokens: int, s: Any) -> Part:
-    token, split = pl.program_id(0), pl.program_id(2)
-    first_head = pl.program_id(1) * s.plan.head_block
+def part_of(place: Sequence[Array], sources: Sequence[dict], tokens: int, s: Any) -> Part:
+    """What the program at `place` (token, block of heads, split) works on."""
+    token, head_block, split = place
+    first_head = head_block * s.plan.head_block
     heads = first_head + jnp.arange(s.plan.head_block, dtype=jnp.int32)
     blocks = _blocks([row_bounds(r, token, w)[1] for r, w in zip(sources, s.widths)], s)
     total = functools.reduce(jnp.add, blocks)
@@ -237,11 +243,11 @@ def _part_of(sources: Sequence[dict], tokens: int, s: Any) -> Part:
 
 def _program(kernel: Callable[..., None], *refs: Any, s: Any) -> None:
     """`kernel` on the program's part. A program without keys only writes that it has none: its `out` is not read."""
-    _, sources, _, _, lse_ref = unpack(refs, s)
-    part = _part_of(sources, lse_ref.shape[1], s)
+    _, sources, _, _, lse_ref, _ = unpack(refs, s)
+    part = part_of([pl.program_id(axis) for axis in range(3)], sources, lse_ref.shape[1], s)
 
     def leave():
-        _store_lse(lse_ref, part, jnp.full(part.heads.shape, -jnp.inf, jnp.float32), s)
+        _store_by_head(lse_ref, part, jnp.full(part.heads.shape, -jnp.inf, jnp.float32), s)
 
     if s.plan.shares:
         jax.lax.cond(part.first < part.last, lambda: kernel(*refs, part=part, s=s), leave)
@@ -268,10 +274,10 @@ def stored_heads(part: Part, s: Any) -> tuple[Array, Array | None]:
     return jnp.where(exists, part.heads, s.heads), exists
 
 
-def _store_lse(lse_ref: Any, part: Part, lse: Array, s: Any) -> None:
+def _store_by_head(ref: Any, part: Part, values: Array, s: Any) -> None:
     heads, exists = stored_heads(part, s)
-    where = lse_ref.at[jnp.full_like(heads, part.split), jnp.full_like(heads, part.token), heads]
-    store(where, lse, mask=exists)
+    where = ref.at[jnp.full_like(heads, part.split), jnp.full_like(heads, part.token), heads]
+    store(where, values, mask=exists)
 
 
 def finish_softmax(lse_ref: Any, sink_ref: Any, part: Part, top: Array, total: Array, s: Any) -> Array:
@@ -287,8 +293,18 @@ def finish_softmax(lse_ref: Any, sink_ref: Any, part: Part, top: Array, total: A
         else:
             sinks = load(sink_ref.at[jnp.where(exists, heads, 0)], mask=exists, other=0.0)
         share = share * sink_share(lse, sinks)
-    _store_lse(lse_ref, part, lse, s)
+    _store_by_head(lse_ref, part, lse, s)
     return share
+
+
+def to_units(unit_ref: Any, part: Part, largest: Array, s: Any) -> Array:
+    """Stores the unit [head_block] of a part's float16 values, a power of two; returns its inverse.
+
+    `largest` magnitudes of a head lie in [2**14, 2**15) of it; float16's 11 bits hold down to 2**-28 of that.
+    """
+    exponent = jnp.maximum(fp8_bits.exponent(largest) - HALF_EXPONENT, 1)
+    _store_by_head(unit_ref, part, fp8_bits.from_exponent(exponent), s)
+    return fp8_bits.from_exponent(254 - exponent)
 
 
 def store_values(out_ref: Any, part: Part, columns: Array, values: Array, inside: Array | None, s: Any) -> None:
@@ -321,20 +337,21 @@ def described(sources: Sequence[Source]) -> tuple[list[Array], dict[str, Any]]:
 def launch_rows(kernel: Callable[..., None], s: Any, q: Array, arrays: Sequence[Array], sinks: Array | None) -> Any:
     """(out[splits, T, H, value_dim], lse[splits, T, H]) of `kernel` over the grid (T, head blocks, splits).
 
-    With `plan.shares`, `out` is not written by programs without keys.
+    With `plan.half_parts`, `out` is float16 and units[splits, T, H] follow. With `plan.shares`, programs without keys
+    write `lse` alone.
     """
     tokens, heads = q.shape[:2]
     plan = s.plan
+    dtype = q.dtype if plan.splits == 1 else jnp.float16 if plan.half_parts else jnp.float32
+    by_head = jax.ShapeDtypeStruct((plan.splits, tokens, heads), jnp.float32)
     return call(
         functools.partial(_program, kernel, s=s),
         q,
         *arrays,
         *([sinks] if sinks is not None and s.has_sinks else []),
         out_shape=(
-            jax.ShapeDtypeStruct(
-                (plan.splits, tokens, heads, s.value_dim), q.dtype if plan.splits == 1 else jnp.float32
-            ),
-            jax.ShapeDtypeStruct((plan.splits, tokens, heads), jnp.float32),
+            jax.ShapeDtypeStruct((plan.splits, tokens, heads, s.value_dim), dtype),
+            *[by_head] * (2 if plan.half_parts else 1),
         ),
         grid=(tokens, -(-heads // plan.head_block), plan.splits),
         name="sparse_mla",

@@ -15,17 +15,19 @@ from pallas_kernels.attention_source import grid2
 from pallas_kernels.online_softmax import sink_share
 from pallas_kernels.plans.attention import power_of_two
 
-# float32 values that a program reads at once.
+# Values that a program reads at once.
 TILE = 4096
 
 
-def _kernel(*refs, splits: int, columns: int, block: int, partial: bool):
-    outs_ref, lses_ref, *sink_ref, out_ref, lse_ref = refs
+def _kernel(*refs, splits: int, columns: int, block: int, partial: bool, has_units: bool):
+    outs_ref, lses_ref, *more, out_ref, lse_ref = refs
+    unit_ref, sink_ref = more[:has_units], more[has_units:]
     token, head, first = pl.program_id(0), pl.program_id(1), pl.program_id(2) * block
     i = jnp.arange(max(2, power_of_two(splits)), dtype=jnp.int32)
     exists = i < splits
     parts = jnp.where(exists, i, 0)
-    lses = load(lses_ref.at[parts, jnp.full_like(i, token), jnp.full_like(i, head)])
+    here = (parts, jnp.full_like(i, token), jnp.full_like(i, head))
+    lses, units = load(lses_ref.at[here]), [load(ref.at[here]) for ref in unit_ref]
     lses = jnp.where(exists, lses, -jnp.inf)
     top = jnp.max(lses, axis=0)
     # Parts without keys weigh nothing; where there are no keys at all, neither does any part.
@@ -44,7 +46,11 @@ def _kernel(*refs, splits: int, columns: int, block: int, partial: bool):
     values = (
         load(where, mask=jnp.broadcast_to((weights > 0)[:, None], rows.shape), other=0.0) if partial else load(where)
     )
-    merged = jnp.sum(values * (weights * share)[:, None], axis=0)
+    factors = weights * share
+    for unit in units:
+        # Where a part has no keys, its unit may not be written.
+        factors = factors * jnp.where(weights > 0, unit, 0.0)
+    merged = jnp.sum(values.astype(jnp.float32) * factors[:, None], axis=0)
     # Masked lanes point past the array: interpret mode writes old values back through them.
     at = jnp.where(inside, c, columns)
     store(out_ref.at[jnp.full_like(at, token), jnp.full_like(at, head), at], merged.astype(out_ref.dtype), mask=inside)
@@ -52,10 +58,18 @@ def _kernel(*refs, splits: int, columns: int, block: int, partial: bool):
 
 
 def merge_splits(
-    outs: Array, lses: Array, sinks: Array | None, *, dtype: Any, target: str, partial: bool = False
+    outs: Array,
+    lses: Array,
+    units: Array | None = None,
+    *,
+    sinks: Array | None,
+    dtype: Any,
+    target: str,
+    partial: bool = False,
 ) -> tuple[Array, Array]:
     """outs[S, T, H, V], lses[S, T, H] float32 -> (out dtype [T, H, V], lse float32 [T, H]), in a fixed order.
 
+    units: what outs count, float32 [S, T, H]; 1 if not given.
     partial: parts of weight 0 are not read, since they may not be written.
     """
     splits, tokens, heads, columns = outs.shape
@@ -63,10 +77,12 @@ def merge_splits(
     # Waves repeat the weights; on NVIDIA many parts mean few programs, whose loads more warps hide better.
     per_wave = 1024 if splits > 8 and target not in CDNA else 2048
     return call(
-        functools.partial(_kernel, splits=splits, columns=columns, block=block, partial=partial),
+        functools.partial(
+            _kernel, splits=splits, columns=columns, block=block, partial=partial, has_units=units is not None
+        ),
         outs,
         lses,
-        *([] if sinks is None else [sinks]),
+        *(x for x in (units, sinks) if x is not None),
         out_shape=(
             jax.ShapeDtypeStruct((tokens, heads, columns), dtype),
             jax.ShapeDtypeStruct((tokens, heads), jnp.float32),

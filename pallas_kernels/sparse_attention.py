@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from pallas_kernels import fp8_bits, sparse_attention_float16, sparse_attention_fp8
-from pallas_kernels._call import dispatch, fence, hidden, load, load_from
+from pallas_kernels._call import CDNA, dispatch, fence, hidden, load, load_from
 from pallas_kernels.attention_source import (
     Part,
     Source,
@@ -255,7 +255,7 @@ def _halves(weights: Array, s: _Static) -> list[Array]:
 
 def _kernel(*refs, part: Part, s: _Static):
     """Grid (T, head blocks, splits): out[split, token, 16 heads, value_dim] and lse[split, token, 16 heads]."""
-    q_ref, sources, sink_ref, out_ref, lse_ref = unpack(refs, s)
+    q_ref, sources, sink_ref, out_ref, lse_ref, _ = unpack(refs, s)
     queries = _load_queries(q_ref, part.token, part.heads, s)
     block = (s.plan.head_block,)
     state = (
@@ -275,7 +275,8 @@ def _kernel(*refs, part: Part, s: _Static):
 
 def _store_results(out_ref, lse_ref, sink_ref, part: Part, state, s: _Static):
     top, total, sums = state
-    part = dataclasses.replace(part, heads=hidden(part.heads, s.target))
+    if s.target in CDNA:
+        part = dataclasses.replace(part, heads=hidden(part.heads, s.target))
     share = finish_softmax(lse_ref, sink_ref, part, top, total, s)
     at = 0
     for tile in s.tiles:
@@ -352,14 +353,15 @@ def _launch(
             target=target,
         )
     if plan.native and native:
-        out, lse = sparse_attention_fp8.launch(target, q, sources, sinks, sm_scale, value_dim, plan)
+        parts = sparse_attention_fp8.launch(target, q, sources, sinks, sm_scale, value_dim, plan)
     elif plan.float16 and sparse_attention_float16.serves(q, sources, value_dim):
-        out, lse = sparse_attention_float16.launch(target, q, sources, sinks, sm_scale, value_dim, plan)
+        parts = sparse_attention_float16.launch(target, q, sources, sinks, sm_scale, value_dim, plan)
     else:
-        out, lse = _launch_planes(target, q, sources, sinks, sm_scale, value_dim, plan, compute)
+        plan = dataclasses.replace(plan, half_parts=False)
+        parts = _launch_planes(target, q, sources, sinks, sm_scale, value_dim, plan, compute)
     if plan.splits == 1:
-        return out[0], lse[0]
-    return merge_splits(out, lse, sinks, dtype=q.dtype, target=target, partial=plan.shares > 0)
+        return parts[0][0], parts[1][0]
+    return merge_splits(*parts, sinks=sinks, dtype=q.dtype, target=target, partial=plan.shares > 0)
 
 
 def _launch_planes(

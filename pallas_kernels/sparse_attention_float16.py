@@ -10,6 +10,7 @@ power of two of their own. Rope stays bfloat16. The next keys are in flight whil
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -30,6 +31,7 @@ from pallas_kernels.attention_source import (
     launch_rows,
     some_keys,
     store_values,
+    to_units,
     unpack,
 )
 from pallas_kernels.online_softmax import LOG2E, NONE, dot
@@ -225,7 +227,7 @@ def _over_blocks(sources: Sequence[dict], part: Part, queries, state, s: _Static
 
 def kernel(*refs, part: Part, s: _Static):
     """Grid (T, head blocks, splits): out[split, token, heads, value_dim] and lse[split, token, heads]."""
-    q_ref, sources, sink_ref, out_ref, lse_ref = unpack(refs, s)
+    q_ref, sources, sink_ref, *out_refs = unpack(refs, s)
     queries = _load_queries(q_ref, part.token, part.heads, s)
     block = s.plan.head_block
     state = (
@@ -237,21 +239,29 @@ def kernel(*refs, part: Part, s: _Static):
     )
 
     state = _over_blocks(sources, part, queries, state, s)
-    _store_results(out_ref, lse_ref, sink_ref, part, state, s)
+    _store_results(out_refs, sink_ref, part, state, s)
 
 
-def _store_results(out_ref, lse_ref, sink_ref, part: Part, state, s: _Static):
+def _store_results(out_refs, sink_ref, part: Part, state, s: _Static):
+    out_ref, lse_ref, unit_ref = out_refs
     top, total, sums, rope_sum, unit = state
     share = finish_softmax(lse_ref, sink_ref, part, top, jnp.sum(total, axis=1), s)
+    shares = [share * fp8_bits.from_exponent(unit), share]
+    if s.plan.half_parts:
+        tops = [jnp.max(functools.reduce(jnp.maximum, map(jnp.abs, sums)), axis=1) * shares[0]]
+        if s.rope_values:
+            tops.append(jnp.max(jnp.abs(rope_sum), axis=1) * share)
+        inverse = to_units(unit_ref, part, functools.reduce(jnp.maximum, tops), s)
+        shares = [share * inverse for share in shares]
     words = jnp.arange(s.width, dtype=jnp.int32)
     columns = words[:, None] * 4 + jax.lax.broadcasted_iota(jnp.int32, (s.width, 4), 1)
     inside = None if s.words == s.width else jnp.broadcast_to(words[:, None] < s.words, columns.shape)
-    values = _join4([x * (share * fp8_bits.from_exponent(unit))[:, None] for x in sums])
+    values = _join4([x * shares[0][:, None] for x in sums])
     store_values(out_ref, part, columns, values, inside, s)
     if s.rope_values:
         columns = 4 * s.words + jnp.arange(s.rope_width, dtype=jnp.int32)
         inside = None if 4 * s.words + s.rope_width <= s.value_dim else columns < s.value_dim
-        store_values(out_ref, part, columns, rope_sum * share[:, None], inside, s)
+        store_values(out_ref, part, columns, rope_sum * shares[1][:, None], inside, s)
 
 
 # --- launch ----------------------------------------------------------------------------------------------------------
@@ -294,7 +304,7 @@ def launch(
     sm_scale: float,
     value_dim: int,
     plan: AttentionPlan,
-) -> tuple[Array, Array]:
-    """(out[splits, T, H, value_dim], lse[splits, T, H]); `serves` must hold."""
+) -> tuple[Array, ...]:
+    """(out[splits, T, H, value_dim], lse and perhaps units [splits, T, H]); `serves` must hold."""
     arrays, static = specialised(target, q, sources, sinks, sm_scale, value_dim, plan)
     return launch_rows(kernel, static, q, arrays, sinks)

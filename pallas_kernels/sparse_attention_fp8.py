@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from pallas_kernels import fp8_bits, fp8_nvidia, sparse_attention_float16
-from pallas_kernels._call import MAX_ELEMENTS, dot_fp8, load, load_codes, load_from
+from pallas_kernels._call import MAX_ELEMENTS, dot_fp8, hidden, load, load_codes, load_from
 from pallas_kernels.attention_source import (
     Part,
     Source,
@@ -32,7 +32,9 @@ from pallas_kernels.attention_source import (
     grid2,
     key_slots,
     launch_rows,
+    part_of,
     store_values,
+    to_units,
     unpack,
 )
 from pallas_kernels.online_softmax import LOG2E, NONE, dot
@@ -206,7 +208,7 @@ def _over_blocks(sources: Sequence[dict], number_of, slots_of, begin: Array, par
 
 def _kernel(*refs, part: Part, s: _Static):
     """Grid (T, head blocks, splits): out[split, token, heads, value_dim] and lse[split, token, heads]."""
-    q_ref, sources, sink_ref, out_ref, lse_ref = unpack(refs, s)
+    q_ref, sources, sink_ref, *out_refs = unpack(refs, s)
     number_of, slots_of = key_slots(sources, part, s)
     # Before the query, whose arithmetic would delay what the first keys wait for.
     begin = slots_of(part.first)
@@ -223,7 +225,7 @@ def _kernel(*refs, part: Part, s: _Static):
     total = jnp.sum(total, axis=0)
 
     def finish():
-        _store_results(out_ref, lse_ref, sink_ref, part, (top, total, *sums), s)
+        _store_results(out_refs, sink_ref, part, (top, total, *sums), s)
 
     if s.again is None:
         finish()
@@ -235,17 +237,28 @@ def _kernel(*refs, part: Part, s: _Static):
 
 def _start_again(*refs, part: Part, s: _Static):
     """The whole part in the float16 form, in smaller steps."""
+    if s.plan.half_parts:
+        # Short parts gain where nothing of this is kept through their loop; the loop of long ones became slower.
+        _, sources, _, _, lse_ref, _ = unpack(refs, s)
+        place = part.token, part.first_head // s.plan.head_block, part.split
+        hidden_place = [jnp.max(hidden(jnp.full((16,), x), s.target), axis=0) for x in place]
+        part = part_of(hidden_place, sources, lse_ref.shape[1], s)
     steps = s.plan.key_block // s.again.plan.key_block
     blocks = [steps * count for count in part.blocks]
     part = dataclasses.replace(part, blocks=blocks, first=steps * part.first, last=steps * part.last)
     sparse_attention_float16.kernel(*refs, part=part, s=s.again)
 
 
-def _store_results(out_ref, lse_ref, sink_ref, part: Part, state, s: _Static):
+def _store_results(out_refs, sink_ref, part: Part, state, s: _Static):
+    out_ref, lse_ref, unit_ref = out_refs
     top, total, sums, rope_sum = state
     share = finish_softmax(lse_ref, sink_ref, part, top, total, s)
     widths = [s.tile] * len(sums) + ([s.rope] if s.rope_values else [])
-    shares = [share * s.unit] * len(sums) + [share]
+    shares = ([share * s.unit] * len(sums) + [share])[: len(widths)]
+    if s.plan.half_parts:
+        tops = (jnp.max(jnp.abs(value), axis=1) * share for value, share in zip((*sums, rope_sum), shares))
+        inverse = to_units(unit_ref, part, functools.reduce(jnp.maximum, tops), s)
+        shares = [share * inverse for share in shares]
     for i, (value, width, share) in enumerate(zip((*sums, rope_sum), widths, shares)):
         columns = i * s.tile + jnp.arange(width, dtype=jnp.int32)
         inside = None if i * s.tile + width <= s.value_dim else columns < s.value_dim
@@ -261,8 +274,8 @@ def launch(
     sm_scale: float,
     value_dim: int,
     plan: AttentionPlan,
-) -> tuple[Array, Array]:
-    """(out[splits, T, H, value_dim], lse[splits, T, H]); `serves` must hold."""
+) -> tuple[Array, ...]:
+    """(out[splits, T, H, value_dim], lse and perhaps units [splits, T, H]); `serves` must hold."""
     _, heads, dim = q.shape
     first = sources[0]
     assert first.scale is not None

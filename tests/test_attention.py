@@ -478,10 +478,18 @@ def test_splits_of_the_keys(splits, key_block, shares, held):
     ("form", "kind"), [(form, kind) for form in ("float16", "native") for kind in ("float8_e4m3fn", "float8_e4m3fnuz")]
 )
 @pytest.mark.parametrize(
-    ("splits", "shares", "value_dim", "held"),
-    [(1, 0, 80, as_ragged), (1, 0, 64, as_dense), (3, 0, 70, as_ragged), (3, 7, 80, as_ragged), (3, 7, 64, as_lengths)],
+    ("splits", "shares", "half_parts", "value_dim", "held"),
+    [
+        (1, 0, False, 80, as_ragged),
+        (1, 0, False, 64, as_dense),
+        (3, 0, False, 70, as_ragged),
+        (3, 0, True, 70, as_ragged),
+        (3, 7, True, 80, as_ragged),
+        (3, 7, False, 64, as_lengths),
+        (3, 7, True, 64, as_lengths),
+    ],
 )
-def test_forms_for_nvidia(form, kind, scale_dtype, splits, shares, value_dim, held):
+def test_forms_for_nvidia(form, kind, scale_dtype, splits, shares, half_parts, value_dim, held):
     """The forms that NVIDIA GPUs run, here in interpret mode: poison, empty rows, wild slots, two sources, sinks."""
     rng = np.random.default_rng(3)
     sources, plain = [], []
@@ -493,7 +501,7 @@ def test_forms_for_nvidia(form, kind, scale_dtype, splits, shares, value_dim, he
         plain.append((keys, rows))
     q = jnp.asarray(rng.standard_normal((5, 6, 80)) * np.exp2(np.arange(-3, 3))[None, :, None], jnp.bfloat16)
     sinks = jnp.linspace(-2.0, 2.0, 6)
-    plan = AttentionPlan(**{form: True}, key_block=32, splits=splits, shares=shares)
+    plan = AttentionPlan(**{form: True}, key_block=32, splits=splits, shares=shares, half_parts=half_parts)
     assert sparse_attention.sparse_attention_float16.serves(q, sources, value_dim)
     assert sparse_attention.sparse_attention_fp8.serves(q, sources, value_dim)
     got = sparse_attention.sparse_attention(q, sources, sm_scale=SCALE, value_dim=value_dim, sinks=sinks, plan=plan)
@@ -509,10 +517,17 @@ def test_forms_for_nvidia(form, kind, scale_dtype, splits, shares, value_dim, he
     ("scale_dtype", "latent", "value_dim"), [(np.float32, 64, 64), (jnp.float8_e8m0fnu, 96, 112)], ids=["v32", "v4"]
 )
 @pytest.mark.parametrize(
-    ("splits", "shares", "key_block", "held"),
-    [(1, 0, 32, as_ragged), (1, 0, 16, as_dense), (3, 0, 32, as_dense), (3, 7, 32, as_ragged), (3, 7, 32, as_lengths)],
+    ("splits", "shares", "half_parts", "key_block", "held"),
+    [
+        (1, 0, False, 32, as_ragged),
+        (1, 0, False, 16, as_dense),
+        (3, 0, True, 32, as_dense),
+        (3, 7, False, 32, as_ragged),
+        (3, 7, True, 32, as_ragged),
+        (3, 7, True, 32, as_lengths),
+    ],
 )
-def test_numbers_that_are_nan_to_the_units(scale_dtype, latent, value_dim, splits, shares, key_block, held):
+def test_numbers_that_are_nan_to_the_units(scale_dtype, latent, value_dim, splits, shares, half_parts, key_block, held):
     """+-240 of e4m3fnuz in keys that rows name: exact; rows that do not name them keep their bits."""
     rng = np.random.default_rng(6)
     before, after, plain, touched = [], [], [], set()
@@ -535,7 +550,7 @@ def test_numbers_that_are_nan_to_the_units(scale_dtype, latent, value_dim, split
         plain.append((keys, rows))
     q = jnp.asarray(rng.standard_normal((5, 6, latent + 16)), jnp.bfloat16)
     sinks = jnp.linspace(-2.0, 2.0, 6)
-    plan = AttentionPlan(native=True, key_block=key_block, splits=splits, shares=shares)
+    plan = AttentionPlan(native=True, key_block=key_block, splits=splits, shares=shares, half_parts=half_parts)
     body = functools.partial(sparse_attention.sparse_attention, sm_scale=SCALE, value_dim=value_dim, plan=plan)
     (clean, _), (out, lse) = (body(q, sources, sinks=sinks) for sources in (before, after))
     want = oracle(q, plain, value_dim, sinks)
@@ -568,7 +583,10 @@ def test_sources_of_different_size(form, small, splits):
         sources.append(source(cache, as_lengths(rows)))
         plain.append((keys, [[slot for slot in row if slot < len(keys)] for row in rows]))
     q = jnp.asarray(rng.standard_normal((4, 6, 144)), jnp.bfloat16)
-    plan = AttentionPlan(key_block=32, splits=splits, **({form: True} if form != "generic" else {}))
+    half_parts = splits > 1 and form in ("float16", "native")
+    plan = AttentionPlan(
+        key_block=32, splits=splits, half_parts=half_parts, **({} if form == "generic" else {form: True})
+    )
     got = sparse_attention.sparse_attention(q, sources, sm_scale=SCALE, value_dim=144, plan=plan)
     check(got, oracle(q, plain, 144), *(FLOAT16_BOUND[np.float32] if form in ("float16", "native") else (2e-3, 2e-5)))
 
@@ -616,6 +634,31 @@ def test_units_follow_the_largest_scale(order, form):
     out, _ = sparse_attention.sparse_attention(q, [source], sm_scale=SCALE, value_dim=64, plan=plan)
     want = oracle(q, [(keys, rows.tolist())], 64)[0]
     assert np.linalg.norm(np.asarray(out).astype(np.float64) - want) <= 2e-3 * np.linalg.norm(want)
+
+
+@pytest.mark.parametrize("form", ["float16", "native"])
+@pytest.mark.parametrize("exponent", [-90, -20, 0, 20, 90])
+def test_units_of_parts(form, exponent):
+    """Values 2**40 apart in a row's parts, far beyond float16: all precise but what is 2**28 below a head's largest."""
+    rng = np.random.default_rng(9)
+    cache, keys = make_cache(rng, "float8_e4m3fn", 64, 16, 32)
+    rope = keys[:, 64:] * np.exp2(exponent + np.where(np.arange(4096) % 2, 20.0, -20.0))[:, None]
+    keys[:, 64:] = np.asarray(jnp.asarray(rope, jnp.bfloat16)).astype(np.float64)
+    rope = jnp.asarray(keys[:, 64:], jnp.bfloat16).reshape(64, 64, 16)
+    # The rope part of the query is 0: values of any size weigh alike.
+    q = jnp.asarray(rng.standard_normal((3, 4, 80)) * (np.arange(80) < 64), jnp.bfloat16)
+    # Parts of small values, of large ones, of both, and of none.
+    rows = [[*range(0, 64, 2), *range(1, 65, 2)], [*range(2, 70, 2), 5], []]
+    source = sparse_attention.Source(cache.latent, cache.scale, rope, cache.dtype, 32, as_dense(rows), None)
+    plan = AttentionPlan(**{form: True}, key_block=16, splits=4, half_parts=True)
+    out, _ = sparse_attention.sparse_attention(q, [source], sm_scale=SCALE, value_dim=80, plan=plan)
+    out, want = np.asarray(out).astype(np.float64), oracle(q, [(keys, rows)], 80)[0]
+    assert np.isfinite(out).all() and (out[2] == 0).all()
+    # Of a part's largest value, a unit of float16's smallest numbers is 2**-38.
+    least = 2.0**-38 * np.abs(want).max(axis=-1)
+    for columns in (slice(0, 64), slice(64, 80)):
+        error = np.linalg.norm((out - want)[..., columns], axis=-1)
+        assert (error <= 4e-3 * np.linalg.norm(want[..., columns], axis=-1) + 8 * least).all()
 
 
 @settings(deadline=None, database=None)

@@ -194,8 +194,9 @@ def test_a_config_is_refused_where_it_means_nothing(operator, kernel, heuristic,
     [
         (dict(key_block=24), "AttentionPlan.key_block is 24; expected a power of two, at least 16"),
         (dict(head_block=8), "AttentionPlan.head_block is 8"),
-        (dict(splits=0), "splits 0 and shares 0"),
-        (dict(shares=4), "splits 1 and shares 4; expected splits of at least 1, and shares of 0 or"),
+        (dict(splits=0), "splits 0, shares 0 and half_parts False"),
+        (dict(shares=4), "splits 1, shares 4 and half_parts False; expected splits of at least 1, and shares of more"),
+        (dict(half_parts=True), "half_parts True; .* only with more than one"),
     ],
 )
 def test_plans_that_leave_rows_unwritten_are_refused(sizes, message):

@@ -35,6 +35,7 @@ class AttentionPlan:
         registers by a wait for memory at every tile.
       float16: FP8 keys become scaled float16 (sparse_attention_float16), where that form takes the call.
       native: FP8 keys are multiplied by FP8 queries (sparse_attention_fp8), where that form takes the call.
+      half_parts: these two forms hand on parts of a row as float16 in units of their own, not as float32.
     """
 
     head_block: int = 16
@@ -49,16 +50,17 @@ class AttentionPlan:
     fenced: bool = False
     float16: bool = False
     native: bool = False
+    half_parts: bool = False
 
     def __post_init__(self) -> None:
         for name in ("head_block", "key_block", "tile"):
             n = getattr(self, name)
             if n < 16 or n != power_of_two(n):
                 raise ValueError(f"AttentionPlan.{name} is {n}; expected a power of two, at least 16.")
-        if self.splits < 1 or self.shares < 0 or (self.shares and self.splits == 1):
+        if self.splits < 1 or self.shares < 0 or ((self.shares or self.half_parts) and self.splits == 1):
             raise ValueError(
-                f"AttentionPlan has splits {self.splits} and shares {self.shares}; expected splits of at least 1, and"
-                " shares of 0 or, with more than one split, more."
+                f"AttentionPlan has splits {self.splits}, shares {self.shares} and half_parts {self.half_parts};"
+                " expected splits of at least 1, and shares of more than 0 or half_parts only with more than one."
             )
 
 
@@ -125,19 +127,22 @@ def _native_plan(tokens: int, heads: int, width: int, ragged: bool, key_bytes: i
     wide = heads > 16 and key_bytes > 576
     block, resident, key_block = (32, 132, 128) if wide else (16, 264, 64)
     programs = tokens * -(-heads // block)
-    splits = _splits(programs, resident, ragged, width // key_block)
+    blocks = width // key_block
+    splits = _splits(programs, resident, ragged, blocks)
     uneven = ragged and splits > 1
     return AttentionPlan(
         head_block=block,
         key_block=key_block,
-        splits=max(splits, min(4, width // key_block)) if uneven else splits,
+        splits=max(splits, min(4, blocks)) if uneven else splits,
         shares=_shares(tokens, programs, resident) if uneven else 0,
         # Narrow tiles keep more bits of a score; with 32 heads they cost a quarter of the time.
         tile=128 if wide else 64,
         num_warps=8 if wide else 4,
         # 5 hold two blocks of keys in shared memory, if two programs have room for that; 3 hold one: as well for few.
-        num_stages=5 if not wide and key_bytes <= 576 and width // key_block >= 2 * splits else 3,
+        num_stages=5 if not wide and key_bytes <= 576 and blocks >= 2 * splits else 3,
         native=True,
+        # Results of a part of few keys are as much to move as its keys; with many, the compiler makes a worse loop.
+        half_parts=splits > 1 and blocks <= 4 * splits,
     )
 
 
