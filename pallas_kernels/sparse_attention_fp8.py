@@ -253,8 +253,8 @@ def _store_results(out_refs, sink_ref, part: Part, state, s: _Static):
     out_ref, lse_ref, unit_ref = out_refs
     top, total, sums, rope_sum = state
     share = finish_softmax(lse_ref, sink_ref, part, top, total, s)
-    widths = [s.tile] * len(sums) + ([s.rope] if s.rope_values else [])
-    shares = ([share * s.unit] * len(sums) + [share])[: len(widths)]
+    widths = [s.tile] * len(sums) + [s.rope] * s.rope_values
+    shares = [share * s.unit] * len(sums) + [share] * s.rope_values
     if s.plan.half_parts:
         tops = (jnp.max(jnp.abs(value), axis=1) * share for value, share in zip((*sums, rope_sum), shares))
         inverse = to_units(unit_ref, part, functools.reduce(jnp.maximum, tops), s)
