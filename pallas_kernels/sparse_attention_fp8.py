@@ -110,7 +110,7 @@ def _load_queries(q_ref, part: Part, s: _Static):
         return load(q_ref.at[jnp.full_like(rows, part.token), rows, cols])
 
     tiles = [read(both, column, s.tile).astype(jnp.float32) for column in range(0, s.latent, s.tile)]
-    top = functools.reduce(jnp.maximum, (jnp.max(jnp.abs(q), axis=1) for q in tiles))
+    top = _largest([jnp.abs(q) for q in tiles])
     exponent = jnp.maximum(fp8_bits.exponent(top) - QUERY_EXPONENT, 1)
     terms = []
     for q in tiles:
@@ -119,6 +119,16 @@ def _load_queries(q_ref, part: Part, s: _Static):
         terms.append(jnp.where(lower[:, None], q - upper, upper).astype(fp8_nvidia.NATIVE))
     unit = jnp.max(fp8_bits.from_exponent(exponent).reshape(-1, 2, 8), axis=1).reshape(-1)
     return terms, unit, read(part.heads, s.latent, s.rope) if s.rope else None
+
+
+def _largest(tiles: Sequence[Array]) -> Array:
+    """float32 [H]: largest value of a head in all tiles [H, width].
+
+    Tiles of a width meet element by element: one reduction across lanes and warps, not one for each.
+    """
+    widths = sorted({tile.shape[1] for tile in tiles})
+    alike = ([tile for tile in tiles if tile.shape[1] == width] for width in widths)
+    return functools.reduce(jnp.maximum, (jnp.max(functools.reduce(jnp.maximum, same), axis=1) for same in alike))
 
 
 def _load_scales(sources: Sequence[dict], number, slots: Array, s: _Static) -> tuple[Array, ...]:
@@ -223,20 +233,18 @@ def _kernel(*refs, part: Part, s: _Static):
 
     top, total, *sums = _over_blocks(sources, number_of, slots_of, begin, part, queries, state, s)
     total = jnp.sum(total, axis=0)
-
-    def finish():
-        _store_results(out_refs, sink_ref, part, (top, total, *sums), s)
-
     if s.again is None:
-        finish()
+        _store_values(out_refs[0], part, _results(out_refs, sink_ref, part, (top, total, *sums), s), s)
         return
     # Sums keep a NaN, which a maximum may drop.
     met = jnp.max((total != total).astype(jnp.int32), axis=0) > 0
-    jax.lax.cond(met, lambda: _start_again(*refs, part=part, s=s), finish)
+    # Before the question: values as they are stored take fewer registers than sums do.
+    values = _results(out_refs, sink_ref, part, (top, total, *sums), s)
+    jax.lax.cond(met, lambda: _start_again(*refs, part=part, s=s), lambda: _store_values(out_refs[0], part, values, s))
 
 
 def _start_again(*refs, part: Part, s: _Static):
-    """The whole part in the float16 form, in smaller steps."""
+    """The whole part in the float16 form, in smaller steps; many barriers later it overwrites lse and units."""
     if s.plan.half_parts:
         # Short parts gain where nothing of this is kept through their loop; the loop of long ones became slower.
         _, sources, _, _, lse_ref, _ = unpack(refs, s)
@@ -249,20 +257,26 @@ def _start_again(*refs, part: Part, s: _Static):
     sparse_attention_float16.kernel(*refs, part=part, s=s.again)
 
 
-def _store_results(out_refs, sink_ref, part: Part, state, s: _Static):
+def _results(out_refs, sink_ref, part: Part, state, s: _Static) -> list[Array]:
+    """Stores lse and units; returns the values [heads, width] of every tile, of the type in which they are stored."""
     out_ref, lse_ref, unit_ref = out_refs
     top, total, sums, rope_sum = state
     share = finish_softmax(lse_ref, sink_ref, part, top, total, s)
-    widths = [s.tile] * len(sums) + [s.rope] * s.rope_values
-    shares = [share * s.unit] * len(sums) + [share] * s.rope_values
+    sums, shares = [*sums], [share * s.unit] * len(sums)
+    largest = [functools.reduce(jnp.maximum, map(jnp.abs, sums)) * s.unit]
+    if s.rope_values:
+        sums, shares, largest = [*sums, rope_sum], [*shares, share], [*largest, jnp.abs(rope_sum)]
     if s.plan.half_parts:
-        tops = (jnp.max(jnp.abs(value), axis=1) * share for value, share in zip((*sums, rope_sum), shares))
-        inverse = to_units(unit_ref, part, functools.reduce(jnp.maximum, tops), s)
+        inverse = to_units(unit_ref, part, _largest(largest) * share, s)
         shares = [share * inverse for share in shares]
-    for i, (value, width, share) in enumerate(zip((*sums, rope_sum), widths, shares)):
-        columns = i * s.tile + jnp.arange(width, dtype=jnp.int32)
-        inside = None if i * s.tile + width <= s.value_dim else columns < s.value_dim
-        store_values(out_ref, part, columns, value * share[:, None], inside, s)
+    return [(value * share[:, None]).astype(out_ref.dtype) for value, share in zip(sums, shares)]
+
+
+def _store_values(out_ref, part: Part, values: Sequence[Array], s: _Static) -> None:
+    for i, value in enumerate(values):
+        columns = i * s.tile + jnp.arange(value.shape[1], dtype=jnp.int32)
+        inside = None if i * s.tile + value.shape[1] <= s.value_dim else columns < s.value_dim
+        store_values(out_ref, part, columns, value, inside, s)
 
 
 # --- launch ----------------------------------------------------------------------------------------------------------
@@ -284,8 +298,8 @@ def launch(
     plain = jnp.dtype(first.dtype) == fp8_nvidia.NATIVE
     again = None
     if not plain:
-        # Its own best step with 16 heads; with more, what takes least from the registers of this form.
-        finer = dataclasses.replace(plan, key_block=max(16, plan.key_block // (2 if plan.head_block == 16 else 8)))
+        # Small steps: they take least from the registers of this form.
+        finer = dataclasses.replace(plan, key_block=16)
         _, again = sparse_attention_float16.specialised(target, q, sources, sinks, sm_scale, value_dim, finer)
     static = _Static(
         heads=heads,

@@ -481,11 +481,11 @@ def test_splits_of_the_keys(splits, key_block, shares, held):
     ("splits", "shares", "half_parts", "value_dim", "held"),
     [
         (1, 0, False, 80, as_ragged),
-        (1, 0, False, 64, as_dense),
-        (3, 0, False, 70, as_ragged),
+        pytest.param(1, 0, False, 64, as_dense, marks=pytest.mark.slow),
+        pytest.param(3, 0, False, 70, as_ragged, marks=pytest.mark.slow),
         (3, 0, True, 70, as_ragged),
         (3, 7, True, 80, as_ragged),
-        (3, 7, False, 64, as_lengths),
+        pytest.param(3, 7, False, 64, as_lengths, marks=pytest.mark.slow),
         (3, 7, True, 64, as_lengths),
     ],
 )
@@ -519,12 +519,12 @@ def test_forms_for_nvidia(form, kind, scale_dtype, splits, shares, half_parts, v
 @pytest.mark.parametrize(
     ("splits", "shares", "half_parts", "key_block", "held"),
     [
-        (1, 0, False, 32, as_ragged),
+        pytest.param(1, 0, False, 32, as_ragged, marks=pytest.mark.slow),
         (1, 0, False, 16, as_dense),
         (3, 0, True, 32, as_dense),
-        (3, 7, False, 32, as_ragged),
+        pytest.param(3, 7, False, 32, as_ragged, marks=pytest.mark.slow),
         (3, 7, True, 32, as_ragged),
-        (3, 7, True, 32, as_lengths),
+        pytest.param(3, 7, True, 32, as_lengths, marks=pytest.mark.slow),
     ],
 )
 def test_numbers_that_are_nan_to_the_units(scale_dtype, latent, value_dim, splits, shares, half_parts, key_block, held):

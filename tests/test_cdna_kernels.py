@@ -97,13 +97,11 @@ def test_keys_of_a_step_are_asked_for_together(compiled):
 
 
 # Those that take longest; test_cdna_counts executes them in the quick runs.
-LONG = ("compress", "compress_index", "compress_128", "sparse_mla_v4_window")
+LONG = ("compress", "compress_index", "compress_128", "sparse_mla", "sparse_mla_v4_window", "cache_write", "cache_write_v4")
+ALL_CASES = [pytest.param(c, id=c.name, marks=[pytest.mark.slow] if c.name in LONG else []) for c in kernel_cases.CASES]
 
 
-@pytest.mark.parametrize(
-    "case",
-    [pytest.param(c, id=c.name, marks=[pytest.mark.slow] if c.name in LONG else []) for c in kernel_cases.CASES],
-)
+@pytest.mark.parametrize("case", ALL_CASES)
 def test_published_sizes(compiled, case):
     for kind in [k for k in FP8 if k in case.kinds] or [""]:
         problem = case.build(kind, None)
@@ -178,7 +176,7 @@ def test_division(compiled):
 
 
 # --- races -----------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("case", kernel_cases.CASES, ids=lambda c: c.name)
+@pytest.mark.parametrize("case", ALL_CASES)
 @pytest.mark.parametrize("arch", cdna.ARCHITECTURES)
 def test_the_order_of_waves_does_not_matter(arch, case):
     require_cdna("triton")
