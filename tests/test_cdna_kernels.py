@@ -97,7 +97,15 @@ def test_keys_of_a_step_are_asked_for_together(compiled):
 
 
 # Those that take longest; test_cdna_counts executes them in the quick runs.
-LONG = ("compress", "compress_index", "compress_128", "sparse_mla", "sparse_mla_v4_window", "cache_write", "cache_write_v4")
+LONG = {
+    "compress",
+    "compress_index",
+    "compress_128",
+    "cache_write",
+    "cache_write_v4",
+    "sparse_mla",
+    "sparse_mla_v4_window",
+}
 ALL_CASES = [pytest.param(c, id=c.name, marks=[pytest.mark.slow] if c.name in LONG else []) for c in kernel_cases.CASES]
 
 
