@@ -637,6 +637,22 @@ def test_units_follow_the_largest_scale(order, form):
 
 
 @pytest.mark.parametrize("form", ["float16", "native"])
+def test_units_of_queries(form):
+    """Heads whose largest columns lie in the first or in the last tile, in no part of the latents, or are tiny."""
+    rng = np.random.default_rng(11)
+    cache, keys = make_cache(rng, "float8_e4m3fn", 128, 16, 32)
+    factors = np.full((4, 144), 2.0**-4)
+    factors[0, :32], factors[1, 96:128], factors[2, :128], factors[3] = 4, 4, 0, 2.0**-60
+    q = jnp.asarray(rng.standard_normal((2, 4, 144)) * factors, jnp.bfloat16)
+    rows = [[*range(90)], [*range(40, 60)]]
+    plan = AttentionPlan(**{form: True}, key_block=16)
+    sources = [source(cache, as_ragged(rows))]
+    out, _ = sparse_attention.sparse_attention(q, sources, sm_scale=SCALE, value_dim=128, plan=plan)
+    out, want = np.asarray(out).astype(np.float64), oracle(q, [(keys, rows)], 128)[0]
+    assert (np.linalg.norm(out - want, axis=-1) <= 4e-3 * np.linalg.norm(want, axis=-1)).all()
+
+
+@pytest.mark.parametrize("form", ["float16", "native"])
 @pytest.mark.parametrize("exponent", [-90, -20, 0, 20, 90])
 def test_units_of_parts(form, exponent):
     """Values 2**40 apart in a row's parts, far beyond float16: all precise but what is 2**28 below a head's largest."""
