@@ -27,7 +27,6 @@ from sparse_mla_jax.ops._chunks import varying
 from sparse_mla_jax.ops._dispatch import check_implementation, dispatch, with_config
 from sparse_mla_jax.ops.cache import PagedIndexCache, PagedKVCache, check_size
 from sparse_mla_jax.ops.ragged import slots_from_positions
-from sparse_mla_jax.ops.rope import rotate
 
 # Rows that the XLA body pools at a time: of windows, never of the step, so that no sum's shape depends on it.
 _ROWS = 128
@@ -337,7 +336,10 @@ def _rows(
 
 
 def _pool(window: _Window, rows: tuple[Array, Array, Array], at: Array) -> Array:
-    """Entries [K, hd] of `_rows`; at[K] are the positions of rotation."""
+    """Entries of `_rows`, [K, hd + r]: in place of r rotated values the 2 * r products that `_turned` adds up.
+
+    at[K] are the positions of rotation.
+    """
     kv, gate, valid = rows
     valid = valid[..., None]
     gate = jnp.where(valid, gate, -jnp.inf)
@@ -346,8 +348,21 @@ def _pool(window: _Window, rows: tuple[Array, Array, Array], at: Array) -> Array
     scale = lax.rsqrt(jnp.mean(pooled * pooled, axis=-1, keepdims=True) + window.eps)
     entry = pooled * scale * window.norm
     split = window.dim - 2 * window.frequencies.shape[0]
-    turned = rotate(entry[:, split:], at, window.frequencies, interleaved=True)
-    return jnp.concatenate([entry[:, :split], turned], axis=-1)
+    angle = at.astype(jnp.float32)[:, None] * window.frequencies
+    first, second, cos, sin = entry[:, split::2], entry[:, split + 1 :: 2], jnp.cos(angle), jnp.sin(angle)
+    products = [first * cos, second * cos, second * sin, first * sin]
+    return jnp.concatenate([entry[:, :split], *products], axis=-1)
+
+
+def _turned(window: _Window, terms: Array) -> Array:
+    """Entries [M, hd] of what `_pool` gave, outside of its loop.
+
+    Where XLA:CPU fuses a product and its sum, it rounds them once; what it fuses depends on the step's size.
+    """
+    split = window.dim - 2 * window.frequencies.shape[0]
+    a, b, c, d = jnp.split(terms[:, split:], 4, axis=-1)
+    turned = jnp.stack([a - c, b + d], axis=-1).reshape(terms.shape[0], -1)
+    return jnp.concatenate([terms[:, :split], turned], axis=-1)
 
 
 def _xla_entries(window: _Window, state: CompressorState, kv: Array, gate: Array, closings: _Closings) -> Array:
@@ -365,8 +380,9 @@ def _xla_entries(window: _Window, state: CompressorState, kv: Array, gate: Array
         entries = lax.optimization_barrier(_pool(window, rows, some.window * window.ratio))
         return lax.dynamic_update_slice_in_dim(out, entries, i * block, 0)
 
-    out = varying(jnp.zeros((most + short, window.dim), jnp.float32), (window, state, kv, gate, closings))
-    return lax.fori_loop(jnp.int32(0), -(-count // block), step, out)[:most]
+    width = window.dim + 2 * window.frequencies.shape[0]
+    out = varying(jnp.zeros((most + short, width), jnp.float32), (window, state, kv, gate, closings))
+    return _turned(window, lax.fori_loop(jnp.int32(0), -(-count // block), step, out)[:most])
 
 
 def _reference_entries(window: _Window, state: CompressorState, kv: Array, gate: Array, closings: _Closings) -> Array:
