@@ -41,7 +41,8 @@ import numpy as np
 from jax import lax
 
 from sparse_mla_jax import data
-from sparse_mla_jax.config import DeepseekV32Config, config_from_json, require
+from sparse_mla_jax._check import require
+from sparse_mla_jax.config import DeepseekV32Config, config_from_json
 
 START = time.monotonic()
 HIDDEN = -1e30  # a finite minus infinity: gradients of masked entries stay zero, not NaN

@@ -16,7 +16,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from sparse_mla_jax import __version__
-from sparse_mla_jax.config import load_config, require
+from sparse_mla_jax._check import require
+from sparse_mla_jax.config import load_config
 
 if TYPE_CHECKING:
     import numpy as np

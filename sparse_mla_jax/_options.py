@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sparse_mla_jax.config import Config, require
+from sparse_mla_jax._check import require
+from sparse_mla_jax.config import Config
 from sparse_mla_jax.models import family
 
 DTYPES = ("float32", "bfloat16")

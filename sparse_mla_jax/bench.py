@@ -20,10 +20,10 @@ from typing import Any
 import jax
 
 from sparse_mla_jax import bench_cases, bench_report
+from sparse_mla_jax._check import require
 from sparse_mla_jax._options import check_writable
 from sparse_mla_jax.bench_cases import AREAS
 from sparse_mla_jax.bench_work import Case, Work, nbytes
-from sparse_mla_jax.config import require
 from sparse_mla_jax.device_timing import (
     CUPTI,
     Ceilings,

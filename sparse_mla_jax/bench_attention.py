@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from sparse_mla_jax._check import require
 from sparse_mla_jax.bench_work import (
     DIM,
     LAYOUTS,
@@ -36,7 +37,6 @@ from sparse_mla_jax.bench_work import (
     seed,
     take,
 )
-from sparse_mla_jax.config import require
 from sparse_mla_jax.kernel_cases import FP8, attention_answer
 from sparse_mla_jax.ops.attention import sparse_mla
 from sparse_mla_jax.ops.indexer import indexer_scores, lightning_indexer, paged_indexer_scores

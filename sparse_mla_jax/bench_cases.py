@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from sparse_mla_jax._check import require
 from sparse_mla_jax.bench_attention import decode_cases, indexer_cases, prefill_cases, topk_cases
 from sparse_mla_jax.bench_caches import cache_cases
 from sparse_mla_jax.bench_layers import projection_cases, streams_cases
 from sparse_mla_jax.bench_steps import step_cases
 from sparse_mla_jax.bench_work import Case, Work
-from sparse_mla_jax.config import require
 
 AREAS = ("topk", "indexer", "decode", "prefill", "cache", "projection", "streams", "step")
 

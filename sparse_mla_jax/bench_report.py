@@ -12,7 +12,7 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-from sparse_mla_jax.config import require
+from sparse_mla_jax._check import require
 
 # A case that takes so many times what it took is marked.
 SLOWER = 1.1

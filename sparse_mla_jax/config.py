@@ -12,11 +12,7 @@ import os
 from collections.abc import Callable
 from typing import Any
 
-
-def require(condition: bool, message: str) -> None:
-    """Raises ValueError(message) unless `condition`; a message names the argument, what came, what fits, the remedy."""
-    if not condition:
-        raise ValueError(message)
+from sparse_mla_jax._check import require as require
 
 
 def _check_counts(config: Any, may_be_zero: tuple[str, ...]) -> None:

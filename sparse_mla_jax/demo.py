@@ -16,7 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from sparse_mla_jax import data
-from sparse_mla_jax.config import DeepseekV32Config, require
+from sparse_mla_jax._check import require
+from sparse_mla_jax.config import DeepseekV32Config
 from sparse_mla_jax.layers import mla
 from sparse_mla_jax.metadata import build_metadata
 from sparse_mla_jax.models import checkpoint, deepseek_v32

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from sparse_mla_jax.config import require
+from sparse_mla_jax._check import require
 
 CUPTI, WALL_CLOCK = "CUPTI", "wall clock"
 # Last-level cache of an H200; inputs that together exceed it twice come from device memory.

@@ -18,7 +18,7 @@ import jax
 
 from pallas_kernels.cdna.program import ARCHITECTURES, COMPILERS, LDS_BYTES, MAX_THREADS, PRODUCT
 from sparse_mla_jax import kernel_cases
-from sparse_mla_jax.config import require
+from sparse_mla_jax._check import require
 
 if TYPE_CHECKING:
     from pallas_kernels.cdna.device_context import Launch

@@ -38,7 +38,7 @@ from typing import Any
 import jax.numpy as jnp
 from jax import Array, lax
 
-from sparse_mla_jax.config import require
+from sparse_mla_jax._check import require
 from sparse_mla_jax.ops import fp8
 from sparse_mla_jax.ops.cache import PagedIndexCache, PagedKVCache, check_size
 

@@ -14,7 +14,8 @@ import numpy as np
 from jax import Array
 
 from sparse_mla_jax import reference
-from sparse_mla_jax.config import DeepseekV32Config, require
+from sparse_mla_jax._check import require
+from sparse_mla_jax.config import DeepseekV32Config
 from sparse_mla_jax.metadata import build_metadata
 from sparse_mla_jax.ops import cache as cache_ops
 from sparse_mla_jax.ops import hyper_connections

@@ -10,8 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
+from sparse_mla_jax._check import require
 from sparse_mla_jax._options import CACHE_DTYPES, check_params, check_size, matmul_precision, parse_dtype
-from sparse_mla_jax.config import Config, require
+from sparse_mla_jax.config import Config
 from sparse_mla_jax.metadata import build_metadata
 from sparse_mla_jax.models import family
 from sparse_mla_jax.ops._dispatch import check_implementation

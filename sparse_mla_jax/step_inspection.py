@@ -19,7 +19,8 @@ import jax.numpy as jnp
 
 from pallas_kernels import cdna
 from pallas_kernels.cdna.program import PRODUCT, Program
-from sparse_mla_jax.config import DeepseekV32Config, require
+from sparse_mla_jax._check import require
+from sparse_mla_jax.config import DeepseekV32Config
 from sparse_mla_jax.layers.mla import attention_step, fuse_projections
 from sparse_mla_jax.layers.norm import rms_norm
 from sparse_mla_jax.metadata import decode_metadata

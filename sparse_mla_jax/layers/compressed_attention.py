@@ -16,7 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from sparse_mla_jax.config import DeepseekV4Config, require
+from sparse_mla_jax._check import require
+from sparse_mla_jax.config import DeepseekV4Config
 from sparse_mla_jax.layers.moe import matmul
 from sparse_mla_jax.metadata import StepMetadata
 from sparse_mla_jax.ops.attention import sparse_mla

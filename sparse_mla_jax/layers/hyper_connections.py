@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from sparse_mla_jax.config import DeepseekV4Config, require
+from sparse_mla_jax._check import require
+from sparse_mla_jax.config import DeepseekV4Config
 from sparse_mla_jax.ops.hyper_connections import doubly_stochastic, merge, split
 
 __all__ = ["doubly_stochastic", "join_streams", "merge_streams", "split_streams"]

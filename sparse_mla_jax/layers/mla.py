@@ -14,7 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from sparse_mla_jax.config import DeepseekV32Config, require
+from sparse_mla_jax._check import require
+from sparse_mla_jax.config import DeepseekV32Config
 from sparse_mla_jax.layers.moe import matmul
 from sparse_mla_jax.layers.norm import INNER_EPS
 from sparse_mla_jax.metadata import StepMetadata

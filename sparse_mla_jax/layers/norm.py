@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from sparse_mla_jax.config import require
+from sparse_mla_jax._check import require
 
 # DeepSeek's norms inside the attention layer (query and key-value latents, indexer key) always use this epsilon.
 INNER_EPS = 1e-6

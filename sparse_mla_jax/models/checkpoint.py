@@ -28,7 +28,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from tqdm import tqdm
 
-from sparse_mla_jax.config import Config, DeepseekV4Config, load_config, require
+from sparse_mla_jax._check import require
+from sparse_mla_jax.config import Config, DeepseekV4Config, load_config
 from sparse_mla_jax.models import published_v4, published_v32
 
 Params = dict[str, Any]

@@ -16,7 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from sparse_mla_jax.config import DeepseekV32Config, require
+from sparse_mla_jax._check import require
+from sparse_mla_jax.config import DeepseekV32Config
 from sparse_mla_jax.layers import mla
 from sparse_mla_jax.layers.mla import attention_step
 from sparse_mla_jax.layers.moe import moe, swiglu

@@ -28,7 +28,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sparse_mla_jax.config import DeepseekV4Config, RopeConfig, require
+from sparse_mla_jax._check import require
+from sparse_mla_jax.config import DeepseekV4Config, RopeConfig
 from sparse_mla_jax.models.v4_params import Params, layer_shapes, rest_shapes
 from sparse_mla_jax.models.v4_params import param_specs as param_specs
 

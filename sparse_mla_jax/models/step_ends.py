@@ -7,7 +7,8 @@ from typing import Any
 import jax.numpy as jnp
 from jax import Array
 
-from sparse_mla_jax.config import Config, require
+from sparse_mla_jax._check import require
+from sparse_mla_jax.config import Config
 from sparse_mla_jax.layers.moe import matmul
 from sparse_mla_jax.metadata import StepMetadata
 

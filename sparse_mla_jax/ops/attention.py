@@ -20,7 +20,7 @@ from jax import Array
 from pallas_kernels import fp8_bits
 from pallas_kernels.plans.attention import AttentionPlan
 from sparse_mla_jax import reference
-from sparse_mla_jax.config import require
+from sparse_mla_jax._check import require
 from sparse_mla_jax.ops._chunks import map_row_chunks, rows_from, varying
 from sparse_mla_jax.ops._dispatch import dispatch, with_config
 from sparse_mla_jax.ops.cache import PagedKVCache

@@ -22,7 +22,7 @@ from pallas_kernels import cache_write as kernel
 from pallas_kernels.cache_write import Part
 from pallas_kernels.plans.cache_write import CacheWritePlan
 from sparse_mla_jax import reference
-from sparse_mla_jax.config import require
+from sparse_mla_jax._check import require
 from sparse_mla_jax.ops import fp8
 from sparse_mla_jax.ops._dispatch import check_implementation, dispatch, with_config
 

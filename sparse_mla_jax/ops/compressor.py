@@ -21,7 +21,7 @@ from jax import Array, lax
 from pallas_kernels import compress as kernel
 from pallas_kernels.plans.compress import CompressPlan
 from sparse_mla_jax import reference
-from sparse_mla_jax.config import require
+from sparse_mla_jax._check import require
 from sparse_mla_jax.ops import cache as cache_ops
 from sparse_mla_jax.ops._chunks import varying
 from sparse_mla_jax.ops._dispatch import check_implementation, dispatch, with_config

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from sparse_mla_jax.config import require
+from sparse_mla_jax._check import require
 
 E4M3FN = jnp.dtype(jnp.float8_e4m3fn)
 E4M3FNUZ = jnp.dtype(jnp.float8_e4m3fnuz)

@@ -16,7 +16,7 @@ from jax import Array
 from pallas_kernels import hyper_connections as kernel
 from pallas_kernels.plans.hyper_connections import HyperConnectionPlan
 from sparse_mla_jax import reference
-from sparse_mla_jax.config import require
+from sparse_mla_jax._check import require
 from sparse_mla_jax.ops._dispatch import check_implementation, dispatch, with_config
 
 

@@ -17,7 +17,7 @@ from jax import Array
 from pallas_kernels import fp8_bits
 from pallas_kernels.plans.indexer import IndexerPlan
 from sparse_mla_jax import reference
-from sparse_mla_jax.config import require
+from sparse_mla_jax._check import require
 from sparse_mla_jax.ops import fp8, topk
 from sparse_mla_jax.ops._chunks import map_row_chunks, rows_from, varying
 from sparse_mla_jax.ops._dispatch import check_implementation, dispatch, with_config

@@ -17,7 +17,7 @@ from pallas_kernels import norm_rope as kernel
 from pallas_kernels.norm_rope import Part
 from pallas_kernels.plans.norm_rope import NormRopePlan
 from sparse_mla_jax import reference
-from sparse_mla_jax.config import require
+from sparse_mla_jax._check import require
 from sparse_mla_jax.ops import fp8
 from sparse_mla_jax.ops._dispatch import check_implementation, dispatch, with_config
 from sparse_mla_jax.ops.rope import rotate

@@ -16,7 +16,7 @@ from jax import Array
 from pallas_kernels import output_projection as kernel
 from pallas_kernels.plans.output_projection import ProjectionPlan
 from sparse_mla_jax import reference
-from sparse_mla_jax.config import require
+from sparse_mla_jax._check import require
 from sparse_mla_jax.ops._dispatch import check_implementation, dispatch, with_config
 from sparse_mla_jax.ops.rope import rotate
 

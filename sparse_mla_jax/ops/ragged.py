@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from sparse_mla_jax.config import require
+from sparse_mla_jax._check import require
 
 INT32_MAX = 2**31 - 1
 

@@ -13,7 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from sparse_mla_jax.config import RopeConfig, require
+from sparse_mla_jax._check import require
+from sparse_mla_jax.config import RopeConfig
 
 
 @functools.lru_cache(maxsize=64)

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from sparse_mla_jax.config import require
+from sparse_mla_jax._check import require
 
 
 def biased_grouped_topk(

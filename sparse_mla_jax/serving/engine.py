@@ -17,8 +17,9 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from sparse_mla_jax._check import require
 from sparse_mla_jax._options import CACHE_DTYPES, check_params, check_size, matmul_precision, parse_dtype
-from sparse_mla_jax.config import Config, require
+from sparse_mla_jax.config import Config
 from sparse_mla_jax.metadata import bucket_for, buckets, build_metadata
 from sparse_mla_jax.models import family
 from sparse_mla_jax.ops._dispatch import check_implementation

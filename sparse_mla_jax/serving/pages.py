@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from sparse_mla_jax.config import require
+from sparse_mla_jax._check import require
 
 
 class PageAllocator:

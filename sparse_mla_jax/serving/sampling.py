@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from sparse_mla_jax.config import require
+from sparse_mla_jax._check import require
 
 
 def _keys(seeds: jax.Array, positions: jax.Array) -> jax.Array:

@@ -23,7 +23,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from sparse_mla_jax.config import require
+from sparse_mla_jax._check import require
 from sparse_mla_jax.serving.pages import PageAllocator
 
 
