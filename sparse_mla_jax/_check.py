@@ -9,6 +9,7 @@ import operator
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 
@@ -43,6 +44,21 @@ def size(name: str, value: Any, low: int = 1, *, hint: str = "") -> int:
         number >= low, f"{name} is {value!r}; expected an integer of at least {low}." + (f" {hint}" if hint else "")
     )
     return number
+
+
+def parse_dtype(name: str, value: Any, allowed: tuple[str, ...]) -> np.dtype:
+    """The numpy dtype that `value` (a name or a type) means.
+
+    Raises:
+      ValueError: not a type, or not one of `allowed`; `name` is the argument's name in the message.
+    """
+    try:
+        dtype = jnp.dtype(value)
+    except TypeError:
+        dtype = None
+    if dtype is None or dtype.name not in allowed:
+        raise ValueError(f"{name} is {value if dtype is None else dtype.name!r}; expected one of {', '.join(allowed)}.")
+    return dtype
 
 
 def integers(name: str, array: Any, *axes: int | None) -> Array:

@@ -1,7 +1,7 @@
 """Hugging Face folders (config.json with safetensors, published tensor names) to parameters and back.
 
 This file knows folders, files, types, quantised forms and shards. What the tensors of a model family are called, and
-how our arrays are made of them, is in `published_v32` and `published_v4`, each with these functions:
+how our arrays are made of them, is in `checkpoint_v32` and `checkpoint_v4`, each with these functions:
 
     published_shapes(config), ignored(name, config)          which tensors there are, and which may be there besides
     scale_names(name), may_be_fp4(name), is_table(name)      what a quantised matrix and its scales look like
@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 from sparse_mla_jax._check import require
 from sparse_mla_jax.config import Config, DeepseekV4Config, load_config
-from sparse_mla_jax.models import published_v4, published_v32
+from sparse_mla_jax.models import checkpoint_v4, checkpoint_v32
 
 Params = dict[str, Any]
 
@@ -53,7 +53,7 @@ _FP4_GROUP = 32
 
 def _family(config: Config) -> Any:
     """The module that knows the published names of this config's family."""
-    return published_v4 if isinstance(config, DeepseekV4Config) else published_v32
+    return checkpoint_v4 if isinstance(config, DeepseekV4Config) else checkpoint_v32
 
 
 def published_shapes(config: Config) -> dict[str, tuple[int, ...]]:
@@ -270,7 +270,7 @@ def load_checkpoint(
     """Reads config.json and the weights beside it, of DeepSeek-V3.2 or DeepSeek-V4.
 
     One model.safetensors, or several with model.safetensors.index.json. FP8 (e4m3fn) matrices are dequantised by their
-    128x128 blocks (`weight_scale_inv`, or V4's `scale`), V4's FP4 experts by their groups of 32; `published_v4` lists
+    128x128 blocks (`weight_scale_inv`, or V4's `scale`), V4's FP4 experts by their groups of 32; `checkpoint_v4` lists
     its forms. Tensors of multi-token-prediction layers and rotary buffers are skipped.
 
     Args:

@@ -1,7 +1,7 @@
 """DeepSeek-V4 as pure functions of (params, tokens, caches, metadata), with prefill and decode steps on top.
 
 The residual stream is n streams wide (`layers.hyper_connections`); every layer attends to a sliding window and, most of
-them, to compressed entries (`layers.compressed_attention`). Parameters: see `models.v4_params`.
+them, to compressed entries (`layers.compressed_attention`). Parameters: see `models.params_v4`.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from sparse_mla_jax.layers.compressed_attention import LayerCaches, compressed_a
 from sparse_mla_jax.layers.hyper_connections import join_streams, merge_streams, split_streams
 from sparse_mla_jax.layers.moe import clamped_moe
 from sparse_mla_jax.metadata import StepMetadata, build_metadata, decode_metadata
-from sparse_mla_jax.models.step_ends import check_prompt, check_step, embed, logits
-from sparse_mla_jax.models.v4_params import Params, init_params, param_specs
+from sparse_mla_jax.models.common import check_prompt, check_step, embed, logits
+from sparse_mla_jax.models.params_v4 import Params, init_params, param_specs
 from sparse_mla_jax.ops.cache import PagedIndexCache, PagedKVCache
 from sparse_mla_jax.ops.compressor import CompressorState, entry_pages
 from sparse_mla_jax.ops.window import ring_size
@@ -146,7 +146,7 @@ def forward(
     """One step through all layers, for decode tokens and prefill chunks in any mix.
 
     Args:
-      params: see `models.v4_params`.
+      params: see `models.params_v4`.
       token_ids: int[T]; ids outside the vocabulary, and those of padding, are clamped into it.
       caches: from `create_caches`; donate them to update in place.
       metadata: of this step.
@@ -232,7 +232,7 @@ def prefill(
     """One step over prompts, chunks of prompts, or a mix with decode tokens; see `build_metadata` for the layout.
 
     Args:
-      params: see `models.v4_params`.
+      params: see `models.params_v4`.
       token_ids: int[T] tokens of all requests one after the other, padded behind, T >= 1.
       caches: from `create_caches`.
       seq_lens: int[B] tokens of each request, those of this step included.
@@ -271,7 +271,7 @@ def decode(
     """One token of every request; row b belongs to request b, and rows with seq_lens[b] <= 0 are padding.
 
     Args:
-      params: see `models.v4_params`.
+      params: see `models.params_v4`.
       token_ids: int[B] the newest token of each request.
       caches: from `create_caches`.
       seq_lens: int[B] tokens of each request, the newest included.

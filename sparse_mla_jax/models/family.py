@@ -6,11 +6,18 @@ import math
 from types import ModuleType
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
+from sparse_mla_jax._check import parse_dtype, require
 from sparse_mla_jax.config import Config, DeepseekV4Config
 from sparse_mla_jax.metadata import StepMetadata
 from sparse_mla_jax.models import deepseek_v4, deepseek_v32
+
+# Types of a model's matrices.
+DTYPES = ("float32", "bfloat16")
 
 
 def module_of(config: Config) -> ModuleType:
@@ -85,3 +92,41 @@ def forward(
 def logits(params: Any, hidden: Array, config: Config) -> Array:
     """Scores of the next token, float32[..., V], from final-normed hidden [..., D]."""
     return module_of(config).logits(params, hidden, config)
+
+
+def _name(path: Any) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator=".")
+
+
+def check_params(params: Any, config: Config, dtype: Any = None) -> Any:
+    """Puts `params` on the device, matrices as `dtype` (None: as they are); norms stay float32.
+
+    Raises:
+      ValueError: a parameter that is missing, surplus or of another shape than `config` wants.
+    """
+    if dtype is None:
+        dtype = params["embed_tokens"].dtype if isinstance(params, dict) and "embed_tokens" in params else jnp.float32
+    wanted = parse_dtype("dtype", dtype, DTYPES)
+    tree: Any
+    given_tree: Any
+    specs, tree = jax.tree_util.tree_flatten_with_path(param_specs(config, wanted))
+    given, given_tree = jax.tree_util.tree_flatten_with_path(params)
+    if given_tree != tree:
+        names = [{_name(path) for path, _ in flat} for flat in (specs, given)]
+        raise ValueError(
+            f"params do not fit the config: missing {sorted(names[0] - names[1])[:5]}, surplus"
+            f" {sorted(names[1] - names[0])[:5]}. Make them with init_params or load_checkpoint of the same config."
+        )
+    for (path, spec), (_, leaf) in zip(specs, given, strict=True):
+        require(
+            tuple(np.shape(leaf)) == spec.shape,
+            f"params {_name(path)} has shape {tuple(np.shape(leaf))}; the config needs {spec.shape}.",
+        )
+    return jax.tree_util.tree_unflatten(
+        tree, [jnp.asarray(leaf, spec.dtype) for (_, spec), (_, leaf) in zip(specs, given, strict=True)]
+    )
+
+
+def matmul_precision(params: Any) -> Any:
+    """A context: float32 models multiply in full float32 on every device, others at the default precision."""
+    return jax.default_matmul_precision("highest" if params["embed_tokens"].dtype == jnp.float32 else None)

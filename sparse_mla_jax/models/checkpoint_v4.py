@@ -30,8 +30,8 @@ import numpy as np
 
 from sparse_mla_jax._check import require
 from sparse_mla_jax.config import DeepseekV4Config, RopeConfig
-from sparse_mla_jax.models.v4_params import Params, layer_shapes, rest_shapes
-from sparse_mla_jax.models.v4_params import param_specs as param_specs
+from sparse_mla_jax.models.params_v4 import Params, layer_shapes, rest_shapes
+from sparse_mla_jax.models.params_v4 import param_specs as param_specs
 
 Get = Callable[[str], np.ndarray]
 Path = tuple[Any, ...]

@@ -16,8 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from sparse_mla_jax.config import DeepseekV32Config
-from sparse_mla_jax.models.deepseek_v32 import Params
-from sparse_mla_jax.models.deepseek_v32 import param_specs as param_specs
+from sparse_mla_jax.models.params_v32 import Params
+from sparse_mla_jax.models.params_v32 import param_specs as param_specs
 
 Get = Callable[[str], np.ndarray]
 
