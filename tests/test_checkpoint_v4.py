@@ -1,4 +1,4 @@
-"""models/checkpoint.py with checkpoint_v4: DeepSeek-V4's names, layout, quantised forms, and what is refused."""
+"""models/checkpoint.py with families.deepseek_v4: DeepSeek-V4's names, layout, quantised forms, and what is refused."""
 
 import dataclasses
 import json
