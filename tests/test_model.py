@@ -319,6 +319,8 @@ def test_bad_arguments(small):
         model.forward(small, lens, caches[:1], meta, config=SMALL)
     with pytest.raises(ValueError, match="caches is empty"):
         model.decode(small, lens, (), lens, table, config=SMALL)
+    with pytest.raises(ValueError, match="page_size is 8; the caches have pages of 4 tokens"):
+        model.decode(small, lens, caches, lens, table, config=SMALL, page_size=8)
     with pytest.raises(ValueError, match="at least one token"):
         model.prefill(small, np.zeros(0, np.int32), caches, lens, lens, table, config=SMALL)
     with pytest.raises(ValueError, match="use one page_size"):

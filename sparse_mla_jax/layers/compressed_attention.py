@@ -34,7 +34,7 @@ from sparse_mla_jax.ops.window import ring_slots, window_slots
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["window", "compressed", "state", "index", "index_state"],
-    meta_fields=[],
+    meta_fields=["page_size"],
 )
 @dataclasses.dataclass(frozen=True)
 class LayerCaches:
@@ -46,6 +46,7 @@ class LayerCaches:
       state: what the compressor's open windows need, per running request; None likewise.
       index: the indexer's keys of the entries; None in layers without an indexer.
       index_state: of the indexer's own compressor; None likewise.
+      page_size: static; tokens of a page, as `models.deepseek_v4.create_caches` got it, or None.
     """
 
     window: PagedKVCache
@@ -53,6 +54,7 @@ class LayerCaches:
     state: CompressorState | None = None
     index: PagedIndexCache | None = None
     index_state: CompressorState | None = None
+    page_size: int | None = None
 
 
 def _check(

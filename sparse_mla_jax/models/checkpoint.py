@@ -26,7 +26,7 @@ from tqdm import tqdm
 from sparse_mla_jax._check import require
 from sparse_mla_jax.config import Config, load_config
 from sparse_mla_jax.families.registry import published_family
-from sparse_mla_jax.models.family import module_of
+from sparse_mla_jax.models.family import family_of
 from sparse_mla_jax.models.quantized_weights import FP4_GROUP, dequantize_blocks, dequantize_fp4, scale_shape
 from sparse_mla_jax.models.tensor_table import Keys, Tensor, at, list_tensors, published_shapes
 from sparse_mla_jax.models.weight_files import INDEX, SHARD, SINGLE, WeightFile, open_folder
@@ -230,7 +230,7 @@ def load_checkpoint(
             wide = dequantize_fp4(value, scales) if form.types is _FP4 else dequantize_blocks(value, scales, block)
             return wide.astype(dtype)
 
-        return config, _build_params(module_of(config).param_specs(config, dtype), tensors, read)
+        return config, _build_params(family_of(config).param_specs(config, dtype), tensors, read)
 
 
 # --- writing
@@ -249,7 +249,7 @@ def _plan_shards(sizes: dict[str, int], max_shard_bytes: int) -> list[list[str]]
 
 
 def _check_params(params: Params, config: Config) -> None:
-    specs = module_of(config).param_specs(config)
+    specs = family_of(config).param_specs(config)
     given: Any = jax.tree.structure(params)
     expected: Any = jax.tree.structure(specs)
     require(given == expected, f"params has the structure {given}; config makes it {expected}.")

@@ -17,17 +17,21 @@ from sparse_mla_jax.layers.mla import attention_step
 from sparse_mla_jax.layers.moe import moe, swiglu
 from sparse_mla_jax.layers.norm import rms_norm
 from sparse_mla_jax.metadata import StepMetadata, build_metadata, decode_metadata
-from sparse_mla_jax.models.common import check_prompt, check_step, embed, logits
+from sparse_mla_jax.models.common import Family, check_page_size, check_prompt, check_step, embed, logits
 from sparse_mla_jax.models.params_v32 import Params, init_params, param_specs
 from sparse_mla_jax.ops.cache import PagedIndexCache, PagedKVCache
 
 __all__ = [
+    "FAMILY",
     "Caches",
     "Params",
     "attention_input",
+    "bytes_per_request",
+    "bytes_per_token",
     "create_caches",
     "decode",
     "decoder_layer",
+    "default_page_size",
     "embed",
     "forward",
     "fuse_projections",
@@ -50,8 +54,19 @@ def fuse_projections(params: Params) -> Params:
     return {**params, "layers": layers}
 
 
+def default_page_size(config: DeepseekV32Config) -> int:
+    """Tokens per page that suit the model: 64."""
+    return 64
+
+
 def create_caches(
-    config: DeepseekV32Config, num_pages: int, page_size: int, *, dtype: Any = jnp.float8_e4m3fnuz
+    config: DeepseekV32Config,
+    num_pages: int,
+    page_size: int,
+    *,
+    num_requests: int = 1,
+    max_query_len: int = 1,
+    dtype: Any = jnp.float8_e4m3fnuz,
 ) -> Caches:
     """Empty paged caches, one pair of arrays structs per layer, all addressed by the same slots.
 
@@ -59,6 +74,7 @@ def create_caches(
       config: the model's shapes.
       num_pages: pages of each cache.
       page_size: tokens per page.
+      num_requests, max_query_len: of no effect; this model keeps nothing per request.
       dtype: float8_e4m3fnuz, float8_e4m3fn, bfloat16 or float32, of latents and index keys.
 
     Returns:
@@ -82,6 +98,22 @@ def create_caches(
     return tuple(create() for _ in range(config.num_hidden_layers))
 
 
+def _page_size(caches: Caches) -> int:
+    """Tokens per page."""
+    require(len(caches) > 0, "caches is empty; make one pair per layer with create_caches.")
+    return caches[0][0].page_size
+
+
+def bytes_per_token(caches: Caches, page_size: int) -> float:
+    """Cache bytes that one more token of context costs over all layers, whatever the page size."""
+    return sum(cache.bytes_per_token + index.bytes_per_token for cache, index in caches)
+
+
+def bytes_per_request(caches: Caches) -> int:
+    """Bytes that a running request holds besides: none."""
+    return 0
+
+
 def forward(
     params: Params,
     token_ids: Array,
@@ -89,6 +121,7 @@ def forward(
     metadata: StepMetadata,
     *,
     config: DeepseekV32Config,
+    state_ids: Array | None = None,
     implementation: str | None = None,
 ) -> tuple[Array, Caches]:
     """One step through all layers, for decode tokens and prefill chunks in any mix.
@@ -99,6 +132,7 @@ def forward(
       caches: from `create_caches`; donate them to update in place.
       metadata: of this step.
       config: the model's shapes (static).
+      state_ids: of no effect; this model keeps nothing per request.
       implementation: None, "triton", "xla" or "reference", for every operator.
 
     Returns:
@@ -155,19 +189,19 @@ def prefill(
     page_table: Array,
     *,
     config: DeepseekV32Config,
+    page_size: int | None = None,
+    state_ids: Array | None = None,
     implementation: str | None = None,
 ) -> tuple[Array, Caches]:
     """One step over prompts, chunks of prompts, or a mix with decode tokens; see `build_metadata` for the layout.
 
     Args:
-      params: see `models.params_v32`.
-      token_ids: int[T] tokens of all requests one after the other, padded behind, T >= 1.
-      caches: from `create_caches`.
+      params, token_ids, caches, config, state_ids, implementation: as in `forward`; token_ids of all requests one after
+        the other, padded behind, at least one.
       seq_lens: int[B] tokens of each request, those of this step included.
       query_lens: int[B] tokens of each request in this step.
       page_table: int[B, P].
-      config: the model's shapes (static).
-      implementation: None, "triton", "xla" or "reference".
+      page_size: tokens per page (static); the caches know it, so it may be left out.
 
     Returns:
       (float32[B, V] logits after each request's last token; meaningless for requests without tokens, caches).
@@ -176,10 +210,11 @@ def prefill(
       ValueError: arguments that do not fit together (at trace time).
     """
     check_prompt(token_ids)
-    metadata = build_metadata(
-        seq_lens, query_lens, page_table, num_tokens=token_ids.shape[0], page_size=_page_size(caches)
+    page_size = check_page_size(page_size, _page_size(caches))
+    metadata = build_metadata(seq_lens, query_lens, page_table, num_tokens=token_ids.shape[0], page_size=page_size)
+    hidden, caches = forward(
+        params, token_ids, caches, metadata, config=config, state_ids=state_ids, implementation=implementation
     )
-    hidden, caches = forward(params, token_ids, caches, metadata, config=config, implementation=implementation)
     return logits(params, hidden[metadata.last_token], config), caches
 
 
@@ -191,30 +226,34 @@ def decode(
     page_table: Array,
     *,
     config: DeepseekV32Config,
+    page_size: int | None = None,
+    state_ids: Array | None = None,
     implementation: str | None = None,
 ) -> tuple[Array, Caches]:
     """One token of every request; row b belongs to request b, and rows with seq_lens[b] <= 0 are padding.
 
-    Args:
-      params: see `models.params_v32`.
-      token_ids: int[B] the newest token of each request.
-      caches: from `create_caches`.
-      seq_lens: int[B] tokens of each request, the newest included.
-      page_table: int[B, P].
-      config: the model's shapes (static).
-      implementation: None, "triton", "xla" or "reference".
+    Arguments as in `prefill`, but token_ids int[B], the newest token of each request, and no query_lens.
 
     Returns:
       (float32[B, V] logits, caches).
-
-    Raises:
-      ValueError: arguments that do not fit together (at trace time).
     """
-    metadata = decode_metadata(seq_lens, page_table, page_size=_page_size(caches))
-    hidden, caches = forward(params, token_ids, caches, metadata, config=config, implementation=implementation)
+    metadata = decode_metadata(seq_lens, page_table, page_size=check_page_size(page_size, _page_size(caches)))
+    hidden, caches = forward(
+        params, token_ids, caches, metadata, config=config, state_ids=state_ids, implementation=implementation
+    )
     return logits(params, hidden, config), caches
 
 
-def _page_size(caches: Caches) -> int:
-    require(len(caches) > 0, "caches is empty; make one pair per layer with create_caches.")
-    return caches[0][0].page_size
+FAMILY = Family(
+    forward=forward,
+    prefill=prefill,
+    decode=decode,
+    logits=logits,
+    param_specs=param_specs,
+    init_params=init_params,
+    fuse_projections=fuse_projections,
+    create_caches=create_caches,
+    default_page_size=default_page_size,
+    bytes_per_token=bytes_per_token,
+    bytes_per_request=bytes_per_request,
+)

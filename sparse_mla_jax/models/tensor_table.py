@@ -11,7 +11,7 @@ import numpy as np
 from sparse_mla_jax.config import Config
 from sparse_mla_jax.families.published import Layout
 from sparse_mla_jax.families.registry import published_family
-from sparse_mla_jax.models.family import module_of
+from sparse_mla_jax.models.family import family_of
 
 Keys = tuple[str | int, ...]
 
@@ -49,7 +49,7 @@ class Tensor(NamedTuple):
 
 def list_tensors(config: Config, dtype: Any) -> list[Tensor]:
     """Every tensor of a folder of this config whose matrices are `dtype`, in the order in which they are written."""
-    specs = module_of(config).param_specs(config, dtype)
+    specs = family_of(config).param_specs(config, dtype)
     tensors = []
     for row in published_family(config).tensors(config):
         places = [tuple(int(key) if key.isdigit() else key for key in place.split(".")) for place in row.places]

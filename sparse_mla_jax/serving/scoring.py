@@ -14,8 +14,7 @@ from sparse_mla_jax._check import parse_dtype, require
 from sparse_mla_jax._options import CACHE_DTYPES, check_size
 from sparse_mla_jax.config import Config
 from sparse_mla_jax.metadata import build_metadata
-from sparse_mla_jax.models import family
-from sparse_mla_jax.models.family import check_params, matmul_precision
+from sparse_mla_jax.models.family import check_params, family_of, matmul_precision
 from sparse_mla_jax.ops._dispatch import check_implementation
 
 
@@ -36,10 +35,10 @@ def _score_step(
     with matmul_precision(params):
         metadata = build_metadata(seq_lens, query_lens, page_table, num_tokens=token_ids.shape[0], page_size=page_size)
         rows = jnp.arange(seq_lens.shape[0], dtype=jnp.int32)
-        hidden, caches = family.forward(
+        hidden, caches = family_of(config).forward(
             params, token_ids, caches, metadata, config=config, state_ids=rows, implementation=implementation
         )
-        return family.logits(params, hidden, config), caches
+        return family_of(config).logits(params, hidden, config), caches
 
 
 def check_token_ids(token_ids: Any, vocab_size: int) -> np.ndarray:
@@ -85,7 +84,7 @@ def check_arguments(
     )
     longest = max(prompt_length, 1)
     chunk = longest if chunk is None else min(check_size("chunk", chunk), longest)
-    page_size = family.default_page_size(config) if page_size is None else check_size("page_size", page_size)
+    page_size = family_of(config).default_page_size(config) if page_size is None else check_size("page_size", page_size)
     return tokens, prompt_length, chunk, page_size
 
 
@@ -132,7 +131,7 @@ def score(
     batch, length = tokens.shape
     params = check_params(params, config)
     width = -(-length // page_size)
-    caches = family.create_caches(
+    caches = family_of(config).create_caches(
         config, batch * width, page_size, num_requests=batch, max_query_len=chunk, dtype=cache_type
     )
     page_table = jnp.arange(batch * width, dtype=jnp.int32).reshape(batch, width)
