@@ -48,8 +48,8 @@ def run(config, params, ids, *, prompt, chunk=None, dtype=jnp.float32, implement
 
 
 @pytest.fixture(scope="module")
-def tiny(request):
-    folder = request.path.parent / "fixtures" / "deepseek_v32_tiny"
+def tiny(fixtures):
+    folder = fixtures / "deepseek_v32_tiny"
     config, params = load_checkpoint(folder)
     with np.load(folder / "expected.npz") as data:
         return config, params, data["input_ids"].astype(np.int32), data["logits"], int(data["prompt_length"])

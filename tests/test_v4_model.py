@@ -98,8 +98,8 @@ def run(config, params, ids, *, chunks, dtype=jnp.float32, implementation=None, 
 
 
 @pytest.fixture(scope="module")
-def tiny(request):
-    folder = request.path.parent / "fixtures" / "deepseek_v4_tiny"
+def tiny(fixtures):
+    folder = fixtures / "deepseek_v4_tiny"
     config, params = load_checkpoint(folder)
     with np.load(folder / "expected.npz") as data:
         return config, params, data["input_ids"].astype(np.int32), data["logits"], int(data["prompt_length"])
