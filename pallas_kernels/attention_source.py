@@ -14,9 +14,10 @@ from jax import Array
 from jax.experimental import pallas as pl
 
 from pallas_kernels import fp8_bits
-from pallas_kernels._call import call, load, load_from, store
+from pallas_kernels._call import call, load, store
+from pallas_kernels._primitives import load_from
 from pallas_kernels.online_softmax import LOG2E, sink_share
-from pallas_kernels.plans.attention import power_of_two
+from pallas_kernels.tiles import power_of_two
 
 # The largest value of a part lies in [2**14, 2**15) of its unit.
 HALF_EXPONENT = 14
@@ -130,12 +131,6 @@ def key_slots(
         return jnp.where(inside & (slots >= 0) & (slots < choose(number, counts)), slots, -1)
 
     return number_of, slots_of
-
-
-def grid2(rows: Array, columns: Array) -> tuple[Array, Array]:
-    """Index arrays [R, C] of rows[R] and columns[C] (gathers want an index array on every axis)."""
-    shape = (rows.shape[0], columns.shape[0])
-    return jnp.broadcast_to(rows[:, None], shape), jnp.broadcast_to(columns[None, :], shape)
 
 
 def _some_key(slots_of: Callable[[Array], Array], first: Array, last: Array) -> Array:

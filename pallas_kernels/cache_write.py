@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -20,9 +20,11 @@ import numpy as np
 from jax import Array, lax
 from jax.experimental import pallas as pl
 
-from pallas_kernels._call import assembly, call, dispatch, load, store
-from pallas_kernels.plans.attention import power_of_two
+from pallas_kernels._call import call, load, store
+from pallas_kernels._primitives import assembly
 from pallas_kernels.plans.cache_write import CacheWritePlan, cache_write_plan
+from pallas_kernels.targets import dispatch_division
+from pallas_kernels.tiles import power_of_two
 
 # exponent bias, largest value written
 _FLAVOURS = {"float8_e4m3fn": (7, 448.0), "float8_e4m3fnuz": (8, 224.0)}
@@ -231,16 +233,6 @@ def _kernel(*refs, parts: Sequence[Part], tokens: int, plan: CacheWritePlan, tar
 
 
 # --- launch ----------------------------------------------------------------------------------------------------------
-def dispatch_division(run: Callable[..., Any], *args: Any) -> Any:
-    """`dispatch` of `run(target, *args)` where an NVIDIA GPU has a target of its own, "cuda", for `divide`."""
-
-    def launch(target, *args):
-        if target != "gpu":
-            return run(target, *args)
-        ways = {"cuda": functools.partial(run, "cuda"), "default": functools.partial(run, "gpu")}
-        return lax.platform_dependent(*args, **ways)
-
-    return dispatch(launch, *args)
 
 
 def write(parts: Sequence[Part], slots: Array, *, plan: CacheWritePlan | None = None) -> list[list[Array]]:

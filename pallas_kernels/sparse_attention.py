@@ -17,14 +17,14 @@ import jax.numpy as jnp
 from jax import Array
 
 from pallas_kernels import fp8_bits, sparse_attention_float16, sparse_attention_fp8
-from pallas_kernels._call import CDNA, dispatch, fence, hidden, load, load_from
+from pallas_kernels._call import load
+from pallas_kernels._primitives import fence, hidden, load_from
 from pallas_kernels.attention_source import (
     Part,
     Source,
     choose,
     described,
     finish_softmax,
-    grid2,
     key_slots,
     launch_rows,
     some_keys,
@@ -33,7 +33,9 @@ from pallas_kernels.attention_source import (
 )
 from pallas_kernels.merge_splits import merge_splits
 from pallas_kernels.online_softmax import LOG2E, NONE, dot, softmax_step
-from pallas_kernels.plans.attention import AttentionPlan, attention_plan, power_of_two
+from pallas_kernels.plans.attention import AttentionPlan, attention_plan
+from pallas_kernels.targets import CDNA, dispatch
+from pallas_kernels.tiles import grid2, power_of_two
 
 
 # --- tiles -----------------------------------------------------------------------------------------------------------

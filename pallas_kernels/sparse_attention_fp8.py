@@ -23,13 +23,13 @@ import jax.numpy as jnp
 from jax import Array
 
 from pallas_kernels import fp8_bits, fp8_nvidia, sparse_attention_float16
-from pallas_kernels._call import MAX_ELEMENTS, dot_fp8, hidden, load, load_codes, load_from
+from pallas_kernels._call import MAX_ELEMENTS, load
+from pallas_kernels._primitives import dot_fp8, hidden, load_codes, load_from
 from pallas_kernels.attention_source import (
     Part,
     Source,
     described,
     finish_softmax,
-    grid2,
     key_slots,
     launch_rows,
     part_of,
@@ -38,7 +38,8 @@ from pallas_kernels.attention_source import (
     unpack,
 )
 from pallas_kernels.online_softmax import LOG2E, NONE, dot
-from pallas_kernels.plans.attention import AttentionPlan, power_of_two
+from pallas_kernels.plans.attention import AttentionPlan
+from pallas_kernels.tiles import grid2, power_of_two
 
 # The largest element of a head's query lies in [2**7, 2**8) of its unit.
 QUERY_EXPONENT = 7

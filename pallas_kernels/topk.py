@@ -18,8 +18,9 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental import pallas as pl
 
-from pallas_kernels._call import barrier, call, dispatch, load, store
+from pallas_kernels._call import barrier, call, load, store
 from pallas_kernels.plans.topk import TopKPlan, topk_plan
+from pallas_kernels.targets import dispatch
 
 # Column arithmetic is int32 and runs up to a block past the end.
 MAX_COLUMNS = 2**30

@@ -5,12 +5,9 @@ from __future__ import annotations
 import dataclasses
 import functools
 
-from pallas_kernels._call import CDNA
+from pallas_kernels.targets import CDNA, SIMDS, TARGET_PROGRAMS
+from pallas_kernels.tiles import power_of_two
 
-# Programs that keep the machines at hand busy (132 to 304 compute units); more splits only add merging.
-TARGET_PROGRAMS = 256
-# Waves of attention that the machines hold, one on each SIMD.
-SIMDS = {"gfx942": 304 * 4, "gfx950": 256 * 4}
 # A split shorter than this costs more in merging than it hides.
 MIN_SPLIT_KEYS = 256
 
@@ -62,11 +59,6 @@ class AttentionPlan:
                 f"AttentionPlan has splits {self.splits}, shares {self.shares} and half_parts {self.half_parts};"
                 " expected splits of at least 1, and shares of more than 0 or half_parts only with more than one."
             )
-
-
-def power_of_two(n: int) -> int:
-    """The smallest power of two that is at least `n`."""
-    return 1 << max(0, n - 1).bit_length()
 
 
 @functools.lru_cache(maxsize=1024)
