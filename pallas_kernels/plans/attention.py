@@ -30,8 +30,8 @@ class AttentionPlan:
       anchored: keys that are not there repeat one that is, so that no key passes through a select.
       fenced: all of a step's keys are asked for before the first is used, on CDNA, where the compiler would save
         registers by a wait for memory at every tile.
-      float16: FP8 keys become scaled float16 (sparse_attention_float16), where that form takes the call.
-      native: FP8 keys are multiplied by FP8 queries (sparse_attention_fp8), where that form takes the call.
+      float16: FP8 keys become scaled float16 (sparse_attention.float16), where that form takes the call.
+      native: FP8 keys are multiplied by FP8 queries (sparse_attention.fp8), where that form takes the call.
       half_parts: these two forms hand on parts of a row as float16 in units of their own, not as float32.
     """
 
