@@ -16,8 +16,8 @@ import sys
 from unittest import mock
 
 from pallas_kernels.cdna.program import ARCHITECTURES, PRODUCT
-from sparse_mla_jax import kernel_cases
-from sparse_mla_jax.inspection import NATIVE, measure
+from sparse_mla_jax.cases import case, catalogue
+from sparse_mla_jax.tools.inspect.kernels import NATIVE, measure
 
 FILE = pathlib.Path(__file__).with_suffix(".md")
 
@@ -111,7 +111,7 @@ def changed(module: str, function: str, change: dict):
         yield
 
 
-def row(case: kernel_cases.Case, arch: str, change: dict) -> tuple:
+def row(case: case.KernelCase, arch: str, change: dict) -> tuple:
     """One line of a table."""
     module, function, _ = CANDIDATES[case.name]
     name = ", ".join(f"{k} {v}" for k, v in change.items()) or "**shipped**"
@@ -136,7 +136,7 @@ def row(case: kernel_cases.Case, arch: str, change: dict) -> tuple:
     )
 
 
-def table(case: kernel_cases.Case, arch: str) -> str:
+def table(case: case.KernelCase, arch: str) -> str:
     """All candidates of a kernel on one architecture, in Markdown."""
     rows = [HEADER, ["---"] * len(HEADER)]
     for change in [{}, *CANDIDATES[case.name][2]]:
@@ -154,7 +154,7 @@ def main() -> None:
     parser.add_argument("--write", action="store_true", help=f"write {FILE.name}")
     arguments = parser.parse_args()
     tables = [
-        table(kernel_cases.case(name), arch)
+        table(catalogue.kernel_case(name), arch)
         for name in arguments.kernel or CANDIDATES
         for arch in (ARCHITECTURES if arguments.arch == "both" else (arguments.arch,))
     ]

@@ -30,11 +30,11 @@ from pallas_kernels import cdna
 from pallas_kernels.cdna import cost, lowering
 from pallas_kernels.cdna.program import ARCHITECTURES, PRODUCT
 from pallas_kernels.sparse_attention import launch
-from sparse_mla_jax import kernel_cases
+from sparse_mla_jax.cases import catalogue
 
 # The ROCm plugin reports that this machine has no AMD GPU.
 logging.getLogger("jax._src.xla_bridge").setLevel(logging.CRITICAL)
-problem = kernel_cases.case("sparse_mla").build("float8_e4m3fnuz", 16)
+problem = catalogue.kernel_case("sparse_mla").build("float8_e4m3fnuz", 16)
 print("q", problem.args[0].shape, "| cache", problem.args[1].latent.shape, "| slots", problem.args[2].shape)
 
 # %% [markdown]

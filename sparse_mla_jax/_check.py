@@ -6,10 +6,18 @@ Errors are ValueErrors at trace time. A message names the argument, what came, w
 from __future__ import annotations
 
 import operator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import jax.numpy as jnp
-from jax import Array
+if TYPE_CHECKING:
+    import numpy as np
+    from jax import Array
+
+# What may be chosen by name: types of weights and activations, of caches, and bodies of an operator.
+DTYPES = ("float32", "bfloat16")
+CACHE_DTYPES = ("float32", "bfloat16", "float8_e4m3fnuz", "float8_e4m3fn")
+IMPLEMENTATIONS = ("triton", "xla", "reference")
+
+# jax is imported inside of functions here: the command line imports this file and `--help` has to be quick.
 
 
 def require(condition: bool, message: str) -> None:
@@ -20,6 +28,8 @@ def require(condition: bool, message: str) -> None:
 
 def describe(x: Any) -> str:
     """Type and shape of an array in the notation of every message: `float32[2, 3]`."""
+    import jax.numpy as jnp
+
     return f"{jnp.result_type(x)}{list(jnp.shape(x))}"
 
 
@@ -56,6 +66,8 @@ def integers(name: str, array: Any, *axes: int | None) -> Array:
     Raises:
       ValueError: another type or shape.
     """
+    import jax.numpy as jnp
+
     array = jnp.asarray(array)
     require(
         jnp.issubdtype(array.dtype, jnp.integer) and _fits(array, axes),
@@ -76,12 +88,31 @@ def floats(name: str, array: Any, *axes: int | None) -> Array:
     Raises:
       ValueError: another type or shape.
     """
+    import jax.numpy as jnp
+
     array = jnp.asarray(array)
     require(
         jnp.issubdtype(array.dtype, jnp.floating) and _fits(array, axes),
         f"{name} is {describe(array)}; expected floating values {_axes(axes)}.",
     )
     return array.astype(jnp.float32)
+
+
+def dtype(name: str, value: Any, allowed: tuple[str, ...]) -> np.dtype:
+    """The numpy dtype that `value` (a name or a type) means.
+
+    Raises:
+      ValueError: not a type, or not one of `allowed`; `name` is the argument's name in the message.
+    """
+    import jax.numpy as jnp
+
+    try:
+        found = jnp.dtype(value)
+    except TypeError:
+        found = None
+    if found is None or found.name not in allowed:
+        raise ValueError(f"{name} is {value if found is None else found.name!r}; expected one of {', '.join(allowed)}.")
+    return found
 
 
 def _fits(array: Array, axes: tuple[int | None, ...]) -> bool:

@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 
-IMPLEMENTATIONS = ("triton", "xla", "reference")
+from sparse_mla_jax._check import IMPLEMENTATIONS
 
 
 def preferred() -> tuple[str, ...]:

@@ -17,8 +17,9 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from sparse_mla_jax._check import require
-from sparse_mla_jax._options import CACHE_DTYPES, check_params, check_size, matmul_precision, parse_dtype
+from sparse_mla_jax import _check
+from sparse_mla_jax._check import CACHE_DTYPES, require
+from sparse_mla_jax._options import check_params, matmul_precision
 from sparse_mla_jax.config import Config
 from sparse_mla_jax.metadata import bucket_for, buckets, build_metadata
 from sparse_mla_jax.models import family
@@ -154,10 +155,10 @@ def check_request(
         f"temperature is {temperature}; a finite number of at least 0 is expected (0 is greedy).",
     )
     require(0 < top_p <= 1, f"top_p is {top_p}; a number above 0 and at most 1 is expected (1 keeps every token).")
-    require(check_size("seed", seed, 0) < 2**32, f"seed is {seed}; below 2**32 is expected.")
+    require(_check.size("seed", seed, 0) < 2**32, f"seed is {seed}; below 2**32 is expected.")
     return Request(
         prompt=encode("prompt", prompt, vocabulary),
-        max_tokens=check_size("max_tokens", max_tokens),
+        max_tokens=_check.size("max_tokens", max_tokens),
         temperature=float(temperature),
         top_p=float(top_p),
         seed=int(seed),
@@ -227,21 +228,21 @@ class Engine:
           ValueError: a size, type or name that is not as described, or params that do not fit the config.
         """
         check_implementation(implementation)
-        cache_type = parse_dtype("cache_dtype", cache_dtype, CACHE_DTYPES)
-        page_size = family.default_page_size(config) if page_size is None else check_size("page_size", page_size)
-        max_batch = check_size("max_batch", max_batch)
+        cache_type = _check.dtype("cache_dtype", cache_dtype, CACHE_DTYPES)
+        page_size = family.default_page_size(config) if page_size is None else _check.size("page_size", page_size)
+        max_batch = _check.size("max_batch", max_batch)
         limit = config.max_position_embeddings
-        max_context = check_size("max_context", min(limit, 4096) if max_context is None else max_context, 2)
+        max_context = _check.size("max_context", min(limit, 4096) if max_context is None else max_context, 2)
         require(
             max_context <= limit,
             f"max_context is {max_context}; the model's positions end at {limit} (max_position_embeddings).",
         )
-        token_budget = max(check_size("prefill_chunk", prefill_chunk), max_batch)
+        token_budget = max(_check.size("prefill_chunk", prefill_chunk), max_batch)
         width = math.ceil(max_context / page_size)
-        num_pages = max_batch * width if num_pages is None else check_size("num_pages", num_pages)
+        num_pages = max_batch * width if num_pages is None else _check.size("num_pages", num_pages)
         if token_buckets is None:
             token_buckets = default_buckets(max_batch, token_budget)
-        self.token_buckets = tuple(sorted({check_size("token_buckets", size) for size in token_buckets}))
+        self.token_buckets = tuple(sorted({_check.size("token_buckets", size) for size in token_buckets}))
         require(
             bool(self.token_buckets) and self.token_buckets[-1] >= token_budget,
             f"token_buckets is {self.token_buckets}; the largest must hold a whole step of {token_budget} tokens.",

@@ -104,7 +104,7 @@ def ratios(document: dict[str, Any], old: dict[str, Any]) -> dict[tuple[str, str
 
 def area_table(rows: Sequence[dict[str, Any]], ratio: dict[tuple[str, str, str], float] | None = None) -> str:
     """The rows of one area; `ratio` adds a column of ratios to an earlier run."""
-    from sparse_mla_jax.inspection import table
+    from sparse_mla_jax.tools.tables import table
 
     peers = [name for name in PEERS if any(name in row["peers"] for row in rows)]
     header = ["case", "flavour", "us", "launches", "GB/s", "TFLOPS", "% of ceiling", "reach", "floor", "target"]
@@ -147,7 +147,7 @@ def _gaps(row: dict[str, Any]) -> str:
 
 def kernel_table(row: dict[str, Any]) -> str:
     """What one call of a row launches, slowest first."""
-    from sparse_mla_jax.inspection import table
+    from sparse_mla_jax.tools.tables import table
 
     rows = [(k["name"], "", k["launches"], number(k["us"])) for k in row["kernels"]]
     return (

@@ -15,7 +15,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sparse_mla_jax import data
 from sparse_mla_jax._check import require
 from sparse_mla_jax.config import DeepseekV32Config
 from sparse_mla_jax.layers import mla
@@ -23,8 +22,9 @@ from sparse_mla_jax.metadata import build_metadata
 from sparse_mla_jax.models import checkpoint, deepseek_v32
 from sparse_mla_jax.scoring import score
 from sparse_mla_jax.serving.engine import Engine
+from sparse_mla_jax.tools.text import stdlib_sources
 
-DEFAULT_MODEL = pathlib.Path(__file__).parent.parent / "examples" / "tiny_python"
+DEFAULT_MODEL = pathlib.Path(__file__).parents[2] / "examples" / "tiny_python"
 VARIANTS = (
     ("dense attention, float32 cache", True, "float32"),
     ("sparse, float32 cache", False, "float32"),
@@ -46,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def held_out_windows(count: int, length: int) -> list[tuple[str, np.ndarray]]:
     """`count` windows of `length` bytes, spread over the held-out modules: (module name, int32[length])."""
-    files = [(name, text) for name, text in data.stdlib_sources(held_out=True) if len(text) >= length]
+    files = [(name, text) for name, text in stdlib_sources(held_out=True) if len(text) >= length]
     require(
         len(files) >= 1,
         f"this interpreter's standard library has no held-out source of {length} bytes; ask for shorter windows.",

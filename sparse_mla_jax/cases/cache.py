@@ -5,32 +5,33 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sparse_mla_jax.bench_work import (
+from sparse_mla_jax.cases.answers import (
+    relative,
+)
+from sparse_mla_jax.cases.case import FP8, Case, KernelCase, KernelProblem, Work
+from sparse_mla_jax.cases.compressor import _compress
+from sparse_mla_jax.cases.inputs import (
     DIM,
     LAYOUTS,
     PAGE,
     ROPE,
-    VALUE_DIM,
-    Case,
-    Work,
     gather,
     gather_index,
     index_cache,
     kv_cache,
     nbytes,
-    permutation,
+    random_cache,
+    random_index_keys,
     random_slots,
-    relative,
     seed,
 )
 from sparse_mla_jax.ops import cache as cache_ops
-from sparse_mla_jax.ops.cache import PagedKVCache
-from sparse_mla_jax.ops.compressor import CompressorState, compress, entry_pages
 
 
 # --- cache writes ----------------------------------------------------------------------------------------------------
@@ -73,70 +74,6 @@ def _write(sizes: Mapping[str, int], flavour: str, query: str, *, layout: str) -
     return Work(fn, each, size, 0, error, 4e-2, state=state)
 
 
-def _compress(sizes: Mapping[str, int], flavour: str, query: str) -> Work:
-    """Entries of one decode step: every ratio-th of the requests closes a window."""
-    del query
-    batch, ratio, page_size = sizes["batch"], sizes["ratio"], sizes["page_size"]
-    dim, overlap = VALUE_DIM, ratio == 4
-    channels, pages = (2 if overlap else 1) * dim, sizes["pages"]
-
-    def state():
-        _, entries = entry_pages(jnp.zeros((0, 0), jnp.int32), page_size=page_size, ratio=ratio)
-        latent, group, scale = LAYOUTS["v4"]
-        cache = PagedKVCache.create(
-            batch * pages,
-            entries,
-            latent_dim=latent,
-            rope_dim=ROPE,
-            group_size=group,
-            dtype=jnp.dtype(flavour),
-            scale_dtype=scale,
-        )
-        shape = CompressorState.create(batch, ratio=ratio, dim=dim, overlap=overlap).kv.shape
-        return cache, CompressorState(*(jax.random.normal(seed(19 + i), shape) for i in range(2)))
-
-    def each(number):
-        # Positions one apart, so that every ratio-th request closes, the first among them; far from a first window.
-        positions = pages * page_size // 2 - 1 + jnp.arange(batch, dtype=jnp.int32)
-        table = permutation(seed(21, number), batch * pages).reshape(batch, pages)
-        kv, gate = (jax.random.normal(seed(22 + i, number), (batch, channels)) for i in range(2))
-        bias = jax.random.normal(seed(24, number), (ratio, channels))
-        return kv, gate, bias, jnp.ones(dim), positions, table
-
-    def fn(cache, state, kv, gate, bias, norm, positions, table, *, implementation=None):
-        rows = jnp.arange(batch, dtype=jnp.int32)
-        return compress(
-            cache,
-            state,
-            kv,
-            gate,
-            bias,
-            norm,
-            jnp.full((ROPE // 2,), 0.01),
-            positions=positions,
-            request_ids=rows,
-            query_indptr=jnp.arange(batch + 1, dtype=jnp.int32),
-            seq_lens=positions + 1,
-            page_table=table,
-            page_size=page_size,
-            ratio=ratio,
-            implementation=implementation,
-        )
-
-    def error(arguments, got):
-        want = jax.jit(functools.partial(fn, implementation="reference"))(*arguments)
-        after, wanted = (jax.tree.leaves(x[1]) for x in (got, want))
-        if not all(np.array_equal(np.asarray(a), np.asarray(b)) for a, b in zip(after, wanted)):
-            return math.inf
-        every = jnp.arange(got[0].num_slots)
-        return relative(*(gather(cache, every, dtype=jnp.float32) for cache in (got[0], want[0])))
-
-    closed = batch // ratio
-    read = closed * ratio * channels * 8 + batch * channels * 16
-    # A value between two codes may fall to either side: an eighth of it, once in a thousand.
-    return Work(fn, each, read + closed * 583, 0, error, 4e-3, state=state)
-
-
 # --- the list --------------------------------------------------------------------------------------------------------
 def cache_cases() -> Iterator[Case]:
     """The tokens of a decode step into both caches; the entries that they close."""
@@ -146,3 +83,40 @@ def cache_cases() -> Iterator[Case]:
     for ratio in (4, 128):
         sizes = {"batch": 128, "ratio": ratio, "page_size": 256, "pages": 16}
         yield Case(f"cache-compress-{ratio}-b128", "cache", sizes, _compress)
+
+
+def _kernel_cache_write(kind: str, heads: int | None, *, latent: int, group: int, scale_dtype: Any) -> KernelProblem:
+    """Some of the tokens are skipped, and one is superseded by a later one of its slot."""
+    del heads
+    rng, tokens = np.random.default_rng(4), 8
+    cache = random_cache(rng, kind, latent, group, scale_dtype)
+    index = random_index_keys(rng, kind, 512)
+    rows = [jnp.asarray(rng.standard_normal((tokens, n)), jnp.float32) for n in (latent, 64, 128)]
+    slots = jnp.asarray([5, 511, -1, 70, 512, 5, 0, 300], jnp.int32)
+    want = jax.jit(functools.partial(cache_ops.write_token, implementation="reference"))(cache, index, *rows, slots)
+
+    def fn(cache, index, *arguments):
+        return cache_ops.write_token(cache, index, *arguments, implementation="triton")
+
+    def error(got):
+        pairs = zip(jax.tree.leaves(got), jax.tree.leaves(want))
+        return float(sum((np.asarray(a).view(np.uint8) != np.asarray(b).view(np.uint8)).sum() for a, b in pairs))
+
+    token = cache.bytes_per_token + index.bytes_per_token
+    return KernelProblem(fn, (cache, index, *rows, slots), error, 0.0, nbytes(rows, slots) + 5 * token)
+
+
+# --- small enough for an interpreter
+KERNEL_CASES = (
+    KernelCase(
+        "cache_write",
+        "DeepSeek-V3.2: 8 tokens of 512 + 64 values and a key of 128, groups of 128, float32 scales",
+        functools.partial(_kernel_cache_write, latent=512, group=128, scale_dtype=jnp.float32),
+    ),
+    KernelCase(
+        "cache_write_v4",
+        "DeepSeek-V4: 8 tokens of 448 + 64 values and a key of 128, groups of 64, E8M0 scales",
+        functools.partial(_kernel_cache_write, latent=448, group=64, scale_dtype=jnp.float8_e8m0fnu),
+        FP8,
+    ),
+)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
-import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -14,192 +12,36 @@ import numpy as np
 from jax import Array
 
 from sparse_mla_jax._check import require
-from sparse_mla_jax.bench_work import (
-    DIM,
+from sparse_mla_jax.cases.answers import (
+    attention_answer,
+    relative,
+)
+from sparse_mla_jax.cases.case import FP8, Case, KernelCase, KernelProblem, Work
+from sparse_mla_jax.cases.inputs import (
     LAYOUTS,
     PAGE,
-    QUERIES,
     ROPE,
     VALUE_DIM,
-    Case,
-    Work,
     dense,
-    distinct,
     gather,
-    gather_index,
-    index_cache,
     kv_cache,
     nbytes,
     permutation,
+    random_cache,
     random_slots,
-    relative,
     sample,
     seed,
     take,
 )
-from sparse_mla_jax.kernel_cases import FP8, attention_answer
+from sparse_mla_jax.ops import cache as cache_ops
 from sparse_mla_jax.ops.attention import sparse_mla
-from sparse_mla_jax.ops.indexer import indexer_scores, lightning_indexer, paged_indexer_scores
 from sparse_mla_jax.ops.ragged import DenseRows, pack_rows
-from sparse_mla_jax.ops.topk import top_k
 from sparse_mla_jax.ops.window import ring_size, window_slots
 
 # --- top-k -----------------------------------------------------------------------------------------------------------
-# Scores of a row: independent normals, or what is hard for a radix selection.
-ROWS = ("random", "equal", "narrow", "up", "down", "plateau")
-
-
-def _scores(kind: str, key: Array, rows: int, columns: int, k: int) -> Array:
-    """float32 [rows, columns]."""
-    shape = (rows, columns)
-    if kind == "random":
-        return jax.random.normal(key, shape)
-    if kind == "equal":
-        return jnp.full(shape, 1.5)
-    if kind == "narrow":
-        # Equal in all but the last ten bits.
-        return 1 + jax.random.randint(key, shape, 0, 1 << 10).astype(jnp.float32) * 2.0**-23
-    if kind in ("up", "down"):
-        column = jnp.arange(columns, dtype=jnp.float32)
-        return jnp.broadcast_to(column if kind == "up" else columns - column, shape)
-    require(kind == "plateau", f"scores are {kind!r}; expected one of {', '.join(ROWS)}.")
-    winners = distinct(key, rows, min(100, k // 2), columns)
-    row = jnp.arange(rows, dtype=jnp.int32)[:, None]
-    return jnp.zeros(shape).at[row, winners].set(1 + jax.random.uniform(key, winners.shape))
-
-
-def selected(scores: np.ndarray, k: int) -> np.ndarray:
-    """Columns of the k largest of one row, ascending; ties to the lower column. Without NaN; all columns if k is more.
-
-    Counts only, unlike every implementation: what is above the k-th largest, and the first of its equals.
-    """
-    if scores.size <= k:
-        return np.arange(scores.size)
-    least = np.partition(scores, scores.size - k)[scores.size - k]
-    above, equal = scores > least, scores == least
-    return np.flatnonzero(above | (equal & (np.cumsum(equal) <= k - above.sum())))
-
-
-def _topk(sizes: Mapping[str, int], flavour: str, query: str, *, kind: str = "random") -> Work:
-    del flavour, query
-    rows, columns, k = sizes["rows"], sizes["columns"], sizes["k"]
-    length = min(sizes.get("length", columns), columns)
-
-    def each(number):
-        scores = _scores(kind, seed(2, number), rows, columns, k)
-        return (scores, jnp.full((rows,), length, jnp.int32)) if "length" in sizes else (scores,)
-
-    def fn(scores, lengths=None, *, implementation=None):
-        return top_k(scores, k, lengths, implementation=implementation)
-
-    def error(arguments, got):
-        # All rows, as long as that is quick.
-        checked = np.arange(rows) if rows * length <= 1 << 24 else sample(rows)
-        wrong = 0
-        for row, mine in zip(take(arguments[0], checked), take(got, checked)):
-            want = np.full(k, -1, np.int32)
-            chosen_columns = selected(row[:length], k)
-            want[: chosen_columns.size] = chosen_columns
-            wrong += int((mine != want).sum())
-        return float(wrong)
-
-    return Work(fn, each, 4 * rows * (length + k), 0, error, 0.0)
 
 
 # --- indexer ---------------------------------------------------------------------------------------------------------
-def _queries(number: int, tokens: int, heads: int, query: str) -> tuple[Array, Array]:
-    q = jax.random.normal(seed(3, number), (tokens, heads, DIM)).astype(jnp.dtype(query or "bfloat16"))
-    return q, jax.random.normal(seed(4, number), (tokens, heads))
-
-
-def _score_bound(query: str) -> float:
-    """Of float32 sums, relative to the row's largest score; FP8 matrix units keep fewer bits of a sum."""
-    return 5e-4 if query in FP8 else 1e-5
-
-
-def _exact_scores(q: Any, weights: Any, keys: Any) -> np.ndarray:
-    """float64 [N] of one query q[H, D], weights[H], dequantised keys[N, D]."""
-    q, weights, keys = (np.asarray(x).astype(np.float64) for x in (q, weights, keys))
-    return weights @ np.maximum(q @ keys.T, 0)
-
-
-def _indexer(sizes: Mapping[str, int], flavour: str, query: str) -> Work:
-    tokens, heads, keys = sizes["tokens"], sizes["heads"], sizes["keys"]
-
-    def shared():
-        stored = index_cache(flavour, keys, DIM)
-        return stored.key.reshape(keys, DIM), stored.scale.reshape(keys)
-
-    def each(number):
-        return (
-            *_queries(number, tokens, heads, query),
-            jnp.zeros(tokens, jnp.int32),
-            jnp.full(tokens, keys, jnp.int32),
-        )
-
-    def fn(keys, scales, q, weights, starts, lengths, *, implementation=None):
-        return indexer_scores(
-            q, keys, scales, weights, row_starts=starts, row_lengths=lengths, implementation=implementation
-        )
-
-    def error(arguments, got):
-        stored, scales, q, weights = arguments[:4]
-        exact = np.asarray(stored).astype(np.float64) * np.asarray(scales, np.float64)[:, None]
-        some, worst = sample(tokens), 0.0
-        for mine, query, weight in zip(take(got, some), take(q, some), take(weights, some)):
-            want = _exact_scores(query, weight, exact)
-            if not np.isfinite(mine).all():
-                return math.inf
-            worst = max(worst, float(np.abs(mine - want).max() / np.abs(want).max()))
-        return worst
-
-    inputs = jax.eval_shape(lambda: (shared(), each(0)))
-    flops = 2 * tokens * heads * DIM * keys
-    return Work(fn, each, nbytes(inputs) + 4 * tokens * keys, flops, error, _score_bound(query), shared)
-
-
-def _paged(sizes: Mapping[str, int], flavour: str, query: str, *, select: bool = False) -> Work:
-    """One query per request over pages in random order; `select` also takes the k best."""
-    batch, heads, length, k = sizes["batch"], sizes["heads"], sizes["length"], sizes.get("k", 0)
-    slots = max(sizes["slots"], batch * length)
-
-    def each(number):
-        pages = permutation(seed(5, number), slots // PAGE)
-        table = pages[: batch * (length // PAGE)].reshape(batch, -1)
-        requests, lengths = jnp.arange(batch, dtype=jnp.int32), jnp.full(batch, length, jnp.int32)
-        return (*_queries(number, batch, heads, query), table, requests, lengths)
-
-    def fn(cache, q, weights, table, requests, lengths, *, implementation=None):
-        arguments = (q, weights, cache, table, requests, lengths)
-        if select:
-            return lightning_indexer(*arguments, k=k, max_length=length, implementation=implementation)
-        return paged_indexer_scores(*arguments, max_length=length, implementation=implementation)
-
-    def error(arguments, got):
-        cache, q, weights, table = arguments[:4]
-        some, worst = sample(batch), 0.0
-        for mine, pages, query, weight in zip(*(take(x, some) for x in (got, table, q, weights))):
-            at = (pages[:, None] * PAGE + np.arange(PAGE, dtype=np.int32)).reshape(-1)
-            want = _exact_scores(query, weight, gather_index(cache, at, dtype=jnp.float32))
-            off = _misplaced(want, mine, k) if select else np.abs(mine - want).max()
-            worst = max(worst, float(off / np.abs(want).max())) if np.isfinite(off) else math.inf
-        return worst
-
-    bound = _score_bound(query) * (2 if select else 1)
-    token = jax.eval_shape(lambda: index_cache(flavour, PAGE, DIM)).bytes_per_token
-    size = nbytes(jax.eval_shape(lambda: each(0))) + batch * length * token + 4 * batch * (k if select else length)
-    flops = 2 * batch * heads * DIM * length
-    return Work(fn, each, size, flops, error, bound, lambda: (index_cache(flavour, slots, DIM),))
-
-
-def _misplaced(scores: np.ndarray, chosen: np.ndarray, k: int) -> float:
-    """By how much the best score left out exceeds the worst chosen; infinite unless k ascending columns were chosen."""
-    wanted = min(k, scores.size)
-    mine, rest = chosen[:wanted], chosen[wanted:]
-    if (np.diff(mine) <= 0).any() or mine[0] < 0 or mine[-1] >= scores.size or (rest != -1).any():
-        return math.inf
-    others = np.delete(scores, mine)
-    return max(0.0, float(others.max() - scores[mine].min())) if others.size else 0.0
 
 
 # --- sparse attention ------------------------------------------------------------------------------------------------
@@ -353,24 +195,6 @@ def _two_sources_prefill(sizes: Mapping[str, int], flavour: str, query: str) -> 
 
 
 # --- the list --------------------------------------------------------------------------------------------------------
-# rows, columns: the best CUDA figure, microseconds; k 2048.
-_TOPK_BEST = {
-    (1, 8192): 4.7,
-    (1, 32768): 9.8,
-    (1, 131072): 13.0,
-    (32, 8192): 5.2,
-    (32, 32768): 17.7,
-    (32, 131072): 29.7,
-    (64, 131072): 29.9,
-    (128, 8192): 5.2,
-    (128, 32768): 15.6,
-    (128, 131072): 30.8,
-    (256, 131072): 59.5,
-    (1024, 8192): 30.8,
-    (1024, 32768): 102.0,
-    (4096, 16384): 202.0,
-    (2048, 131072): 664.0,
-}
 # batch, heads, selected: reach and floor.
 _DECODE = {
     (1, 16, 2048): (9.0, 14.0),
@@ -384,46 +208,6 @@ _DECODE = {
     (128, 128, 2048): (195.0, 400.0),
     (128, 64, 512): (36.0, 60.0),
 }
-
-
-def _topk_case(rows: int, columns: int, k: int = 2048, *, kind: str = "random", suffix: str = "", **given: Any) -> Case:
-    sizes = {"rows": rows, "columns": columns, "k": k} | ({"length": given.pop("length")} if "length" in given else {})
-    make = functools.partial(_topk, kind=kind)
-    return Case(f"topk-{rows}x{columns}{suffix}", "topk", sizes, make, ("",), **given)
-
-
-def topk_cases() -> Iterator[Case]:
-    """Exact top-k of rows of scores."""
-    for (rows, columns), best in _TOPK_BEST.items():
-        yield _topk_case(rows, columns, reach=best, floor=best * (1.6 if rows <= 256 else 1.0))
-    for k in (512, 1024):
-        yield _topk_case(32, 32768, k, suffix=f"-k{k}")
-    yield _topk_case(64, 131072, suffix="-length4096", length=4096)
-    yield _topk_case(64, 65536)
-    yield _topk_case(64, 32768)
-    for kind in ROWS[1:]:
-        yield _topk_case(64, 32768, kind=kind, suffix=f"-{kind}", at_most=(3.0, "topk-64x32768"))
-
-
-def _indexer_case(name: str, make: Any, reach: float | None = None, floor: float | None = None, **sizes: int) -> Case:
-    return Case(f"indexer-{name}", "indexer", {"heads": 64, **sizes}, make, FP8, QUERIES, reach, floor)
-
-
-def indexer_cases() -> Iterator[Case]:
-    """Scores of contiguous and paged keys, and the selection from them."""
-    yield _indexer_case("1024x8192", _indexer, 147.0, tokens=1024, keys=8192)
-    # Targets of 1000 and 450 TFLOPS.
-    work = 2 * 2048 * 32768 * 64 * DIM * 1e-6
-    yield _indexer_case("2048x32768", _indexer, work / 1000, work / 450, tokens=2048, keys=32768)
-    yield _indexer_case("4096x65536", _indexer, tokens=4096, keys=65536)
-    # Enough slots that the keys of other calls fill the last-level cache.
-    slots = 1 << 20
-    for batch, reach in ((1, 9.0), (8, 14.0), (32, 30.0), (64, 48.0)):
-        yield _indexer_case(f"paged-{batch}x16384", _paged, reach, 2 * reach, batch=batch, length=16384, slots=slots)
-    yield _indexer_case("paged-64x65536", _paged, 149.0, batch=64, length=65536, slots=slots)
-    select = functools.partial(_paged, select=True)
-    whole = _indexer_case("select-64x65536", select, batch=64, length=65536, slots=slots, k=2048)
-    yield dataclasses.replace(whole, parts=("indexer-paged-64x65536", "topk-64x65536"))
 
 
 def _decode_case(layout: str, batch: int, heads: int, width: int, *, ragged: bool = False, **given: Any) -> Case:
@@ -473,3 +257,90 @@ def prefill_cases() -> Iterator[Case]:
     for ratio, selected, name in ((4, 512, "k512"), (128, 0, "all-of-256")):
         sizes = both | {"ratio": ratio, "selected": selected}
         yield Case(f"prefill-v4-t2048-h64-w128-{name}", "prefill", sizes, _two_sources_prefill)
+
+
+def _kernel_attention(
+    kind: str, heads: int | None, *, latent: int, group: int, value_dim: int, selected: int, scale_dtype: Any
+) -> KernelProblem:
+    rng = np.random.default_rng(0)
+    heads = 16 if heads is None else heads
+    require(1 <= heads <= 1024, f"heads is {heads}; between 1 and 1024 are expected.")
+    cache = random_cache(rng, kind, latent, group, scale_dtype)
+    q_dtype = jnp.float32 if kind == "float32" else jnp.bfloat16
+    q = jnp.asarray(rng.standard_normal((2, heads, latent + 64)), q_dtype)
+    rows = np.stack([rng.permutation(512)[:selected] for _ in range(2)]).astype(np.int32)
+    scale = (latent + 64) ** -0.5
+    keys = np.asarray(cache_ops.gather(cache, jnp.arange(512), dtype=jnp.float32))
+
+    def fn(q, cache, rows):
+        return sparse_mla(q, cache, rows, sm_scale=scale, value_dim=value_dim, implementation="triton")
+
+    want = attention_answer(q, keys, rows, scale, value_dim)
+    return KernelProblem(
+        fn,
+        (q, cache, jnp.asarray(rows)),
+        lambda out: relative(out, want),
+        # float32: rounding of sums. bfloat16: rounding the result alone costs 1.65e-3.
+        1e-5 if kind == "float32" else 2e-3,
+        nbytes(q, rows) + 2 * selected * cache.bytes_per_token + want.size * q.dtype.itemsize,
+    )
+
+
+def _kernel_two_sources(kind: str, heads: int | None, *, window: int, selected: int) -> KernelProblem:
+    """A sliding window and chosen entries, in caches of their own, under one softmax with sinks."""
+    rng = np.random.default_rng(0)
+    heads, latent, dim = 16 if heads is None else heads, 448, 512
+    require(1 <= heads <= 1024, f"heads is {heads}; between 1 and 1024 are expected.")
+    near, far = (random_cache(rng, kind, latent, 64, jnp.float8_e8m0fnu) for _ in range(2))
+    q = jnp.asarray(rng.standard_normal((2, heads, dim)), jnp.bfloat16)
+    rows = [np.stack([rng.permutation(512)[:n] for _ in range(2)]).astype(np.int32) for n in (window, selected)]
+    sinks = jnp.asarray(rng.standard_normal(heads), jnp.float32)
+    keys = [np.asarray(cache_ops.gather(cache, jnp.arange(512), dtype=jnp.float32)) for cache in (near, far)]
+
+    def fn(q, near, far, near_rows, far_rows, sinks):
+        return sparse_mla(
+            q,
+            near,
+            near_rows,
+            sm_scale=dim**-0.5,
+            value_dim=dim,
+            sinks=sinks,
+            extra=(far, far_rows),
+            implementation="triton",
+        )
+
+    both = np.concatenate([rows[0], rows[1] + 512], axis=1)
+    want = attention_answer(q, np.concatenate(keys), both, dim**-0.5, dim, np.asarray(sinks))
+    return KernelProblem(
+        fn,
+        (q, near, far, *map(jnp.asarray, rows), sinks),
+        lambda out: relative(out, want),
+        2e-3,  # as above
+        nbytes(q, *rows) + 2 * (window + selected) * near.bytes_per_token + want.size * q.dtype.itemsize,
+    )
+
+
+# --- small enough for an interpreter
+KERNEL_CASES = (
+    KernelCase(
+        "sparse_mla",
+        "DeepSeek-V3.2: 2 queries, 96 selected rows of 512 + 64, groups of 128, float32 scales",
+        functools.partial(
+            _kernel_attention, latent=512, group=128, value_dim=512, selected=96, scale_dtype=jnp.float32
+        ),
+    ),
+    KernelCase(
+        "sparse_mla_v4",
+        "DeepSeek-V4: 2 queries, 96 selected rows of 448 + 64, groups of 64, E8M0 scales",
+        functools.partial(
+            _kernel_attention, latent=448, group=64, value_dim=512, selected=96, scale_dtype=jnp.float8_e8m0fnu
+        ),
+        FP8,
+    ),
+    KernelCase(
+        "sparse_mla_v4_window",
+        "DeepSeek-V4: 2 queries, a window of 32 rows and 64 chosen entries, two caches and sinks under one softmax",
+        functools.partial(_kernel_two_sources, window=32, selected=64),
+        FP8,
+    ),
+)

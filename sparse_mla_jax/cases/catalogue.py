@@ -1,25 +1,44 @@
-"""The named shapes that `bench` times and the tests run shrunk: the list of all of them, and how they are found."""
+"""The list of all cases and how they are found: what `bench` times, and what an interpreter executes.
+
+Tests run both: the timed ones shrunk, the others as machine code of gfx942 and gfx950.
+"""
 
 from __future__ import annotations
 
 from sparse_mla_jax._check import require
-from sparse_mla_jax.bench_attention import decode_cases, indexer_cases, prefill_cases, topk_cases
-from sparse_mla_jax.bench_caches import cache_cases
-from sparse_mla_jax.bench_layers import projection_cases, streams_cases
-from sparse_mla_jax.bench_steps import step_cases
-from sparse_mla_jax.bench_work import Case, Work
+from sparse_mla_jax.cases import (
+    attention,
+    cache,
+    compressor,
+    hyper_connections,
+    indexer,
+    projections,
+    steps,
+    topk,
+)
+from sparse_mla_jax.cases.case import Case, KernelCase, Work
 
 AREAS = ("topk", "indexer", "decode", "prefill", "cache", "projection", "streams", "step")
 
 CASES = (
-    *topk_cases(),
-    *indexer_cases(),
-    *decode_cases(),
-    *prefill_cases(),
-    *cache_cases(),
-    *projection_cases(),
-    *streams_cases(),
-    *step_cases(),
+    *topk.topk_cases(),
+    *indexer.indexer_cases(),
+    *attention.decode_cases(),
+    *attention.prefill_cases(),
+    *cache.cache_cases(),
+    *projections.projection_cases(),
+    *hyper_connections.streams_cases(),
+    *steps.step_cases(),
+)
+
+KERNEL_CASES = (
+    *attention.KERNEL_CASES,
+    *indexer.KERNEL_CASES,
+    *topk.KERNEL_CASES,
+    *cache.KERNEL_CASES,
+    *compressor.KERNEL_CASES,
+    *hyper_connections.KERNEL_CASES,
+    *projections.KERNEL_CASES,
 )
 
 
@@ -68,3 +87,19 @@ def chosen(area: str | None, text: str | None) -> tuple[Case, ...]:
         f" {', '.join(c.name for c in found)}.",
     )
     return matching
+
+
+def kernel_case(name: str) -> KernelCase:
+    """The case of that name among those that an interpreter executes.
+
+    Raises:
+      ValueError: there is none.
+    """
+    found = next((c for c in KERNEL_CASES if c.name == name), None)
+    require(found is not None, f"kernel is {name!r}; expected one of {', '.join(kernel_names())}.")
+    return found  # type: ignore[return-value]
+
+
+def kernel_names() -> list[str]:
+    """Names of all cases that an interpreter executes."""
+    return [c.name for c in KERNEL_CASES]

@@ -19,12 +19,14 @@ from typing import Any
 
 import jax
 
-from sparse_mla_jax import bench_cases, bench_report
 from sparse_mla_jax._check import require
-from sparse_mla_jax._options import check_writable
-from sparse_mla_jax.bench_cases import AREAS
-from sparse_mla_jax.bench_work import Case, Work, nbytes
-from sparse_mla_jax.device_timing import (
+from sparse_mla_jax.cases import catalogue
+from sparse_mla_jax.cases.case import FP8, Case, Work
+from sparse_mla_jax.cases.catalogue import AREAS
+from sparse_mla_jax.cases.inputs import nbytes
+from sparse_mla_jax.ops import _dispatch
+from sparse_mla_jax.tools.bench import report
+from sparse_mla_jax.tools.bench.device_timing import (
     CUPTI,
     Ceilings,
     Timing,
@@ -34,8 +36,7 @@ from sparse_mla_jax.device_timing import (
     time_calls,
     wall_time,
 )
-from sparse_mla_jax.kernel_cases import FP8
-from sparse_mla_jax.ops import _dispatch
+from sparse_mla_jax.tools.options import check_writable
 
 FLAVOURS = (*FP8, "bfloat16")
 # Calls timed of each case unless told otherwise, and at most of each peer.
@@ -128,7 +129,7 @@ def measure(case: Case, flavour: str, query: str, settings: Settings) -> dict[st
     Raises:
       NotSupported: the library refuses the case.
     """
-    work = bench_cases.build(case, flavour, query, shrink=settings.shrink)
+    work = catalogue.build(case, flavour, query, shrink=settings.shrink)
     targets = case if settings.has_targets else case.shrunk()
     shapes, donated = jax.eval_shape(work.arguments), len(jax.eval_shape(work.state))
     start = time.perf_counter()
@@ -296,7 +297,7 @@ def relate(rows: Sequence[dict[str, Any]]) -> None:
         return same[0]["us"] if same else None
 
     for row in rows:
-        case = bench_cases.case(row["case"])
+        case = catalogue.case(row["case"])
         if row.get("us") is None:
             continue
         parts = [time_of(name, row) for name in case.parts]
@@ -319,7 +320,7 @@ def variants(area: str | None, text: str | None, flavour: str | None) -> list[Va
     Raises:
       ValueError: nothing is.
     """
-    cases = bench_cases.chosen(area, text)
+    cases = catalogue.chosen(area, text)
     found = [
         (case, kind, query)
         for case in cases
@@ -376,12 +377,12 @@ def run(arguments: argparse.Namespace, area: str | None, machine: dict[str, Any]
     asked = variants(area, arguments.case, arguments.flavour)
     repeats = REPEATS if arguments.repeats is None else arguments.repeats
     require(repeats >= 1, f"--repeats is {repeats}; at least 1 is expected.")
-    old = bench_report.load(arguments.compare) if arguments.compare else None
+    old = report.load(arguments.compare) if arguments.compare else None
     for name, path in (("--json", arguments.json), ("--plot", arguments.plot)):
         if path:
             check_writable(name, path)
     if arguments.plot:
-        bench_report.check_plot(arguments.plot)
+        report.check_plot(arguments.plot)
     on_cpu = jax.default_backend() == "cpu"
     shrink = on_cpu if arguments.shrink is None else arguments.shrink
     ceilings = measure_ceilings(calls=min(repeats, 10), small=on_cpu)
@@ -407,9 +408,9 @@ def run(arguments: argparse.Namespace, area: str | None, machine: dict[str, Any]
     if arguments.json == "":
         print(json.dumps(document))
     else:
-        print(bench_report.report(document, old))
+        print(report.report(document, old))
     if arguments.plot:
-        bench_report.plot(document, arguments.plot)
-    failed = [f"{bench_report.label(row)}: {row['failure']}" for row in rows if row["failure"]]
+        report.plot(document, arguments.plot)
+    failed = [f"{report.label(row)}: {row['failure']}" for row in rows if row["failure"]]
     print(*failed, sep="\n", end="\n" if failed else "", file=sys.stderr)
     return 1 if failed else 0

@@ -1,7 +1,7 @@
 """`python -m sparse_mla_jax inspect`: what the kernels cost on gfx942 and gfx950, compiled and executed without one.
 
 Kernels are compiled by XLA:ROCm or by the public Triton wheel, and executed by our interpreter on the problems of
-`kernel_cases`. No number here was timed on an AMD GPU: cycles are LLVM's scheduling model summed over what was
+`sparse_mla_jax.cases`. No number here was timed on an AMD GPU: cycles are LLVM's scheduling model summed over what was
 executed, and ignore latency.
 """
 
@@ -16,17 +16,18 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 
-from pallas_kernels.cdna.program import ARCHITECTURES, COMPILERS, LDS_BYTES, MAX_THREADS, PRODUCT
-from sparse_mla_jax import kernel_cases
+from pallas_kernels.cdna.program import COMPILERS, LDS_BYTES, MAX_THREADS, PRODUCT
 from sparse_mla_jax._check import require
+from sparse_mla_jax.cases import catalogue
+from sparse_mla_jax.cases.case import KernelCase
+from sparse_mla_jax.tools.inspect.options import chosen_architectures
+from sparse_mla_jax.tools.tables import table
 
 if TYPE_CHECKING:
     from pallas_kernels.cdna.device_context import Launch
 
 # The FP8 flavour whose matrix instructions a machine has.
 NATIVE = {"gfx942": "float8_e4m3fnuz", "gfx950": "float8_e4m3fn"}
-COMPILER_CHOICES = (*COMPILERS, "both")
-ARCH_CHOICES = (*ARCHITECTURES, "both")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +39,7 @@ class Measurement:
       kind: type of its cache, empty when it has none.
       heads: query heads, None for the case's own number.
       launch: the kernel and its counts.
-      error: of the outputs, see `kernel_cases.Problem`.
+      error: of the outputs, see `cases.case.KernelProblem`.
       bound: largest error that passes.
       bytes: what must be read and written once.
     """
@@ -100,7 +101,7 @@ class Measurement:
         }
 
 
-def measure(case: kernel_cases.Case, kind: str, arch: str, compiler: str, heads: int | None = None) -> Measurement:
+def measure(case: KernelCase, kind: str, arch: str, compiler: str, heads: int | None = None) -> Measurement:
     """Compiles and executes the kernel of one case.
 
     Raises:
@@ -119,14 +120,9 @@ def measure(case: kernel_cases.Case, kind: str, arch: str, compiler: str, heads:
     )
 
 
-def chosen_architectures(arguments: argparse.Namespace) -> Sequence[str]:
-    """What `--arch` names."""
-    return ARCHITECTURES if arguments.arch == "both" else (arguments.arch,)
-
-
 def measurements(arguments: argparse.Namespace) -> Iterator[Measurement]:
     """What the options ask for, one after the other."""
-    chosen = [kernel_cases.case(name) for name in arguments.kernel or kernel_cases.names()]
+    chosen = [catalogue.kernel_case(name) for name in arguments.kernel or catalogue.kernel_names()]
     for case in chosen:
         heads = arguments.heads if case.kinds else None
         for arch in chosen_architectures(arguments):
@@ -138,48 +134,10 @@ def measurements(arguments: argparse.Namespace) -> Iterator[Measurement]:
 
 
 # --- the command -----------------------------------------------------------------------------------------------------
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options of `inspect`."""
-    parser.add_argument("--arch", choices=ARCH_CHOICES, default="both", help="default: %(default)s")
-    parser.add_argument(
-        "--compiler",
-        choices=COMPILER_CHOICES,
-        default="triton",
-        help="triton: the public wheel, quick; xla: XLA:ROCm, what jax would launch (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--kernel",
-        action="append",
-        metavar="NAME",
-        help=f"one of {', '.join(kernel_cases.names())}; may be repeated (default: all)",
-    )
-    parser.add_argument("--heads", type=int, metavar="N", help="query heads (default: 16 attention, 64 indexer)")
-    parser.add_argument(
-        "--cache-dtype",
-        choices=kernel_cases.KINDS,
-        help="type of the caches (default: e4m3fnuz on gfx942, e4m3fn on gfx950)",
-    )
-    parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
-    parser.add_argument("--asm", metavar="FILE", help="write the assembly, each line with how often it was executed")
-    parser.add_argument("--picture", metavar="FILE", help="draw where the instructions go (needs matplotlib)")
-    parser.add_argument(
-        "--step",
-        action="store_true",
-        help="the whole DeepSeek-V3.2 decode step as XLA:ROCm compiles it: launches, temporary memory, cache copies",
-    )
-    parser.add_argument("--batch", type=int, default=64, metavar="N", help="with --step: sequences (default 64)")
-    parser.add_argument("--context", type=int, default=32768, metavar="N", help="with --step: tokens (default 32768)")
-    parser.add_argument(
-        "--layers", type=int, default=2, metavar="N", help="with --step: the first is dense (default 2; published: 61)"
-    )
 
 
 def run(arguments: argparse.Namespace) -> int:
     """The command `inspect`; returns 1 when a kernel breaks a rule."""
-    if arguments.step:
-        from sparse_mla_jax import step_inspection
-
-        return step_inspection.run(arguments)
     found = []
     for m in measurements(arguments):
         if not arguments.json:
@@ -210,16 +168,6 @@ def _annotated(m: Measurement) -> str:
         f" {m.launch.counts.total} wave-instructions\n"
         f"{m.launch.counts.annotated()}\n"
     )
-
-
-def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """Aligned columns: the first to the left, numbers to the right."""
-    cells = [[str(c) for c in row] for row in [header, *rows]]
-    widths = [max(len(row[k]) for row in cells) for k in range(len(header))]
-    lines = [
-        "  ".join(c.ljust(w) if k < 2 else c.rjust(w) for k, (c, w) in enumerate(zip(row, widths))) for row in cells
-    ]
-    return "\n".join([lines[0], "  ".join("-" * w for w in widths), *lines[1:]])
 
 
 def report(rows: Sequence[dict[str, Any]]) -> str:

@@ -1,14 +1,10 @@
-"""A case of `bench` and its work: sizes, targets, what a call moves, its check; random inputs that cases share.
-
-Targets are microseconds on an H200: `reach` is the best published or measured CUDA kernel, `floor` what must be held.
-"""
+"""Random inputs that cases share: caches, rows of slots, parts of a projection; and the bytes of arrays."""
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -16,9 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from sparse_mla_jax.kernel_cases import FP8
+from sparse_mla_jax.config import DeepseekV32Config
 from sparse_mla_jax.ops import cache as cache_ops
 from sparse_mla_jax.ops.cache import PagedIndexCache, PagedKVCache
+from sparse_mla_jax.ops.norm_rope import Part
 from sparse_mla_jax.ops.ragged import Ragged
 
 PAGE = 64
@@ -28,104 +25,10 @@ LAYOUTS = {"v32": (512, 128, jnp.float32), "v4": (448, 64, jnp.float8_e8m0fnu)}
 ROPE, VALUE_DIM, DIM = 64, 512, 128
 # Queries of the indexer: bfloat16, or the FP8 flavour of the cache.
 QUERIES = ("bfloat16", "cache")
-# Largest sizes of a shrunk case, by name.
-SMALL = {
-    "batch": 3,
-    "tokens": 5,
-    "rows": 5,
-    "columns": 700,
-    "k": 96,
-    "heads": 8,
-    "selected": 48,
-    "keys": 320,
-    "slots": 1024,
-    "rings": 1024,
-    "width": 96,
-    "length": 256,
-    "context": 128,
-    "hidden": 64,
-    "q_rank": 32,
-    "o_rank": 16,
-    "index_k": 16,
-    "layers": 2,
-}
 # Rows that are compared with float64; all are timed.
 SAMPLE = 8
 
 
-@dataclasses.dataclass(frozen=True)
-class Work:
-    """A case made concrete. A call is fn(*state(), *shared(), *each(n)).
-
-    Attributes:
-      fn: jittable; takes the arguments and implementation=.
-      each: number of a set -> the arguments that differ between calls; random, and traceable as the next two are.
-      shared: the large arguments that all calls have in common.
-      state: donated arguments; the first outputs of fn are their successors.
-      bytes: what must be read and written once.
-      flops: of the matrix products.
-      error: (arguments, outputs) -> error of the outputs; infinite where something is wrong beyond rounding.
-      bound: largest error that passes.
-      has_bodies: whether `implementation` makes a difference.
-      replays: whether the state may be made anew while the outputs live; else `error` gets the arguments without it.
-    """
-
-    fn: Callable[..., Any]
-    each: Callable[[int], tuple[Any, ...]]
-    bytes: int
-    flops: int
-    error: Callable[[tuple[Any, ...], Any], float]
-    bound: float
-    shared: Callable[[], tuple[Any, ...]] = tuple
-    state: Callable[[], tuple[Any, ...]] = tuple
-    has_bodies: bool = True
-    replays: bool = True
-
-    def arguments(self, number: int = 0) -> tuple[Any, ...]:
-        """All arguments of a call; under `jax.eval_shape` their shapes alone."""
-        return (*self.state(), *self.shared(), *self.each(number))
-
-
-@dataclasses.dataclass(frozen=True)
-class Case:
-    """A named shape.
-
-    Attributes:
-      name: what `bench --case` finds.
-      area: what `bench AREA` finds; its name begins with it.
-      sizes: named integers.
-      make: (sizes, flavour, query type) -> Work.
-      flavours: types of its caches; one empty string where it has none.
-      queries: types of the indexer's queries; "cache" for that of the caches, see QUERIES.
-      reach, floor: targets in microseconds on an H200, None where there is none.
-      at_most: (factor, name): takes no longer than `factor` times that case.
-      parts: names of cases that together do the same.
-    """
-
-    name: str
-    area: str
-    sizes: Mapping[str, int]
-    make: Callable[[Mapping[str, int], str, str], Work]
-    flavours: tuple[str, ...] = FP8
-    queries: tuple[str, ...] = ("",)
-    reach: float | None = None
-    floor: float | None = None
-    at_most: tuple[float, str] | None = None
-    parts: tuple[str, ...] = ()
-
-    def shrunk(self) -> Case:
-        """The same with sizes for a CPU, and without targets."""
-        sizes = {name: min(size, SMALL.get(name, size)) for name, size in self.sizes.items()}
-        return dataclasses.replace(self, sizes=sizes, reach=None, floor=None, at_most=None)
-
-    def variants(self) -> Iterator[tuple[str, str]]:
-        """(type of the caches, type of the indexer's queries)."""
-        for flavour in self.flavours:
-            for query in self.queries:
-                yield flavour, flavour if query == "cache" else query
-
-
-# --- what several areas share ----------------------------------------------------------------------------------------
 def nbytes(*trees: Any) -> int:
     """Bytes of arrays or shapes."""
     return sum(math.prod(x.shape) * jnp.dtype(x.dtype).itemsize for x in jax.tree.leaves(trees))
@@ -161,12 +64,6 @@ def take(x: Any, rows: np.ndarray) -> np.ndarray:
 gather = jax.jit(cache_ops.gather, static_argnames="dtype")
 gather_index = jax.jit(cache_ops.gather_index, static_argnames="dtype")
 dense = jax.jit(Ragged.to_dense, static_argnames="width")
-
-
-def relative(got: Any, want: Any) -> float:
-    """Error in the norm, relative to it; infinite where something is not finite."""
-    got, want = (np.asarray(x).astype(np.float64) for x in (got, want))
-    return float(np.linalg.norm(got - want) / np.linalg.norm(want)) if np.isfinite(got).all() else math.inf
 
 
 def distinct(key: Array, rows: int, wanted: int, room: int) -> Array:
@@ -220,3 +117,61 @@ def kv_cache(layout: str, flavour: str, slots: int) -> PagedKVCache:
 def index_cache(flavour: str, slots: int, dim: int) -> PagedIndexCache:
     """The same of an indexer's keys."""
     return filled(PagedIndexCache.create(slots // PAGE, PAGE, dim=dim, dtype=jnp.dtype(flavour)))
+
+
+def random_cache(rng: np.random.Generator, kind: str, latent: int, group: int, scale_dtype: Any) -> PagedKVCache:
+    """8 pages of 64 slots, written through the library's own quantiser."""
+    cache = PagedKVCache.create(
+        8,
+        64,
+        latent_dim=latent,
+        rope_dim=64,
+        group_size=group,
+        dtype=jnp.dtype(kind),
+        scale_dtype=scale_dtype,
+    )
+    rows, rope = (jnp.asarray(rng.standard_normal((512, n)), jnp.float32) for n in (latent, 64))
+    return cache_ops.write(cache, rows, rope, jnp.arange(512))
+
+
+def random_index_keys(rng: np.random.Generator, kind: str, slots: int) -> PagedIndexCache:
+    """An indexer cache of so many slots in pages of 64, all of them written."""
+    cache = PagedIndexCache.create(slots // 64, 64, dim=128, dtype=jnp.dtype(kind))
+    return cache_ops.write_index(cache, jnp.asarray(rng.standard_normal((slots, 128)), jnp.float32), jnp.arange(slots))
+
+
+COMPRESSOR_FREQUENCIES = (1.6e5 ** (-np.arange(32) / 32)).astype(np.float32)
+
+
+def v32_hidden_parts(vector: Callable[[int], Array], dtype: str) -> tuple[Part, ...]:
+    """What DeepSeek-V3.2's layer makes of the product of its input, 2304 columns side by side.
+
+    The query's low-rank form in `dtype`; float32 what the caches keep (the latent, the rotated key that all heads
+    share, the indexer's key) and the indexer's head weights. vector: size -> a norm's weight or bias, float32 [size].
+    """
+    c, part = DeepseekV32Config(), functools.partial(Part, heads=1)
+    widths = c.q_lora_rank, c.kv_lora_rank, c.qk_rope_head_dim, c.index_head_dim, c.index_n_heads
+    query, latent, key, index, weights = (int(sum(widths[:i])) for i in range(5))
+    return (
+        part(start=query, width=widths[0], weight=vector(widths[0]), dtype=dtype),
+        part(start=latent, width=widths[1], weight=vector(widths[1]), dtype="float32"),
+        part(start=key, width=widths[2], rotated=0, interleaved=True, dtype="float32"),
+        part(
+            start=index, width=widths[3], weight=vector(widths[3]), bias=vector(widths[3]), rotated=0, dtype="float32"
+        ),
+        part(start=weights, width=widths[4], scale=(widths[3] * widths[4]) ** -0.5, dtype="float32"),
+    )
+
+
+def v32_query_parts(heads: int, dtype: str, index_dtype: str, factor: Array | None) -> tuple[Part, ...]:
+    """What it makes of the product of the query's low-rank form: `heads` queries of 128 + 64, and the indexer's.
+
+    index_dtype: of the indexer's 64 queries of 128; FP8 with `factor` float32 [T, 64] in its scales.
+    """
+    c = DeepseekV32Config()
+    index = c.index_n_heads * c.index_head_dim
+    rotated = c.qk_nope_head_dim
+    return (
+        Part(index, heads, c.qk_head_dim, dtype, rotated=rotated, interleaved=True),
+        Part(0, c.index_n_heads, c.index_head_dim, index_dtype, rotated=0, factor=factor),
+    )

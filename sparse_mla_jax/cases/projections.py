@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -17,11 +17,23 @@ import numpy as np
 from jax import Array
 
 from sparse_mla_jax import reference
-from sparse_mla_jax.bench_work import Case, Work, nbytes, relative, sample, seed, take
-from sparse_mla_jax.config import DEEPSEEK_V4_FLASH, DEEPSEEK_V32
-from sparse_mla_jax.kernel_cases import FP8, finished_answer, finished_error, v32_hidden_parts, v32_query_parts
-from sparse_mla_jax.layers.hyper_connections import join_streams, split_streams
-from sparse_mla_jax.ops import hyper_connections
+from sparse_mla_jax._check import require
+from sparse_mla_jax.cases.answers import (
+    finished_answer,
+    finished_error,
+    relative,
+)
+from sparse_mla_jax.cases.case import FP8, Case, KernelCase, KernelProblem, Work
+from sparse_mla_jax.cases.inputs import (
+    COMPRESSOR_FREQUENCIES,
+    nbytes,
+    sample,
+    seed,
+    take,
+    v32_hidden_parts,
+    v32_query_parts,
+)
+from sparse_mla_jax.config import DEEPSEEK_V4_FLASH, DEEPSEEK_V32, DeepseekV32Config
 from sparse_mla_jax.ops.norm_rope import Part, norm_rope
 from sparse_mla_jax.ops.output_projection import rotated_projection
 from sparse_mla_jax.ops.rope import rope_frequencies
@@ -54,80 +66,6 @@ def _worst(got: Any, want: Any, allowed: tuple[float, ...]) -> float:
 
 
 # --- hyper-connections -----------------------------------------------------------------------------------------------
-_SPLIT: dict[str, Any] = {"iterations": FLASH.hc_sinkhorn_iters, "eps": FLASH.hc_eps, "norm_eps": FLASH.rms_norm_eps}
-_MERGE: dict[str, Any] = {"eps": FLASH.hc_eps, "norm_eps": FLASH.rms_norm_eps}
-
-
-def _mixing_inputs(sizes: Mapping[str, int], number: int, columns: int) -> tuple[Array, ...]:
-    """(streams bfloat16 [T, n, D], base [columns], scale [3 or 1], weight of the norm [D])."""
-    n = sizes["streams"]
-    streams = jax.random.normal(seed(30, number), (sizes["tokens"], n, sizes["hidden"]), jnp.bfloat16)
-    vectors = columns, 3 if columns > n else 1, sizes["hidden"]
-    base, scale, norm = (jax.random.normal(seed(31 + i, number), (size,)) for i, size in enumerate(vectors))
-    return streams, base, scale, 1 + 0.1 * norm
-
-
-def _streams(sizes: Mapping[str, int], flavour: str, query: str, *, split: bool) -> Work:
-    """The kernel: streams and their product with `fn`, in 32 parts as the layer leaves it, to what a sub-layer reads.
-
-    `split` also gives the weights and matrices with which the sub-layer's output goes back.
-    """
-    del flavour, query
-    tokens, n = sizes["tokens"], sizes["streams"]
-    columns = n * (n + 2) if split else n
-
-    def each(number):
-        streams, *rest = _mixing_inputs(sizes, number, columns)
-        return streams, jax.random.normal(seed(34, number), (32, tokens, columns)) / np.sqrt(32), *rest
-
-    def fn(streams, product, base, scale, norm, *, implementation=None):
-        op, how = (hyper_connections.split, _SPLIT) if split else (hyper_connections.merge, _MERGE)
-        return op(streams, product, base, scale, norm=norm, implementation=implementation, **how)
-
-    def error(arguments, got):
-        streams, product, base, scale, norm = arguments
-        some = sample(tokens)
-        wide = _wide(take(streams, some), np.asarray(product)[:, some].astype(np.float64).sum(0), base, scale, norm)
-        with jax.enable_x64(True):
-            inputs = [jnp.asarray(x) for x in wide]
-            if not split:
-                joined = reference.merge_streams(*inputs, **_MERGE, dtype=jnp.float64)
-                return relative(take(got, some), joined) / ROUNDED
-            want = reference.split_streams(*inputs, **_SPLIT, dtype=jnp.float64)
-            return _worst([take(x, some) for x in got], want, (ROUNDED, EXACT, EXACT))
-
-    return _work(fn, each, 0, error, 1.0)
-
-
-def _around(sizes: Mapping[str, int], flavour: str, query: str) -> Work:
-    """All of a sub-layer's hyper-connection: the product, what the sub-layer reads, its output into mixed streams."""
-    del flavour, query
-    tokens, n, hidden = sizes["tokens"], sizes["streams"], sizes["hidden"]
-    columns = n * (n + 2)
-
-    def each(number):
-        streams, base, scale, norm = _mixing_inputs(sizes, number, columns)
-        matrix = jax.random.normal(seed(35, number), (n * hidden, columns)) / np.sqrt(n * hidden)
-        out = jax.random.normal(seed(36, number), (tokens, hidden), jnp.bfloat16)
-        return {"fn": matrix, "base": base, "scale": scale}, streams, out, norm
-
-    def fn(params, streams, out, norm, *, implementation=None):
-        joined, weights = split_streams(params, streams, config=FLASH, norm=norm, implementation=implementation)
-        return joined, join_streams(streams, out, weights)
-
-    def error(arguments, got):
-        params, streams, out, norm = arguments
-        some = sample(tokens)
-        matrix, base, scale, norm, wide, out = _wide(
-            *(params[name] for name in ("fn", "base", "scale")), norm, *(take(x, some) for x in (streams, out))
-        )
-        with jax.enable_x64(True):
-            inputs = (jnp.asarray(x) for x in (wide, wide.reshape(len(some), -1) @ matrix, base, scale, norm))
-            joined, writes, mixing = map(np.asarray, reference.split_streams(*inputs, **_SPLIT, dtype=jnp.float64))
-        mixed = writes[:, :, None] * out[:, None] + np.einsum("tij,tid->tjd", mixing, wide)
-        return _worst([take(x, some) for x in got], (joined, mixed), (ROUNDED, ROUNDED))
-
-    return _work(fn, each, 2 * tokens * n * hidden * columns, error, 1.0)
 
 
 # --- output projection -----------------------------------------------------------------------------------------------
@@ -227,19 +165,6 @@ def _finished(sizes: Mapping[str, int], flavour: str, query: str, *, model: str,
 _DECODE, _PREFILL = (32, 128), 4096
 
 
-def streams_cases() -> Iterator[Case]:
-    """Hyper-connections: the kernel by itself, all that surrounds a sub-layer, the sum that the output head reads."""
-    forms: dict[str, Any] = {
-        "split": functools.partial(_streams, split=True),
-        "sublayer": _around,
-        "merge": functools.partial(_streams, split=False),
-    }
-    for form, make in forms.items():
-        for tokens in (1, *_DECODE, _PREFILL):
-            sizes = {"tokens": tokens, "streams": FLASH.hc_mult, "hidden": FLASH.hidden_size}
-            yield Case(f"streams-{form}-t{tokens}", "streams", sizes, make, ("",))
-
-
 def projection_cases() -> Iterator[Case]:
     """What stands before and behind a layer's products: norms and rotations, and the inverse rotation into one."""
     for tokens in (*_DECODE, _PREFILL):
@@ -253,3 +178,77 @@ def projection_cases() -> Iterator[Case]:
                 sizes = {"tokens": tokens} | ({"heads": heads} if form == "query" else {})
                 name = f"projection-norm-{model}-{form}-t{tokens}"
                 yield Case(name, "projection", sizes, make, ("",), ("bfloat16", *FP8) if asks else ("",))
+
+
+def _kernel_rotated_projection(kind: str, heads: int | None) -> KernelProblem:
+    """One group of eight heads of 448 + 64, five tokens, the first 64 of its columns."""
+    del kind, heads
+    rng = np.random.default_rng(7)
+    out, weight = (jnp.asarray(rng.standard_normal(n), jnp.bfloat16) for n in ((5, 8, 512), (1, 4096, 64)))
+    positions = jnp.asarray([0, 1, 4095, 70000, 163839], jnp.int32)
+    angles = np.asarray(positions.astype(jnp.float32)[:, None] * jnp.asarray(COMPRESSOR_FREQUENCIES))
+    with jax.enable_x64(True):
+        want = np.asarray(reference.rotated_projection(out, weight, jnp.asarray(angles), dtype=jnp.float64))
+
+    def fn(out, weight, positions):
+        return rotated_projection(out, weight, positions, COMPRESSOR_FREQUENCIES, implementation="triton")
+
+    args = (out, weight, positions)
+    # Rounding the result to bfloat16 alone costs 1.65e-3.
+    return KernelProblem(fn, args, lambda got: relative(got, want), 2e-3, nbytes(args) + 2 * want.size)
+
+
+def _kernel_finished(x: Array, parts: Sequence[Part]) -> KernelProblem:
+    """norm_rope of V3.2 on two tokens, one of them the last of the longest context."""
+    c, positions = DeepseekV32Config(), jnp.asarray([7, 163839], jnp.int32)
+    frequencies = rope_frequencies(c.rope, c.qk_rope_head_dim)
+    angles = np.asarray(positions.astype(jnp.float32)[:, None] * jnp.asarray(frequencies))
+    want = [finished_answer(x, part, angles) for part in parts]
+
+    def fn(x, parts, positions):
+        return norm_rope(x, parts, positions, frequencies, implementation="triton")
+
+    def error(got):
+        return max(finished_error(part, mine, exact) for part, mine, exact in zip(parts, got, want))
+
+    args = (x, tuple(parts), positions)
+    return KernelProblem(fn, args, error, 1.0, nbytes(args, jax.eval_shape(fn, *args)))
+
+
+def _kernel_from_hidden(kind: str, heads: int | None) -> KernelProblem:
+    del kind, heads
+    rng = np.random.default_rng(8)
+    parts = v32_hidden_parts(lambda n: jnp.asarray(1 + 0.1 * rng.standard_normal(n), jnp.float32), "bfloat16")
+    return _kernel_finished(jnp.asarray(rng.standard_normal((2, 2304)), jnp.float32), parts)
+
+
+def _kernel_from_q_latent(kind: str, heads: int | None) -> KernelProblem:
+    rng = np.random.default_rng(9)
+    heads = 16 if heads is None else heads
+    require(1 <= heads <= 1024, f"heads is {heads}; between 1 and 1024 are expected.")
+    dtype = "float32" if kind == "float32" else "bfloat16"
+    factor = jnp.asarray(1 + rng.random((2, 64)), jnp.float32) if kind in FP8 else None
+    x = jnp.asarray(rng.standard_normal((2, 64 * 128 + heads * 192)), dtype)
+    return _kernel_finished(x, v32_query_parts(heads, dtype, kind, factor))
+
+
+# --- small enough for an interpreter
+KERNEL_CASES = (
+    KernelCase(
+        "rotated_projection",
+        "DeepSeek-V4: 5 tokens, a group of 8 heads of 448 + 64 values turned back, 64 columns",
+        _kernel_rotated_projection,
+        kinds=(),
+    ),
+    KernelCase(
+        "norm_rope",
+        "DeepSeek-V3.2: 2 tokens, all of the input's product: query form of 1536, latent of 512, keys of 64 and 128",
+        _kernel_from_hidden,
+        kinds=(),
+    ),
+    KernelCase(
+        "norm_rope_query",
+        "DeepSeek-V3.2: 2 tokens, 16 query heads of 128 + 64 values, 64 indexer heads of 128 in the type of the cache",
+        _kernel_from_q_latent,
+    ),
+)
