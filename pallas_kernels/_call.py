@@ -16,7 +16,7 @@ import jax
 import jax.extend
 from jax.experimental import pallas as pl
 
-from pallas_kernels.targets import HOST, executor
+from pallas_kernels.targets import HOST, Target, executor
 
 try:
     from jax.experimental.pallas import triton as pltriton
@@ -38,7 +38,7 @@ def store(ref, value, *, mask=None) -> None:
     pltriton.store(ref, value, mask=mask)
 
 
-def barrier(target: str) -> None:
+def barrier(target: Target) -> None:
     """What the program wrote before is seen by all its waves afterwards."""
     # Interpret mode has no waves, and no rule for a barrier.
     if target != HOST:
@@ -51,7 +51,7 @@ def call(
     out_shape: Any,
     grid: Sequence[int],
     name: str,
-    target: str,
+    target: Target,
     num_warps: int = 4,
     num_stages: int = 1,
     input_output_aliases: Mapping[int, int] | None = None,
@@ -64,7 +64,7 @@ def call(
       out_shape: pytree of jax.ShapeDtypeStruct.
       grid: programs per axis, all at least 1.
       name: what profilers and code objects call the kernel.
-      target: what it runs on, as `dispatch` says.
+      target: what it runs on, see `pallas_kernels.targets`.
       num_warps: waves of a program, a power of two, at most 16 (1024 threads of a wave-64 machine).
       num_stages: software pipelining depth of loops.
       input_output_aliases: input number to output number, for outputs written in place.

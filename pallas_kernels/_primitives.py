@@ -12,11 +12,11 @@ import jax
 import jax.extend
 
 from pallas_kernels._call import load, pltriton
-from pallas_kernels.targets import CDNA, HOST
+from pallas_kernels.targets import CDNA, HOST, Target
 
 
 def load_from(
-    refs: Sequence[Any], number: jax.Array | int, *index: jax.Array, target: str, mask: jax.Array | None = None
+    refs: Sequence[Any], number: jax.Array | int, *index: jax.Array, target: Target, mask: jax.Array | None = None
 ) -> jax.Array:
     """Reads refs[number].at[index], 0 where `mask` is False, from references alike but for their first axis.
 
@@ -46,7 +46,7 @@ def load_codes(
     column: int,
     width: int,
     dtype: Any,
-    target: str,
+    target: Target,
 ) -> jax.Array:
     """FP8 values [K, width] of type `dtype` from byte `column` on of rows [K] of refs[number], uint32 words [N, W].
 
@@ -150,7 +150,7 @@ def _pinned_primitive() -> Any:
     return primitive
 
 
-def hidden(value: jax.Array, target: str) -> jax.Array:
+def hidden(value: jax.Array, target: Target) -> jax.Array:
     """An int32 array, of which a GPU's compiler no longer knows where it comes from.
 
     What is made of it is made after it: offsets that the start and the end of a kernel have in common would otherwise
@@ -161,7 +161,7 @@ def hidden(value: jax.Array, target: str) -> jax.Array:
     return _inert_primitive().bind(value, memory=False, register="v" if target in CDNA else "r")[0]
 
 
-def fence(arrays: Sequence[jax.Array], target: str) -> list[jax.Array]:
+def fence(arrays: Sequence[jax.Array], target: Target) -> list[jax.Array]:
     """`arrays`, on CDNA for use when all loads before this have been asked for: one wait for memory, not one for each.
 
     Compilers save registers by asking for every load just before its use. Only arrays of the first's shape and type are
@@ -203,7 +203,7 @@ def _inert_primitive() -> Any:
     return primitive
 
 
-def dot_fp8(a: jax.Array, b: jax.Array, target: str) -> jax.Array:
+def dot_fp8(a: jax.Array, b: jax.Array, target: Target) -> jax.Array:
     """float32 [M, N] of float8_e4m3fn a[M, D] and b[N, D]; NVIDIA's units keep about 14 bits of a sum."""
     if target != HOST:
         return _dot_fp8_primitive().bind(a, b)

@@ -13,6 +13,7 @@ from jax import Array, lax
 
 from pallas_kernels._call import load, store
 from pallas_kernels.rounding import convert, float32_bits, quantize
+from pallas_kernels.targets import HOST, Target
 from pallas_kernels.tiles import power_of_two
 
 
@@ -54,7 +55,7 @@ def _pack(codes: Array) -> Array:
 class Grid:
     """The groups of a row as a tile [groups, each], both padded to powers of two, the groups to `height` at least."""
 
-    def __init__(self, groups: int, each: int, target: str, height: int = 1):
+    def __init__(self, groups: int, each: int, target: Target, height: int = 1):
         self.shape = (max(height, power_of_two(groups)), power_of_two(each))
         self.row, self.target, self.width = jnp.arange(self.shape[0], dtype=jnp.int32), target, groups * each
         group = jnp.broadcast_to(self.row[:, None], self.shape)
@@ -84,13 +85,13 @@ class Grid:
     def store(self, ref, row: Array, value: Array) -> None:
         """Writes a row."""
         at = self.at
-        if self.exists is not None and self.target == "cpu":
+        if self.exists is not None and self.target == HOST:
             # Interpret mode writes old values back through masked lanes: point them past the array.
             at = jnp.where(self.exists, at, self.width)
         store(ref.at[jnp.full_like(at, row), at], value, mask=self.exists)
 
 
-def encode(part: Part, row: Array, grid: Grid, target: str) -> list[tuple[Grid, Array]]:
+def encode(part: Part, row: Array, grid: Grid, target: Target) -> list[tuple[Grid, Array]]:
     """What `Part.arrays` hold of a row, values [groups, each] of `grid`: a tile for each array, and its grid."""
     if part.scales is None or part.flavour is None:
         return [(grid, convert(row, part.pages.dtype))]

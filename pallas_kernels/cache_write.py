@@ -18,8 +18,9 @@ from jax.experimental import pallas as pl
 
 from pallas_kernels._call import call, load
 from pallas_kernels.cache_parts import Grid, Part, encode
+from pallas_kernels.plans import choose_plan
 from pallas_kernels.plans.cache_write import CacheWritePlan, cache_write_plan
-from pallas_kernels.targets import dispatch_division
+from pallas_kernels.targets import Target, by_target
 
 _SOURCES = ("bfloat16", "float16", "float32")
 
@@ -41,7 +42,7 @@ def _is_last(slot_ref, slot: Array, token: Array, tokens: int, scan: int) -> Arr
     return last == token
 
 
-def _kernel(*refs, parts: Sequence[Part], tokens: int, plan: CacheWritePlan, target: str):
+def _kernel(*refs, parts: Sequence[Part], tokens: int, plan: CacheWritePlan, target: Target):
     """Grid (T,); refs: slots, the rows of every part, the arrays of all parts before, and after (the same)."""
     slot_ref, *row_refs = refs[: 1 + len(parts)]
     out_refs = list(refs[-sum(len(p.arrays) for p in parts) :])
@@ -83,8 +84,13 @@ def write(parts: Sequence[Part], slots: Array, *, plan: CacheWritePlan | None = 
         raise NotImplementedError(f"slots are {slots.dtype}; the kernel reads int32")
 
     def run(target, parts, slots):
-        chosen = plan or cache_write_plan(
-            tokens=slots.shape[0], width=max(p.rows.shape[1] for p in parts), target=target
+        chosen = choose_plan(
+            "cache_write",
+            plan,
+            cache_write_plan,
+            tokens=slots.shape[0],
+            width=max(p.rows.shape[1] for p in parts),
+            target=target,
         )
         arrays = [a for p in parts for a in p.arrays]
         shapes = [jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), p) for p in parts]
@@ -103,5 +109,5 @@ def write(parts: Sequence[Part], slots: Array, *, plan: CacheWritePlan | None = 
 
     # A row without values has no kernel argument.
     real = [p for p in parts if p.rows.shape[1]]
-    after = iter(dispatch_division(run, real, slots) if real else ())
+    after = iter(by_target(run, real, slots) if real else ())
     return [[next(after) for _ in p.arrays] if p.rows.shape[1] else p.arrays for p in parts]

@@ -18,8 +18,9 @@ from jax.experimental import pallas as pl
 from pallas_kernels._call import call, load
 from pallas_kernels.cache_parts import Grid, Part, encode
 from pallas_kernels.online_softmax import LOG2E, NONE
+from pallas_kernels.plans import choose_plan
 from pallas_kernels.plans.compress import CompressPlan, compress_plan
-from pallas_kernels.targets import dispatch_division
+from pallas_kernels.targets import Target, by_target
 
 
 class _Window:
@@ -117,7 +118,7 @@ def _rotate(x: Array, grid: Grid, turn_ref, i: Array, dim: int) -> Array:
     return jnp.stack(both, axis=-1).reshape(x.shape)
 
 
-def _kernel(*refs, parts: Sequence[Part], eps: float, rotated: bool, plan: CompressPlan, target: str):
+def _kernel(*refs, parts: Sequence[Part], eps: float, rotated: bool, plan: CompressPlan, target: Target):
     """Grid (M,); refs: closings, the five of `_Window`, norm, the rotation, all arrays before, and after (the same)."""
     closings_ref, *token_refs, norm_ref = refs[:7]
     out_refs = refs[-sum(len(p.arrays) for p in parts) :]
@@ -186,7 +187,7 @@ def compress(
     real = [part for part, width in zip(parts, _widths(parts, dim)) if width]
 
     def run(target, parts, *inputs):
-        chosen = plan or compress_plan(rows=rows, width=dim, target=target)
+        chosen = choose_plan("compress", plan, compress_plan, rows=rows, width=dim, target=target)
         arrays = [a for p in parts for a in p.arrays]
         shapes = [jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), p) for p in parts]
         return call(
@@ -202,5 +203,5 @@ def compress(
         )
 
     inputs = [closings, kv, gate, state_kv, state_gate, position_bias, norm, *([turns] if rotated else [])]
-    after = iter(dispatch_division(run, real, *inputs))
+    after = iter(by_target(run, real, *inputs))
     return [[next(after) for _ in p.arrays] if width else p.arrays for p, width in zip(parts, _widths(parts, dim))]

@@ -22,8 +22,9 @@ from pallas_kernels import fp8_bits, fp8_nvidia
 from pallas_kernels._call import call, load, store
 from pallas_kernels._primitives import dot_fp8
 from pallas_kernels.fp8_nvidia import NATIVE
+from pallas_kernels.plans import choose_plan
 from pallas_kernels.plans.indexer import IndexerPlan, indexer_plan
-from pallas_kernels.targets import CDNA, HOST, dispatch
+from pallas_kernels.targets import CDNA, HOST, Target, by_target
 from pallas_kernels.tiles import grid2, power_of_two
 
 
@@ -40,7 +41,7 @@ class _Static:
     compute: jnp.dtype
     scaled: bool
     plan: IndexerPlan
-    target: str
+    target: Target
     page_size: int = 0
     num_requests: int = 0
 
@@ -262,7 +263,7 @@ def _paged_kernel(*refs, s: _Static):
 # --- launch ----------------------------------------------------------------------------------------------------------
 def _launch(
     kernel,
-    target: str,
+    target: Target,
     q: Array,
     keys: Array,
     scales: Array | None,
@@ -284,8 +285,16 @@ def _launch(
         q, keys = (jax.lax.bitcast_convert_type(x, NATIVE) for x in (q, keys))
         q = q if fp8 == NATIVE else fp8_nvidia.saturate(q)
     (tokens, heads, dim), shared = q.shape, pages == (0, 0)
-    plan = plan or indexer_plan(
-        tokens=tokens, heads=heads, columns=columns, itemsize=compute.itemsize, shared_keys=shared, target=target
+    plan = choose_plan(
+        "indexer_logits",
+        plan,
+        indexer_plan,
+        tokens=tokens,
+        heads=heads,
+        columns=columns,
+        itemsize=compute.itemsize,
+        shared_keys=shared,
+        target=target,
     )
     scaled, num_slots = scales is not None, math.prod(keys.shape[:-1])
     s = _Static(tokens, heads, dim, columns, num_slots, fp8, compute, scaled, plan, target, *pages)
@@ -324,7 +333,7 @@ def ragged(
     """
 
     launch = functools.partial(_launch, _ragged_kernel, dtype=dtype, columns=keys.shape[0], plan=plan)
-    return dispatch(launch, q, keys, scales, weights, starts, ends)
+    return by_target(launch, q, keys, scales, weights, starts, ends)
 
 
 def paged(
@@ -347,4 +356,4 @@ def paged(
 
     pages = (keys.shape[1], page_table.shape[0])
     launch = functools.partial(_launch, _paged_kernel, dtype=dtype, columns=max_length, plan=plan, pages=pages)
-    return dispatch(launch, q, keys, scales, weights, page_table, request_ids, lengths)
+    return by_target(launch, q, keys, scales, weights, page_table, request_ids, lengths)

@@ -17,9 +17,10 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 
 from pallas_kernels._call import call, load, store
+from pallas_kernels.plans import choose_plan
 from pallas_kernels.plans.norm_rope import NormRopePlan, norm_rope_plan
 from pallas_kernels.rounding import convert, float32_bits, quantize
-from pallas_kernels.targets import dispatch
+from pallas_kernels.targets import HOST, NVIDIA, Target, by_target
 from pallas_kernels.tiles import power_of_two
 
 _TYPES = ("bfloat16", "float32", "float8_e4m3fn", "float8_e4m3fnuz")
@@ -72,7 +73,7 @@ class Part:
 class _Tile:
     """Some heads of one part of a token, [heads, columns], both padded to powers of two."""
 
-    def __init__(self, part: Part, token: Array, block: Array, size: int, target: str):
+    def __init__(self, part: Part, token: Array, block: Array, size: int, target: Target):
         shape = (size, power_of_two(part.width))
         row, column = (jnp.arange(n, dtype=jnp.int32) for n in shape)
         self.part, self.target, self.row = part, target, token
@@ -96,7 +97,7 @@ class _Tile:
 
     def store(self, ref, values: Array) -> None:
         at = self.head * self.part.width + self.column
-        if self.exists is not None and self.target == "cpu":
+        if self.exists is not None and self.target == HOST:
             # Interpret mode writes old values back through masked lanes: point them past the array.
             at = jnp.where(self.exists, at, ref.shape[1])
         store(ref.at[self.token, at], values, mask=self.exists)
@@ -162,11 +163,11 @@ def _store(tile: _Tile, values: Array, out_refs: Sequence[Any], factor_ref: Any)
         # Heads that do not exist repeat the last one's: nothing of theirs is stored.
         scales = scales * load(factor_ref.at[token, jnp.minimum(head, part.heads - 1)])
     # As above, in interpret mode.
-    at = head if mask is None or tile.target != "cpu" else jnp.where(exists, head, part.heads)
+    at = head if mask is None or tile.target != HOST else jnp.where(exists, head, part.heads)
     store(out_refs[1].at[token, at], scales, mask=mask)
 
 
-def _kernel(*refs, parts: Sequence[Part], eps: float, plan: NormRopePlan, target: str):
+def _kernel(*refs, parts: Sequence[Part], eps: float, plan: NormRopePlan, target: Target):
     """Grid (T, programs of all parts); refs: x, cos and sin if any part is rotated, each part's arrays, the results."""
     token, program = pl.program_id(0), pl.program_id(1)
     x_ref, *left = refs
@@ -210,7 +211,7 @@ def norm_rope(
     rotated = [cos, sin] if any(p.rotated is not None for p in parts) else []
 
     def run(target, x, rotated, parts):
-        chosen = plan or norm_rope_plan(widest=max(p.width for p in parts), target=target)
+        chosen = choose_plan("norm_rope", plan, norm_rope_plan, widest=max(p.width for p in parts), target=target)
         static = [jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), p) for p in parts]
         arrays = [a for p in parts for a in (p.weight, p.bias, p.factor) if a is not None]
         programs = sum(-(-p.heads // chosen.heads(p.heads, p.width)) for p in parts)
@@ -227,10 +228,10 @@ def norm_rope(
         )
 
     def launch(target, *arrays):
-        if target != "gpu":
+        if target != NVIDIA:
             return run(target, *arrays)
         ways = {"cuda": functools.partial(run, "cuda"), "default": functools.partial(run, "gpu")}
         return lax.platform_dependent(*arrays, **ways)
 
-    after = iter(dispatch(launch, x, rotated, list(parts)))
+    after = iter(by_target(launch, x, rotated, list(parts)))
     return [[next(after) for _ in range(1 + p.quantized)] for p in parts]

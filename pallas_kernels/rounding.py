@@ -9,6 +9,7 @@ import numpy as np
 from jax import Array, lax
 
 from pallas_kernels._primitives import assembly
+from pallas_kernels.targets import NVIDIA, Target
 
 # exponent bias, largest value written
 _FLAVOURS = {"float8_e4m3fn": (7, 448.0), "float8_e4m3fnuz": (8, 224.0)}
@@ -58,15 +59,15 @@ def convert(x: Array, dtype: Any) -> Array:
     return _round_to_bfloat16(float32_bits(x)) if dtype == jnp.bfloat16 else _float(float32_bits(x))
 
 
-def divide(a: Array, b: Array, target: str) -> Array:
+def divide(a: Array, b: Array, target: Target) -> Array:
     """a / b in float32, rounded once."""
-    if target == "cuda":
+    if target == NVIDIA:
         # Triton's own division is approximate here.
         return assembly("div.rn.f32 $0, $1, $2;", "=f,f,f", a, jnp.broadcast_to(b, a.shape), dtype=jnp.float32)
     return a / b
 
 
-def quantize(bits: Array, flavour: str, e8m0: bool, target: str) -> tuple[Array, Array]:
+def quantize(bits: Array, flavour: str, e8m0: bool, target: Target) -> tuple[Array, Array]:
     """Codes int32 [G, W] and scales (float32 or E8M0 as int32 [G]) of float32 bits [G, W], as `ops.fp8.quantize`."""
     bias, largest = _FLAVOURS[flavour]
     magnitude = bits & 0x7FFFFFFF

@@ -19,8 +19,9 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 
 from pallas_kernels._call import barrier, call, load, store
+from pallas_kernels.plans import choose_plan
 from pallas_kernels.plans.topk import TopKPlan, topk_plan
-from pallas_kernels.targets import dispatch
+from pallas_kernels.targets import HOST, Target, by_target
 
 # Column arithmetic is int32 and runs up to a block past the end.
 MAX_COLUMNS = 2**30
@@ -122,7 +123,7 @@ def _search(count: Callable, k: int, high: Array, *, enough: int | None = None, 
 
 
 # --- kernel ----------------------------------------------------------------------------------------------------------
-def _kernel(scores_ref, *refs, given: tuple[bool, bool], columns: int, k: int, plan: TopKPlan, target: str):
+def _kernel(scores_ref, *refs, given: tuple[bool, bool], columns: int, k: int, plan: TopKPlan, target: Target):
     row = pl.program_id(0)
     bounds, (out_ref, *scratch) = refs[: sum(given)], refs[sum(given) :]
     # Clamped here, not before the launch, which would be a kernel more.
@@ -134,7 +135,7 @@ def _kernel(scores_ref, *refs, given: tuple[bool, bool], columns: int, k: int, p
 
     def write(ref, place, value, mask):
         # Interpret mode writes old values back through masked lanes: point them past the array.
-        place = jnp.where(mask, place, ref.shape[1]) if target == "cpu" else place
+        place = jnp.where(mask, place, ref.shape[1]) if target == HOST else place
         store(ref.at[row, place], value, mask=mask)
 
     # --- the row
@@ -366,7 +367,7 @@ def top_k(
     given = (starts is not None, lengths is not None)
 
     def launch(target, *arrays):
-        chosen = plan or topk_plan(columns=columns, k=k, target=target)
+        chosen = choose_plan("top_k", plan, topk_plan, columns=columns, k=k, target=target)
         shapes = [jax.ShapeDtypeStruct((rows, k), jnp.int32)]
         if k < columns and columns > chosen.block:
             blocks = -(-columns // chosen.block)
@@ -383,4 +384,4 @@ def top_k(
             num_warps=chosen.num_warps,
         )[0]
 
-    return dispatch(launch, scores, *[x for x in (starts, lengths) if x is not None])
+    return by_target(launch, scores, *[x for x in (starts, lengths) if x is not None])

@@ -51,7 +51,7 @@ def launch(kernel, x, out=None, **how):
         out_shape = jax.ShapeDtypeStruct(x.shape, x.dtype) if out is None else out
         return _call.call(kernel, x, **{"out_shape": out_shape, "grid": (1,), "name": "kernel", **how}, target=target)
 
-    return targets.dispatch(body, x)
+    return targets.by_target(body, x)
 
 
 def row_minus_sum(x, o):

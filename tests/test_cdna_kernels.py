@@ -23,12 +23,13 @@ from pallas_kernels.cdna import code_object, device_context
 from pallas_kernels.cdna.interpreter import control_flow
 from pallas_kernels.cdna.interpreter.assembly import parse
 from pallas_kernels.cdna.program import LDS_BYTES, MAX_THREADS
-from sparse_mla_jax.cases import case, catalogue
+from sparse_mla_jax.cases import catalogue
+from sparse_mla_jax.cases.case import FP8, KINDS
 from sparse_mla_jax.models.checkpoint import load_checkpoint
 from sparse_mla_jax.scoring import score
 
 COMPILED = [(arch, compiler) for compiler in cdna.COMPILERS for arch in cdna.ARCHITECTURES]
-FP8 = case.FP8
+FP8 = FP8
 ATTENTION_HEADS = (1, 6, 16, 64, 128)
 
 
@@ -120,7 +121,7 @@ def test_published_sizes(compiled, case):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", case.KINDS)
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("heads", ATTENTION_HEADS)
 @pytest.mark.parametrize("name", ["indexer", "paged_indexer", "sparse_mla", "norm_rope_query"])
 def test_published_sizes_of_other_heads(compiled, name, heads, kind):
@@ -174,7 +175,7 @@ def test_division(compiled):
     def run(a, b):
         out = jax.ShapeDtypeStruct(a.shape, a.dtype)
         how = {"out_shape": out, "grid": (a.size // 64, 1, 1), "name": "divide", "num_warps": 1}
-        return targets.dispatch(lambda target, *x: _call.call(divide, *x, target=target, **how), a, b)
+        return targets.by_target(lambda target, *x: _call.call(divide, *x, target=target, **how), a, b)
 
     test_cdna_interpreter_vector.assert_same(np.asarray(run(a, b)), a / b)
     check_resources(compiled)

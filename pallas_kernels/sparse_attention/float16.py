@@ -22,9 +22,10 @@ from pallas_kernels import fp8_bits
 from pallas_kernels._primitives import load_from
 from pallas_kernels.online_softmax import LOG2E, NONE, dot
 from pallas_kernels.plans.attention import AttentionPlan
-from pallas_kernels.sparse_attention.program import described, launch_rows, unpack
+from pallas_kernels.sparse_attention.program import AttentionCall, kernel_arguments, launch_rows, unpack
 from pallas_kernels.sparse_attention.results import finish_softmax, store_values, to_units
 from pallas_kernels.sparse_attention.rows import Part, Source, choose, key_slots, some_keys
+from pallas_kernels.targets import Target
 from pallas_kernels.tiles import grid2, power_of_two
 
 # Widest tile of words: float16 planes of 32 keys then take 32 KiB of shared memory.
@@ -32,7 +33,7 @@ MAX_WORDS = 128
 
 
 @dataclasses.dataclass(frozen=True)
-class _Static:
+class Float16Specialization:
     """What the kernel is specialised for."""
 
     heads: int
@@ -48,7 +49,7 @@ class _Static:
     exact_scales: bool  # scales are powers of two
     has_sinks: bool
     plan: AttentionPlan
-    target: str
+    target: Target
 
     @property
     def width(self) -> int:
@@ -57,6 +58,7 @@ class _Static:
 
     @property
     def rope_width(self) -> int:
+        """Rotated columns of the tile: a power of two."""
         return max(16, power_of_two(self.rope))
 
     @property
@@ -65,7 +67,7 @@ class _Static:
         return self.value_dim > 4 * self.words
 
 
-def serves(q: Array, sources: Sequence[Source], value_dim: int) -> bool:
+def supports(q: Array, sources: Sequence[Source], value_dim: int) -> bool:
     """Whether this form takes the call: bfloat16 queries, FP8 sources alike, groups that tile the words evenly."""
     first = sources[0]
     if first.scale is None or q.dtype != jnp.bfloat16:
@@ -113,7 +115,7 @@ def _inside(index: Array, count: int, shape: tuple[int, ...], axis: int) -> Arra
     return jnp.broadcast_to(jnp.expand_dims(index < count, [a for a in range(len(shape)) if a != axis]), shape)
 
 
-def _load_queries(q_ref, token, heads: Array, s: _Static):
+def _load_queries(q_ref, token, heads: Array, s: Float16Specialization):
     """(four float16 planes [H, width], their unit [H], rope bfloat16 [H, rope_width] or None)."""
     safe = jnp.minimum(heads, s.heads - 1)
     words = jnp.arange(s.width, dtype=jnp.int32)
@@ -129,13 +131,13 @@ def _load_queries(q_ref, token, heads: Array, s: _Static):
     return planes, fp8_bits.from_exponent(exponent), rope
 
 
-def _rope_grid(rows: Array, s: _Static) -> tuple[Array, Array, Array | None]:
+def _rope_grid(rows: Array, s: Float16Specialization) -> tuple[Array, Array, Array | None]:
     c = jnp.arange(s.rope_width, dtype=jnp.int32)
     rows, cols = grid2(rows, c)
     return rows, cols, _inside(c, s.rope, rows.shape, 1)
 
 
-def _scales(sources: Sequence[dict], number, slots: Array, s: _Static) -> Array:
+def _scales(sources: Sequence[dict], number, slots: Array, s: Float16Specialization) -> Array:
     """float32 or E8M0 bytes [K, groups padded with 0]."""
     g = jnp.arange(power_of_two(s.groups), dtype=jnp.int32)
     rows, cols = grid2(slots, g)
@@ -143,7 +145,7 @@ def _scales(sources: Sequence[dict], number, slots: Array, s: _Static) -> Array:
     return load_from([refs["scale"] for refs in sources], number, rows, cols, target=s.target, mask=mask)
 
 
-def _keys(sources: Sequence[dict], number, slots: Array, s: _Static) -> tuple[Array, ...]:
+def _keys(sources: Sequence[dict], number, slots: Array, s: Float16Specialization) -> tuple[Array, ...]:
     """Words [K, width] and rope [K, rope_width] as they lie; zeros where there is none."""
     words = jnp.arange(s.width, dtype=jnp.int32)
     rows, cols = grid2(slots, words)
@@ -155,7 +157,7 @@ def _keys(sources: Sequence[dict], number, slots: Array, s: _Static) -> tuple[Ar
     return latent, load_from([refs["rope"] for refs in sources], number, rows, cols, target=s.target, mask=mask)
 
 
-def _planes(words: Array, scales: Array, unit: Array, s: _Static) -> tuple[list[Array], Array]:
+def _planes(words: Array, scales: Array, unit: Array, s: Float16Specialization) -> tuple[list[Array], Array]:
     """(four float16 planes [K, width] in units of 2 ** (unit - 127), the unit: at least the one before)."""
     scales = fp8_bits.e8m0_to_float32(scales) if s.exact_scales else scales
     unit = jnp.maximum(unit, fp8_bits.exponent(jnp.max(jnp.max(scales, axis=1), axis=0)))
@@ -166,13 +168,13 @@ def _planes(words: Array, scales: Array, unit: Array, s: _Static) -> tuple[list[
     return [fp8_bits.float16_plane(words, byte, upper, rest, s.fp8, s.target) for byte in range(4)], unit
 
 
-def _spread(groups: Array, s: _Static) -> Array:
+def _spread(groups: Array, s: Float16Specialization) -> Array:
     """[K, G] -> [K, width]: every group's value at all of its words."""
     shape = (*groups.shape, s.width // groups.shape[1])
     return jnp.broadcast_to(groups[:, :, None], shape).reshape(groups.shape[0], s.width)
 
 
-def _over_blocks(sources: Sequence[dict], part: Part, queries, state, s: _Static):
+def _over_blocks(sources: Sequence[dict], part: Part, queries, state, s: Float16Specialization):
     """Folds the key blocks of a part into the state."""
     q_planes, q_unit, q_rope = queries
     number_of, slots_of = key_slots(sources, part, s)
@@ -215,7 +217,7 @@ def _over_blocks(sources: Sequence[dict], part: Part, queries, state, s: _Static
     return jax.lax.fori_loop(first, last, body, carry)[0]
 
 
-def kernel(*refs, part: Part, s: _Static):
+def kernel(*refs, part: Part, s: Float16Specialization):
     """Grid (T, head blocks, splits): out[split, token, heads, value_dim] and lse[split, token, heads]."""
     q_ref, sources, sink_ref, *out_refs = unpack(refs, s)
     queries = _load_queries(q_ref, part.token, part.heads, s)
@@ -232,7 +234,7 @@ def kernel(*refs, part: Part, s: _Static):
     _store_results(out_refs, sink_ref, part, state, s)
 
 
-def _store_results(out_refs, sink_ref, part: Part, state, s: _Static):
+def _store_results(out_refs, sink_ref, part: Part, state, s: Float16Specialization):
     out_ref, lse_ref, unit_ref = out_refs
     top, total, sums, rope_sum, unit = state
     share = finish_softmax(lse_ref, sink_ref, part, top, jnp.sum(total, axis=1), s)
@@ -255,46 +257,30 @@ def _store_results(out_refs, sink_ref, part: Part, state, s: _Static):
 
 
 # --- launch ----------------------------------------------------------------------------------------------------------
-def specialised(
-    target: str,
-    q: Array,
-    sources: Sequence[Source],
-    sinks: Array | None,
-    sm_scale: float,
-    value_dim: int,
-    plan: AttentionPlan,
-) -> tuple[list[Array], _Static]:
-    """(arrays of all sources in argument order, what `kernel` is specialised for); `serves` must hold."""
-    _, heads, dim = q.shape
-    first = sources[0]
+def specialize(request: AttentionCall) -> tuple[list[Array], Float16Specialization]:
+    """(arrays of all sources in argument order, what `kernel` is specialised for); `supports` must hold."""
+    _, heads, dim = request.q.shape
+    first = request.sources[0]
     assert first.scale is not None
-    arrays, told = described(sources)
-    static = _Static(
+    arrays, meta = kernel_arguments(request.sources)
+    static = Float16Specialization(
         heads=heads,
-        value_dim=value_dim,
-        scale=sm_scale,
+        value_dim=request.value_dim,
+        scale=request.sm_scale,
         words=first.latent.shape[-1],
         groups=first.scale.shape[-1],
         rope=dim - 4 * first.latent.shape[-1],
-        **told,
+        **meta,
         fp8=jnp.dtype(first.dtype),
         exact_scales=first.scale.dtype != jnp.float32,
-        has_sinks=sinks is not None and plan.splits == 1,
-        plan=plan,
-        target=target,
+        has_sinks=request.sinks is not None and request.plan.splits == 1,
+        plan=request.plan,
+        target=request.target,
     )
     return arrays, static
 
 
-def launch(
-    target: str,
-    q: Array,
-    sources: Sequence[Source],
-    sinks: Array | None,
-    sm_scale: float,
-    value_dim: int,
-    plan: AttentionPlan,
-) -> tuple[Array, ...]:
-    """(out[splits, T, H, value_dim], lse and perhaps units [splits, T, H]); `serves` must hold."""
-    arrays, static = specialised(target, q, sources, sinks, sm_scale, value_dim, plan)
-    return launch_rows(kernel, static, q, arrays, sinks)
+def launch(request: AttentionCall) -> tuple[Array, ...]:
+    """(out[splits, T, H, value_dim], lse and perhaps units [splits, T, H]); `supports` must hold."""
+    arrays, static = specialize(request)
+    return launch_rows(kernel, static, request, arrays)

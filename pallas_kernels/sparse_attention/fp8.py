@@ -28,9 +28,10 @@ from pallas_kernels._primitives import dot_fp8, hidden, load_codes, load_from
 from pallas_kernels.online_softmax import LOG2E, NONE, dot
 from pallas_kernels.plans.attention import AttentionPlan
 from pallas_kernels.sparse_attention import float16
-from pallas_kernels.sparse_attention.program import described, launch_rows, unpack
+from pallas_kernels.sparse_attention.program import AttentionCall, kernel_arguments, launch_rows, unpack
 from pallas_kernels.sparse_attention.results import finish_softmax, store_values, to_units
 from pallas_kernels.sparse_attention.rows import Part, Source, key_slots, part_of
+from pallas_kernels.targets import Target
 from pallas_kernels.tiles import grid2, power_of_two
 
 # The largest element of a head's query lies in [2**7, 2**8) of its unit.
@@ -40,7 +41,7 @@ LEAST_EXPONENT = 127 - 80
 
 
 @dataclasses.dataclass(frozen=True)
-class _Static:
+class Fp8Specialization:
     """What the kernel is specialised for."""
 
     heads: int
@@ -56,7 +57,7 @@ class _Static:
     again: Any  # what the float16 form is specialised for, where codes are NaN to the units but numbers to us
     has_sinks: bool
     plan: AttentionPlan
-    target: str
+    target: Target
 
     @property
     def tile(self) -> int:
@@ -69,7 +70,7 @@ class _Static:
         return self.value_dim > self.latent
 
 
-def serves(q: Array, sources: Sequence[Source], value_dim: int) -> bool:
+def supports(q: Array, sources: Sequence[Source], value_dim: int) -> bool:
     """Whether this form takes the call: bfloat16 queries, FP8 sources alike, groups and rope of powers of two."""
     first = sources[0]
     if first.scale is None or q.dtype != jnp.bfloat16:
@@ -86,12 +87,12 @@ def serves(q: Array, sources: Sequence[Source], value_dim: int) -> bool:
         for s in sources
     )
     even = group * first.scale.shape[-1] == latent and group == power_of_two(group) >= 32
-    exact = jnp.dtype(first.dtype) == fp8_nvidia.NATIVE or float16.serves(q, sources, value_dim)
+    exact = jnp.dtype(first.dtype) == fp8_nvidia.NATIVE or float16.supports(q, sources, value_dim)
     return alike and even and exact and (rope == 0 or rope == power_of_two(rope) >= 16) and value_dim >= latent
 
 
 # --- pieces of the kernel --------------------------------------------------------------------------------------------
-def _load_queries(q_ref, part: Part, s: _Static):
+def _load_queries(q_ref, part: Part, s: Fp8Specialization):
     """(FP8 terms [2 * H, tile] of every tile, their unit [H], rope bfloat16 [H, rope] or None)."""
     i = jnp.arange(2 * s.plan.head_block, dtype=jnp.int32)
     # 8 upper terms, then their 8 lower ones: a lane holds both of a head.
@@ -124,7 +125,7 @@ def _largest(tiles: Sequence[Array]) -> Array:
     return functools.reduce(jnp.maximum, (jnp.max(functools.reduce(jnp.maximum, same), axis=1) for same in alike))
 
 
-def _load_scales(sources: Sequence[dict], number, slots: Array, s: _Static) -> tuple[Array, ...]:
+def _load_scales(sources: Sequence[dict], number, slots: Array, s: Fp8Specialization) -> tuple[Array, ...]:
     """Scales [K] of every group as they lie; of some slot for keys that are not there."""
     refs, there = [source["scale"] for source in sources], jnp.maximum(slots, 0)
     return tuple(
@@ -132,7 +133,7 @@ def _load_scales(sources: Sequence[dict], number, slots: Array, s: _Static) -> t
     )
 
 
-def _load_keys(sources: Sequence[dict], number, slots: Array, s: _Static) -> tuple[list[Array], Array | None]:
+def _load_keys(sources: Sequence[dict], number, slots: Array, s: Fp8Specialization) -> tuple[list[Array], Array | None]:
     """e4m3fn [K, tile] of every tile, and rope [K, rope] or None; zeros for keys that are not there."""
     refs, there, mask = [source["latent"] for source in sources], jnp.maximum(slots, 0), slots >= 0
     tiles = [
@@ -146,7 +147,7 @@ def _load_keys(sources: Sequence[dict], number, slots: Array, s: _Static) -> tup
     return tiles, load_from([source["rope"] for source in sources], number, rows, cols, target=s.target, mask=mask)
 
 
-def _scores(terms: Sequence[Array], keys: Sequence[Array], scales: Sequence[Array], s: _Static) -> Array:
+def _scores(terms: Sequence[Array], keys: Sequence[Array], scales: Sequence[Array], s: Fp8Specialization) -> Array:
     """float32 [K, H] in units of the queries."""
     per_group = len(keys) // s.groups
     total = None
@@ -158,7 +159,9 @@ def _scores(terms: Sequence[Array], keys: Sequence[Array], scales: Sequence[Arra
     return jnp.sum(total.reshape(total.shape[0], -1, 2, 8), axis=2).reshape(total.shape[0], -1)
 
 
-def _add_values(sums, keep: Array, weights: Array, keys: Sequence[Array], factors: Sequence[Array], s: _Static):
+def _add_values(
+    sums, keep: Array, weights: Array, keys: Sequence[Array], factors: Sequence[Array], s: Fp8Specialization
+):
     """sums * keep + weights * factor . values, tile by tile."""
     per_group = len(keys) // s.groups
     out = []
@@ -173,7 +176,9 @@ def _dot_keys(a: Array, b: Array) -> Array:
     return dot(a.T, b, 0)
 
 
-def _over_blocks(sources: Sequence[dict], number_of, slots_of, begin: Array, part: Part, queries, state, s: _Static):
+def _over_blocks(
+    sources: Sequence[dict], number_of, slots_of, begin: Array, part: Part, queries, state, s: Fp8Specialization
+):
     """Folds the key blocks of a part into the state; `begin`: slots of the first."""
     terms, unit, q_rope = queries
 
@@ -209,7 +214,7 @@ def _over_blocks(sources: Sequence[dict], number_of, slots_of, begin: Array, par
     return jax.lax.fori_loop(part.first, part.last, body, carry)[0]
 
 
-def _kernel(*refs, part: Part, s: _Static):
+def _kernel(*refs, part: Part, s: Fp8Specialization):
     """Grid (T, head blocks, splits): out[split, token, heads, value_dim] and lse[split, token, heads]."""
     q_ref, sources, sink_ref, *out_refs = unpack(refs, s)
     number_of, slots_of = key_slots(sources, part, s)
@@ -236,7 +241,7 @@ def _kernel(*refs, part: Part, s: _Static):
     jax.lax.cond(met, lambda: _start_again(*refs, part=part, s=s), lambda: _store_values(out_refs[0], part, values, s))
 
 
-def _start_again(*refs, part: Part, s: _Static):
+def _start_again(*refs, part: Part, s: Fp8Specialization):
     """The whole part in the float16 form, in smaller steps; many barriers later it overwrites lse and units."""
     if s.plan.half_parts:
         # Short parts gain where nothing of this is kept through their loop; the loop of long ones became slower.
@@ -250,7 +255,7 @@ def _start_again(*refs, part: Part, s: _Static):
     float16.kernel(*refs, part=part, s=s.again)
 
 
-def _results(out_refs, sink_ref, part: Part, state, s: _Static) -> list[Array]:
+def _results(out_refs, sink_ref, part: Part, state, s: Fp8Specialization) -> list[Array]:
     """Stores lse and units; returns the values [heads, width] of every tile, of the type in which they are stored."""
     out_ref, lse_ref, unit_ref = out_refs
     top, total, sums, rope_sum = state
@@ -265,7 +270,7 @@ def _results(out_refs, sink_ref, part: Part, state, s: _Static) -> list[Array]:
     return [(value * share[:, None]).astype(out_ref.dtype) for value, share in zip(sums, shares)]
 
 
-def _store_values(out_ref, part: Part, values: Sequence[Array], s: _Static) -> None:
+def _store_values(out_ref, part: Part, values: Sequence[Array], s: Fp8Specialization) -> None:
     for i, value in enumerate(values):
         columns = i * s.tile + jnp.arange(value.shape[1], dtype=jnp.int32)
         inside = None if i * s.tile + value.shape[1] <= s.value_dim else columns < s.value_dim
@@ -273,39 +278,31 @@ def _store_values(out_ref, part: Part, values: Sequence[Array], s: _Static) -> N
 
 
 # --- launch ----------------------------------------------------------------------------------------------------------
-def launch(
-    target: str,
-    q: Array,
-    sources: Sequence[Source],
-    sinks: Array | None,
-    sm_scale: float,
-    value_dim: int,
-    plan: AttentionPlan,
-) -> tuple[Array, ...]:
-    """(out[splits, T, H, value_dim], lse and perhaps units [splits, T, H]); `serves` must hold."""
-    _, heads, dim = q.shape
-    first = sources[0]
+def launch(request: AttentionCall) -> tuple[Array, ...]:
+    """(out[splits, T, H, value_dim], lse and perhaps units [splits, T, H]); `supports` must hold."""
+    _, heads, dim = request.q.shape
+    first = request.sources[0]
     assert first.scale is not None
-    arrays, told = described(sources)
+    arrays, meta = kernel_arguments(request.sources)
     latent = 4 * first.latent.shape[-1]
     plain = jnp.dtype(first.dtype) == fp8_nvidia.NATIVE
     again = None
     if not plain:
         # Small steps: they take least from the registers of this form.
-        finer = dataclasses.replace(plan, key_block=16)
-        _, again = float16.specialised(target, q, sources, sinks, sm_scale, value_dim, finer)
-    static = _Static(
+        finer = dataclasses.replace(request.plan, key_block=16)
+        _, again = float16.specialize(dataclasses.replace(request, plan=finer))
+    static = Fp8Specialization(
         heads=heads,
-        value_dim=value_dim,
-        scale=sm_scale,
+        value_dim=request.value_dim,
+        scale=request.sm_scale,
         latent=latent,
         groups=first.scale.shape[-1],
         rope=dim - latent,
-        **told,
+        **meta,
         unit=1.0 if plain else 0.5,
         again=again,
-        has_sinks=sinks is not None and plan.splits == 1,
-        plan=plan,
-        target=target,
+        has_sinks=request.sinks is not None and request.plan.splits == 1,
+        plan=request.plan,
+        target=request.target,
     )
-    return launch_rows(_kernel, static, q, arrays, sinks)
+    return launch_rows(_kernel, static, request, arrays)

@@ -9,11 +9,13 @@ from collections.abc import Sequence
 import jax.numpy as jnp
 from jax import Array
 
+from pallas_kernels.plans import choose_plan
 from pallas_kernels.plans.attention import AttentionPlan, attention_plan
 from pallas_kernels.sparse_attention import float16, fp8, planes
 from pallas_kernels.sparse_attention.merge import merge_splits
+from pallas_kernels.sparse_attention.program import AttentionCall
 from pallas_kernels.sparse_attention.rows import Source
-from pallas_kernels.targets import dispatch
+from pallas_kernels.targets import Target, by_target
 
 
 def _compute_dtype(q: Array, sources: Sequence[Source]):
@@ -40,48 +42,50 @@ def sparse_attention(
     sources = [s for s in sources if s.num_slots and math.prod(s.values.shape)]
     if not sources:
         return jnp.zeros((tokens, heads, value_dim), q.dtype), jnp.full((tokens, heads), -jnp.inf, jnp.float32)
-    return dispatch(
-        lambda target, q, sources, sinks: _launch(target, q, sources, sinks, sm_scale, value_dim, plan),
+    return by_target(
+        lambda target, *arrays: _launch(target, *arrays, sm_scale=sm_scale, value_dim=value_dim, plan=plan),
         q,
         sources,
         sinks,
     )
 
 
+def attention_plan_for(target: Target, q: Array, sources: Sequence[Source], value_dim: int) -> AttentionPlan:
+    """The heuristic plan of a call."""
+    native = fp8.supports(q, sources, value_dim)
+    return attention_plan(
+        tokens=q.shape[0],
+        heads=q.shape[1],
+        width=sum(s.width for s in sources),
+        itemsize=_compute_dtype(q, sources).itemsize,
+        fp8=any(s.scale is not None for s in sources),
+        native=native,
+        key_bytes=2 * q.shape[-1] - 4 * sources[0].latent.shape[-1] if native else 0,
+        ragged=any(s.indptr is not None for s in sources),
+        target=target,
+    )
+
+
 def _launch(
-    target: str,
+    target: Target,
     q: Array,
     sources: Sequence[Source],
     sinks: Array | None,
+    *,
     sm_scale: float,
     value_dim: int,
     plan: AttentionPlan | None,
 ) -> tuple[Array, Array]:
-    """The kernel as it is for one target."""
-    tokens, heads = q.shape[:2]
-    compute = _compute_dtype(q, sources)
-    native = fp8.serves(q, sources, value_dim)
-    if plan is None:
-        width = sum(s.width for s in sources)
-        quantised = any(s.scale is not None for s in sources)
-        plan = attention_plan(
-            tokens=tokens,
-            heads=heads,
-            width=width,
-            itemsize=compute.itemsize,
-            fp8=quantised,
-            native=native,
-            key_bytes=2 * q.shape[-1] - 4 * sources[0].latent.shape[-1] if native else 0,
-            ragged=any(s.indptr is not None for s in sources),
-            target=target,
-        )
-    if plan.native and native:
-        parts = fp8.launch(target, q, sources, sinks, sm_scale, value_dim, plan)
-    elif plan.float16 and float16.serves(q, sources, value_dim):
-        parts = float16.launch(target, q, sources, sinks, sm_scale, value_dim, plan)
+    """Runs the form of the plan, or "planes" where that form does not support the call, and merges splits."""
+    plan = choose_plan("sparse_mla", plan, attention_plan_for, target=target, q=q, sources=sources, value_dim=value_dim)
+    request = AttentionCall(target, q, sources, sinks, sm_scale, value_dim, plan)
+    if plan.form == "fp8" and fp8.supports(q, sources, value_dim):
+        parts = fp8.launch(request)
+    elif plan.form == "float16" and float16.supports(q, sources, value_dim):
+        parts = float16.launch(request)
     else:
-        plan = dataclasses.replace(plan, half_parts=False)
-        parts = planes.launch(target, q, sources, sinks, sm_scale, value_dim, plan, compute)
+        request = dataclasses.replace(request, plan=dataclasses.replace(plan, form="planes", half_parts=False))
+        parts = planes.launch(request, _compute_dtype(q, sources))
     if plan.splits == 1:
         return parts[0][0], parts[1][0]
     return merge_splits(*parts, sinks=sinks, dtype=q.dtype, target=target, partial=plan.shares > 0)

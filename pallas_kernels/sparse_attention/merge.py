@@ -12,7 +12,7 @@ from jax.experimental import pallas as pl
 
 from pallas_kernels._call import call, load, store
 from pallas_kernels.online_softmax import sink_share
-from pallas_kernels.targets import CDNA
+from pallas_kernels.targets import CDNA, Target
 from pallas_kernels.tiles import grid2, power_of_two
 
 # Values that a program reads at once.
@@ -64,7 +64,7 @@ def merge_splits(
     *,
     sinks: Array | None,
     dtype: Any,
-    target: str,
+    target: Target,
     partial: bool = False,
 ) -> tuple[Array, Array]:
     """outs[S, T, H, V], lses[S, T, H] float32 -> (out dtype [T, H, V], lse float32 [T, H]), in a fixed order.

@@ -20,10 +20,10 @@ from pallas_kernels._call import load
 from pallas_kernels._primitives import fence, hidden, load_from
 from pallas_kernels.online_softmax import LOG2E, NONE, dot, softmax_step
 from pallas_kernels.plans.attention import AttentionPlan
-from pallas_kernels.sparse_attention.program import described, launch_rows, unpack
+from pallas_kernels.sparse_attention.program import AttentionCall, kernel_arguments, launch_rows, unpack
 from pallas_kernels.sparse_attention.results import finish_softmax, store_values
 from pallas_kernels.sparse_attention.rows import Part, Source, choose, key_slots, some_keys
-from pallas_kernels.targets import CDNA
+from pallas_kernels.targets import CDNA, Target
 from pallas_kernels.tiles import grid2, power_of_two
 
 
@@ -93,7 +93,7 @@ def layout(source: Source, plan: AttentionPlan) -> tuple[Tile, ...]:
 
 
 # --- arithmetic on arrays --------------------------------------------------------------------------------------------
-def planes_of(words: Array, s: _Static) -> list[Array]:
+def planes_of(words: Array, s: PlanesSpecialization) -> list[Array]:
     """uint32 [K, W] -> four arrays [K, W] in the compute dtype: FP8 values without their power of two (exact)."""
     raw = fp8_bits.decode_words(words, s.fp8, s.target)
     return [fp8_bits.truncate_to_bfloat16(x) for x in raw] if s.compute == jnp.bfloat16 else raw
@@ -112,7 +112,7 @@ def scores_of(queries, keys, factors) -> Array:
 
 # --- kernel ----------------------------------------------------------------------------------------------------------
 @dataclasses.dataclass(frozen=True)
-class _Static:
+class PlanesSpecialization:
     """What the kernel is specialised for."""
 
     heads: int
@@ -127,7 +127,7 @@ class _Static:
     compute: jnp.dtype
     has_sinks: bool
     plan: AttentionPlan
-    target: str
+    target: Target
 
 
 def _columns(tile: Tile, byte: int) -> tuple[Array, Array | None]:
@@ -138,7 +138,7 @@ def _columns(tile: Tile, byte: int) -> tuple[Array, Array | None]:
     return (columns, None) if tile.full else (jnp.where(i < tile.count, columns, 0), i < tile.count)
 
 
-def _load_queries(q_ref, token, heads: Array, s: _Static):
+def _load_queries(q_ref, token, heads: Array, s: PlanesSpecialization):
     """q of every tile and plane, [head_block, width] in the compute dtype; zeros for heads and columns not there."""
     out = []
     for tile in s.tiles:
@@ -153,7 +153,9 @@ def _load_queries(q_ref, token, heads: Array, s: _Static):
     return out
 
 
-def _read_keys(sources: Sequence[dict], number, slots: Array, s: _Static) -> tuple[list[Array], list[Array]]:
+def _read_keys(
+    sources: Sequence[dict], number, slots: Array, s: PlanesSpecialization
+) -> tuple[list[Array], list[Array]]:
     """What memory holds of keys: every tile [key_block, width], and the scales [key_block] of tiles that have one.
 
     Nothing is masked at the load: keys that are not there read a slot that is. On CDNA every masked load is a branch.
@@ -172,7 +174,7 @@ def _read_keys(sources: Sequence[dict], number, slots: Array, s: _Static) -> tup
     return parts, scales
 
 
-def _decode_keys(parts: Sequence[Array], scales: Sequence[Array], valid: Array, s: _Static):
+def _decode_keys(parts: Sequence[Array], scales: Sequence[Array], valid: Array, s: PlanesSpecialization):
     """Keys of every tile ([key_block, width] per plane) and their factors ([key_block] or None).
 
     Invalid keys become 0. Anchored ones repeat a key of the row and stay: what comes straight from a load can go to the
@@ -198,7 +200,7 @@ def _decode_keys(parts: Sequence[Array], scales: Sequence[Array], valid: Array, 
     return keys, factors
 
 
-def _over_blocks(sources: Sequence[dict], part: Part, queries, state, s: _Static):
+def _over_blocks(sources: Sequence[dict], part: Part, queries, state, s: PlanesSpecialization):
     """Folds the key blocks of a part into the softmax state."""
     number_of, slots_of = key_slots(sources, part, s)
     present, first, last = [jnp.int32(0)] * len(sources), part.first, part.last
@@ -220,7 +222,7 @@ def _over_blocks(sources: Sequence[dict], part: Part, queries, state, s: _Static
     return jax.lax.fori_loop(first, last, body, state)
 
 
-def _add_values(sums, keep: Array, probabilities: Array, keys, factors, s: _Static):
+def _add_values(sums, keep: Array, probabilities: Array, keys, factors, s: PlanesSpecialization):
     """sums * keep + probabilities . values, per tile and plane that holds value columns."""
     out, at = [], 0
     for tile, ks, factor in zip(s.tiles, keys, factors):
@@ -236,7 +238,7 @@ def _add_values(sums, keep: Array, probabilities: Array, keys, factors, s: _Stat
     return tuple(out)
 
 
-def _halves(weights: Array, s: _Static) -> list[Array]:
+def _halves(weights: Array, s: PlanesSpecialization) -> list[Array]:
     """float32 weights in the compute dtype, as one term, or (plan.exact_weights) as two of 8 bits each, cut off."""
     if s.compute == jnp.float32 or not s.plan.exact_weights:
         return [weights.astype(s.compute)]
@@ -244,7 +246,7 @@ def _halves(weights: Array, s: _Static) -> list[Array]:
     return [upper, fp8_bits.truncate_to_bfloat16(weights - upper.astype(jnp.float32))]
 
 
-def _kernel(*refs, part: Part, s: _Static):
+def _kernel(*refs, part: Part, s: PlanesSpecialization):
     """Grid (T, head blocks, splits): out[split, token, 16 heads, value_dim] and lse[split, token, 16 heads]."""
     q_ref, sources, sink_ref, out_ref, lse_ref, _ = unpack(refs, s)
     queries = _load_queries(q_ref, part.token, part.heads, s)
@@ -264,7 +266,7 @@ def _kernel(*refs, part: Part, s: _Static):
     _store_results(out_ref, lse_ref, sink_ref, part, state, s)
 
 
-def _store_results(out_ref, lse_ref, sink_ref, part: Part, state, s: _Static):
+def _store_results(out_ref, lse_ref, sink_ref, part: Part, state, s: PlanesSpecialization):
     top, total, sums = state
     if s.target in CDNA:
         part = dataclasses.replace(part, heads=hidden(part.heads, s.target))
@@ -283,39 +285,28 @@ def _store_results(out_ref, lse_ref, sink_ref, part: Part, state, s: _Static):
             at += 1
 
 
-# --- launch ----------------------------------------------------------------------------------------------------------
-
-
-def launch(
-    target: str,
-    q: Array,
-    sources: Sequence[Source],
-    sinks: Array | None,
-    sm_scale: float,
-    value_dim: int,
-    plan: AttentionPlan,
-    compute: jnp.dtype,
-) -> tuple[Array, Array]:
+# --- launch
+def launch(request: AttentionCall, compute: jnp.dtype) -> tuple[Array, Array]:
     """(out[splits, T, H, value_dim], lse[splits, T, H]) of the kernel in this file."""
-    _, heads, dim = q.shape
-    tiles = {(layout(s, plan), None if s.scale is None else jnp.dtype(s.dtype)) for s in sources}
+    _, heads, dim = request.q.shape
+    tiles = {(layout(s, request.plan), None if s.scale is None else jnp.dtype(s.dtype)) for s in request.sources}
     if len(tiles) > 1:
         raise NotImplementedError("the two sources store keys in different layouts; the kernel follows one layout")
-    if any(a.dtype not in (jnp.bfloat16, jnp.float32) for s in sources if s.scale is None for a in [s.latent]):
+    if any(a.dtype not in (jnp.bfloat16, jnp.float32) for s in request.sources if s.scale is None for a in [s.latent]):
         raise NotImplementedError("unquantised keys must be bfloat16 or float32")
     ((common, flavour),) = tiles
-    arrays, told = described(sources)
-    static = _Static(
+    arrays, meta = kernel_arguments(request.sources)
+    static = PlanesSpecialization(
         heads=heads,
         dim=dim,
-        value_dim=value_dim,
-        scale=sm_scale,
+        value_dim=request.value_dim,
+        scale=request.sm_scale,
         tiles=common,
-        **told,
+        **meta,
         fp8=flavour,
         compute=compute,
-        has_sinks=sinks is not None and plan.splits == 1,
-        plan=plan,
-        target=target,
+        has_sinks=request.sinks is not None and request.plan.splits == 1,
+        plan=request.plan,
+        target=request.target,
     )
-    return launch_rows(_kernel, static, q, arrays, sinks)
+    return launch_rows(_kernel, static, request, arrays)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -12,8 +13,33 @@ from jax import Array
 from jax.experimental import pallas as pl
 
 from pallas_kernels._call import call
+from pallas_kernels.plans.attention import AttentionPlan
 from pallas_kernels.sparse_attention.results import store_by_head
 from pallas_kernels.sparse_attention.rows import Source, kernel_arrays, part_of
+from pallas_kernels.targets import Target
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionCall:
+    """One call of sparse attention on one machine.
+
+    Attributes:
+      target: the machine.
+      q: queries [T, H, D].
+      sources: key sources and the slots that rows name in them.
+      sinks: float32 [H], or None.
+      sm_scale: multiplies the products of queries and keys.
+      value_dim: columns of a key that are its value.
+      plan: block sizes.
+    """
+
+    target: Target
+    q: Array
+    sources: Sequence[Source]
+    sinks: Array | None
+    sm_scale: float
+    value_dim: int
+    plan: AttentionPlan
 
 
 def unpack(refs: Sequence[Any], s: Any) -> tuple[Any, list[dict], Any, Any, Any, Any]:
@@ -40,7 +66,7 @@ def _program(kernel: Callable[..., None], *refs: Any, s: Any) -> None:
         kernel(*refs, part=part, s=s)
 
 
-def described(sources: Sequence[Source]) -> tuple[list[Array], dict[str, Any]]:
+def kernel_arguments(sources: Sequence[Source]) -> tuple[list[Array], dict[str, Any]]:
     """Arrays of all sources in argument order, and what a kernel is told of them: names, counts, widths."""
     arrays = [kernel_arrays(s) for s in sources]
     return [a for named in arrays for a in named.values()], dict(
@@ -50,21 +76,21 @@ def described(sources: Sequence[Source]) -> tuple[list[Array], dict[str, Any]]:
     )
 
 
-def launch_rows(kernel: Callable[..., None], s: Any, q: Array, arrays: Sequence[Array], sinks: Array | None) -> Any:
+def launch_rows(kernel: Callable[..., None], s: Any, request: AttentionCall, arrays: Sequence[Array]) -> Any:
     """(out[splits, T, H, value_dim], lse[splits, T, H]) of `kernel` over the grid (T, head blocks, splits).
 
     With `plan.half_parts`, `out` is float16 and units[splits, T, H] follow. With `plan.shares`, programs without keys
     write `lse` alone.
     """
-    tokens, heads = q.shape[:2]
+    tokens, heads = request.q.shape[:2]
     plan = s.plan
-    dtype = q.dtype if plan.splits == 1 else jnp.float16 if plan.half_parts else jnp.float32
+    dtype = request.q.dtype if plan.splits == 1 else jnp.float16 if plan.half_parts else jnp.float32
     by_head = jax.ShapeDtypeStruct((plan.splits, tokens, heads), jnp.float32)
     return call(
         functools.partial(_program, kernel, s=s),
-        q,
+        request.q,
         *arrays,
-        *([sinks] if sinks is not None and s.has_sinks else []),
+        *([request.sinks] if request.sinks is not None and s.has_sinks else []),
         out_shape=(
             jax.ShapeDtypeStruct((plan.splits, tokens, heads, s.value_dim), dtype),
             *[by_head] * (2 if plan.half_parts else 1),
