@@ -12,14 +12,15 @@ import pathlib
 import sys
 
 from pallas_kernels.cdna.program import ARCHITECTURES
-from sparse_mla_jax.cases import case, catalogue
+from sparse_mla_jax.cases import catalogue
+from sparse_mla_jax.cases.case import FP8, KernelCase
 from sparse_mla_jax.tools.inspect.kernels import measure
 
 FILE = pathlib.Path(__file__).with_suffix(".json")
 COMPILER = "triton"
 
 
-def count(case: case.KernelCase, kind: str, arch: str) -> dict:
+def count(case: KernelCase, kind: str, arch: str) -> dict:
     """What the file keeps of one case."""
     measured = measure(case, kind, arch, COMPILER)
     if not measured.error <= measured.bound:  # counts of a kernel that is wrong mean nothing
@@ -36,7 +37,7 @@ def cases() -> list[tuple[str, str, str]]:
     return [
         (case.name, kind, arch)
         for case in catalogue.KERNEL_CASES
-        for kind in [k for k in case.FP8 if k in case.kinds] or [""]
+        for kind in [k for k in FP8 if k in case.kinds] or [""]
         for arch in ARCHITECTURES
     ]
 

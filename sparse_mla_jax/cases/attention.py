@@ -272,8 +272,8 @@ def _kernel_attention(
     scale = (latent + 64) ** -0.5
     keys = np.asarray(cache_ops.gather(cache, jnp.arange(512), dtype=jnp.float32))
 
-    def fn(q, cache, rows):
-        return sparse_mla(q, cache, rows, sm_scale=scale, value_dim=value_dim, implementation="triton")
+    def fn(q, cache, rows, *, implementation="triton", plan=None):
+        return sparse_mla(q, cache, rows, sm_scale=scale, value_dim=value_dim, implementation=implementation, plan=plan)
 
     want = attention_answer(q, keys, rows, scale, value_dim)
     return KernelProblem(
@@ -297,7 +297,7 @@ def _kernel_two_sources(kind: str, heads: int | None, *, window: int, selected: 
     sinks = jnp.asarray(rng.standard_normal(heads), jnp.float32)
     keys = [np.asarray(cache_ops.gather(cache, jnp.arange(512), dtype=jnp.float32)) for cache in (near, far)]
 
-    def fn(q, near, far, near_rows, far_rows, sinks):
+    def fn(q, near, far, near_rows, far_rows, sinks, *, implementation="triton", plan=None):
         return sparse_mla(
             q,
             near,
@@ -306,7 +306,8 @@ def _kernel_two_sources(kind: str, heads: int | None, *, window: int, selected: 
             value_dim=dim,
             sinks=sinks,
             extra=(far, far_rows),
-            implementation="triton",
+            implementation=implementation,
+            plan=plan,
         )
 
     both = np.concatenate([rows[0], rows[1] + 512], axis=1)

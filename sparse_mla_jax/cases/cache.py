@@ -95,8 +95,8 @@ def _kernel_cache_write(kind: str, heads: int | None, *, latent: int, group: int
     slots = jnp.asarray([5, 511, -1, 70, 512, 5, 0, 300], jnp.int32)
     want = jax.jit(functools.partial(cache_ops.write_token, implementation="reference"))(cache, index, *rows, slots)
 
-    def fn(cache, index, *arguments):
-        return cache_ops.write_token(cache, index, *arguments, implementation="triton")
+    def fn(cache, index, *arguments, implementation="triton", plan=None):
+        return cache_ops.write_token(cache, index, *arguments, implementation=implementation, plan=plan)
 
     def error(got):
         pairs = zip(jax.tree.leaves(got), jax.tree.leaves(want))

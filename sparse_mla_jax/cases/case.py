@@ -17,7 +17,7 @@ class KernelProblem:
     """A call of one kernel with its answer.
 
     Attributes:
-      fn: jittable; takes `args`, launches the kernel once.
+      fn: jittable; takes `args` and the options implementation="triton" and plan=None, launches the kernel once.
       args: arrays and caches.
       error: of the outputs: relative for scores and attention, wrong indices for top-k, wrong bytes for cache writes.
       bound: largest error that passes.

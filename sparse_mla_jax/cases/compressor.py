@@ -103,13 +103,15 @@ def _compressor_cache(kind: str, indexer: bool, pages: int, entries: int) -> Any
     return PagedKVCache.create(pages, entries, dtype=jnp.dtype(kind), **sizes)
 
 
-def _compress_step(cache, state, kv, gate, bias, norm, table, seq_lens, query_lens, *, page_size, implementation):
+def _compress_step(
+    cache, state, kv, gate, bias, norm, table, seq_lens, query_lens, *, page_size, implementation="triton", plan=None
+):
     m = build_metadata(seq_lens, query_lens, table, num_tokens=kv.shape[0], page_size=page_size)
     names = ("positions", "request_ids", "query_indptr", "seq_lens", "page_table", "page_size")
     owners = {name: getattr(m, name) for name in names}
     frequencies = jnp.asarray(COMPRESSOR_FREQUENCIES)
-    how: Any = dict(ratio=bias.shape[0], implementation=implementation)
-    return compress(cache, state, kv, gate, bias, norm, frequencies, **owners, **how)
+    options: Any = dict(ratio=bias.shape[0], implementation=implementation, plan=plan)
+    return compress(cache, state, kv, gate, bias, norm, frequencies, **owners, **options)
 
 
 def _kernel_compress(
@@ -133,7 +135,8 @@ def _kernel_compress(
     def rows(x, first, last):
         return jnp.concatenate([x[b, i:j] for b, (i, j) in enumerate(zip(first, last))])
 
-    xla, fn = (functools.partial(_compress_step, page_size=page_size, implementation=i) for i in ("xla", "triton"))
+    fn = functools.partial(_compress_step, page_size=page_size)
+    xla = functools.partial(fn, implementation="xla")
     none = np.zeros_like(before)
     earlier = [rows(x, none, before) for x in (kv, gate)]
     cache, state = jax.jit(xla)(cache, state, *earlier, *weights, table, before, before)

@@ -131,8 +131,10 @@ def _kernel_split_streams(kind: str, heads: int | None) -> KernelProblem:
         results = reference.split_streams(wide, parts.sum(0), *weights, **constants, dtype=jnp.float64)
         want = [np.asarray(x) for x in results]
 
-    def fn(streams, product, base, scale, norm):
-        return hyper_connections.split(streams, product, base, scale, norm=norm, implementation="triton", **constants)
+    def fn(streams, product, base, scale, norm, *, implementation="triton", plan=None):
+        return hyper_connections.split(
+            streams, product, base, scale, norm=norm, implementation=implementation, plan=plan, **constants
+        )
 
     def error(got):
         """Of each result over what its type explains."""

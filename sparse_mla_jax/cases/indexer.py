@@ -159,9 +159,11 @@ def _kernel_indexer(kind: str, heads: int | None) -> KernelProblem:
     want = scores_answer(q, np.broadcast_to(exact, (8, 256, 128)), weights)
     want[np.arange(256) >= ends[:, None]] = -np.inf
 
-    def fn(q, keys, scales, weights, ends):
+    def fn(q, keys, scales, weights, ends, *, implementation="triton", plan=None):
         starts = jnp.zeros_like(ends)
-        return indexer_scores(q, keys, scales, weights, row_starts=starts, row_lengths=ends, implementation="triton")
+        return indexer_scores(
+            q, keys, scales, weights, row_starts=starts, row_lengths=ends, implementation=implementation, plan=plan
+        )
 
     args = (q, keys, scales, weights, jnp.asarray(ends))
     return KernelProblem(fn, args, score_error(want), _SCORE_BOUND, nbytes(args) + 4 * want.size)
@@ -178,9 +180,9 @@ def _kernel_paged_indexer(kind: str, heads: int | None) -> KernelProblem:
     want = scores_answer(q, exact[slots], weights)
     want[np.arange(256) >= lengths[:, None]] = -np.inf
 
-    def fn(q, weights, cache, table, requests, lengths):
+    def fn(q, weights, cache, table, requests, lengths, *, implementation="triton", plan=None):
         return paged_indexer_scores(
-            q, weights, cache, table, requests, lengths, max_length=256, implementation="triton"
+            q, weights, cache, table, requests, lengths, max_length=256, implementation=implementation, plan=plan
         )
 
     args = (q, weights, stored, jnp.asarray(table), jnp.arange(4, dtype=jnp.int32), jnp.asarray(lengths))

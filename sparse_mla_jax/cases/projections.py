@@ -190,8 +190,10 @@ def _kernel_rotated_projection(kind: str, heads: int | None) -> KernelProblem:
     with jax.enable_x64(True):
         want = np.asarray(reference.rotated_projection(out, weight, jnp.asarray(angles), dtype=jnp.float64))
 
-    def fn(out, weight, positions):
-        return rotated_projection(out, weight, positions, COMPRESSOR_FREQUENCIES, implementation="triton")
+    def fn(out, weight, positions, *, implementation="triton", plan=None):
+        return rotated_projection(
+            out, weight, positions, COMPRESSOR_FREQUENCIES, implementation=implementation, plan=plan
+        )
 
     args = (out, weight, positions)
     # Rounding the result to bfloat16 alone costs 1.65e-3.
@@ -205,8 +207,8 @@ def _kernel_finished(x: Array, parts: Sequence[Part]) -> KernelProblem:
     angles = np.asarray(positions.astype(jnp.float32)[:, None] * jnp.asarray(frequencies))
     want = [finished_answer(x, part, angles) for part in parts]
 
-    def fn(x, parts, positions):
-        return norm_rope(x, parts, positions, frequencies, implementation="triton")
+    def fn(x, parts, positions, *, implementation="triton", plan=None):
+        return norm_rope(x, parts, positions, frequencies, implementation=implementation, plan=plan)
 
     def error(got):
         return max(finished_error(part, mine, exact) for part, mine, exact in zip(parts, got, want))

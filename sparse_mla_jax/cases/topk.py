@@ -120,8 +120,8 @@ def _kernel_top_k(kind: str, heads: int | None, *, columns: int, k: int) -> Kern
     scores[1] = np.round(scores[1], 2)
     want = np.sort(np.argsort(-scores, axis=1, kind="stable")[:, :k], axis=1)
 
-    def fn(scores):
-        return top_k(scores, k, implementation="triton")
+    def fn(scores, *, implementation="triton", plan=None):
+        return top_k(scores, k, implementation=implementation, plan=plan)
 
     return KernelProblem(
         fn,

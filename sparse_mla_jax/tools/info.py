@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import types
 from typing import Any
 
 from sparse_mla_jax import __version__
@@ -45,6 +46,8 @@ def run(arguments: argparse.Namespace) -> int:
         **{f"implementation of {name}": implementation() for name in KERNEL_OPERATORS},
         **dict.fromkeys((f"implementation of {name}" for name in XLA_OPERATORS), "xla"),
     }
+    if reason := no_kernels():
+        report["why no kernels"] = reason
     if config is not None:
         report |= describe_model(config)
     print_report(report, arguments.json)
@@ -52,10 +55,25 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def implementation() -> str:
-    """What `implementation=None` tries first on this machine."""
+    """What `implementation=None` takes on this machine for an operator that has a kernel."""
     from sparse_mla_jax.ops import _dispatch
 
-    return _dispatch.preferred()[0]
+    first = _dispatch.preferred()[0]
+    return "xla" if first == "triton" and no_kernels() else first
+
+
+def no_kernels() -> str:
+    """Why no kernel runs on the GPU of this machine; empty where they run, or where there is no GPU."""
+    from pallas_kernels.targets import target_of, traced_gpu
+
+    gpu = traced_gpu()
+    if gpu is None:
+        return ""
+    try:
+        target_of(gpu)
+    except NotImplementedError as error:
+        return str(error)
+    return ""
 
 
 def check_backend() -> None:
@@ -99,10 +117,13 @@ def fp8_flavour(backend: str, device: str, architecture: str) -> str:
     """Which FP8 type the hardware computes with, from the names that JAX gives it."""
     if backend == "cpu":
         return "both, by bit arithmetic (float8_e4m3fnuz and float8_e4m3fn)"
-    described = f"{device} {architecture}".lower()
-    if "gfx942" in described or "mi300" in described or "mi325" in described:
-        return "float8_e4m3fnuz"
-    return "float8_e4m3fn"
+    from pallas_kernels.targets import target_of
+
+    try:
+        target = target_of(types.SimpleNamespace(device_kind=device, compute_capability=architecture))
+    except NotImplementedError:
+        return "both, by bit arithmetic of XLA (float8_e4m3fnuz and float8_e4m3fn)"
+    return str(target.native_fp8)
 
 
 def describe_model(config: Any) -> dict[str, Any]:

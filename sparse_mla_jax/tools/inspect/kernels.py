@@ -9,25 +9,28 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
 
 from pallas_kernels.cdna.program import COMPILERS, LDS_BYTES, MAX_THREADS, PRODUCT
+from pallas_kernels.plans import plan_for
+from pallas_kernels.targets import CDNA
 from sparse_mla_jax._check import require
 from sparse_mla_jax.cases import catalogue
-from sparse_mla_jax.cases.case import KernelCase
+from sparse_mla_jax.cases.case import KernelCase, KernelProblem
 from sparse_mla_jax.tools.inspect.options import chosen_architectures
 from sparse_mla_jax.tools.tables import table
 
 if TYPE_CHECKING:
     from pallas_kernels.cdna.device_context import Launch
 
-# The FP8 flavour whose matrix instructions a machine has.
-NATIVE = {"gfx942": "float8_e4m3fnuz", "gfx950": "float8_e4m3fn"}
+# The FP8 type whose matrix instructions a machine has.
+NATIVE = {target.name: target.native_fp8 or "" for target in CDNA}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,23 +104,39 @@ class Measurement:
         }
 
 
-def measure(case: KernelCase, kind: str, arch: str, compiler: str, heads: int | None = None) -> Measurement:
-    """Compiles and executes the kernel of one case.
+def measure(
+    case: KernelCase, kind: str, arch: str, compiler: str, heads: int | None = None, changes: Mapping | None = None
+) -> Measurement:
+    """Compiles and executes the kernel of one case, with some fields of its plan replaced.
 
     Raises:
-      ValueError: a kind of cache that the case does not take.
+      ValueError: a kind of cache that the case does not take, or a plan that can not be.
       ToolMissing: a compiler or LLVM's tools are not installed.
     """
     from pallas_kernels import cdna
 
     require(not case.kinds or kind in case.kinds, f"cache is {kind!r}; {case.name} takes {', '.join(case.kinds)}.")
     problem = case.build(kind, heads)
+    plan = changed_plan(problem, arch, changes) if changes else None
     with cdna.device(arch, compiler=compiler) as device:
-        out = jax.block_until_ready(jax.jit(problem.fn)(*problem.args))
+        out = jax.block_until_ready(jax.jit(functools.partial(problem.fn, plan=plan))(*problem.args))
     (launch,) = device.launches
     return Measurement(
         case.name, kind if case.kinds else "", heads, launch, problem.error(out), problem.bound, problem.bytes
     )
+
+
+def changed_plan(problem: KernelProblem, arch: str, changes: Mapping[str, Any]) -> Any:
+    """The heuristic plan of a problem with the fields of `changes` replaced.
+
+    Raises:
+      ValueError: the plan has no such field, or the value does not fit.
+    """
+    plan = plan_for(problem.fn, *problem.args, target=arch)
+    known = [field.name for field in dataclasses.fields(plan)]
+    for name in changes:
+        require(name in known, f"--plan {name}: {type(plan).__name__} has {', '.join(known)}.")
+    return dataclasses.replace(plan, **changes)
 
 
 def measurements(arguments: argparse.Namespace) -> Iterator[Measurement]:
@@ -130,14 +149,16 @@ def measurements(arguments: argparse.Namespace) -> Iterator[Measurement]:
             if arguments.cache_dtype and case.kinds and kind not in case.kinds and not arguments.kernel:
                 continue
             for compiler in COMPILERS if arguments.compiler == "both" else (arguments.compiler,):
-                yield measure(case, kind, arch, compiler, heads)
+                yield measure(case, kind, arch, compiler, heads, arguments.plan)
 
 
-# --- the command -----------------------------------------------------------------------------------------------------
-
-
+# --- the command
 def run(arguments: argparse.Namespace) -> int:
     """The command `inspect`; returns 1 when a kernel breaks a rule."""
+    require(
+        not arguments.plan or len(arguments.kernel or ()) == 1,
+        "--plan replaces fields of one kernel's plan; name the kernel with --kernel.",
+    )
     found = []
     for m in measurements(arguments):
         if not arguments.json:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import ast
 from collections.abc import Sequence
+from typing import Any
 
 from pallas_kernels.cdna.program import ARCHITECTURES, COMPILERS
 from sparse_mla_jax.cases import catalogue
@@ -16,6 +18,24 @@ ARCH_CHOICES = (*ARCHITECTURES, "both")
 def chosen_architectures(arguments: argparse.Namespace) -> Sequence[str]:
     """What `--arch` names."""
     return ARCHITECTURES if arguments.arch == "both" else (arguments.arch,)
+
+
+def plan_changes(text: str) -> dict[str, Any]:
+    """Fields of a plan from `name=value,name=value`; values are integers, True, False or words.
+
+    Raises:
+      argparse.ArgumentTypeError: not of that form.
+    """
+    changes: dict[str, Any] = {}
+    for part in text.split(","):
+        name, equals, value = part.strip().partition("=")
+        if not (name.isidentifier() and equals and value):
+            raise argparse.ArgumentTypeError(f"{part!r} is not FIELD=VALUE, as in key_block=32,num_warps=2")
+        try:
+            changes[name] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            changes[name] = value
+    return changes
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -38,6 +58,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--cache-dtype",
         choices=KINDS,
         help="type of the caches (default: e4m3fnuz on gfx942, e4m3fn on gfx950)",
+    )
+    parser.add_argument(
+        "--plan",
+        type=plan_changes,
+        metavar="FIELD=VALUE,...",
+        help="replace fields of the kernel's plan, as in key_block=32,num_warps=2 (with one --kernel)",
     )
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
     parser.add_argument("--asm", metavar="FILE", help="write the assembly, each line with how often it was executed")
