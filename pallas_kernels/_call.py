@@ -34,8 +34,18 @@ def load(ref, *, mask=None, other=None):
 
 
 def store(ref, value, *, mask=None) -> None:
-    """Writes `value` where `mask`; point the other lanes out of range, or interpret mode rewrites old values."""
+    """Writes `value` at the view `ref` where `mask`; see `store_masked` for masks of lanes that share an address."""
     pltriton.store(ref, value, mask=mask)
+
+
+def store_masked(ref, index: Sequence[jax.Array], value: jax.Array, mask: jax.Array | None, target: Target) -> None:
+    """Writes `value` at `ref[*index]` where `mask`; everywhere if it is None. Mask and last index broadcast.
+
+    Interpret mode writes old values back through masked lanes: there they point past the end of the last axis.
+    """
+    if mask is not None and target == HOST:
+        index = (*index[:-1], jax.numpy.where(mask, index[-1], ref.shape[-1]))
+    store(ref.at[tuple(index)], value, mask=mask)
 
 
 def barrier(target: Target) -> None:

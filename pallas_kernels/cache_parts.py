@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from pallas_kernels._call import load, store
+from pallas_kernels._call import load, store_masked
 from pallas_kernels.rounding import convert, float32_bits, quantize
-from pallas_kernels.targets import HOST, Target
+from pallas_kernels.targets import Target
 from pallas_kernels.tiles import power_of_two
 
 
@@ -84,11 +84,7 @@ class Grid:
 
     def store(self, ref, row: Array, value: Array) -> None:
         """Writes a row."""
-        at = self.at
-        if self.exists is not None and self.target == HOST:
-            # Interpret mode writes old values back through masked lanes: point them past the array.
-            at = jnp.where(self.exists, at, self.width)
-        store(ref.at[jnp.full_like(at, row), at], value, mask=self.exists)
+        store_masked(ref, (jnp.full_like(self.at, row), self.at), value, self.exists, self.target)
 
 
 def encode(part: Part, row: Array, grid: Grid, target: Target) -> list[tuple[Grid, Array]]:

@@ -17,10 +17,10 @@ import numpy as np
 from jax import Array, lax
 from jax.experimental import pallas as pl
 
-from pallas_kernels._call import call, load, store
+from pallas_kernels._call import call, load, store_masked
 from pallas_kernels.plans import choose_plan
 from pallas_kernels.plans.hyper_connections import HyperConnectionPlan, hyper_connection_plan
-from pallas_kernels.targets import HOST, Target, by_target
+from pallas_kernels.targets import Target, by_target
 from pallas_kernels.tiles import power_of_two
 
 _TYPES = ("bfloat16", "float32")
@@ -103,9 +103,7 @@ def _row(refs, sizes: _Sizes, token: Array, eps: float, norm_eps: float, target:
     if norm_ref is not None:
         mean = jnp.sum(joined * joined, axis=0) * (1.0 / width)
         joined = joined * lax.rsqrt(mean + norm_eps) * row(norm_ref, column)
-    # Interpret mode writes old values back through masked lanes: point them past the array.
-    at = column if exists is None or target != HOST else jnp.where(exists, column, width)
-    store(joined_ref.at[here, at], joined.astype(joined_ref.dtype), mask=exists)
+    store_masked(joined_ref, (here, column), joined.astype(joined_ref.dtype), exists, target)
     return scale
 
 
@@ -126,11 +124,7 @@ def _matrices(refs, sizes: _Sizes, first: Array, scales: Array, iterations: int,
         return product * scale * scale_ref[number] + load(base_ref.at[column])
 
     def put(ref, token: Array, at: Array, exists: Array, values: Array) -> None:
-        if side == n:
-            store(ref.at[token, at], values)
-            return
-        # As above, in interpret mode.
-        store(ref.at[token, jnp.where(exists, at, ref.shape[1]) if target == HOST else at], values, mask=exists)
+        store_masked(ref, (token, at), values, None if side == n else exists, target)
 
     at, column = jnp.broadcast_arrays(token[:, None], stream[None, :])
     exists = column < n

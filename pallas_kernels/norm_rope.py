@@ -16,11 +16,11 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental import pallas as pl
 
-from pallas_kernels._call import call, load, store
+from pallas_kernels._call import call, load, store_masked
 from pallas_kernels.plans import choose_plan
 from pallas_kernels.plans.norm_rope import NormRopePlan, norm_rope_plan
 from pallas_kernels.rounding import convert, float32_bits, quantize
-from pallas_kernels.targets import HOST, NVIDIA, Target, by_target
+from pallas_kernels.targets import NVIDIA, Target, by_target
 from pallas_kernels.tiles import power_of_two
 
 _TYPES = ("bfloat16", "float32", "float8_e4m3fn", "float8_e4m3fnuz")
@@ -96,11 +96,9 @@ class _Tile:
         return self.load(ref, self.token, self.part.start + self.head * self.part.width + column)
 
     def store(self, ref, values: Array) -> None:
+        """Writes the tile's values where they exist."""
         at = self.head * self.part.width + self.column
-        if self.exists is not None and self.target == HOST:
-            # Interpret mode writes old values back through masked lanes: point them past the array.
-            at = jnp.where(self.exists, at, ref.shape[1])
-        store(ref.at[self.token, at], values, mask=self.exists)
+        store_masked(ref, (self.token, at), values, self.exists, self.target)
 
 
 def _norm(tile: _Tile, x: Array, weight_ref: Any, bias_ref: Any, eps: float):
@@ -162,9 +160,7 @@ def _store(tile: _Tile, values: Array, out_refs: Sequence[Any], factor_ref: Any)
     if factor_ref is not None:
         # Heads that do not exist repeat the last one's: nothing of theirs is stored.
         scales = scales * load(factor_ref.at[token, jnp.minimum(head, part.heads - 1)])
-    # As above, in interpret mode.
-    at = head if mask is None or tile.target != HOST else jnp.where(exists, head, part.heads)
-    store(out_refs[1].at[token, at], scales, mask=mask)
+    store_masked(out_refs[1], (token, head), scales, mask, tile.target)
 
 
 def _kernel(*refs, parts: Sequence[Part], eps: float, plan: NormRopePlan, target: Target):

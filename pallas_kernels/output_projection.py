@@ -14,10 +14,10 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental import pallas as pl
 
-from pallas_kernels._call import call, load, store
+from pallas_kernels._call import call, load, store_masked
 from pallas_kernels.plans import choose_plan
 from pallas_kernels.plans.output_projection import LEAST, ProjectionPlan, projection_plan
-from pallas_kernels.targets import HOST, Target, by_target
+from pallas_kernels.targets import Target, by_target
 from pallas_kernels.tiles import power_of_two
 
 
@@ -98,12 +98,8 @@ def _kernel(x_ref, w_ref, cos_ref, sin_ref, out_ref, *, heads: int, width: int, 
     exists = (token < tokens)[:, None] & (column < columns)[None, :]
     if not tokens % plan.tokens and not columns % plan.columns:
         exists = None
-    at = pl.program_id(2) * columns + column[None, :]
-    if exists is not None and target == HOST:
-        # Interpret mode writes old values back through masked lanes: point them past the array.
-        at = jnp.where(exists, at, out_ref.shape[1])
-    rows, at = jnp.broadcast_arrays(here[:, None], at)
-    store(out_ref.at[rows, at], total.astype(out_ref.dtype), mask=exists)
+    rows, at = jnp.broadcast_arrays(here[:, None], pl.program_id(2) * columns + column[None, :])
+    store_masked(out_ref, (rows, at), total.astype(out_ref.dtype), exists, target)
 
 
 def rotated_projection(
