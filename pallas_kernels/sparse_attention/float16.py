@@ -86,7 +86,7 @@ def supports(q: Array, sources: Sequence[Source], value_dim: int) -> bool:
     return alike and even and tile <= MAX_WORDS and value_dim >= 4 * words
 
 
-# --- arithmetic ------------------------------------------------------------------------------------------------------
+# --- arithmetic
 def _split4(x: Array) -> list[Array]:
     """[A, W, 4] -> its four [A, W]; in registers, since the last axis lies within a lane."""
     even, odd = jnp.unstack(x.reshape(*x.shape[:2], 2, 2), axis=3)
@@ -100,7 +100,7 @@ def _join4(planes: Sequence[Array]) -> Array:
     return jnp.stack([even, odd], axis=-1).reshape(*planes[0].shape, 4)
 
 
-# --- pieces of the kernel --------------------------------------------------------------------------------------------
+# --- pieces of the kernel
 def _grid3(rows: Array, words: Array) -> tuple[Array, Array]:
     """Index arrays [R, W, 4] of rows and of the four columns of every word."""
     shape = (rows.shape[0], words.shape[0], 4)
@@ -256,7 +256,7 @@ def _store_results(out_refs, sink_ref, part: Part, state, s: Float16Specializati
         store_values(out_ref, part, columns, rope_sum * shares[1][:, None], inside, s)
 
 
-# --- launch ----------------------------------------------------------------------------------------------------------
+# --- launch
 def specialize(request: AttentionCall) -> tuple[list[Array], Float16Specialization]:
     """(arrays of all sources in argument order, what `kernel` is specialised for); `supports` must hold."""
     _, heads, dim = request.q.shape

@@ -91,7 +91,7 @@ def supports(q: Array, sources: Sequence[Source], value_dim: int) -> bool:
     return alike and even and exact and (rope == 0 or rope == power_of_two(rope) >= 16) and value_dim >= latent
 
 
-# --- pieces of the kernel --------------------------------------------------------------------------------------------
+# --- pieces of the kernel
 def _load_queries(q_ref, part: Part, s: Fp8Specialization):
     """(FP8 terms [2 * H, tile] of every tile, their unit [H], rope bfloat16 [H, rope] or None)."""
     i = jnp.arange(2 * s.plan.head_block, dtype=jnp.int32)
@@ -277,7 +277,7 @@ def _store_values(out_ref, part: Part, values: Sequence[Array], s: Fp8Specializa
         store_values(out_ref, part, columns, value, inside, s)
 
 
-# --- launch ----------------------------------------------------------------------------------------------------------
+# --- launch
 def launch(request: AttentionCall) -> tuple[Array, ...]:
     """(out[splits, T, H, value_dim], lse and perhaps units [splits, T, H]); `supports` must hold."""
     _, heads, dim = request.q.shape

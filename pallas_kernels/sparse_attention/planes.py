@@ -27,7 +27,7 @@ from pallas_kernels.targets import CDNA, Target
 from pallas_kernels.tiles import grid2, power_of_two
 
 
-# --- tiles -----------------------------------------------------------------------------------------------------------
+# --- tiles
 @dataclasses.dataclass(frozen=True)
 class Tile:
     """Columns of a key that are read together.
@@ -92,7 +92,7 @@ def layout(source: Source, plan: AttentionPlan) -> tuple[Tile, ...]:
     return tuple(tiles)
 
 
-# --- arithmetic on arrays --------------------------------------------------------------------------------------------
+# --- arithmetic on arrays
 def planes_of(words: Array, s: PlanesSpecialization) -> list[Array]:
     """uint32 [K, W] -> four arrays [K, W] in the compute dtype: FP8 values without their power of two (exact)."""
     raw = fp8_bits.decode_words(words, s.fp8, s.target)
@@ -110,7 +110,7 @@ def scores_of(queries, keys, factors) -> Array:
     return total
 
 
-# --- kernel ----------------------------------------------------------------------------------------------------------
+# --- kernel
 @dataclasses.dataclass(frozen=True)
 class PlanesSpecialization:
     """What the kernel is specialised for."""

@@ -38,13 +38,7 @@ from sparse_mla_jax.ops.attention import sparse_mla
 from sparse_mla_jax.ops.ragged import DenseRows, pack_rows
 from sparse_mla_jax.ops.window import ring_size, window_slots
 
-# --- top-k -----------------------------------------------------------------------------------------------------------
-
-
-# --- indexer ---------------------------------------------------------------------------------------------------------
-
-
-# --- sparse attention ------------------------------------------------------------------------------------------------
+# --- sparse attention
 # bfloat16 results, and weights that a kernel may round to bfloat16.
 ATTENTION_BOUND = 4e-3
 
@@ -194,7 +188,7 @@ def _two_sources_prefill(sizes: Mapping[str, int], flavour: str, query: str) -> 
     return _two_sources(sizes, flavour, slots=slots, lengths=lengths, rows=rows, read=read)
 
 
-# --- the list --------------------------------------------------------------------------------------------------------
+# --- the list
 # batch, heads, selected: reach and floor.
 _DECODE = {
     (1, 16, 2048): (9.0, 14.0),

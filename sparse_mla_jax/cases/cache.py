@@ -34,7 +34,7 @@ from sparse_mla_jax.cases.inputs import (
 from sparse_mla_jax.ops import cache as cache_ops
 
 
-# --- cache writes ----------------------------------------------------------------------------------------------------
+# --- cache writes
 def _write(sizes: Mapping[str, int], flavour: str, query: str, *, layout: str) -> Work:
     """`write_token` of the tokens of one step into donated caches."""
     del query
@@ -74,7 +74,7 @@ def _write(sizes: Mapping[str, int], flavour: str, query: str, *, layout: str) -
     return Work(fn, each, size, 0, error, 4e-2, state=state)
 
 
-# --- the list --------------------------------------------------------------------------------------------------------
+# --- the list
 def cache_cases() -> Iterator[Case]:
     """The tokens of a decode step into both caches; the entries that they close."""
     for layout in LAYOUTS:

@@ -8,12 +8,12 @@ from __future__ import annotations
 from sparse_mla_jax._check import require
 from sparse_mla_jax.cases import (
     attention,
+    attention_layers,
     cache,
     compressor,
     hyper_connections,
     indexer,
     projections,
-    steps,
     topk,
 )
 from sparse_mla_jax.cases.case import Case, KernelCase, Work
@@ -28,7 +28,7 @@ CASES = (
     *cache.cache_cases(),
     *projections.projection_cases(),
     *hyper_connections.streams_cases(),
-    *steps.step_cases(),
+    *attention_layers.step_cases(),
 )
 
 KERNEL_CASES = (

@@ -65,10 +65,7 @@ def _worst(got: Any, want: Any, allowed: tuple[float, ...]) -> float:
     return max(relative(a, b) / most for a, b, most in zip(got, want, allowed))
 
 
-# --- hyper-connections -----------------------------------------------------------------------------------------------
-
-
-# --- output projection -----------------------------------------------------------------------------------------------
+# --- output projection
 def _rotated(sizes: Mapping[str, int], flavour: str, query: str) -> Work:
     """Attention's result turned back and through the matrices of its groups, which no call finds in a cache."""
     del flavour, query
@@ -96,7 +93,7 @@ def _rotated(sizes: Mapping[str, int], flavour: str, query: str) -> Work:
     return _work(fn, each, 2 * tokens * groups * inner * rank, error, ROUNDED)
 
 
-# --- norms and rotations ---------------------------------------------------------------------------------------------
+# --- norms and rotations
 def _v4_parts(form: str, heads: int, vector: Callable[[int], Array]) -> tuple[Part, ...]:
     """DeepSeek-V4's parts as its layer finishes them.
 
@@ -160,7 +157,7 @@ def _finished(sizes: Mapping[str, int], flavour: str, query: str, *, model: str,
     return _work(fn, each, 0, error, 1.0)
 
 
-# --- the list --------------------------------------------------------------------------------------------------------
+# --- the list
 # A decode step of a few requests, and the prefill of a chunk.
 _DECODE, _PREFILL = (32, 128), 4096
 

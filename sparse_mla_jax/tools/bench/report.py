@@ -90,7 +90,7 @@ def _note(row: dict[str, Any]) -> str:
     return text if len(text) <= 110 else f"{text[:110]}..."
 
 
-# --- text ------------------------------------------------------------------------------------------------------------
+# --- text
 def ratios(document: dict[str, Any], old: dict[str, Any]) -> dict[tuple[str, str, str], float]:
     """New time over old time of the rows that both have, where their sizes agree."""
     before = {key(row): row for row in old["results"]}
@@ -183,7 +183,7 @@ def report(document: dict[str, Any], old: dict[str, Any] | None = None) -> str:
     return "\n\n".join(parts)
 
 
-# --- the README's table ----------------------------------------------------------------------------------------------
+# --- the README's table
 def markdown(document: dict[str, Any], *, area: str | None = None, text: str | None = None) -> str:
     """A markdown table of the rows that were timed.
 
@@ -211,7 +211,7 @@ def markdown(document: dict[str, Any], *, area: str | None = None, text: str | N
     return "\n".join([f"{heading(document)}.", "", *lines])
 
 
-# --- a picture -------------------------------------------------------------------------------------------------------
+# --- a picture
 def check_plot(path: str) -> None:
     """Refuses a picture that can not be written: no matplotlib, or a name that it does not know how to write."""
     require(

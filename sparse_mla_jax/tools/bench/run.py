@@ -91,7 +91,7 @@ class Settings:
         return method() == CUPTI and not self.shrink
 
 
-# --- one case --------------------------------------------------------------------------------------------------------
+# --- one case
 class NotSupported(Exception):
     """The library refuses the case, with its reason."""
 
@@ -226,7 +226,7 @@ def verdict(us: float, reach: float | None, floor: float | None) -> str:
     return "FAIL" if reach is not None or floor is not None else ""
 
 
-# --- peers -----------------------------------------------------------------------------------------------------------
+# --- peers
 def _peers(
     case: Case, work: Work, sets: list[tuple[Any, ...]], shapes: tuple[Any, ...], donated: int, settings: Settings
 ) -> dict[str, float | str]:
@@ -287,7 +287,7 @@ def torch_topk(rows: int, columns: int, k: int, *, calls: int) -> float | str:
     return statistics.median(times)
 
 
-# --- the run ---------------------------------------------------------------------------------------------------------
+# --- the run
 def relate(rows: Sequence[dict[str, Any]]) -> None:
     """Adds to each row what depends on others: `relation` to another case, `parts_us` of cases that do the same."""
 
