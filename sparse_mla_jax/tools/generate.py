@@ -59,7 +59,8 @@ def run(arguments: argparse.Namespace) -> int:
     import codecs
 
     from sparse_mla_jax.models.checkpoint import load_checkpoint
-    from sparse_mla_jax.serving.engine import Engine, check_request
+    from sparse_mla_jax.serving.engine import Engine
+    from sparse_mla_jax.serving.requests import check_request
     from sparse_mla_jax.tools.info import check_backend
 
     stop = [os.fsencode(text) for text in arguments.stop]

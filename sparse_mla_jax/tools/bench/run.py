@@ -11,7 +11,6 @@ import functools
 import json
 import math
 import re
-import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -36,6 +35,7 @@ from sparse_mla_jax.tools.bench.device_timing import (
     time_calls,
     wall_time,
 )
+from sparse_mla_jax.tools.bench.peers import torch_topk
 from sparse_mla_jax.tools.options import check_writable
 
 FLAVOURS = (*FP8, "bfloat16")
@@ -260,31 +260,6 @@ def _peers(
             # A peer that fails is no failure of ours.
             times[name] = _one_line(error)
     return times
-
-
-def torch_topk(rows: int, columns: int, k: int, *, calls: int) -> float | str:
-    """Median microseconds of torch.topk on random float32 scores by CUDA events, after one warm call.
-
-    Raises:
-      ModuleNotFoundError: torch is not installed.
-    """
-    import torch  # type: ignore[import-not-found, unused-ignore]
-
-    if not torch.cuda.is_available():
-        return "torch has no CUDA"
-    scores = [torch.randn(rows, columns, device="cuda") for _ in range(2)]
-    torch.topk(scores[0], k, dim=1)
-    times = []
-    for call in range(calls):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        torch.topk(scores[(call + 1) % 2], k, dim=1)
-        end.record()
-        torch.cuda.synchronize()
-        times.append(1e3 * start.elapsed_time(end))
-    del scores
-    torch.cuda.empty_cache()
-    return statistics.median(times)
 
 
 # --- the run
