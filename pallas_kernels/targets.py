@@ -138,7 +138,7 @@ def target_of(device: Any) -> Target:
     kind = str(device.device_kind)
     # A real device tells its architecture ("gfx942:sramecc+:xnack-", "9.0"), an abstract one its kind alone.
     architecture = str(getattr(device, "compute_capability", "") or "")
-    if gfx := re.search(r"gfx[0-9a-f]+", f"{architecture} {kind}"):
+    if gfx := re.search(r"gfx[0-9a-f]+\b", f"{architecture} {kind}"):
         found = next((t for t in CDNA if t.name == gfx[0]), None)
     elif amd := next((t for name, t in _AMD_PRODUCTS.items() if name in kind), None):
         found = amd

@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import jax
-
+from pallas_kernels.targets import traced_gpu
 from sparse_mla_jax._check import IMPLEMENTATIONS
 
 
 def preferred() -> tuple[str, ...]:
-    """The order in which `implementation=None` tries, for the backend that jit will compile for."""
-    return ("triton", "xla") if jax.default_backend() in ("gpu", "cuda", "rocm") else ("xla",)
+    """The order in which `implementation=None` tries, for the device that is traced for."""
+    return ("xla",) if traced_gpu() is None else ("triton", "xla")
 
 
 def check_implementation(implementation: str | None) -> None:
