@@ -133,7 +133,7 @@ def estimate_threshold(row: Row) -> Array:
             maxima = (*maxima[:at], jnp.where(x > maxima[at], x, maxima[at]), *maxima[at + 1 :])
         return maxima
 
-    # groups / step x [step]
+    # groups / step arrays [step]
     lowest = (jnp.full((s.step,), -jnp.inf, jnp.float32),) * (s.plan.groups // s.step)
     maxima = map_tiles(monotone_keys, row.fold_blocks(update_maxima, lowest, s.plan.unroll))
     # A threshold that some more reach is as good, and found in fewer steps.
@@ -161,8 +161,7 @@ def write_largest(row: Row, out_ref: Any, keys: Tile, columns: Tile) -> None:
 def select_in_registers(row: Row, out_ref: Any) -> None:
     """Writes the top k columns of a row of one block; out_ref: int32 [R, k]."""
     plan, bounds = row.s.plan, row.bounds
-    # [block]
-    (scores,) = lax.cond(
+    (scores,) = lax.cond(  # [block]
         (bounds.start == 0) & (bounds.end >= plan.block),
         lambda: row.read(0, masked=False, width=plan.block),
         lambda: row.read(0, masked=True, width=plan.block),
@@ -202,14 +201,12 @@ def select_listed(row: Row, list_ref: Any, out_ref: Any, found: Array) -> None:
     plan = row.s.plan
     barrier(row.s.target)
     ranks = jnp.arange(plan.groups, dtype=jnp.int32)
-    # [groups]
-    columns = load(list_ref.at[row.index, ranks], mask=ranks < found, other=0)
+    columns = load(list_ref.at[row.index, ranks], mask=ranks < found, other=0)  # [groups]
 
     def read_keys(rank, column):
-        # [lanes]
         return jnp.where(
             rank < found,
-            monotone_keys(load(row.scores_ref.at[row.index, column], mask=rank < found, other=0.0)),
+            monotone_keys(load(row.scores_ref.at[row.index, column], mask=rank < found, other=0.0)),  # [lanes]
             OUTSIDE,
         )
 

@@ -312,11 +312,9 @@ class Marks:
             found, tied = carry
             base = first + i * (plan.lanes * width)
             at = base + jnp.arange(plan.lanes * width, dtype=jnp.int32)
-            # width x [lanes]
-            marks = load(self.ref.at[self.row.index, at], mask=at < stop, other=0).astype(jnp.int32)
-            marks = split_lanes(marks, width)
-            # width / 8 x [lanes]
-            sure = pack_words(marks, 0)
+            marks = load(self.ref.at[self.row.index, at], mask=at < stop, other=0)  # [width * lanes]
+            marks = split_lanes(marks.astype(jnp.int32), width)
+            sure = pack_words(marks, 0)  # width / 8 arrays [lanes]
             ties = [jnp.zeros_like(word) for word in sure] if max_ties is None else pack_words(marks, NEIGHBOURS)
             counts = [lax.population_count(word) for word in sure]
             rank = sum_before(add_all(counts)) + found
@@ -330,7 +328,6 @@ class Marks:
                 counts = [a + b for a, b in zip(counts, more)]
             rounds = jnp.where(found <= room, max_tile(counts), 0)
             for j, words in enumerate(zip(sure, ties)):
-                # 4 x [lanes]
                 state = MarkedColumns(*words, rank, seen)
                 body = functools.partial(_take_lowest, take, max_ties, functools.partial(self._locate, base, j))
                 *_, rank, seen = lax.fori_loop(jnp.int32(0), rounds, body, state)
