@@ -167,10 +167,12 @@ class KeyBlocks:
     def load_page(self, i: Array | int) -> Array:
         """Page of block i, or of each of its columns [K]; blocks past the last one read the last one's."""
         s, page_ref, block = self.s, self.refs.others[0], self.s.plan.key_block
+        # A Python integer is int64 to `div` under jax_enable_x64.
+        page_size = jnp.int32(s.page_size)
         low = jnp.minimum(self.first + i, -(-s.columns // block) - 1) * block
         if s.page_size % block == 0:
-            return page_ref[self.request, jax.lax.div(low, s.page_size)]
-        number = jax.lax.div(jnp.minimum(low + self.lane, s.columns - 1), s.page_size)  # [K]
+            return page_ref[self.request, jax.lax.div(low, page_size)]
+        number = jax.lax.div(jnp.minimum(low + self.lane, s.columns - 1), page_size)  # [K]
         return load(page_ref.at[jnp.full_like(number, self.request), number])
 
     def find_slots(self, i: Array | int, page: Array) -> tuple[Array, Array]:
@@ -178,7 +180,7 @@ class KeyBlocks:
         s = self.s
         low = (self.first + i) * s.plan.key_block
         exists = (page >= 0) & (page < s.num_slots // s.page_size)
-        offset = jax.lax.rem(low if page.ndim == 0 else low + self.lane, s.page_size)
+        offset = jax.lax.rem(low if page.ndim == 0 else low + self.lane, jnp.int32(s.page_size))
         return jnp.where(exists, page * s.page_size, 0) + offset, exists
 
     def load_keys(self, slot: Array) -> Array:
