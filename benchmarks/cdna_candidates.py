@@ -35,9 +35,9 @@ ATTENTION = [
 ]
 # Case: (module, its plan function, changes to the shipped plan).
 CANDIDATES = {
-    "sparse_mla": ("sparse_attention", "attention_plan", ATTENTION),
-    "sparse_mla_v4": ("sparse_attention", "attention_plan", ATTENTION),
-    "sparse_mla_v4_window": ("sparse_attention", "attention_plan", ATTENTION[:7]),
+    "sparse_mla": ("sparse_attention.launch", "attention_plan", ATTENTION),
+    "sparse_mla_v4": ("sparse_attention.launch", "attention_plan", ATTENTION),
+    "sparse_mla_v4_window": ("sparse_attention.launch", "attention_plan", ATTENTION[:7]),
     "indexer": (
         "indexer_logits",
         "indexer_plan",

@@ -26,9 +26,10 @@ import jax
 import matplotlib.pyplot as plt
 import numpy as np
 
-from pallas_kernels import cdna, sparse_attention
+from pallas_kernels import cdna
 from pallas_kernels.cdna import cost, lowering
 from pallas_kernels.cdna.program import ARCHITECTURES, PRODUCT
+from pallas_kernels.sparse_attention import launch
 from sparse_mla_jax import kernel_cases
 
 # The ROCm plugin reports that this machine has no AMD GPU.
@@ -135,13 +136,13 @@ for arch in ARCHITECTURES:
 # Waves of one program repeat index arithmetic and scores. Fewer waves execute less, until registers run out.
 
 # %%
-shipped = sparse_attention.attention_plan
+shipped = launch.attention_plan
 rows = []
 for waves in (1, 2, 4):
-    sparse_attention.attention_plan = lambda waves=waves, **key: dataclasses.replace(shipped(**key), num_warps=waves)
+    launch.attention_plan = lambda waves=waves, **key: dataclasses.replace(shipped(**key), num_warps=waves)
     launch, error = executed("gfx942")
     rows.append((waves, launch.counts.total, launch.kernel.resources.vgprs, launch.kernel.resources.vgpr_spills))
     assert error <= problem.bound
-sparse_attention.attention_plan = shipped
+launch.attention_plan = shipped
 for waves, total, vgprs, spills in rows:
     print(f"{waves} waves: {total} wave-instructions, {vgprs} VGPRs, {spills} spilled")

@@ -16,9 +16,10 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 
 from pallas_kernels._call import call, load
-from pallas_kernels.cache_write import Grid, Part, dispatch_division, encode
+from pallas_kernels.cache_parts import Grid, Part, encode
 from pallas_kernels.online_softmax import LOG2E, NONE
 from pallas_kernels.plans.compress import CompressPlan, compress_plan
+from pallas_kernels.targets import dispatch_division
 
 
 class _Window:

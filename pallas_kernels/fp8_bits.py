@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from pallas_kernels._call import assembly
+from pallas_kernels._primitives import assembly
 
 # Powers of two that turn the float16 reading of the bits into the value: 2 ** (15 - bias of the flavour).
 _POWER = {"float8_e4m3fn": 2.0**8, "float8_e4m3fnuz": 2.0**7}

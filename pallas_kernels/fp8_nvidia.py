@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from pallas_kernels._call import HOST, assembly
+from pallas_kernels._primitives import assembly
+from pallas_kernels.targets import HOST
 
 NATIVE = jnp.dtype(jnp.float8_e4m3fn)
 

@@ -17,9 +17,10 @@ import numpy as np
 from jax import Array, lax
 from jax.experimental import pallas as pl
 
-from pallas_kernels._call import call, dispatch, load, store
-from pallas_kernels.plans.attention import power_of_two
+from pallas_kernels._call import call, load, store
 from pallas_kernels.plans.hyper_connections import HyperConnectionPlan, hyper_connection_plan
+from pallas_kernels.targets import dispatch
+from pallas_kernels.tiles import power_of_two
 
 _TYPES = ("bfloat16", "float32")
 _LOWEST = float(np.finfo(np.float32).min)

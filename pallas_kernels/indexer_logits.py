@@ -21,7 +21,7 @@ from jax import Array
 from jax.experimental import pallas as pl
 
 from pallas_kernels import fp8_nvidia
-from pallas_kernels._call import CDNA, call, dispatch, load
+from pallas_kernels._call import call, load
 from pallas_kernels.fp8_nvidia import NATIVE
 from pallas_kernels.indexer_tiles import (
     IndexerRefs,
@@ -33,6 +33,7 @@ from pallas_kernels.indexer_tiles import (
     store_rows,
 )
 from pallas_kernels.plans.indexer import IndexerPlan, indexer_plan
+from pallas_kernels.targets import CDNA, dispatch
 
 
 # --- contiguous keys

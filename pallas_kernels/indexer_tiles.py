@@ -15,11 +15,12 @@ import jax.numpy as jnp
 from jax import Array
 
 from pallas_kernels import fp8_bits, fp8_nvidia
-from pallas_kernels._call import CDNA, HOST, dot_fp8, load, store
-from pallas_kernels.attention_source import grid2
+from pallas_kernels._call import load, store
+from pallas_kernels._primitives import dot_fp8
 from pallas_kernels.fp8_nvidia import NATIVE
-from pallas_kernels.plans.attention import power_of_two
 from pallas_kernels.plans.indexer import IndexerPlan
+from pallas_kernels.targets import CDNA, HOST
+from pallas_kernels.tiles import grid2, power_of_two
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,10 +16,11 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental import pallas as pl
 
-from pallas_kernels._call import call, dispatch, load, store
-from pallas_kernels.cache_write import convert, float32_bits, quantize
-from pallas_kernels.plans.attention import power_of_two
+from pallas_kernels._call import call, load, store
 from pallas_kernels.plans.norm_rope import NormRopePlan, norm_rope_plan
+from pallas_kernels.rounding import convert, float32_bits, quantize
+from pallas_kernels.targets import dispatch
+from pallas_kernels.tiles import power_of_two
 
 _TYPES = ("bfloat16", "float32", "float8_e4m3fn", "float8_e4m3fnuz")
 

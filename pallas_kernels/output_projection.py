@@ -14,9 +14,10 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental import pallas as pl
 
-from pallas_kernels._call import call, dispatch, load, store
-from pallas_kernels.plans.attention import power_of_two
+from pallas_kernels._call import call, load, store
 from pallas_kernels.plans.output_projection import LEAST, ProjectionPlan, projection_plan
+from pallas_kernels.targets import dispatch
+from pallas_kernels.tiles import power_of_two
 
 
 def _masked(ref, rows: Array, columns: Array, inside: Array | None) -> Array:

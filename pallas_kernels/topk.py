@@ -22,8 +22,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from pallas_kernels._call import barrier, call, dispatch, load
+from pallas_kernels._call import barrier, call, load
 from pallas_kernels.plans.topk import TopKPlan, topk_plan
+from pallas_kernels.targets import dispatch
 from pallas_kernels.topk_row import (
     INFINITY,
     NEIGHBOURS,

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pallas_kernels import sparse_attention
-from pallas_kernels.attention_source import blocks_of_part
 from pallas_kernels.plans.attention import AttentionPlan, attention_plan
+from pallas_kernels.sparse_attention.rows import blocks_of_part
 from sparse_mla_jax.ops import attention
 from sparse_mla_jax.ops.attention import apply_sinks, merge, sparse_mla
 from sparse_mla_jax.ops.cache import PagedKVCache
@@ -502,8 +502,8 @@ def test_forms_for_nvidia(form, kind, scale_dtype, splits, shares, half_parts, v
     q = jnp.asarray(rng.standard_normal((5, 6, 80)) * np.exp2(np.arange(-3, 3))[None, :, None], jnp.bfloat16)
     sinks = jnp.linspace(-2.0, 2.0, 6)
     plan = AttentionPlan(**{form: True}, key_block=32, splits=splits, shares=shares, half_parts=half_parts)
-    assert sparse_attention.sparse_attention_float16.serves(q, sources, value_dim)
-    assert sparse_attention.sparse_attention_fp8.serves(q, sources, value_dim)
+    assert sparse_attention.float16.serves(q, sources, value_dim)
+    assert sparse_attention.fp8.serves(q, sources, value_dim)
     got = sparse_attention.sparse_attention(q, sources, sm_scale=SCALE, value_dim=value_dim, sinks=sinks, plan=plan)
     want = oracle(q, plain, value_dim, sinks)
     bound, lse_bound = FLOAT16_BOUND[scale_dtype]

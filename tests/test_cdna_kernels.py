@@ -18,7 +18,7 @@ import test_topk
 from cdna_support import require_cdna
 from jax.experimental import pallas as pl
 
-from pallas_kernels import _call, cdna
+from pallas_kernels import _call, cdna, targets
 from pallas_kernels.cdna import code_object, device_context
 from pallas_kernels.cdna.interpreter import control_flow
 from pallas_kernels.cdna.interpreter.assembly import parse
@@ -172,7 +172,7 @@ def test_division(compiled):
     def run(a, b):
         out = jax.ShapeDtypeStruct(a.shape, a.dtype)
         how = {"out_shape": out, "grid": (a.size // 64, 1, 1), "name": "divide", "num_warps": 1}
-        return _call.dispatch(lambda target, *x: _call.call(divide, *x, target=target, **how), a, b)
+        return targets.dispatch(lambda target, *x: _call.call(divide, *x, target=target, **how), a, b)
 
     test_cdna_interpreter_vector.assert_same(np.asarray(run(a, b)), a / b)
     check_resources(compiled)

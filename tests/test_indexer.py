@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pallas_kernels import cdna, indexer_logits
-from pallas_kernels._call import executor
-from pallas_kernels.plans.attention import power_of_two
 from pallas_kernels.plans.indexer import IndexerPlan, indexer_plan
+from pallas_kernels.targets import executor
+from pallas_kernels.tiles import power_of_two
 from sparse_mla_jax.ops import indexer
 from sparse_mla_jax.ops.cache import PagedIndexCache
 from sparse_mla_jax.ops.indexer import indexer_scores, lightning_indexer, paged_indexer_scores

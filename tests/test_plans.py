@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import cache_write, hyper_connections, indexer_logits, output_projection, sparse_attention, topk
+from pallas_kernels import cache_write, hyper_connections, indexer_logits, output_projection, topk
 from pallas_kernels import compress as compress_kernel
 from pallas_kernels import norm_rope as norm_rope_kernel
 from pallas_kernels.plans.attention import AttentionPlan, attention_plan
@@ -18,6 +18,7 @@ from pallas_kernels.plans.indexer import IndexerPlan, indexer_plan
 from pallas_kernels.plans.norm_rope import NormRopePlan, norm_rope_plan
 from pallas_kernels.plans.output_projection import ProjectionPlan, projection_plan
 from pallas_kernels.plans.topk import TopKPlan, topk_plan
+from pallas_kernels.sparse_attention import launch
 from sparse_mla_jax.metadata import build_metadata
 from sparse_mla_jax.ops.attention import sparse_mla
 from sparse_mla_jax.ops.cache import PagedIndexCache, PagedKVCache, write, write_index, write_token
@@ -136,7 +137,7 @@ def project(**given):
 
 # Of each operator the kernel's module, its heuristic, another plan, and whether that keeps the order of arithmetic.
 OPERATORS = {
-    "sparse_mla": (attend, sparse_attention, "attention_plan", AttentionPlan(splits=3, key_block=32), False),
+    "sparse_mla": (attend, launch, "attention_plan", AttentionPlan(splits=3, key_block=32), False),
     "indexer": (contiguous, indexer_logits, "indexer_plan", IndexerPlan(key_block=32, head_block=16), False),
     "paged": (paged, indexer_logits, "indexer_plan", IndexerPlan(key_block=16, head_block=16), False),
     "top_k": (select, topk, "topk_plan", TopKPlan(block=512, num_warps=2, groups=256, run=32), True),

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from pallas_kernels import topk
-from pallas_kernels._call import HOST, call
+from pallas_kernels._call import call
 from pallas_kernels.plans.topk import TopKPlan
+from pallas_kernels.targets import HOST
 from pallas_kernels.topk_row import Marks, Row, TopKSpecialization, map_tiles, store_masked
 
 COLUMNS, K = 200, 9

@@ -5,12 +5,9 @@ from __future__ import annotations
 import dataclasses
 import functools
 
-from pallas_kernels._call import CDNA
+from pallas_kernels.targets import CDNA, SIMDS, TARGET_PROGRAMS
+from pallas_kernels.tiles import power_of_two
 
-# Programs that keep the machines at hand busy (132 to 304 compute units); more splits only add merging.
-TARGET_PROGRAMS = 256
-# Waves of attention that the machines hold, one on each SIMD.
-SIMDS = {"gfx942": 304 * 4, "gfx950": 256 * 4}
 # A split shorter than this costs more in merging than it hides.
 MIN_SPLIT_KEYS = 256
 
@@ -33,8 +30,8 @@ class AttentionPlan:
       anchored: keys that are not there repeat one that is, so that no key passes through a select.
       fenced: all of a step's keys are asked for before the first is used, on CDNA, where the compiler would save
         registers by a wait for memory at every tile.
-      float16: FP8 keys become scaled float16 (sparse_attention_float16), where that form takes the call.
-      native: FP8 keys are multiplied by FP8 queries (sparse_attention_fp8), where that form takes the call.
+      float16: FP8 keys become scaled float16 (sparse_attention.float16), where that form takes the call.
+      native: FP8 keys are multiplied by FP8 queries (sparse_attention.fp8), where that form takes the call.
       half_parts: these two forms hand on parts of a row as float16 in units of their own, not as float32.
     """
 
@@ -62,11 +59,6 @@ class AttentionPlan:
                 f"AttentionPlan has splits {self.splits}, shares {self.shares} and half_parts {self.half_parts};"
                 " expected splits of at least 1, and shares of more than 0 or half_parts only with more than one."
             )
-
-
-def power_of_two(n: int) -> int:
-    """The smallest power of two that is at least `n`."""
-    return 1 << max(0, n - 1).bit_length()
 
 
 @functools.lru_cache(maxsize=1024)

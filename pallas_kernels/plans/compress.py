@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 
-from pallas_kernels._call import CDNA
-from pallas_kernels.plans.attention import power_of_two
+from pallas_kernels.targets import CDNA
+from pallas_kernels.tiles import power_of_two
 
 
 @dataclasses.dataclass(frozen=True)

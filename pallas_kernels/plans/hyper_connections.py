@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 
-from pallas_kernels._call import CDNA
-from pallas_kernels.plans.attention import TARGET_PROGRAMS, power_of_two
+from pallas_kernels.targets import CDNA, TARGET_PROGRAMS
+from pallas_kernels.tiles import power_of_two
 
 # Values of one stream that a lane holds: two 16-byte loads of bfloat16. All of a row is in flight with any number of
 # waves, and every one of them repeats the mixing matrices.

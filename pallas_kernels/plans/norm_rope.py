@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 
-from pallas_kernels._call import CDNA
-from pallas_kernels.plans.attention import power_of_two
+from pallas_kernels.targets import CDNA
+from pallas_kernels.tiles import power_of_two
 
 # Values of a tile that a lane holds, unless 8 waves are too few: on CDNA more, reductions across waves cost so much.
 LANE_VALUES, CDNA_LANE_VALUES = 8, 32

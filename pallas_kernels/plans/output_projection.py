@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 
-from pallas_kernels.plans.attention import TARGET_PROGRAMS, power_of_two
+from pallas_kernels.targets import TARGET_PROGRAMS
+from pallas_kernels.tiles import power_of_two
 
 # Sides of a matrix instruction's operands.
 LEAST = 16

@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 
-from pallas_kernels._call import CDNA
-from pallas_kernels.plans.attention import power_of_two
+from pallas_kernels.targets import CDNA
+from pallas_kernels.tiles import power_of_two
 
 # Columns of a row that stays in registers, and those that a longer row is read by.
 REGISTER_BLOCK = 8192

@@ -19,7 +19,8 @@ import numpy as np
 from jax import Array, lax
 
 from pallas_kernels import cache_write as kernel
-from pallas_kernels.cache_write import Part
+from pallas_kernels import rounding
+from pallas_kernels.cache_parts import Part
 from pallas_kernels.plans.cache_write import CacheWritePlan
 from sparse_mla_jax import reference
 from sparse_mla_jax._check import require
@@ -454,7 +455,7 @@ def _xla_write(parts: list[Part], slots: Array) -> list[list[Array]]:
 def _stored(part: Part) -> list[Array]:
     """The rows of `part.arrays`."""
     if part.scales is None:
-        return [kernel.convert(part.rows, part.pages.dtype)]
+        return [rounding.convert(part.rows, part.pages.dtype)]
     scale_dtype = fp8.E8M0 if part.scales.dtype == jnp.uint8 else part.scales.dtype
     codes, scales = fp8.quantize_codes(
         part.rows, group_size=part.group_size, dtype=part.flavour, scale_dtype=scale_dtype

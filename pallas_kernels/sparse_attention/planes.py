@@ -3,37 +3,28 @@
 Keys are read where they lie: FP8 latents as 32-bit words of four values, decoded into four byte planes, one matrix
 product per plane (a plane is every fourth column, so the query is read with the same stride). Group scales are float32
 and multiply the scores and the probabilities, never the keys: FP8 values are exact in bfloat16, their products with a
-scale are not. On an NVIDIA GPU FP8 keys take other forms: see sparse_attention_fp8 and sparse_attention_float16.
+scale are not. On an NVIDIA GPU FP8 keys take other forms: see sparse_attention.fp8 and sparse_attention.float16.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
-from pallas_kernels import fp8_bits, sparse_attention_float16, sparse_attention_fp8
-from pallas_kernels._call import CDNA, dispatch, fence, hidden, load, load_from
-from pallas_kernels.attention_source import (
-    Part,
-    Source,
-    choose,
-    described,
-    finish_softmax,
-    grid2,
-    key_slots,
-    launch_rows,
-    some_keys,
-    store_values,
-    unpack,
-)
-from pallas_kernels.merge_splits import merge_splits
+from pallas_kernels import fp8_bits
+from pallas_kernels._call import load
+from pallas_kernels._primitives import fence, hidden, load_from
 from pallas_kernels.online_softmax import LOG2E, NONE, dot, softmax_step
-from pallas_kernels.plans.attention import AttentionPlan, attention_plan, power_of_two
+from pallas_kernels.plans.attention import AttentionPlan
+from pallas_kernels.sparse_attention.program import described, launch_rows, unpack
+from pallas_kernels.sparse_attention.results import finish_softmax, store_values
+from pallas_kernels.sparse_attention.rows import Part, Source, choose, key_slots, some_keys
+from pallas_kernels.targets import CDNA
+from pallas_kernels.tiles import grid2, power_of_two
 
 
 # --- tiles -----------------------------------------------------------------------------------------------------------
@@ -293,78 +284,9 @@ def _store_results(out_ref, lse_ref, sink_ref, part: Part, state, s: _Static):
 
 
 # --- launch ----------------------------------------------------------------------------------------------------------
-def _compute_dtype(q: Array, sources: Sequence[Source]):
-    """bfloat16 unless q or any unquantised key is float32."""
-    arrays = [q] + [a for s in sources for a in (s.rope, None if s.scale is not None else s.latent) if a is not None]
-    return jnp.dtype(jnp.float32 if any(a.dtype == jnp.float32 for a in arrays) else jnp.bfloat16)
 
 
-def sparse_attention(
-    q: Array,
-    sources: Sequence[Source],
-    *,
-    sm_scale: float,
-    value_dim: int,
-    sinks: Array | None = None,
-    plan: AttentionPlan | None = None,
-) -> tuple[Array, Array]:
-    """Runs the kernel: q[T, H, D] with T > 0 -> (out[T, H, value_dim], lse float32[T, H]); contract of ops.attention.
-
-    Raises:
-      NotImplementedError: sources of different layouts, FP8 groups not of whole words, types without a kernel.
-    """
-    tokens, heads = q.shape[:2]
-    sources = [s for s in sources if s.num_slots and math.prod(s.values.shape)]
-    if not sources:
-        return jnp.zeros((tokens, heads, value_dim), q.dtype), jnp.full((tokens, heads), -jnp.inf, jnp.float32)
-    return dispatch(
-        lambda target, q, sources, sinks: _launch(target, q, sources, sinks, sm_scale, value_dim, plan),
-        q,
-        sources,
-        sinks,
-    )
-
-
-def _launch(
-    target: str,
-    q: Array,
-    sources: Sequence[Source],
-    sinks: Array | None,
-    sm_scale: float,
-    value_dim: int,
-    plan: AttentionPlan | None,
-) -> tuple[Array, Array]:
-    """The kernel as it is for one target."""
-    tokens, heads = q.shape[:2]
-    compute = _compute_dtype(q, sources)
-    native = sparse_attention_fp8.serves(q, sources, value_dim)
-    if plan is None:
-        width = sum(s.width for s in sources)
-        fp8 = any(s.scale is not None for s in sources)
-        plan = attention_plan(
-            tokens=tokens,
-            heads=heads,
-            width=width,
-            itemsize=compute.itemsize,
-            fp8=fp8,
-            native=native,
-            key_bytes=2 * q.shape[-1] - 4 * sources[0].latent.shape[-1] if native else 0,
-            ragged=any(s.indptr is not None for s in sources),
-            target=target,
-        )
-    if plan.native and native:
-        parts = sparse_attention_fp8.launch(target, q, sources, sinks, sm_scale, value_dim, plan)
-    elif plan.float16 and sparse_attention_float16.serves(q, sources, value_dim):
-        parts = sparse_attention_float16.launch(target, q, sources, sinks, sm_scale, value_dim, plan)
-    else:
-        plan = dataclasses.replace(plan, half_parts=False)
-        parts = _launch_planes(target, q, sources, sinks, sm_scale, value_dim, plan, compute)
-    if plan.splits == 1:
-        return parts[0][0], parts[1][0]
-    return merge_splits(*parts, sinks=sinks, dtype=q.dtype, target=target, partial=plan.shares > 0)
-
-
-def _launch_planes(
+def launch(
     target: str,
     q: Array,
     sources: Sequence[Source],

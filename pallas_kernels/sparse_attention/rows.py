@@ -1,4 +1,4 @@
-"""What attention kernels share but arithmetic: sources of keys, a program's walk over a row's slots, the launch."""
+"""What rows name: sources of keys, the slots of a row, and which key blocks a program takes."""
 
 from __future__ import annotations
 
@@ -11,15 +11,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.experimental import pallas as pl
 
-from pallas_kernels import fp8_bits
-from pallas_kernels._call import call, load, load_from, store
-from pallas_kernels.online_softmax import LOG2E, sink_share
-from pallas_kernels.plans.attention import power_of_two
-
-# The largest value of a part lies in [2**14, 2**15) of its unit.
-HALF_EXPONENT = 14
+from pallas_kernels._call import load
+from pallas_kernels._primitives import load_from
+from pallas_kernels.tiles import power_of_two
 
 
 @functools.partial(
@@ -132,12 +127,6 @@ def key_slots(
     return number_of, slots_of
 
 
-def grid2(rows: Array, columns: Array) -> tuple[Array, Array]:
-    """Index arrays [R, C] of rows[R] and columns[C] (gathers want an index array on every axis)."""
-    shape = (rows.shape[0], columns.shape[0])
-    return jnp.broadcast_to(rows[:, None], shape), jnp.broadcast_to(columns[None, :], shape)
-
-
 def _some_key(slots_of: Callable[[Array], Array], first: Array, last: Array) -> Array:
     """A slot that exists among key blocks first..last-1 of a row, -1 if none does."""
     return jax.lax.while_loop(
@@ -160,16 +149,6 @@ def some_keys(slots_of: Callable[[Array], Array], part: Part) -> tuple[list[Arra
             last = jnp.where(present < 0, begin, last)
         found.append(jnp.maximum(present, 0))
     return found, first, last
-
-
-def unpack(refs: Sequence[Any], s: Any) -> tuple[Any, list[dict], Any, Any, Any, Any]:
-    """References of a launch: (queries, arrays of each source by name, sinks or None, out, lse, units or None)."""
-    at, sources = 1, []
-    for names in s.names:
-        sources.append(dict(zip(names, refs[at : at + len(names)])))
-        at += len(names)
-    sinks, outputs = refs[at : at + s.has_sinks], refs[at + s.has_sinks :]
-    return refs[0], sources, *(sinks or [None]), *outputs, *([] if s.plan.half_parts else [None])
 
 
 def _blocks(lengths: Sequence[Array], s: Any) -> list[Array]:
@@ -241,121 +220,9 @@ def part_of(place: Sequence[Array], sources: Sequence[dict], tokens: int, s: Any
     return Part(token, split, first_head, heads, blocks, *blocks_of_part(split, parts, total))
 
 
-def _program(kernel: Callable[..., None], *refs: Any, s: Any) -> None:
-    """`kernel` on the program's part. A program without keys only writes that it has none: its `out` is not read."""
-    _, sources, _, _, lse_ref, _ = unpack(refs, s)
-    part = part_of([pl.program_id(axis) for axis in range(3)], sources, lse_ref.shape[1], s)
-
-    def leave():
-        _store_by_head(lse_ref, part, jnp.full(part.heads.shape, -jnp.inf, jnp.float32), s)
-
-    if s.plan.shares:
-        jax.lax.cond(part.first < part.last, lambda: kernel(*refs, part=part, s=s), leave)
-    else:
-        kernel(*refs, part=part, s=s)
-
-
 def ranges(part: Part) -> list[tuple[Array, Array]]:
     """First and last block of a part in each source, counted through all sources."""
     ends = [part.first]
     for number in range(1, len(part.blocks)):
         ends.append(jnp.clip(functools.reduce(jnp.add, part.blocks[:number]), part.first, part.last))
     return list(zip(ends, [*ends[1:], part.last]))
-
-
-def stored_heads(part: Part, s: Any) -> tuple[Array, Array | None]:
-    """Where the heads [head_block] of a part are stored, and which of them exist (None: all).
-
-    Those that do not point past the array: interpret mode writes old values back through masked lanes.
-    """
-    if s.heads % s.plan.head_block == 0:
-        return part.heads, None
-    exists = part.heads < s.heads
-    return jnp.where(exists, part.heads, s.heads), exists
-
-
-def _store_by_head(ref: Any, part: Part, values: Array, s: Any) -> None:
-    heads, exists = stored_heads(part, s)
-    where = ref.at[jnp.full_like(heads, part.split), jnp.full_like(heads, part.token), heads]
-    store(where, values, mask=exists)
-
-
-def finish_softmax(lse_ref: Any, sink_ref: Any, part: Part, top: Array, total: Array, s: Any) -> Array:
-    """Stores the lse of an online softmax (base 2, by head); returns what its sums of values are multiplied by."""
-    some = total > 0
-    safe = jnp.where(some, total, 1.0)
-    lse = jnp.where(some, (top + jnp.log2(safe)) * (1 / LOG2E), -jnp.inf)
-    share = 1.0 / safe
-    if sink_ref is not None:
-        heads, exists = stored_heads(part, s)
-        if exists is None:
-            sinks = load(sink_ref.at[heads])
-        else:
-            sinks = load(sink_ref.at[jnp.where(exists, heads, 0)], mask=exists, other=0.0)
-        share = share * sink_share(lse, sinks)
-    _store_by_head(lse_ref, part, lse, s)
-    return share
-
-
-def to_units(unit_ref: Any, part: Part, largest: Array, s: Any) -> Array:
-    """Stores the unit [head_block] of a part's float16 values, a power of two; returns its inverse.
-
-    `largest` magnitudes of a head lie in [2**14, 2**15) of it; float16's 11 bits hold down to 2**-28 of that.
-    """
-    exponent = jnp.maximum(fp8_bits.exponent(largest) - HALF_EXPONENT, 1)
-    _store_by_head(unit_ref, part, fp8_bits.from_exponent(exponent), s)
-    return fp8_bits.from_exponent(254 - exponent)
-
-
-def store_values(out_ref: Any, part: Part, columns: Array, values: Array, inside: Array | None, s: Any) -> None:
-    """Stores values [head_block, *C] at `columns` [*C] of heads that exist, where `inside` [*C] (None: everywhere)."""
-    heads, exists = stored_heads(part, s)
-    rows = jnp.broadcast_to(jnp.expand_dims(heads, range(1, values.ndim)), values.shape)
-    where = out_ref.at[
-        jnp.full_like(rows, part.split),
-        jnp.full_like(rows, part.token),
-        rows,
-        jnp.broadcast_to(columns[None], values.shape),
-    ]
-    mask = None if inside is None else jnp.broadcast_to(inside[None], values.shape)
-    if exists is not None:
-        there = jnp.broadcast_to(jnp.expand_dims(exists, range(1, values.ndim)), values.shape)
-        mask = there if mask is None else mask & there
-    store(where, values.astype(out_ref.dtype), mask=mask)
-
-
-def described(sources: Sequence[Source]) -> tuple[list[Array], dict[str, Any]]:
-    """Arrays of all sources in argument order, and what a kernel is told of them: names, counts, widths."""
-    arrays = [kernel_arrays(s) for s in sources]
-    return [a for named in arrays for a in named.values()], dict(
-        names=tuple(tuple(a) for a in arrays),
-        counts=tuple(s.num_slots for s in sources),
-        widths=tuple(0 if s.indptr is not None else s.values.shape[1] for s in sources),
-    )
-
-
-def launch_rows(kernel: Callable[..., None], s: Any, q: Array, arrays: Sequence[Array], sinks: Array | None) -> Any:
-    """(out[splits, T, H, value_dim], lse[splits, T, H]) of `kernel` over the grid (T, head blocks, splits).
-
-    With `plan.half_parts`, `out` is float16 and units[splits, T, H] follow. With `plan.shares`, programs without keys
-    write `lse` alone.
-    """
-    tokens, heads = q.shape[:2]
-    plan = s.plan
-    dtype = q.dtype if plan.splits == 1 else jnp.float16 if plan.half_parts else jnp.float32
-    by_head = jax.ShapeDtypeStruct((plan.splits, tokens, heads), jnp.float32)
-    return call(
-        functools.partial(_program, kernel, s=s),
-        q,
-        *arrays,
-        *([sinks] if sinks is not None and s.has_sinks else []),
-        out_shape=(
-            jax.ShapeDtypeStruct((plan.splits, tokens, heads, s.value_dim), dtype),
-            *[by_head] * (2 if plan.half_parts else 1),
-        ),
-        grid=(tokens, -(-heads // plan.head_block), plan.splits),
-        name="sparse_mla",
-        num_warps=plan.num_warps,
-        num_stages=plan.num_stages,
-        target=s.target,
-    )

@@ -22,23 +22,16 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from pallas_kernels import fp8_bits, fp8_nvidia, sparse_attention_float16
-from pallas_kernels._call import MAX_ELEMENTS, dot_fp8, hidden, load, load_codes, load_from
-from pallas_kernels.attention_source import (
-    Part,
-    Source,
-    described,
-    finish_softmax,
-    grid2,
-    key_slots,
-    launch_rows,
-    part_of,
-    store_values,
-    to_units,
-    unpack,
-)
+from pallas_kernels import fp8_bits, fp8_nvidia
+from pallas_kernels._call import MAX_ELEMENTS, load
+from pallas_kernels._primitives import dot_fp8, hidden, load_codes, load_from
 from pallas_kernels.online_softmax import LOG2E, NONE, dot
-from pallas_kernels.plans.attention import AttentionPlan, power_of_two
+from pallas_kernels.plans.attention import AttentionPlan
+from pallas_kernels.sparse_attention import float16
+from pallas_kernels.sparse_attention.program import described, launch_rows, unpack
+from pallas_kernels.sparse_attention.results import finish_softmax, store_values, to_units
+from pallas_kernels.sparse_attention.rows import Part, Source, key_slots, part_of
+from pallas_kernels.tiles import grid2, power_of_two
 
 # The largest element of a head's query lies in [2**7, 2**8) of its unit.
 QUERY_EXPONENT = 7
@@ -93,7 +86,7 @@ def serves(q: Array, sources: Sequence[Source], value_dim: int) -> bool:
         for s in sources
     )
     even = group * first.scale.shape[-1] == latent and group == power_of_two(group) >= 32
-    exact = jnp.dtype(first.dtype) == fp8_nvidia.NATIVE or sparse_attention_float16.serves(q, sources, value_dim)
+    exact = jnp.dtype(first.dtype) == fp8_nvidia.NATIVE or float16.serves(q, sources, value_dim)
     return alike and even and exact and (rope == 0 or rope == power_of_two(rope) >= 16) and value_dim >= latent
 
 
@@ -254,7 +247,7 @@ def _start_again(*refs, part: Part, s: _Static):
     steps = s.plan.key_block // s.again.plan.key_block
     blocks = [steps * count for count in part.blocks]
     part = dataclasses.replace(part, blocks=blocks, first=steps * part.first, last=steps * part.last)
-    sparse_attention_float16.kernel(*refs, part=part, s=s.again)
+    float16.kernel(*refs, part=part, s=s.again)
 
 
 def _results(out_refs, sink_ref, part: Part, state, s: _Static) -> list[Array]:
@@ -300,7 +293,7 @@ def launch(
     if not plain:
         # Small steps: they take least from the registers of this form.
         finer = dataclasses.replace(plan, key_block=16)
-        _, again = sparse_attention_float16.specialised(target, q, sources, sinks, sm_scale, value_dim, finer)
+        _, again = float16.specialised(target, q, sources, sinks, sm_scale, value_dim, finer)
     static = _Static(
         heads=heads,
         value_dim=value_dim,

@@ -19,23 +19,13 @@ import jax.numpy as jnp
 from jax import Array
 
 from pallas_kernels import fp8_bits
-from pallas_kernels._call import load_from
-from pallas_kernels.attention_source import (
-    Part,
-    Source,
-    choose,
-    described,
-    finish_softmax,
-    grid2,
-    key_slots,
-    launch_rows,
-    some_keys,
-    store_values,
-    to_units,
-    unpack,
-)
+from pallas_kernels._primitives import load_from
 from pallas_kernels.online_softmax import LOG2E, NONE, dot
-from pallas_kernels.plans.attention import AttentionPlan, power_of_two
+from pallas_kernels.plans.attention import AttentionPlan
+from pallas_kernels.sparse_attention.program import described, launch_rows, unpack
+from pallas_kernels.sparse_attention.results import finish_softmax, store_values, to_units
+from pallas_kernels.sparse_attention.rows import Part, Source, choose, key_slots, some_keys
+from pallas_kernels.tiles import grid2, power_of_two
 
 # Widest tile of words: float16 planes of 32 keys then take 32 KiB of shared memory.
 MAX_WORDS = 128

@@ -10,10 +10,10 @@ import jax.numpy as jnp
 from jax import Array
 from jax.experimental import pallas as pl
 
-from pallas_kernels._call import CDNA, call, load, store
-from pallas_kernels.attention_source import grid2
+from pallas_kernels._call import call, load, store
 from pallas_kernels.online_softmax import sink_share
-from pallas_kernels.plans.attention import power_of_two
+from pallas_kernels.targets import CDNA
+from pallas_kernels.tiles import grid2, power_of_two
 
 # Values that a program reads at once.
 TILE = 4096
