@@ -248,7 +248,7 @@ def write_all(row: Row, out_ref: Any) -> None:
 
 # --- kernel and launch
 def _kernel(scores_ref, *refs, s: TopKSpecialization):
-    """Grid (R,): out[row, k] of scores[row, N]; refs: starts, lengths, out, marks, list, as far as there are any."""
+    """Grid (R,): out[row, k] of scores[row, N]; refs: starts and lengths if given, out, scratch."""
     given = s.has_starts + s.has_lengths
     bound_refs, (out_ref, *scratch) = refs[:given], refs[given:]
     row = Row.of_program(scores_ref, bound_refs, s)
@@ -279,7 +279,7 @@ def top_k(
     """
     rows, columns = scores.shape
     if max(columns, k) > MAX_COLUMNS:
-        raise NotImplementedError(f"{columns} columns and k {k}; the kernel serves at most {MAX_COLUMNS} of each")
+        raise NotImplementedError(f"{columns} columns and k {k}; the kernel supports at most {MAX_COLUMNS} of each")
 
     def launch(target, *arrays):
         chosen = plan or topk_plan(columns=columns, k=k, target=target)

@@ -50,12 +50,12 @@ def map_tiles(f: Callable, *tiles: Tile) -> Tile:
     return tuple(map(f, *tiles))
 
 
-def split_lanes(x: Array, parts: int) -> Tile:
-    """[lanes * parts] -> `parts` arrays [lanes]: a lane's neighbouring elements; `parts` is a power of two."""
-    if parts == 1:
+def split_lanes(x: Array, count: int) -> Tile:
+    """[lanes * count] -> `count` arrays [lanes]: a lane's neighbouring elements; `count` is a power of two."""
+    if count == 1:
         return (x,)
     even, odd = jnp.unstack(x.reshape(-1, 2), axis=-1)
-    return tuple(half for pair in zip(split_lanes(even, parts // 2), split_lanes(odd, parts // 2)) for half in pair)
+    return tuple(half for pair in zip(split_lanes(even, count // 2), split_lanes(odd, count // 2)) for half in pair)
 
 
 def add_all(arrays: Sequence[Array]) -> Array:
@@ -198,10 +198,10 @@ class Row:
 
         scores: a tile of arrays [step]. unroll: blocks that are read before the first of them is waited for.
         """
-        _, _, _, head, tail, inner, inner_stop, first_block, _ = self.bounds
+        head, tail, first_inner, stop = self.bounds.head, self.bounds.tail, self.bounds.inner, self.bounds.inner_stop
 
         def visit_edge(i, carry):
-            block = jnp.where(i == 0, first_block, inner_stop)
+            block = jnp.where(i == 0, self.bounds.first, stop)
             return body(carry, block, self.read(block, masked=True))
 
         def visit(n, first):
@@ -216,14 +216,14 @@ class Row:
             return advance
 
         # The head counts as an edge, and the tail if it is another block: an interval within one block is its head.
-        edges = (head == 0).astype(jnp.int32), 1 + ((tail != 0) & (inner <= inner_stop)).astype(jnp.int32)
+        edges = (head == 0).astype(jnp.int32), 1 + ((tail != 0) & (first_inner <= stop)).astype(jnp.int32)
         carry = lax.fori_loop(*edges, visit_edge, carry)
-        steps = jnp.maximum(inner_stop - inner, 0) // unroll
-        carry = lax.fori_loop(jnp.int32(0), steps, visit(unroll, inner), carry)
+        steps = jnp.maximum(stop - first_inner, 0) // unroll
+        carry = lax.fori_loop(jnp.int32(0), steps, visit(unroll, first_inner), carry)
         if unroll == 1:
             return carry
-        first = inner + steps * unroll
-        return lax.fori_loop(jnp.int32(0), inner_stop - first, visit(1, first), carry)
+        first = first_inner + steps * unroll
+        return lax.fori_loop(jnp.int32(0), stop - first, visit(1, first), carry)
 
     def to_keys(self, columns: Array, scores: Array) -> Array:
         """int32 keys of the scores of columns; OUTSIDE for those outside of the interval."""
