@@ -29,7 +29,7 @@ from sparse_mla_jax.layers.selection import IndexInputs, select_visible
 from sparse_mla_jax.metadata import StepMetadata
 from sparse_mla_jax.ops.attention import sparse_mla
 from sparse_mla_jax.ops.cache import PagedIndexCache, PagedKVCache, write
-from sparse_mla_jax.ops.compressor import CompressorState, compress, entry_pages, num_entries
+from sparse_mla_jax.ops.compressor import CompressorState, CompressorWeights, compress, entry_pages, num_entries
 from sparse_mla_jax.ops.indexer import lightning_indexer
 from sparse_mla_jax.ops.output_projection import rotated_projection
 from sparse_mla_jax.ops.ragged import DenseRows, slots_from_positions
@@ -220,24 +220,9 @@ def _compress(
 ) -> tuple[Any, CompressorState]:
     """`compress` of this step's tokens into a cache of entries or of index keys."""
     assert state is not None
-    meta = step.metadata
+    weights = CompressorWeights(params["position_bias"], params["norm"], step.frequencies, eps=step.config.rms_norm_eps)
     return compress(
-        cache,
-        state,
-        *inputs,
-        params["position_bias"],
-        params["norm"],
-        step.frequencies,
-        positions=meta.positions,
-        request_ids=meta.request_ids,
-        query_indptr=meta.query_indptr,
-        seq_lens=meta.seq_lens,
-        page_table=meta.page_table,
-        page_size=meta.page_size,
-        state_ids=state_ids,
-        ratio=step.ratio,
-        eps=step.config.rms_norm_eps,
-        implementation=step.implementation,
+        cache, state, *inputs, weights, step.metadata, state_ids=state_ids, implementation=step.implementation
     )
 
 
