@@ -178,6 +178,7 @@ def index_query(
     metadata: StepMetadata,
     *,
     config: DeepseekV32Config,
+    implementation: str | None = None,
     q_latent: Array | None = None,
     dtype: Any = None,
 ) -> IndexInputs:
@@ -187,13 +188,13 @@ def index_query(
       q_latent: [T, r_q], the query's low-rank form where it is known already.
       dtype: of the query: hidden's (None), or an FP8 type: quantised per token and head, its scales in the weights.
     """
-    known = _project_hidden(params, hidden, metadata, config, None)
+    known = _project_hidden(params, hidden, metadata, config, implementation)
     inputs = _project_q_latent(
         params,
         known.q_latent if q_latent is None else q_latent,
         metadata,
         config,
-        None,
+        implementation,
         index_dtype=hidden.dtype if dtype is None else dtype,
         index_weights=known.index_weights,
     ).index_inputs
@@ -217,8 +218,15 @@ def select_positions(
     """
     inputs = None
     if _needs_indexer(metadata, config):
-        dtype = _index_dtype(index_cache, hidden, config)
-        inputs = index_query(params, hidden, metadata, config=config, q_latent=q_latent, dtype=dtype)
+        inputs = index_query(
+            params,
+            hidden,
+            metadata,
+            config=config,
+            implementation=implementation,
+            q_latent=q_latent,
+            dtype=_index_dtype(index_cache, hidden, config),
+        )
     return _select(inputs, index_cache, metadata, config, implementation)
 
 
