@@ -232,7 +232,7 @@ def grouped_output(
 ) -> Array:
     """Attention's result back from its rotation and through the grouped low-rank projection: float32[T, D].
 
-    Values carry the rotation of their own positions, so the sum over them is turned back by the query's.
+    Values carry the rotation of their own positions, so the sum over them is rotated back by that of the query.
 
     Args:
       params: o_a_proj [g, H // g * d, r_o], o_b_proj [g * r_o, D].

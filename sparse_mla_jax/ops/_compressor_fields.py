@@ -61,7 +61,7 @@ class _EitherCall(Protocol):
 
 
 def accept_fields(compress: Callable[..., Any]) -> _EitherCall:
-    """`compress`, which takes besides its own arguments those of release 0.1: told apart by `positions=`."""
+    """`compress`, which takes besides its own arguments those of release 0.1: recognised by `positions=`."""
 
     @functools.wraps(compress)
     def call(cache: Any, state: Any, kv: Any, gate: Any, *args: Any, **kwargs: Any) -> Any:

@@ -115,7 +115,7 @@ def compress[Cache: (PagedKVCache, PagedIndexCache)](
       (cache, state) after.
 
     Raises:
-      ValueError: types or shapes other than these, or an implementation that does not serve the case.
+      ValueError: types or shapes other than these, or an implementation that does not support the case.
     """
     implementation = with_config(implementation, config, CompressPlan)
     check_implementation(implementation)
