@@ -150,14 +150,12 @@ def _widths(parts: Sequence[Part], dim: int) -> list[int]:
 def compress(
     parts: Sequence[Part],
     closings: Array,
-    kv: Array,
-    gate: Array,
-    state_kv: Array,
-    state_gate: Array,
+    tokens: tuple[Array, Array],
+    state: tuple[Array, Array],
     position_bias: Array,
     norm: Array,
-    turns: Array,
     *,
+    rotation: Array,
     eps: float,
     plan: CompressPlan | None = None,
 ) -> list[list[Array]]:
@@ -167,17 +165,18 @@ def compress(
       parts: what an entry [hd] is stored in, by columns; `Part.rows` is None.
       closings: int32 [M, 5]: row of the token that closes the window, first row of its request, number of the window,
         row of the state, slot of the entry (outside [0, slots): nothing is done). No two have one slot.
-      kv, gate: float32 [T, C].
-      state_kv, state_gate: float32 [N, S, C], the token at position p at p % S.
+      tokens: kv and gate, float32 [T, C].
+      state: kv and gate of earlier tokens, float32 [N, S, C], the token at position p at p % S.
       position_bias: float32 [m, C].
       norm: float32 [hd].
-      turns: float32 [M, 2, r / 2], cosines and sines for the last r values.
+      rotation: float32 [M, 2, r / 2], cosines and sines for the last r values.
       eps: of the RMSNorm.
       plan: None for the heuristic one.
 
     Raises:
       NotImplementedError: groups or widths that the kernel does not serve, or arrays of 2**31 elements and more.
     """
+    (kv, gate), (state_kv, state_gate), turns = tokens, state, rotation
     dim, rows, rotated = norm.shape[0], state_kv.shape[1], turns.shape[2] > 0
     for part in parts:
         if part.flavour is not None and part.group_size % 4:
