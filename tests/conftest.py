@@ -11,11 +11,9 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 import jax
 import pytest
 from cdna_support import require_cdna
+from support.fixtures import fixtures as fixtures
 
 from pallas_kernels import cdna
-
-FIXTURES = pathlib.Path(__file__).parent / "fixtures"
-
 
 # Every program that XLA:CPU compiles maps memory, and Linux gives a process 65530 mappings: at more than these, all
 # compiled programs are dropped between two tests.
@@ -47,9 +45,3 @@ def implementation(request):
     require_cdna("triton")
     with cdna.device(request.param):
         yield "triton"
-
-
-@pytest.fixture
-def fixtures():
-    """The folder of checkpoints and arrays that tests compare with."""
-    return FIXTURES

@@ -1,4 +1,4 @@
-"""models/checkpoint.py with published_v4: DeepSeek-V4's names, layout, quantised forms, and what is refused."""
+"""models/checkpoint.py with families.deepseek_v4: DeepSeek-V4's names, layout, quantised forms, and what is refused."""
 
 import dataclasses
 import json
@@ -11,7 +11,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from sparse_mla_jax.config import DEEPSEEK_V4_FLASH, DEEPSEEK_V4_PRO, DeepseekV4Config, RopeConfig, load_config
-from sparse_mla_jax.models import v4_params
+from sparse_mla_jax.models import params_v4
 from sparse_mla_jax.models.checkpoint import (
     config_to_json,
     dequantize_fp4,
@@ -143,7 +143,7 @@ def test_layout(tmp_path, tensors):
     """Each of our arrays from the published one, by its meaning."""
     config, params = load_checkpoint(write_folder(tmp_path / "model", tensors))
     assert config == CONFIG
-    specs = v4_params.param_specs(CONFIG)
+    specs = params_v4.param_specs(CONFIG)
     jax.tree.map(lambda spec, a: (a.shape, a.dtype) == (spec.shape, spec.dtype) or 1 / 0, specs, params)
     p, layer = "layers.1.attn.", params["layers"][1]
     attention = layer["self_attn"]
@@ -404,7 +404,7 @@ def test_fp4_rows_of_odd_width(tmp_path):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_round_trip(tmp_path, name, dtype):
     config = VARIANTS[name]
-    params = v4_params.init_params(jax.random.key(1), config, dtype)
+    params = params_v4.init_params(jax.random.key(1), config, dtype)
     for target, shard_bytes in (("one", 10**9), ("many", 5000)):
         save_checkpoint(tmp_path / target, config, params, max_shard_bytes=shard_bytes)
         loaded, again = load_checkpoint(tmp_path / target, dtype=dtype)
@@ -450,7 +450,7 @@ def test_a_rotation_that_published_files_can_not_say(tmp_path):
 
 # --- random weights --------------------------------------------------------------------------------------------------
 def test_random_weights():
-    params = v4_params.init_params(jax.random.key(0), CONFIG)
+    params = params_v4.init_params(jax.random.key(0), CONFIG)
     table = np.sort(np.asarray(params["layers"][0]["mlp"]["gate"]["token_experts"]))
     assert table.dtype == np.int32 and table.min() >= 0 and table.max() < 5 and (np.diff(table) > 0).all()
     assert len(np.unique(table, axis=0)) > 1
@@ -463,7 +463,7 @@ def test_random_weights():
         layer["self_attn"]["compressor"]["position_bias"],
     ):
         assert (bias == 0).all()
-    wide = v4_params.init_params(jax.random.key(0), dataclasses.replace(CONFIG, hidden_size=400, q_lora_rank=300))
+    wide = params_v4.init_params(jax.random.key(0), dataclasses.replace(CONFIG, hidden_size=400, q_lora_rank=300))
     own = wide["layers"][1]
     assert np.std(own["self_attn"]["kv_proj"]) == pytest.approx(400**-0.5, rel=0.1)
     assert np.std(own["self_attn"]["q_b_proj"]) == pytest.approx(300**-0.5, rel=0.1)

@@ -115,7 +115,7 @@ def test_score_equals_one_prefill(capsys, model, ids, tmp_path, options):
 
 @pytest.mark.parametrize("options", [["--prompt-length", 0], [], ["--chunk", 23]], ids=["decode", "prefill", "chunks"])
 def test_score_equals_the_published_implementation(capsys, fixtures, tmp_path, options):
-    """The fixture's logits come from Hugging Face transformers in float32."""
+    """The fixture's logits come from Hugging Face transformers' code in float64."""
     folder = fixtures / "deepseek_v32_tiny"
     expected = np.load(folder / "expected.npz")
     np.save(tmp_path / "ids.npy", expected["input_ids"])

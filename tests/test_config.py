@@ -120,6 +120,11 @@ def test_v4_presets_are_the_published_files(fixtures):
     assert (pro.hidden_size, pro.num_attention_heads, pro.n_routed_experts, pro.index_topk) == (7168, 128, 384, 1024)
 
 
+def test_v4_as_transformers_saves_it(fixtures):
+    folder = fixtures / "deepseek_v4_tiny"
+    assert from_hf(folder / "hf_config.json") == from_hf(folder / "config.json")
+
+
 def test_v4_layers(fixtures):
     config = load_config(fixtures / "deepseek_v4_tiny")
     assert isinstance(config, DeepseekV4Config) and config.compress_ratios == (0, 4, 8, 4)

@@ -48,8 +48,8 @@ def run(config, params, ids, *, prompt, chunk=None, dtype=jnp.float32, implement
 
 
 @pytest.fixture(scope="module")
-def tiny(request):
-    folder = request.path.parent / "fixtures" / "deepseek_v32_tiny"
+def tiny(fixtures):
+    folder = fixtures / "deepseek_v32_tiny"
     config, params = load_checkpoint(folder)
     with np.load(folder / "expected.npz") as data:
         return config, params, data["input_ids"].astype(np.int32), data["logits"], int(data["prompt_length"])
@@ -319,6 +319,8 @@ def test_bad_arguments(small):
         model.forward(small, lens, caches[:1], meta, config=SMALL)
     with pytest.raises(ValueError, match="caches is empty"):
         model.decode(small, lens, (), lens, table, config=SMALL)
+    with pytest.raises(ValueError, match="page_size is 8; the caches have pages of 4 tokens"):
+        model.decode(small, lens, caches, lens, table, config=SMALL, page_size=8)
     with pytest.raises(ValueError, match="at least one token"):
         model.prefill(small, np.zeros(0, np.int32), caches, lens, lens, table, config=SMALL)
     with pytest.raises(ValueError, match="use one page_size"):

@@ -98,8 +98,8 @@ def run(config, params, ids, *, chunks, dtype=jnp.float32, implementation=None, 
 
 
 @pytest.fixture(scope="module")
-def tiny(request):
-    folder = request.path.parent / "fixtures" / "deepseek_v4_tiny"
+def tiny(fixtures):
+    folder = fixtures / "deepseek_v4_tiny"
     config, params = load_checkpoint(folder)
     with np.load(folder / "expected.npz") as data:
         return config, params, data["input_ids"].astype(np.int32), data["logits"], int(data["prompt_length"])
@@ -339,3 +339,20 @@ def test_refuses(odd, change, message):
 def test_page_size_must_fit_the_ratios():
     with pytest.raises(ValueError, match="page_size is 48"):
         model.create_caches(ODD, 8, 48, num_requests=2)
+
+
+def test_page_size_comes_from_the_caches(odd):
+    caches = model.create_caches(ODD, 8, 16, num_requests=2, dtype="float32")
+    inputs = np.zeros(2, np.int32), np.ones(2, np.int32), np.zeros((2, 8), np.int32)
+
+    def decode(caches, **options):
+        ids, lens, table = inputs
+        return jax.eval_shape(lambda c: model.decode(odd[0], ids, c, lens, table, config=ODD, **options), caches)
+
+    assert decode(caches) == decode(caches, page_size=16)
+    with pytest.raises(ValueError, match="page_size is 32; the caches have pages of 16 tokens"):
+        decode(caches, page_size=32)
+    unnamed = tuple(dataclasses.replace(layer, page_size=None) for layer in caches)
+    assert decode(unnamed, page_size=16)[0] == decode(caches)[0]
+    with pytest.raises(ValueError, match="page_size is None"):
+        decode(unnamed)

@@ -8,6 +8,7 @@ head.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -45,7 +46,11 @@ __all__ = [
 ]
 
 
-@jax.tree_util.register_dataclass
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["window", "compressed", "state", "index", "index_state"],
+    meta_fields=["page_size"],
+)
 @dataclasses.dataclass(frozen=True)
 class LayerCaches:
     """What one layer remembers.
@@ -56,6 +61,7 @@ class LayerCaches:
       state: what the compressor's open windows need, per running request; None likewise.
       index: the indexer's keys of the entries; None in layers without an indexer.
       index_state: of the indexer's own compressor; None likewise.
+      page_size: static; tokens of a page, as `models.deepseek_v4.create_caches` got it, or None.
     """
 
     window: PagedKVCache
@@ -63,6 +69,7 @@ class LayerCaches:
     state: CompressorState | None = None
     index: PagedIndexCache | None = None
     index_state: CompressorState | None = None
+    page_size: int | None = None
 
 
 def _check_call(

@@ -18,10 +18,9 @@ import numpy as np
 
 from sparse_mla_jax import _check
 from sparse_mla_jax._check import CACHE_DTYPES, require
-from sparse_mla_jax._options import check_params, matmul_precision
 from sparse_mla_jax.config import Config
 from sparse_mla_jax.metadata import bucket_for, buckets, build_metadata
-from sparse_mla_jax.models import family
+from sparse_mla_jax.models.family import check_params, family_of, matmul_precision
 from sparse_mla_jax.ops._dispatch import check_implementation
 from sparse_mla_jax.serving.pages import PageAllocator
 from sparse_mla_jax.serving.requests import Prompt, check_request
@@ -71,7 +70,7 @@ def model_step(
             num_tokens=inputs.token_ids.shape[0],
             page_size=page_size,
         )
-        hidden, caches = family.forward(
+        hidden, caches = family_of(config).forward(
             params,
             inputs.token_ids,
             caches,
@@ -80,7 +79,7 @@ def model_step(
             state_ids=inputs.state_ids,
             implementation=implementation,
         )
-        scores = family.logits(params, hidden[metadata.last_token], config)
+        scores = family_of(config).logits(params, hidden[metadata.last_token], config)
         # The sampled token's position is the length before it: the same however the tokens before it were computed.
         tokens = sample(scores, inputs.temperature, inputs.top_p, inputs.seeds, metadata.seq_lens)
     return tokens, caches
@@ -164,6 +163,7 @@ class Engine:
         """
         check_implementation(implementation)
         cache_type = _check.dtype("cache_dtype", cache_dtype, CACHE_DTYPES)
+        family = family_of(config)
         page_size = family.default_page_size(config) if page_size is None else _check.size("page_size", page_size)
         max_batch = _check.size("max_batch", max_batch)
         limit = config.max_position_embeddings
@@ -205,12 +205,12 @@ class Engine:
     @property
     def bytes_per_token(self) -> float:
         """Cache bytes that one more token of context costs over all layers."""
-        return family.bytes_per_token(self.config, self.caches, self.scheduler.page_size)
+        return family_of(self.config).bytes_per_token(self.caches, self.scheduler.page_size)
 
     @property
     def bytes_per_request(self) -> int:
         """Cache bytes that a running request costs besides, whatever its length: windows, open compressions."""
-        return family.bytes_per_request(self.config, self.caches)
+        return family_of(self.config).bytes_per_request(self.caches)
 
     @property
     def failed(self) -> bool:

@@ -133,8 +133,9 @@ def describe_model(config: Any) -> dict[str, Any]:
     import jax
     import jax.numpy as jnp
 
-    from sparse_mla_jax.models import family
+    from sparse_mla_jax.models.family import family_of
 
+    family = family_of(config)
     shapes = jax.tree.leaves(family.param_specs(config, jnp.float32))
     page_size = family.default_page_size(config)
     report: dict[str, Any] = {
@@ -150,8 +151,8 @@ def describe_model(config: Any) -> dict[str, Any]:
         caches = jax.eval_shape(
             lambda name=name: family.create_caches(config, 1, page_size, num_requests=1, max_query_len=1, dtype=name)
         )
-        report[f"cache bytes per token, {name}"] = family.bytes_per_token(config, caches, page_size)
-        if per_request := family.bytes_per_request(config, caches):
+        report[f"cache bytes per token, {name}"] = family.bytes_per_token(caches, page_size)
+        if per_request := family.bytes_per_request(caches):
             report[f"cache bytes per request, {name}"] = per_request
     return report
 

@@ -31,8 +31,8 @@ def run(arguments: argparse.Namespace) -> int:
     tokens = load_array(arguments.tokens, "--tokens")
     import numpy as np
 
-    from sparse_mla_jax import scoring
     from sparse_mla_jax.models.checkpoint import load_checkpoint
+    from sparse_mla_jax.serving import scoring
     from sparse_mla_jax.tools.info import check_backend
 
     check_writable("--output", arguments.output)
