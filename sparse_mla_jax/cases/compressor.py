@@ -19,17 +19,16 @@ from sparse_mla_jax.cases.answers import (
 from sparse_mla_jax.cases.case import KernelCase, KernelProblem, Work
 from sparse_mla_jax.cases.inputs import (
     COMPRESSOR_FREQUENCIES,
-    LAYOUTS,
     ROPE,
     VALUE_DIM,
     gather,
     permutation,
     seed,
 )
-from sparse_mla_jax.metadata import build_metadata
+from sparse_mla_jax.metadata import build_metadata, decode_metadata
 from sparse_mla_jax.ops import cache as cache_ops
 from sparse_mla_jax.ops.cache import PagedIndexCache, PagedKVCache
-from sparse_mla_jax.ops.compressor import CompressorState, compress, entry_pages
+from sparse_mla_jax.ops.compressor import CompressorState, CompressorWeights, compress, entry_pages
 
 
 def _compress(sizes: Mapping[str, int], flavour: str, query: str) -> Work:
@@ -41,16 +40,7 @@ def _compress(sizes: Mapping[str, int], flavour: str, query: str) -> Work:
 
     def state():
         _, entries = entry_pages(jnp.zeros((0, 0), jnp.int32), page_size=page_size, ratio=ratio)
-        latent, group, scale = LAYOUTS["v4"]
-        cache = PagedKVCache.create(
-            batch * pages,
-            entries,
-            latent_dim=latent,
-            rope_dim=ROPE,
-            group_size=group,
-            dtype=jnp.dtype(flavour),
-            scale_dtype=scale,
-        )
+        cache = _compressor_cache(flavour, False, batch * pages, entries)
         shape = CompressorState.create(batch, ratio=ratio, dim=dim, overlap=overlap).kv.shape
         return cache, CompressorState(*(jax.random.normal(seed(19 + i), shape) for i in range(2)))
 
@@ -63,24 +53,9 @@ def _compress(sizes: Mapping[str, int], flavour: str, query: str) -> Work:
         return kv, gate, bias, jnp.ones(dim), positions, table
 
     def fn(cache, state, kv, gate, bias, norm, positions, table, *, implementation=None):
-        rows = jnp.arange(batch, dtype=jnp.int32)
-        return compress(
-            cache,
-            state,
-            kv,
-            gate,
-            bias,
-            norm,
-            jnp.full((ROPE // 2,), 0.01),
-            positions=positions,
-            request_ids=rows,
-            query_indptr=jnp.arange(batch + 1, dtype=jnp.int32),
-            seq_lens=positions + 1,
-            page_table=table,
-            page_size=page_size,
-            ratio=ratio,
-            implementation=implementation,
-        )
+        metadata = decode_metadata(positions + 1, table, page_size=page_size)
+        weights = CompressorWeights(bias, norm, jnp.full((ROPE // 2,), 0.01))
+        return compress(cache, state, kv, gate, weights, metadata, implementation=implementation)
 
     def error(arguments, got):
         want = jax.jit(functools.partial(fn, implementation="reference"))(*arguments)
@@ -106,12 +81,9 @@ def _compressor_cache(kind: str, indexer: bool, pages: int, entries: int) -> Any
 def _compress_step(
     cache, state, kv, gate, bias, norm, table, seq_lens, query_lens, *, page_size, implementation="triton", plan=None
 ):
-    m = build_metadata(seq_lens, query_lens, table, num_tokens=kv.shape[0], page_size=page_size)
-    names = ("positions", "request_ids", "query_indptr", "seq_lens", "page_table", "page_size")
-    owners = {name: getattr(m, name) for name in names}
-    frequencies = jnp.asarray(COMPRESSOR_FREQUENCIES)
-    options: Any = dict(ratio=bias.shape[0], implementation=implementation, plan=plan)
-    return compress(cache, state, kv, gate, bias, norm, frequencies, **owners, **options)
+    metadata = build_metadata(seq_lens, query_lens, table, num_tokens=kv.shape[0], page_size=page_size)
+    weights = CompressorWeights(bias, norm, jnp.asarray(COMPRESSOR_FREQUENCIES))
+    return compress(cache, state, kv, gate, weights, metadata, implementation=implementation, plan=plan)
 
 
 def _kernel_compress(
