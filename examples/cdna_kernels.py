@@ -29,7 +29,7 @@ import numpy as np
 from pallas_kernels import cdna
 from pallas_kernels.cdna import cost, lowering
 from pallas_kernels.cdna.program import ARCHITECTURES, PRODUCT
-from pallas_kernels.sparse_attention import launch
+from pallas_kernels.plans import plan_for
 from sparse_mla_jax.cases import catalogue
 
 # The ROCm plugin reports that this machine has no AMD GPU.
@@ -77,10 +77,10 @@ print("\n".join(lines[first - 6 : first + 6]))
 
 
 # %%
-def executed(arch, compiler="triton", problem=problem):
+def executed(arch, compiler="triton", plan=None):
     """(launch, error) of the kernel on an architecture."""
     with cdna.device(arch, compiler=compiler) as device:
-        out = jax.block_until_ready(jax.jit(lambda *args: problem.fn(*args))(*problem.args))
+        out = jax.block_until_ready(jax.jit(lambda *args: problem.fn(*args, plan=plan))(*problem.args))
     return device.launches[0], problem.error(out)
 
 
@@ -136,13 +136,11 @@ for arch in ARCHITECTURES:
 # Waves of one program repeat index arithmetic and scores. Fewer waves execute less, until registers run out.
 
 # %%
-shipped = launch.attention_plan
+shipped = plan_for(problem.fn, *problem.args, target="gfx942")
 rows = []
 for waves in (1, 2, 4):
-    launch.attention_plan = lambda waves=waves, **key: dataclasses.replace(shipped(**key), num_warps=waves)
-    launch, error = executed("gfx942")
+    launch, error = executed("gfx942", plan=dataclasses.replace(shipped, num_warps=waves))
     rows.append((waves, launch.counts.total, launch.kernel.resources.vgprs, launch.kernel.resources.vgpr_spills))
     assert error <= problem.bound
-launch.attention_plan = shipped
 for waves, total, vgprs, spills in rows:
     print(f"{waves} waves: {total} wave-instructions, {vgprs} VGPRs, {spills} spilled")
