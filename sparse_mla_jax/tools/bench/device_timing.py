@@ -28,7 +28,7 @@ MEMORY_BYTES = 20 << 30
 
 
 @dataclasses.dataclass(frozen=True)
-class Kernel:
+class TimedKernel:
     """Launches of one name within a call, and their time together in microseconds."""
 
     name: str
@@ -54,7 +54,7 @@ class Timing:
     high: float
     calls: int
     method: str
-    kernels: tuple[Kernel, ...]
+    kernels: tuple[TimedKernel, ...]
     wall_microseconds: float
 
     @property
@@ -160,7 +160,7 @@ def _by_counters(rotation: Rotation, calls: int) -> list[list[tuple[str, float]]
     return found
 
 
-def split(calls: Sequence[Sequence[tuple[str, float]]]) -> tuple[Kernel, ...]:
+def split(calls: Sequence[Sequence[tuple[str, float]]]) -> tuple[TimedKernel, ...]:
     """Kernels of a call, slowest first: the median over calls of each name's time; (name, ms) in."""
     times: dict[str, list[float]] = collections.defaultdict(list)
     launches: dict[str, int] = {}
@@ -169,7 +169,7 @@ def split(calls: Sequence[Sequence[tuple[str, float]]]) -> tuple[Kernel, ...]:
         for name, n in count.items():
             times[name].append(1e3 * sum(ms for other, ms in call if other == name))
             launches[name] = max(n, launches.get(name, 0))
-    found = [Kernel(name, launches[name], statistics.median(each)) for name, each in times.items()]
+    found = [TimedKernel(name, launches[name], statistics.median(each)) for name, each in times.items()]
     return tuple(sorted(found, key=lambda k: -k.microseconds))
 
 
@@ -192,7 +192,7 @@ def time_calls(
     require(len(sets) > 0, "sets is empty; one set of arguments at least is expected.")
     how = method()
     rotation = (_AfterFlush if how == CUPTI else Rotation)(fn, sets, state)
-    kernels: tuple[Kernel, ...] = ()
+    kernels: tuple[TimedKernel, ...] = ()
     if how == CUPTI:
         found = _by_counters(rotation, calls)
         times = [1e3 * sum(ms for _, ms in call) for call in found]
