@@ -241,7 +241,7 @@ def merge_streams(
     norm_eps: float,
     dtype=jnp.float32,
 ) -> Array:
-    """dtype[T, D]: sum over n of (sigmoid(scale[0] * z + base) + eps)[n] * streams[T, n, D], RMS-normed where told to.
+    """dtype[T, D]: sum over n of (sigmoid(scale[0] * z + base) + eps)[n] * streams[T, n, D], RMS-normed with `norm`.
 
     z[T, n] are the first columns of product[T, O] = flat(streams) @ fn, divided by the root mean square of the token.
     """
@@ -270,8 +270,8 @@ def split_streams(
 
     product[T, n * (n + 2)] as in `merge_streams`: columns for reading, for writing, and of the matrices row by row.
     """
-    how = {"eps": eps, "norm_eps": norm_eps, "dtype": dtype}
-    joined, n = merge_streams(streams, product, base, scale, norm, **how), streams.shape[1]
+    constants = {"eps": eps, "norm_eps": norm_eps, "dtype": dtype}
+    joined, n = merge_streams(streams, product, base, scale, norm, **constants), streams.shape[1]
     z = product.astype(dtype) / jnp.sqrt((streams.astype(dtype) ** 2).mean(axis=(1, 2)) + norm_eps)[:, None]
     scale, base = scale.astype(dtype), base.astype(dtype)
     writes = 2 / (1 + jnp.exp(-(scale[1] * z + base)[:, n : 2 * n]))

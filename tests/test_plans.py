@@ -189,6 +189,24 @@ def test_a_config_is_refused_where_it_means_nothing(operator, kernel, heuristic,
         operator(config={"num_warps": 2})
 
 
+# compress has the former name only.
+@pytest.mark.parametrize("name", [name for name in OPERATORS if name != "compress"])
+def test_plan_is_the_name_to_use(monkeypatch, name):
+    operator, kernel, heuristic, plan, _ = OPERATORS[name]
+
+    def refuse(**sizes):
+        raise AssertionError("the heuristic plan was asked for")
+
+    monkeypatch.setattr(kernel, heuristic, refuse)
+    assert jax.tree.leaves(jax.eval_shape(lambda: operator(plan=plan)))
+    with pytest.raises(AssertionError, match="heuristic"):
+        jax.eval_shape(lambda: operator(implementation="triton"))
+    with pytest.raises(ValueError, match="plan and config are two names of one argument"):
+        operator(plan=plan, config=plan)
+    with pytest.raises(ValueError, match="plan is a plan of the kernel and implementation is 'xla'"):
+        operator(implementation="xla", plan=plan)
+
+
 @pytest.mark.parametrize(
     ("sizes", "message"),
     [

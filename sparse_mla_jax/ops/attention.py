@@ -79,7 +79,7 @@ def sparse_mla(
       out [T, H, value_dim] in q's dtype; with `return_lse`, (out, lse float32 [T, H]): natural log, without the sink.
 
     Raises:
-      ValueError: shapes or types that do not fit, or an implementation that does not serve the case.
+      ValueError: shapes or types that do not fit, or an implementation that does not support the case.
     """
     implementation, plan = with_plan(implementation, plan, config, AttentionPlan)
     q = _check.array("q", q, (jnp.bfloat16, jnp.float32), "T", "H", "D", hint="Cast or reshape it.")

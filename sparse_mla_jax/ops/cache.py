@@ -194,7 +194,7 @@ def write_token(
       Both caches after.
 
     Raises:
-      ValueError: types or shapes other than these, or an implementation that does not serve the case.
+      ValueError: types or shapes other than these, or an implementation that does not support the case.
     """
     implementation, plan = with_plan(implementation, plan, config, CacheWritePlan)
     slots = _as_slots(slots, "T")
@@ -233,7 +233,7 @@ def write(
       The cache after.
 
     Raises:
-      ValueError: types or shapes other than these, or an implementation that does not serve the case.
+      ValueError: types or shapes other than these, or an implementation that does not support the case.
     """
     implementation, plan = with_plan(implementation, plan, config, CacheWritePlan)
     slots = _as_slots(slots, "T")
@@ -264,7 +264,7 @@ def write_index(
       The cache after.
 
     Raises:
-      ValueError: types or shapes other than these, or an implementation that does not serve the case.
+      ValueError: types or shapes other than these, or an implementation that does not support the case.
     """
     implementation, plan = with_plan(implementation, plan, config, CacheWritePlan)
     slots = _as_slots(slots, "T")

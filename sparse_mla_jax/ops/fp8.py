@@ -96,7 +96,7 @@ def quantize_codes(x: Array, *, group_size: int, dtype: Any, scale_dtype: Any = 
         scale = lax.bitcast_convert_type(exponent << 23, jnp.float32)
         scales = lax.bitcast_convert_type(exponent.astype(jnp.uint8), E8M0)
     else:
-        # Always true: XLA, under jit only, would multiply by the rounded reciprocal of a divisor that it can see.
+        # The condition is always true and hides the divisor: under jit, XLA would multiply by its rounded reciprocal.
         scales = scale = _divide(amax, jnp.where(amax > 0, np.float32(largest), np.float32(1)))
     codes = _encode(_divide(x, scale[..., None]), bias, largest)
     return codes.reshape(*codes.shape[:-2], groups * group_size), scales
@@ -277,7 +277,7 @@ def divide_bits(a: Array, b: Array, divide: Callable[[Array, Array], Array]) -> 
     less = (m < n).astype(jnp.int32)
     near = divide((m << less).astype(jnp.float32), n.astype(jnp.float32))
     near = (near * np.float32(2.0**23)).astype(jnp.int32)
-    # What is left of the numerator is small: 32 bits of the difference of longer products are all of it.
+    # The remainder is small: 32 bits hold it exactly, although the two products do not fit.
     twice = 2 * ((m << (23 + less)) - near * n)
     for odd in (1, 3, 5, 7):
         near += (twice > odd * n).astype(jnp.int32) - (twice < -odd * n).astype(jnp.int32)

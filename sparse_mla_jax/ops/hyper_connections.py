@@ -59,8 +59,8 @@ def split(
       (input [T, D] in streams.dtype, weights float32 [T, n], mixing float32 [T, n, n]).
 
     Raises:
-      ValueError: types or shapes other than these, iterations below 1, or an implementation that does not serve the
-        case.
+      ValueError: types or shapes other than these, iterations below 1, or an implementation that does not support
+        the case.
     """
     implementation, plan = with_plan(implementation, plan, config, HyperConnectionPlan)
     streams, product, base, scale, norm = _as_arrays(streams, product, base, scale, norm, matrices=True)
@@ -113,7 +113,7 @@ def merge(
       [T, D] in streams.dtype.
 
     Raises:
-      ValueError: types or shapes other than these, or an implementation that does not serve the case.
+      ValueError: types or shapes other than these, or an implementation that does not support the case.
     """
     implementation, plan = with_plan(implementation, plan, config, HyperConnectionPlan)
     streams, product, base, scale, norm = _as_arrays(streams, product, base, scale, norm, matrices=False)

@@ -28,7 +28,7 @@ from sparse_mla_jax.ops.cache import PagedIndexCache
 HIGHEST = jax.lax.Precision.HIGHEST
 # Per-head products of one step of the XLA body: more leaves the CPU's cache and gains nothing (measured).
 STEP_BYTES = 512 << 10
-# Scores that lightning_indexer holds at a time unless told otherwise.
+# Bytes of scores that lightning_indexer holds at a time by default.
 MEMORY_LIMIT = 512 << 20
 
 
@@ -49,7 +49,7 @@ def indexer_scores(
 
     Args:
       q: [T, H, D] bfloat16, float32 or FP8 (taken at face value, its scale belongs into `weights`; with FP8 keys of
-        their flavour, so that NVIDIA's matrix units multiply them as they are; there +-240 of e4m3fnuz, which this
+        their flavour, so that NVIDIA's tensor cores multiply them as they are; there +-240 of e4m3fnuz, which this
         library never stores, counts as +-224).
       keys: [N, D] FP8, bfloat16 or float32.
       key_scales: float32 [N] or [N, 1], positive; None when keys are not quantised.
@@ -63,7 +63,7 @@ def indexer_scores(
       float32 [T, N], -inf outside the row's columns. Sums are float32; float32 q is multiplied at highest precision.
 
     Raises:
-      ValueError: shapes or types that do not fit, or an implementation that does not serve the case.
+      ValueError: shapes or types that do not fit, or an implementation that does not support the case.
     """
     implementation, plan = with_plan(implementation, plan, config, IndexerPlan)
     weights = _check_queries(q, weights, keys.dtype)
@@ -123,7 +123,7 @@ def paged_indexer_scores(
       names no page of the cache.
 
     Raises:
-      ValueError: shapes or types that do not fit, or an implementation that does not serve the case.
+      ValueError: shapes or types that do not fit, or an implementation that does not support the case.
     """
     implementation, plan = with_plan(implementation, plan, config, IndexerPlan)
     weights = _check_queries(q, weights, getattr(cache, "dtype", None))

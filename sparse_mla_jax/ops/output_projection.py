@@ -49,7 +49,7 @@ def rotated_projection(
       [T, g, O] in out.dtype.
 
     Raises:
-      ValueError: types or shapes other than these, or an implementation that does not serve the case.
+      ValueError: types or shapes other than these, or an implementation that does not support the case.
     """
     implementation, plan = with_plan(implementation, plan, config, ProjectionPlan)
     out = _check.array("out", out, jnp.floating, "T", "H", "d")

@@ -255,7 +255,7 @@ def slots_from_positions(positions: Array, request_ids: Array, page_table: Array
     row = request_ids.reshape(-1, *[1] * (positions.ndim - 1))
     column = positions // page_size
     valid = (positions >= 0) & (column < pages) & (row >= 0) & (row < requests)
-    # Of one axis: XLA makes a gather of two coordinates a launch of its own.
+    # Gather along one axis: XLA launches a gather of two coordinates separately.
     at = jnp.where(valid, row * pages + column, 0)
     page = page_table.reshape(-1).at[at].get(mode="promise_in_bounds")
     valid &= (page >= 0) & (page <= (INT32_MAX - page_size + 1) // page_size)

@@ -59,7 +59,7 @@ def rotate(x: Array, positions: Array, frequencies: Any, *, interleaved: bool, i
 
     Args:
       x: [..., dim], any floating type.
-      positions: integers whose axes are the first axes of x: [T] serves x[T, dim] and x[T, H, dim].
+      positions: integers whose axes are the first axes of x: [T] fits x[T, dim] and x[T, H, dim].
       frequencies: [dim // 2] radians per position, from `rope_frequencies`.
       interleaved: pairs are (x_2i, x_2i+1), and stay in place; otherwise (x_i, x_{i + dim/2}).
       inverse: rotate back.
