@@ -21,7 +21,7 @@ from pallas_kernels.tiles import power_of_two
     jax.tree_util.register_dataclass, data_fields=["rows", "pages", "scales"], meta_fields=["flavour", "group_size"]
 )
 @dataclasses.dataclass(frozen=True)
-class Part:
+class CachePart:
     """One array of a cache and what is written to it.
 
     Attributes:
@@ -87,8 +87,8 @@ class Grid:
         store_masked(ref, (jnp.full_like(self.at, row), self.at), value, self.exists, self.target)
 
 
-def encode(part: Part, row: Array, grid: Grid, target: Target) -> list[tuple[Grid, Array]]:
-    """What `Part.arrays` hold of a row, values [groups, each] of `grid`: a tile for each array, and its grid."""
+def encode(part: CachePart, row: Array, grid: Grid, target: Target) -> list[tuple[Grid, Array]]:
+    """What `CachePart.arrays` hold of a row, values [groups, each] of `grid`: a tile for each array, and its grid."""
     if part.scales is None or part.flavour is None:
         return [(grid, convert(row, part.pages.dtype))]
     groups, height = part.scales.shape[1], row.shape[0]

@@ -17,7 +17,7 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 
 from pallas_kernels._call import call, load
-from pallas_kernels.cache_parts import Grid, Part, encode
+from pallas_kernels.cache_parts import CachePart, Grid, encode
 from pallas_kernels.plans import choose_plan
 from pallas_kernels.plans.cache_write import CacheWritePlan, cache_write_plan
 from pallas_kernels.targets import Target, by_target
@@ -42,7 +42,7 @@ def _is_last(slot_ref, slot: Array, token: Array, tokens: int, scan: int) -> Arr
     return last == token
 
 
-def _kernel(*refs, parts: Sequence[Part], tokens: int, plan: CacheWritePlan, target: Target):
+def _kernel(*refs, parts: Sequence[CachePart], tokens: int, plan: CacheWritePlan, target: Target):
     """Grid (T,); refs: slots, the rows of every part, the arrays of all parts before, and after (the same)."""
     slot_ref, *row_refs = refs[: 1 + len(parts)]
     out_refs = list(refs[-sum(len(p.arrays) for p in parts) :])
@@ -66,8 +66,8 @@ def _kernel(*refs, parts: Sequence[Part], tokens: int, plan: CacheWritePlan, tar
 # --- launch ----------------------------------------------------------------------------------------------------------
 
 
-def write(parts: Sequence[Part], slots: Array, *, plan: CacheWritePlan | None = None) -> list[list[Array]]:
-    """`Part.arrays` of every part after rows[t] is written at slots[t]; in place where the caller's arrays are donated.
+def write(parts: Sequence[CachePart], slots: Array, *, plan: CacheWritePlan | None = None) -> list[list[Array]]:
+    """`CachePart.arrays` of every part after rows[t] is written at slots[t]; in place where the arrays are donated.
 
     slots int32 [T], T at least 1; those below 0 or from N on are skipped, and of several tokens with one slot the last
     is written.

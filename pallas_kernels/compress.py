@@ -16,7 +16,7 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 
 from pallas_kernels._call import call, load
-from pallas_kernels.cache_parts import Grid, Part, encode
+from pallas_kernels.cache_parts import CachePart, Grid, encode
 from pallas_kernels.online_softmax import LOG2E, NONE
 from pallas_kernels.plans import choose_plan
 from pallas_kernels.plans.compress import CompressPlan, compress_plan
@@ -118,7 +118,7 @@ def _rotate(x: Array, grid: Grid, turn_ref, i: Array, dim: int) -> Array:
     return jnp.stack(both, axis=-1).reshape(x.shape)
 
 
-def _kernel(*refs, parts: Sequence[Part], eps: float, rotated: bool, plan: CompressPlan, target: Target):
+def _kernel(*refs, parts: Sequence[CachePart], eps: float, rotated: bool, plan: CompressPlan, target: Target):
     """Grid (M,); refs: closings, the five of `_Window`, norm, the rotation, all arrays before, and after (the same)."""
     closings_ref, *token_refs, norm_ref = refs[:7]
     out_refs = refs[-sum(len(p.arrays) for p in parts) :]
@@ -141,14 +141,14 @@ def _kernel(*refs, parts: Sequence[Part], eps: float, rotated: bool, plan: Compr
             column += width
 
 
-def _widths(parts: Sequence[Part], dim: int) -> list[int]:
+def _widths(parts: Sequence[CachePart], dim: int) -> list[int]:
     """Values of an entry that each part holds: the first all that the others leave."""
     rest = [part.pages.shape[1] for part in parts[1:]]
     return [dim - sum(rest), *rest]
 
 
 def compress(
-    parts: Sequence[Part],
+    parts: Sequence[CachePart],
     closings: Array,
     tokens: tuple[Array, Array],
     state: tuple[Array, Array],
@@ -159,10 +159,10 @@ def compress(
     eps: float,
     plan: CompressPlan | None = None,
 ) -> list[list[Array]]:
-    """`Part.arrays` of every part after the entries of `closings` are stored; in place where they are donated.
+    """`CachePart.arrays` of every part after the entries of `closings` are stored; in place where they are donated.
 
     Args:
-      parts: what an entry [hd] is stored in, by columns; `Part.rows` is None.
+      parts: what an entry [hd] is stored in, by columns; `CachePart.rows` is None.
       closings: int32 [M, 5]: row of the token that closes the window, first row of its request, number of the window,
         row of the state, slot of the entry (outside [0, slots): nothing is done). No two have one slot.
       tokens: kv and gate, float32 [T, C].

@@ -32,7 +32,7 @@ _TYPES = ("bfloat16", "float32", "float8_e4m3fn", "float8_e4m3fnuz")
     meta_fields=["start", "heads", "width", "dtype", "rotated", "interleaved", "scale"],
 )
 @dataclasses.dataclass(frozen=True)
-class Part:
+class Section:
     """Columns of a projection that are finished alike: `heads` heads of `width` columns, one after the other.
 
     Attributes:
@@ -73,7 +73,7 @@ class Part:
 class _Tile:
     """Some heads of one part of a token, [heads, columns], both padded to powers of two."""
 
-    def __init__(self, part: Part, token: Array, block: Array, size: int, target: Target):
+    def __init__(self, part: Section, token: Array, block: Array, size: int, target: Target):
         shape = (size, power_of_two(part.width))
         row, column = (jnp.arange(n, dtype=jnp.int32) for n in shape)
         self.part, self.target, self.row = part, target, token
@@ -163,7 +163,7 @@ def _store(tile: _Tile, values: Array, out_refs: Sequence[Any], factor_ref: Any)
     store_masked(out_refs[1], (token, head), scales, mask, tile.target)
 
 
-def _kernel(*refs, parts: Sequence[Part], eps: float, plan: NormRopePlan, target: Target):
+def _kernel(*refs, parts: Sequence[Section], eps: float, plan: NormRopePlan, target: Target):
     """Grid (T, programs of all parts); refs: x, cos and sin if any part is rotated, each part's arrays, the results."""
     token, program = pl.program_id(0), pl.program_id(1)
     x_ref, *left = refs
@@ -185,14 +185,14 @@ def _kernel(*refs, parts: Sequence[Part], eps: float, plan: NormRopePlan, target
 
 
 # --- launch ----------------------------------------------------------------------------------------------------------
-def _shapes(part: Part, tokens: int) -> list[jax.ShapeDtypeStruct]:
+def _shapes(part: Section, tokens: int) -> list[jax.ShapeDtypeStruct]:
     dtype = jnp.uint8 if part.quantized else jnp.dtype(part.dtype)
     out = [jax.ShapeDtypeStruct((tokens, part.columns), dtype)]
     return out + ([jax.ShapeDtypeStruct((tokens, part.heads), jnp.float32)] if part.quantized else [])
 
 
 def norm_rope(
-    x: Array, parts: Sequence[Part], cos: Array, sin: Array, *, eps: float, plan: NormRopePlan | None = None
+    x: Array, parts: Sequence[Section], cos: Array, sin: Array, *, eps: float, plan: NormRopePlan | None = None
 ) -> list[list[Array]]:
     """Each part of x[T, W] finished: [values [T, heads * width]], FP8 as [bytes, float32 scales [T, heads]].
 

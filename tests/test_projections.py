@@ -13,7 +13,7 @@ from sparse_mla_jax.layers.mla import index_query, select_positions
 from sparse_mla_jax.layers.projections import fuse, matmul, place, project, unchanged
 from sparse_mla_jax.metadata import build_metadata
 from sparse_mla_jax.models import deepseek_v32
-from sparse_mla_jax.ops.norm_rope import Part, norm_rope
+from sparse_mla_jax.ops.norm_rope import Section, norm_rope
 
 RNG = np.random.default_rng(0)
 X = jnp.asarray(RNG.standard_normal((5, 6)), jnp.float32)
@@ -28,7 +28,11 @@ FINISH = functools.partial(norm_rope, positions=jnp.arange(5), frequencies=jnp.a
 
 def columns():
     """The first weight as it is, heads of the second with a norm and a rotation, the third in bfloat16."""
-    parts = [unchanged(3), Part(0, 2, 4, "float32", weight=jnp.full(4, 2.0), rotated=2), Part(0, 1, 2, "bfloat16")]
+    parts = [
+        unchanged(3),
+        Section(0, 2, 4, "float32", weight=jnp.full(4, 2.0), rotated=2),
+        Section(0, 1, 2, "bfloat16"),
+    ]
     return place(parts)
 
 

@@ -24,7 +24,7 @@ from pallas_kernels.online_softmax import LOG2E, NONE, dot
 from pallas_kernels.plans.attention import AttentionPlan
 from pallas_kernels.sparse_attention.program import AttentionCall, kernel_arguments, launch_rows, unpack
 from pallas_kernels.sparse_attention.results import finish_softmax, store_values, to_units
-from pallas_kernels.sparse_attention.rows import Part, Source, choose, key_slots, some_keys
+from pallas_kernels.sparse_attention.rows import RowPart, Source, choose, key_slots, some_keys
 from pallas_kernels.targets import Target
 from pallas_kernels.tiles import grid2, power_of_two
 
@@ -174,7 +174,7 @@ def _spread(groups: Array, s: Float16Specialization) -> Array:
     return jnp.broadcast_to(groups[:, :, None], shape).reshape(groups.shape[0], s.width)
 
 
-def _over_blocks(sources: Sequence[dict], part: Part, queries, state, s: Float16Specialization):
+def _over_blocks(sources: Sequence[dict], part: RowPart, queries, state, s: Float16Specialization):
     """Folds the key blocks of a part into the state."""
     q_planes, q_unit, q_rope = queries
     number_of, slots_of = key_slots(sources, part, s)
@@ -217,7 +217,7 @@ def _over_blocks(sources: Sequence[dict], part: Part, queries, state, s: Float16
     return jax.lax.fori_loop(first, last, body, carry)[0]
 
 
-def kernel(*refs, part: Part, s: Float16Specialization):
+def kernel(*refs, part: RowPart, s: Float16Specialization):
     """Grid (T, head blocks, splits): out[split, token, heads, value_dim] and lse[split, token, heads]."""
     q_ref, sources, sink_ref, *out_refs = unpack(refs, s)
     queries = _load_queries(q_ref, part.token, part.heads, s)
@@ -234,7 +234,7 @@ def kernel(*refs, part: Part, s: Float16Specialization):
     _store_results(out_refs, sink_ref, part, state, s)
 
 
-def _store_results(out_refs, sink_ref, part: Part, state, s: Float16Specialization):
+def _store_results(out_refs, sink_ref, part: RowPart, state, s: Float16Specialization):
     out_ref, lse_ref, unit_ref = out_refs
     top, total, sums, rope_sum, unit = state
     share = finish_softmax(lse_ref, sink_ref, part, top, jnp.sum(total, axis=1), s)

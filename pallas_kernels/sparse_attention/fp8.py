@@ -30,7 +30,7 @@ from pallas_kernels.plans.attention import AttentionPlan
 from pallas_kernels.sparse_attention import float16
 from pallas_kernels.sparse_attention.program import AttentionCall, kernel_arguments, launch_rows, unpack
 from pallas_kernels.sparse_attention.results import finish_softmax, store_values, to_units
-from pallas_kernels.sparse_attention.rows import Part, Source, key_slots, part_of
+from pallas_kernels.sparse_attention.rows import RowPart, Source, key_slots, part_of
 from pallas_kernels.targets import Target
 from pallas_kernels.tiles import grid2, power_of_two
 
@@ -92,7 +92,7 @@ def supports(q: Array, sources: Sequence[Source], value_dim: int) -> bool:
 
 
 # --- pieces of the kernel
-def _load_queries(q_ref, part: Part, s: Fp8Specialization):
+def _load_queries(q_ref, part: RowPart, s: Fp8Specialization):
     """(FP8 terms [2 * H, tile] of every tile, their unit [H], rope bfloat16 [H, rope] or None)."""
     i = jnp.arange(2 * s.plan.head_block, dtype=jnp.int32)
     # 8 upper terms, then their 8 lower ones: a lane holds both of a head.
@@ -177,7 +177,7 @@ def _dot_keys(a: Array, b: Array) -> Array:
 
 
 def _over_blocks(
-    sources: Sequence[dict], number_of, slots_of, begin: Array, part: Part, queries, state, s: Fp8Specialization
+    sources: Sequence[dict], number_of, slots_of, begin: Array, part: RowPart, queries, state, s: Fp8Specialization
 ):
     """Folds the key blocks of a part into the state; `begin`: slots of the first."""
     terms, unit, q_rope = queries
@@ -214,7 +214,7 @@ def _over_blocks(
     return jax.lax.fori_loop(part.first, part.last, body, carry)[0]
 
 
-def _kernel(*refs, part: Part, s: Fp8Specialization):
+def _kernel(*refs, part: RowPart, s: Fp8Specialization):
     """Grid (T, head blocks, splits): out[split, token, heads, value_dim] and lse[split, token, heads]."""
     q_ref, sources, sink_ref, *out_refs = unpack(refs, s)
     number_of, slots_of = key_slots(sources, part, s)
@@ -241,7 +241,7 @@ def _kernel(*refs, part: Part, s: Fp8Specialization):
     jax.lax.cond(met, lambda: _start_again(*refs, part=part, s=s), lambda: _store_values(out_refs[0], part, values, s))
 
 
-def _start_again(*refs, part: Part, s: Fp8Specialization):
+def _start_again(*refs, part: RowPart, s: Fp8Specialization):
     """The whole part in the float16 form, in smaller steps; many barriers later it overwrites lse and units."""
     if s.plan.half_parts:
         # Short parts gain where nothing of this is kept through their loop; the loop of long ones became slower.
@@ -255,7 +255,7 @@ def _start_again(*refs, part: Part, s: Fp8Specialization):
     float16.kernel(*refs, part=part, s=s.again)
 
 
-def _results(out_refs, sink_ref, part: Part, state, s: Fp8Specialization) -> list[Array]:
+def _results(out_refs, sink_ref, part: RowPart, state, s: Fp8Specialization) -> list[Array]:
     """Stores lse and units; returns the values [heads, width] of every tile, of the type in which they are stored."""
     out_ref, lse_ref, unit_ref = out_refs
     top, total, sums, rope_sum = state
@@ -270,7 +270,7 @@ def _results(out_refs, sink_ref, part: Part, state, s: Fp8Specialization) -> lis
     return [(value * share[:, None]).astype(out_ref.dtype) for value, share in zip(sums, shares)]
 
 
-def _store_values(out_ref, part: Part, values: Sequence[Array], s: Fp8Specialization) -> None:
+def _store_values(out_ref, part: RowPart, values: Sequence[Array], s: Fp8Specialization) -> None:
     for i, value in enumerate(values):
         columns = i * s.tile + jnp.arange(value.shape[1], dtype=jnp.int32)
         inside = None if i * s.tile + value.shape[1] <= s.value_dim else columns < s.value_dim

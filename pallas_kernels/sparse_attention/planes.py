@@ -22,7 +22,7 @@ from pallas_kernels.online_softmax import LOG2E, NONE, dot, softmax_step
 from pallas_kernels.plans.attention import AttentionPlan
 from pallas_kernels.sparse_attention.program import AttentionCall, kernel_arguments, launch_rows, unpack
 from pallas_kernels.sparse_attention.results import finish_softmax, store_values
-from pallas_kernels.sparse_attention.rows import Part, Source, choose, key_slots, some_keys
+from pallas_kernels.sparse_attention.rows import RowPart, Source, choose, key_slots, some_keys
 from pallas_kernels.targets import CDNA, Target
 from pallas_kernels.tiles import grid2, power_of_two
 
@@ -200,7 +200,7 @@ def _decode_keys(parts: Sequence[Array], scales: Sequence[Array], valid: Array, 
     return keys, factors
 
 
-def _over_blocks(sources: Sequence[dict], part: Part, queries, state, s: PlanesSpecialization):
+def _over_blocks(sources: Sequence[dict], part: RowPart, queries, state, s: PlanesSpecialization):
     """Folds the key blocks of a part into the softmax state."""
     number_of, slots_of = key_slots(sources, part, s)
     present, first, last = [jnp.int32(0)] * len(sources), part.first, part.last
@@ -246,7 +246,7 @@ def _halves(weights: Array, s: PlanesSpecialization) -> list[Array]:
     return [upper, fp8_bits.truncate_to_bfloat16(weights - upper.astype(jnp.float32))]
 
 
-def _kernel(*refs, part: Part, s: PlanesSpecialization):
+def _kernel(*refs, part: RowPart, s: PlanesSpecialization):
     """Grid (T, head blocks, splits): out[split, token, 16 heads, value_dim] and lse[split, token, 16 heads]."""
     q_ref, sources, sink_ref, out_ref, lse_ref, _ = unpack(refs, s)
     queries = _load_queries(q_ref, part.token, part.heads, s)
@@ -266,7 +266,7 @@ def _kernel(*refs, part: Part, s: PlanesSpecialization):
     _store_results(out_ref, lse_ref, sink_ref, part, state, s)
 
 
-def _store_results(out_ref, lse_ref, sink_ref, part: Part, state, s: PlanesSpecialization):
+def _store_results(out_ref, lse_ref, sink_ref, part: RowPart, state, s: PlanesSpecialization):
     top, total, sums = state
     if s.target in CDNA:
         part = dataclasses.replace(part, heads=hidden(part.heads, s.target))

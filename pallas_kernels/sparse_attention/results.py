@@ -10,13 +10,13 @@ from jax import Array
 from pallas_kernels import fp8_bits
 from pallas_kernels._call import load, store
 from pallas_kernels.online_softmax import LOG2E, sink_share
-from pallas_kernels.sparse_attention.rows import Part
+from pallas_kernels.sparse_attention.rows import RowPart
 
 # The largest value of a part lies in [2**14, 2**15) of its unit.
 HALF_EXPONENT = 14
 
 
-def stored_heads(part: Part, s: Any) -> tuple[Array, Array | None]:
+def stored_heads(part: RowPart, s: Any) -> tuple[Array, Array | None]:
     """Where the heads [head_block] of a part are stored, and which of them exist (None: all).
 
     Those that do not point past the array: interpret mode writes old values back through masked lanes.
@@ -27,14 +27,14 @@ def stored_heads(part: Part, s: Any) -> tuple[Array, Array | None]:
     return jnp.where(exists, part.heads, s.heads), exists
 
 
-def store_by_head(ref: Any, part: Part, values: Array, s: Any) -> None:
+def store_by_head(ref: Any, part: RowPart, values: Array, s: Any) -> None:
     """Stores one value [head_block] per head of the program."""
     heads, exists = stored_heads(part, s)
     where = ref.at[jnp.full_like(heads, part.split), jnp.full_like(heads, part.token), heads]
     store(where, values, mask=exists)
 
 
-def finish_softmax(lse_ref: Any, sink_ref: Any, part: Part, top: Array, total: Array, s: Any) -> Array:
+def finish_softmax(lse_ref: Any, sink_ref: Any, part: RowPart, top: Array, total: Array, s: Any) -> Array:
     """Stores the lse of an online softmax (base 2, by head); returns what its sums of values are multiplied by."""
     some = total > 0
     safe = jnp.where(some, total, 1.0)
@@ -51,7 +51,7 @@ def finish_softmax(lse_ref: Any, sink_ref: Any, part: Part, top: Array, total: A
     return share
 
 
-def to_units(unit_ref: Any, part: Part, largest: Array, s: Any) -> Array:
+def to_units(unit_ref: Any, part: RowPart, largest: Array, s: Any) -> Array:
     """Stores the unit [head_block] of a part's float16 values, a power of two; returns its inverse.
 
     `largest` magnitudes of a head lie in [2**14, 2**15) of it; float16's 11 bits hold down to 2**-28 of that.
@@ -61,7 +61,7 @@ def to_units(unit_ref: Any, part: Part, largest: Array, s: Any) -> Array:
     return fp8_bits.from_exponent(254 - exponent)
 
 
-def store_values(out_ref: Any, part: Part, columns: Array, values: Array, inside: Array | None, s: Any) -> None:
+def store_values(out_ref: Any, part: RowPart, columns: Array, values: Array, inside: Array | None, s: Any) -> None:
     """Stores values [head_block, *C] at `columns` [*C] of heads that exist, where `inside` [*C] (None: everywhere)."""
     heads, exists = stored_heads(part, s)
     rows = jnp.broadcast_to(jnp.expand_dims(heads, range(1, values.ndim)), values.shape)

@@ -94,7 +94,7 @@ def choose(number: Array | int, values: Sequence[Any]) -> Any:
 
 
 def key_slots(
-    sources: Sequence[dict], part: Part, s: Any
+    sources: Sequence[dict], part: RowPart, s: Any
 ) -> tuple[Callable[[Array], Array | int], Callable[[Array], Array]]:
     """(number_of, slots_of): a key block's source, and its slots [key_block], -1 where there is none.
 
@@ -134,7 +134,7 @@ def _some_key(slots_of: Callable[[Array], Array], first: Array, last: Array) -> 
     )[1]
 
 
-def some_keys(slots_of: Callable[[Array], Array], part: Part) -> tuple[list[Array], Array, Array]:
+def some_keys(slots_of: Callable[[Array], Array], part: RowPart) -> tuple[list[Array], Array, Array]:
     """(a slot of each source that a part's blocks name, its first and last block but for sources of which it has none).
 
     Keys that are not there may repeat that slot with weight 0: reads need no mask then, and meet nobody else's NaN.
@@ -173,7 +173,7 @@ def _part_size(sources: Sequence[dict], tokens: int, s: Any) -> Array:
 
 
 @dataclasses.dataclass(frozen=True)
-class Part:
+class RowPart:
     """What a program works on.
 
     Attributes:
@@ -203,7 +203,7 @@ def blocks_of_part(split: Array, parts: Array | int, total: Array) -> tuple[Arra
     return first, jnp.where(split < parts, first + size + (split < longer).astype(jnp.int32), first)
 
 
-def part_of(place: Sequence[Array], sources: Sequence[dict], tokens: int, s: Any) -> Part:
+def part_of(place: Sequence[Array], sources: Sequence[dict], tokens: int, s: Any) -> RowPart:
     """What the program at `place` (token, block of heads, split) works on."""
     token, head_block, split = place
     first_head = head_block * s.plan.head_block
@@ -211,16 +211,16 @@ def part_of(place: Sequence[Array], sources: Sequence[dict], tokens: int, s: Any
     blocks = _blocks([row_bounds(r, token, w)[1] for r, w in zip(sources, s.widths)], s)
     total = functools.reduce(jnp.add, blocks)
     if s.plan.splits == 1:
-        return Part(token, split, first_head, heads, blocks, jnp.int32(0), total)
+        return RowPart(token, split, first_head, heads, blocks, jnp.int32(0), total)
     parts = s.plan.splits
     if s.plan.shares:
         # Long rows get more programs than short ones; programs beyond a row's parts have nothing to do.
         size = _part_size(sources, tokens, s)
         parts = jnp.clip((total + size - 1) // size, 1, parts)
-    return Part(token, split, first_head, heads, blocks, *blocks_of_part(split, parts, total))
+    return RowPart(token, split, first_head, heads, blocks, *blocks_of_part(split, parts, total))
 
 
-def ranges(part: Part) -> list[tuple[Array, Array]]:
+def ranges(part: RowPart) -> list[tuple[Array, Array]]:
     """First and last block of a part in each source, counted through all sources."""
     ends = [part.first]
     for number in range(1, len(part.blocks)):

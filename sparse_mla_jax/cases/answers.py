@@ -12,7 +12,7 @@ import numpy as np
 
 from sparse_mla_jax import reference
 from sparse_mla_jax.cases.case import FP8, KINDS
-from sparse_mla_jax.ops.norm_rope import Part
+from sparse_mla_jax.ops.norm_rope import Section
 
 
 def relative(got: Any, want: Any) -> float:
@@ -70,7 +70,7 @@ def entries_error(got: Any, want: np.ndarray, kind: str) -> float:
     return float(error.max()) if np.isfinite(error).all() else math.inf
 
 
-def finished_answer(x: Any, part: Part, angles: Any, eps: float = 1e-6) -> np.ndarray:
+def finished_answer(x: Any, part: Section, angles: Any, eps: float = 1e-6) -> np.ndarray:
     """float64 [T, heads, width]: the part of x[T, W], without cast and `factor`; angles float32 [T, pairs]."""
     mine = np.asarray(x).astype(np.float64)[:, part.start : part.start + part.columns]
     with jax.enable_x64(True):
@@ -80,7 +80,7 @@ def finished_answer(x: Any, part: Part, angles: Any, eps: float = 1e-6) -> np.nd
         return np.asarray(reference.norm_rope(wide, part.weight, part.bias, turned, **how)) * part.scale
 
 
-def finished_error(part: Part, got: Any, want: np.ndarray) -> float:
+def finished_error(part: Section, got: Any, want: np.ndarray) -> float:
     """Largest error of a finished part over what its type explains: above 1 it is wrong.
 
     got: [T, heads, width], of an FP8 part (codes, scales [T, heads]), from `norm_rope`; want: from `finished_answer`.

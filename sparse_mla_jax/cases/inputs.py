@@ -15,7 +15,7 @@ from jax import Array
 from sparse_mla_jax.config import DeepseekV32Config
 from sparse_mla_jax.ops import cache as cache_ops
 from sparse_mla_jax.ops.cache import PagedIndexCache, PagedKVCache
-from sparse_mla_jax.ops.norm_rope import Part
+from sparse_mla_jax.ops.norm_rope import Section
 from sparse_mla_jax.ops.ragged import Ragged
 
 PAGE = 64
@@ -143,13 +143,13 @@ def random_index_keys(rng: np.random.Generator, kind: str, slots: int) -> PagedI
 COMPRESSOR_FREQUENCIES = (1.6e5 ** (-np.arange(32) / 32)).astype(np.float32)
 
 
-def v32_hidden_parts(vector: Callable[[int], Array], dtype: str) -> tuple[Part, ...]:
+def v32_hidden_parts(vector: Callable[[int], Array], dtype: str) -> tuple[Section, ...]:
     """What DeepSeek-V3.2's layer makes of the product of its input, 2304 columns side by side.
 
     The query's low-rank form in `dtype`; float32 what the caches keep (the latent, the rotated key that all heads
     share, the indexer's key) and the indexer's head weights. vector: size -> a norm's weight or bias, float32 [size].
     """
-    c, part = DeepseekV32Config(), functools.partial(Part, heads=1)
+    c, part = DeepseekV32Config(), functools.partial(Section, heads=1)
     widths = c.q_lora_rank, c.kv_lora_rank, c.qk_rope_head_dim, c.index_head_dim, c.index_n_heads
     query, latent, key, index, weights = (int(sum(widths[:i])) for i in range(5))
     return (
@@ -163,7 +163,7 @@ def v32_hidden_parts(vector: Callable[[int], Array], dtype: str) -> tuple[Part, 
     )
 
 
-def v32_query_parts(heads: int, dtype: str, index_dtype: str, factor: Array | None) -> tuple[Part, ...]:
+def v32_query_parts(heads: int, dtype: str, index_dtype: str, factor: Array | None) -> tuple[Section, ...]:
     """What it makes of the product of the query's low-rank form: `heads` queries of 128 + 64, and the indexer's.
 
     index_dtype: of the indexer's 64 queries of 128; FP8 with `factor` float32 [T, 64] in its scales.
@@ -172,6 +172,6 @@ def v32_query_parts(heads: int, dtype: str, index_dtype: str, factor: Array | No
     index = c.index_n_heads * c.index_head_dim
     rotated = c.qk_nope_head_dim
     return (
-        Part(index, heads, c.qk_head_dim, dtype, rotated=rotated, interleaved=True),
-        Part(0, c.index_n_heads, c.index_head_dim, index_dtype, rotated=0, factor=factor),
+        Section(index, heads, c.qk_head_dim, dtype, rotated=rotated, interleaved=True),
+        Section(0, c.index_n_heads, c.index_head_dim, index_dtype, rotated=0, factor=factor),
     )

@@ -34,7 +34,7 @@ from sparse_mla_jax.cases.inputs import (
     v32_query_parts,
 )
 from sparse_mla_jax.config import DEEPSEEK_V4_FLASH, DEEPSEEK_V32, DeepseekV32Config
-from sparse_mla_jax.ops.norm_rope import Part, norm_rope
+from sparse_mla_jax.ops.norm_rope import Section, norm_rope
 from sparse_mla_jax.ops.output_projection import rotated_projection
 from sparse_mla_jax.ops.rope import rope_frequencies
 
@@ -94,14 +94,14 @@ def _rotated(sizes: Mapping[str, int], flavour: str, query: str) -> Work:
 
 
 # --- norms and rotations
-def _v4_parts(form: str, heads: int, vector: Callable[[int], Array]) -> tuple[Part, ...]:
+def _v4_parts(form: str, heads: int, vector: Callable[[int], Array]) -> tuple[Section, ...]:
     """DeepSeek-V4's parts as its layer finishes them.
 
     "hidden": the query's low-rank form and the key, without what is only taken apart; "query": heads, divided by their
     root mean square, and indexer.
     """
     c = FLASH
-    part = functools.partial(Part, dtype="bfloat16", interleaved=True)
+    part = functools.partial(Section, dtype="bfloat16", interleaved=True)
     if form == "hidden":
         key = part(c.q_lora_rank, 1, c.head_dim, dtype="float32", weight=vector(c.head_dim), rotated=c.nope_dim)
         return part(0, 1, c.q_lora_rank, weight=vector(c.q_lora_rank)), key
@@ -197,7 +197,7 @@ def _kernel_rotated_projection(kind: str, heads: int | None) -> KernelProblem:
     return KernelProblem(fn, args, lambda got: relative(got, want), 2e-3, nbytes(args) + 2 * want.size)
 
 
-def _kernel_finished(x: Array, parts: Sequence[Part]) -> KernelProblem:
+def _kernel_finished(x: Array, parts: Sequence[Section]) -> KernelProblem:
     """norm_rope of V3.2 on two tokens, one of them the last of the longest context."""
     c, positions = DeepseekV32Config(), jnp.asarray([7, 163839], jnp.int32)
     frequencies = rope_frequencies(c.rope, c.qk_rope_head_dim)

@@ -18,7 +18,7 @@ from sparse_mla_jax.config import DeepseekV4Config
 from sparse_mla_jax.layers.projections import Path, fuse, place, project, unchanged
 from sparse_mla_jax.layers.selection import IndexInputs, Queries
 from sparse_mla_jax.metadata import StepMetadata
-from sparse_mla_jax.ops.norm_rope import Part, norm_rope
+from sparse_mla_jax.ops.norm_rope import Section, norm_rope
 from sparse_mla_jax.ops.rope import rope_frequencies
 
 
@@ -59,7 +59,7 @@ class LayerStep:
         c = self.config
         return c.has_indexer(self.layer) and self.metadata.max_length // self.ratio > c.index_topk
 
-    def finish(self, product: Array, parts: Sequence[Part]) -> list[Any]:
+    def finish(self, product: Array, parts: Sequence[Section]) -> list[Any]:
         """`norm_rope` of a product [T, columns]."""
         return norm_rope(
             product,
@@ -137,13 +137,13 @@ def project_hidden(params: dict[str, Any], hidden: Array, step: LayerStep) -> Hi
     """Products of hidden [T, D]."""
     c, ratio = step.config, step.ratio
     overlap = 2 if c.compressor_overlap(ratio) else 1
-    key = Part(0, 1, c.head_dim, "float32", params["kv_layernorm"], rotated=c.nope_dim, interleaved=True)
-    parts = [Part(0, 1, c.q_lora_rank, hidden.dtype.name, params["q_a_layernorm"]), key]
+    key = Section(0, 1, c.head_dim, "float32", params["kv_layernorm"], rotated=c.nope_dim, interleaved=True)
+    parts = [Section(0, 1, c.q_lora_rank, hidden.dtype.name, params["q_a_layernorm"]), key]
     if ratio:
         parts += [unchanged(overlap * c.head_dim)] * 2
     if c.has_indexer(step.layer):
         parts += [unchanged(overlap * c.index_head_dim)] * 2
-        parts.append(Part(0, 1, c.index_n_heads, "float32", scale=c.index_n_heads**-0.5 * c.index_head_dim**-0.5))
+        parts.append(Section(0, 1, c.index_n_heads, "float32", scale=c.index_n_heads**-0.5 * c.index_head_dim**-0.5))
     done = project(params, "hidden_proj", hidden, _hidden_paths(params), place(parts), step.finish)
     rest = (heads[:, 0] for heads in done)
     return HiddenProjections(
@@ -160,7 +160,7 @@ def project_q_latent(params: dict[str, Any], q_latent: Array, step: LayerStep, i
 
     Both rotated, in q_latent.dtype.
     """
-    c, part = step.config, functools.partial(Part, 0, dtype=q_latent.dtype.name, interleaved=True)
+    c, part = step.config, functools.partial(Section, 0, dtype=q_latent.dtype.name, interleaved=True)
     ones = params.get("head_norm", jnp.ones(c.head_dim, jnp.float32))
     parts = [part(c.num_attention_heads, c.head_dim, weight=ones, rotated=c.nope_dim)]
     if index_weights is not None:

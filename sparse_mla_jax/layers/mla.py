@@ -25,7 +25,7 @@ from sparse_mla_jax.ops.attention import sparse_mla
 from sparse_mla_jax.ops.cache import PagedIndexCache, PagedKVCache, write_token
 from sparse_mla_jax.ops.fp8 import is_fp8
 from sparse_mla_jax.ops.indexer import lightning_indexer
-from sparse_mla_jax.ops.norm_rope import Part, norm_rope
+from sparse_mla_jax.ops.norm_rope import Section, norm_rope
 from sparse_mla_jax.ops.ragged import slots_from_positions
 from sparse_mla_jax.ops.rope import rope_frequencies
 
@@ -102,7 +102,7 @@ class _LatentProjections(NamedTuple):
 def _project_hidden(
     params: dict[str, Any], hidden: Array, meta: StepMetadata, c: DeepseekV32Config, implementation: str | None
 ) -> _LatentProjections:
-    norm, part = params["indexer"]["k_norm"], functools.partial(Part, 0, 1, dtype="float32")
+    norm, part = params["indexer"]["k_norm"], functools.partial(Section, 0, 1, dtype="float32")
     parts = place(
         [
             part(c.q_lora_rank, weight=params["q_a_layernorm"], dtype=hidden.dtype.name),
@@ -141,7 +141,7 @@ def _project_q_latent(
     if index_weights is not None:
         parts.append(_index_part(c, jnp.dtype(index_dtype), index_weights))
 
-    def finish(product: Array, parts: Sequence[Part]) -> list[Any]:
+    def finish(product: Array, parts: Sequence[Section]) -> list[Any]:
         product = product.astype(q_latent.dtype)
         return norm_rope(product, parts, meta.positions, _frequencies(c), implementation=implementation)
 
@@ -151,15 +151,15 @@ def _project_q_latent(
     return Queries(done[0], IndexInputs(*(done[1] if parts[1].quantized else (done[1], index_weights))))
 
 
-def _query_part(c: DeepseekV32Config, dtype: np.dtype) -> Part:
+def _query_part(c: DeepseekV32Config, dtype: np.dtype) -> Section:
     start, rotated = c.index_n_heads * c.index_head_dim, c.qk_nope_head_dim
-    return Part(start, c.num_attention_heads, c.qk_head_dim, dtype.name, rotated=rotated, interleaved=True)
+    return Section(start, c.num_attention_heads, c.qk_head_dim, dtype.name, rotated=rotated, interleaved=True)
 
 
-def _index_part(c: DeepseekV32Config, dtype: np.dtype, weights: Array) -> Part:
+def _index_part(c: DeepseekV32Config, dtype: np.dtype, weights: Array) -> Section:
     """The indexer's convention: half-split rotation of the first dimensions, the others untouched."""
     factor = weights if is_fp8(dtype) else None
-    return Part(0, c.index_n_heads, c.index_head_dim, dtype.name, rotated=0, factor=factor)
+    return Section(0, c.index_n_heads, c.index_head_dim, dtype.name, rotated=0, factor=factor)
 
 
 def _frequencies(c: DeepseekV32Config) -> np.ndarray:

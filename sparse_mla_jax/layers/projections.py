@@ -16,7 +16,7 @@ from typing import Any
 import jax.numpy as jnp
 from jax import Array
 
-from sparse_mla_jax.ops.norm_rope import Part
+from sparse_mla_jax.ops.norm_rope import Section
 
 # The keys that lead from a layer's parameters to a weight.
 type Path = tuple[str, ...]
@@ -46,8 +46,8 @@ def project(
     group: str,
     x: Array,
     paths: Sequence[Path],
-    parts: Sequence[Part],
-    finish: Callable[[Array, Sequence[Part]], list[Any]],
+    parts: Sequence[Section],
+    finish: Callable[[Array, Sequence[Section]], list[Any]],
 ) -> list[Any]:
     """Finished parts of x times the weights of a group.
 
@@ -77,7 +77,7 @@ def project(
     return [done[i] for i in range(len(parts))]
 
 
-def place(parts: Iterable[Part]) -> list[Part]:
+def place(parts: Iterable[Section]) -> list[Section]:
     """The parts with starts that follow each other, from column 0 on."""
     placed, start = [], 0
     for part in parts:
@@ -86,24 +86,26 @@ def place(parts: Iterable[Part]) -> list[Part]:
     return placed
 
 
-def unchanged(width: int) -> Part:
+def unchanged(width: int) -> Section:
     """A part of `width` columns that stay what the product gives."""
-    return Part(0, 1, width, "float32")
+    return Section(0, 1, width, "float32")
 
 
-def _finish_some(product: Array, parts: list[Part], finish: Callable[[Array, Sequence[Part]], list[Any]]) -> list[Any]:
+def _finish_some(
+    product: Array, parts: list[Section], finish: Callable[[Array, Sequence[Section]], list[Any]]
+) -> list[Any]:
     if any(_changes(part) for part in parts):
         return finish(product, parts)
     # Nothing to do is no launch.
     return [product[:, part.start : part.start + part.columns].reshape(-1, part.heads, part.width) for part in parts]
 
 
-def _changes(part: Part) -> bool:
+def _changes(part: Section) -> bool:
     """Whether it is another than those of `unchanged`."""
     return part.weight is not None or part.rotated is not None or part.scale != 1.0 or part.dtype != "float32"
 
 
-def _move(part: Part, columns: int) -> Part:
+def _move(part: Section, columns: int) -> Section:
     return dataclasses.replace(part, start=part.start + columns)
 
 

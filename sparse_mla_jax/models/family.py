@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from sparse_mla_jax import _check
-from sparse_mla_jax._check import DTYPES, require
+from sparse_mla_jax._check import require
+from sparse_mla_jax._choices import DTYPES
 from sparse_mla_jax.config import Config, DeepseekV4Config, DeepseekV32Config
 from sparse_mla_jax.models import deepseek_v4, deepseek_v32
 from sparse_mla_jax.models.common import Family

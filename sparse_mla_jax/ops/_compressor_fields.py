@@ -32,6 +32,7 @@ class _EitherCall(Protocol):
         *,
         state_ids: Array | None = None,
         implementation: str | None = None,
+        plan: CompressPlan | None = None,
         config: CompressPlan | None = None,
     ) -> tuple[Cache, CompressorState]: ...
 
@@ -56,6 +57,7 @@ class _EitherCall(Protocol):
         ratio: int,
         eps: float = 1e-6,
         implementation: str | None = None,
+        plan: CompressPlan | None = None,
         config: CompressPlan | None = None,
     ) -> tuple[Cache, CompressorState]: ...
 

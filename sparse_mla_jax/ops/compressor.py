@@ -33,7 +33,7 @@ from sparse_mla_jax.ops._compressor_state import (
     update_state,
 )
 from sparse_mla_jax.ops._compressor_xla import PoolInputs, reference_entries, xla_entries
-from sparse_mla_jax.ops._dispatch import check_implementation, dispatch, with_config
+from sparse_mla_jax.ops._dispatch import check_implementation, dispatch, with_plan
 from sparse_mla_jax.ops.cache import PagedIndexCache, PagedKVCache
 
 __all__ = ["CompressorState", "CompressorWeights", "compress", "entry_pages", "num_entries"]
@@ -85,6 +85,7 @@ def compress[Cache: (PagedKVCache, PagedIndexCache)](
     *,
     state_ids: Array | None = None,
     implementation: str | None = None,
+    plan: CompressPlan | None = None,
     config: CompressPlan | None = None,
 ) -> tuple[Cache, CompressorState]:
     """Takes in a step's tokens: stores the entries of the windows that they close, and keeps what open windows need.
@@ -106,7 +107,8 @@ def compress[Cache: (PagedKVCache, PagedIndexCache)](
       state_ids: int [B], each request's row of `state`; None means row b for request b. Requests whose row is not
         there store nothing. Two requests must not have one row.
       implementation: None for the best that runs here, or "triton", "xla", "reference".
-      config: a plan of the kernel in place of the heuristic one (static); implies "triton".
+      plan: block sizes of the kernel in place of the heuristic ones (static); implies "triton".
+      config: the former name of `plan`.
 
     Until the next release the call of release 0.1 works too: position_bias, norm and frequencies in place of `weights`,
     and by keyword ratio, eps, positions, request_ids, query_indptr, seq_lens, page_table and page_size.
@@ -117,7 +119,7 @@ def compress[Cache: (PagedKVCache, PagedIndexCache)](
     Raises:
       ValueError: types or shapes other than these, or an implementation that does not support the case.
     """
-    implementation = with_config(implementation, config, CompressPlan)
+    implementation, plan = with_plan(implementation, plan, config, CompressPlan)
     check_implementation(implementation)
     weights = _check_weights(weights, cache, state)
     kv = floats("kv", kv, None, weights.channels)
@@ -135,7 +137,7 @@ def compress[Cache: (PagedKVCache, PagedIndexCache)](
         "compress",
         implementation,
         {
-            "triton": lambda: _triton(cache, inputs, config),
+            "triton": lambda: _triton(cache, inputs, plan),
             "xla": lambda: _write_entries(cache, xla_entries(inputs), closings, "xla"),
             "reference": lambda: _write_entries(cache, reference_entries(inputs), closings, "reference"),
         },

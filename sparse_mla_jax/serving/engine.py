@@ -17,7 +17,8 @@ import jax
 import numpy as np
 
 from sparse_mla_jax import _check
-from sparse_mla_jax._check import CACHE_DTYPES, require
+from sparse_mla_jax._check import require
+from sparse_mla_jax._choices import CACHE_DTYPES
 from sparse_mla_jax.config import Config
 from sparse_mla_jax.metadata import bucket_for, buckets, build_metadata
 from sparse_mla_jax.models.family import check_params, family_of, matmul_precision

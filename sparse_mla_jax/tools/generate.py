@@ -7,8 +7,6 @@ import os
 import sys
 from typing import TYPE_CHECKING
 
-from sparse_mla_jax._check import require
-from sparse_mla_jax.config import load_config
 from sparse_mla_jax.tools.options import add_model_options, load_array
 
 if TYPE_CHECKING:
@@ -34,6 +32,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _read_prompt(arguments: argparse.Namespace) -> bytes | np.ndarray:
     """The prompt: bytes, or an integer array from a .npy file."""
+    from sparse_mla_jax._check import require
+
     if arguments.prompt is not None:
         return os.fsencode(arguments.prompt)
     if arguments.prompt_file == "-":
@@ -47,6 +47,9 @@ def _read_prompt(arguments: argparse.Namespace) -> bytes | np.ndarray:
 
 def run(arguments: argparse.Namespace) -> int:
     """The command `generate`."""
+    from sparse_mla_jax._check import require
+    from sparse_mla_jax.config import load_config
+
     config = load_config(arguments.model_dir)
     prompt = _read_prompt(arguments)
     require(len(prompt) > 0, "the prompt is empty; give at least one byte or token.")

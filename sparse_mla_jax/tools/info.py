@@ -8,26 +8,7 @@ import types
 from typing import Any
 
 from sparse_mla_jax import __version__
-from sparse_mla_jax._check import CACHE_DTYPES
-from sparse_mla_jax.config import load_config
-
-# Operators that have kernels; the others are plain XLA everywhere.
-KERNEL_OPERATORS = (
-    "top_k",
-    "indexer_scores",
-    "paged_indexer_scores",
-    "lightning_indexer",
-    "sparse_mla",
-    "write",
-    "write_index",
-    "write_token",
-    "norm_rope",
-    "compress",
-    "split_streams",
-    "merge_streams",
-    "rotated_projection",
-)
-XLA_OPERATORS = ("gather", "rotate", "biased_grouped_topk", "sqrt_softplus_topk", "hash_route", "merge")
+from sparse_mla_jax._choices import CACHE_DTYPES
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -38,6 +19,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """The command `info`."""
+    from sparse_mla_jax.config import load_config
+    from sparse_mla_jax.ops import KERNEL_OPERATORS, XLA_OPERATORS
+
     config = load_config(arguments.model_dir) if arguments.model_dir is not None else None
     found = describe_device()
     report = {

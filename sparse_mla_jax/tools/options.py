@@ -6,7 +6,7 @@ import argparse
 import os
 from typing import TYPE_CHECKING
 
-from sparse_mla_jax._check import CACHE_DTYPES, DTYPES, IMPLEMENTATIONS, require
+from sparse_mla_jax._choices import CACHE_DTYPES, DTYPES, IMPLEMENTATIONS
 
 if TYPE_CHECKING:
     import numpy as np
@@ -33,6 +33,8 @@ def load_array(path: str, name: str) -> np.ndarray:
     """Reads one array of a .npy file."""
     import numpy as np
 
+    from sparse_mla_jax._check import require
+
     require(os.path.isfile(path), f"{name} {path!r} is not a file; give a .npy file (numpy.save).")
     try:
         array = np.load(path, allow_pickle=False)
@@ -48,6 +50,8 @@ def check_writable(name: str, path: str) -> None:
     Raises:
       ValueError: a folder, in a folder that does not exist, or not writable.
     """
+    from sparse_mla_jax._check import require
+
     folder = os.path.dirname(os.path.abspath(path))
     require(os.path.isdir(folder), f"{name} {path!r}: folder {folder!r} does not exist; make it first.")
     require(not os.path.isdir(path), f"{name} {path!r} is a folder; give the name of a file.")

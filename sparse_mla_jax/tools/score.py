@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 
-from sparse_mla_jax.config import load_config
 from sparse_mla_jax.tools.options import add_model_options, check_writable, load_array
 
 
@@ -27,6 +26,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """The command `score`."""
+    from sparse_mla_jax.config import load_config
+
     config = load_config(arguments.model_dir)
     tokens = load_array(arguments.tokens, "--tokens")
     import numpy as np

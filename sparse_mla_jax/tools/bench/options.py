@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 
-from sparse_mla_jax._check import CACHE_DTYPES, DTYPES, IMPLEMENTATIONS, require
+from sparse_mla_jax._check import require
+from sparse_mla_jax._choices import CACHE_DTYPES, DTYPES, IMPLEMENTATIONS
 from sparse_mla_jax.tools.bench.model import MODEL_BENCH
 
 _MODEL_SIZES = {
