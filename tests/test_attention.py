@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pallas_kernels import sparse_attention
-from pallas_kernels.attention_source import blocks_of_part
 from pallas_kernels.plans.attention import AttentionPlan, attention_plan
+from pallas_kernels.sparse_attention.rows import blocks_of_part
 from sparse_mla_jax.ops import attention
 from sparse_mla_jax.ops.attention import apply_sinks, merge, sparse_mla
 from sparse_mla_jax.ops.cache import PagedKVCache
@@ -502,8 +502,8 @@ def test_forms_for_nvidia(form, kind, scale_dtype, splits, shares, half_parts, v
     q = jnp.asarray(rng.standard_normal((5, 6, 80)) * np.exp2(np.arange(-3, 3))[None, :, None], jnp.bfloat16)
     sinks = jnp.linspace(-2.0, 2.0, 6)
     plan = AttentionPlan(**{form: True}, key_block=32, splits=splits, shares=shares, half_parts=half_parts)
-    assert sparse_attention.sparse_attention_float16.serves(q, sources, value_dim)
-    assert sparse_attention.sparse_attention_fp8.serves(q, sources, value_dim)
+    assert sparse_attention.float16.supports(q, sources, value_dim)
+    assert sparse_attention.fp8.supports(q, sources, value_dim)
     got = sparse_attention.sparse_attention(q, sources, sm_scale=SCALE, value_dim=value_dim, sinks=sinks, plan=plan)
     want = oracle(q, plain, value_dim, sinks)
     bound, lse_bound = FLOAT16_BOUND[scale_dtype]
@@ -550,7 +550,7 @@ def test_numbers_that_are_nan_to_the_units(scale_dtype, latent, value_dim, split
         plain.append((keys, rows))
     q = jnp.asarray(rng.standard_normal((5, 6, latent + 16)), jnp.bfloat16)
     sinks = jnp.linspace(-2.0, 2.0, 6)
-    plan = AttentionPlan(native=True, key_block=key_block, splits=splits, shares=shares, half_parts=half_parts)
+    plan = AttentionPlan(form="fp8", key_block=key_block, splits=splits, shares=shares, half_parts=half_parts)
     body = functools.partial(sparse_attention.sparse_attention, sm_scale=SCALE, value_dim=value_dim, plan=plan)
     (clean, _), (out, lse) = (body(q, sources, sinks=sinks) for sources in (before, after))
     want = oracle(q, plain, value_dim, sinks)
@@ -777,8 +777,8 @@ def test_sources_of_different_layouts():
         ({"kv": jnp.zeros((3, 40), jnp.int8)}, "kv is int8"),
         ({"kv": jnp.zeros((3, 40), jnp.float8_e4m3fn)}, "PagedKVCache"),
         ({"kv": "cache"}, "kv is str"),
-        ({"rows": jnp.zeros((3, 4))}, "expected int32 slots"),
-        ({"rows": jnp.zeros((4, 4), jnp.int32)}, "T = 3"),
+        ({"rows": jnp.zeros((3, 4))}, r"rows of kv is float32\[3, 4\]; expected integers \[3, W\]"),
+        ({"rows": jnp.zeros((4, 4), jnp.int32)}, r"rows of kv is int32\[4, 4\]; expected integers \[3, W\]"),
         ({"rows": Ragged(values=jnp.zeros((4,), jnp.int32), indptr=jnp.zeros((3,), jnp.int32))}, "2 rows"),
         ({"rows": [[1], [2], [3]]}, "rows of kv is list"),
         ({"sm_scale": float("nan")}, "sm_scale"),

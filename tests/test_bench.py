@@ -14,10 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sparse_mla_jax import bench, bench_attention, bench_cases, bench_report, bench_work, device_timing
 from sparse_mla_jax.__main__ import main
-from sparse_mla_jax.bench_cases import AREAS, CASES
-from sparse_mla_jax.kernel_cases import FP8
+from sparse_mla_jax.cases import answers, catalogue, indexer, inputs, topk
+from sparse_mla_jax.cases.case import FP8
+from sparse_mla_jax.cases.catalogue import AREAS, CASES
+from sparse_mla_jax.tools.bench import device_timing, report
+from sparse_mla_jax.tools.bench import run as bench
 
 SCRIPT = pathlib.Path(__file__).parents[1] / "benchmarks" / "readme_table.py"
 SETTINGS = bench.Settings(
@@ -61,7 +63,7 @@ def test_the_list_is_sane():
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_every_case_traces_at_full_size(case):
     flavour, query = next(case.variants())
-    work = bench_cases.build(case, flavour, query)
+    work = catalogue.build(case, flavour, query)
     shapes = jax.eval_shape(work.arguments)
     out = jax.eval_shape(functools.partial(work.fn, implementation="xla"), *shapes)
     # Nothing is counted that is not there: outputs and what differs between calls are moved in any case.
@@ -70,7 +72,7 @@ def test_every_case_traces_at_full_size(case):
         lambda x: (x.shape, x.dtype), state
     )
     fresh = () if state else out
-    assert bench_work.nbytes(fresh) < work.bytes < 2e9 * case.sizes.get("layers", 1)
+    assert inputs.nbytes(fresh) < work.bytes < 2e9 * case.sizes.get("layers", 1)
 
 
 @pytest.mark.parametrize(
@@ -115,16 +117,16 @@ def test_every_case_traces_at_full_size(case):
     ],
 )
 def test_bytes_and_flops(name, size, flops):
-    case = bench_cases.case(name)
-    work = bench_cases.build(case, *next(case.variants()))
+    case = catalogue.case(name)
+    work = catalogue.build(case, *next(case.variants()))
     assert work.flops == flops and size in (None, work.bytes)
 
 
 def test_targets():
-    case = bench_cases.case("indexer-2048x32768")
+    case = catalogue.case("indexer-2048x32768")
     assert case.reach == pytest.approx(1099.5, abs=0.1) and case.floor == pytest.approx(case.reach / 0.45)
-    assert bench_cases.case("topk-256x131072").floor == pytest.approx(95.2)
-    assert bench_cases.case("topk-1024x8192").floor == pytest.approx(30.8)
+    assert catalogue.case("topk-256x131072").floor == pytest.approx(95.2)
+    assert catalogue.case("topk-1024x8192").floor == pytest.approx(30.8)
     assert [bench.verdict(us, 9, 14) for us in (9, 14, 14.1)] == ["reach", "pass", "FAIL"]
     assert (bench.verdict(1, None, None), bench.verdict(6, 5, None)) == ("", "FAIL")
 
@@ -135,11 +137,11 @@ def test_the_answer_of_top_k(seed):
     scores = np.round(rng.standard_normal(rng.integers(1, 60)), 1).astype(np.float32)
     k = int(rng.integers(1, 50))
     want = np.sort(np.argsort(-scores, kind="stable")[:k])
-    np.testing.assert_array_equal(bench_attention.selected(scores, k), want)
+    np.testing.assert_array_equal(answers.selected(scores, k), want)
 
 
 def test_slots_are_distinct_and_of_ones_own():
-    make = jax.jit(lambda own: bench_work.random_slots(bench_work.seed(1), 4, 20, 1024, own=own), static_argnums=0)
+    make = jax.jit(lambda own: inputs.random_slots(inputs.seed(1), 4, 20, 1024, own=own), static_argnums=0)
     for own in (True, False):
         slots = np.asarray(make(own))
         assert all(len(set(row)) == 20 for row in slots) and slots.min() >= 0 and slots.max() < 1024
@@ -180,7 +182,7 @@ def test_slots_are_distinct_and_of_ones_own():
     ],
 )
 def test_a_shrunk_case_is_right(monkeypatch, name, flavour, query):
-    case, seen, build = bench_cases.case(name), [], bench_cases.build
+    case, seen, build = catalogue.case(name), [], catalogue.build
 
     def recorded(*args, **kwargs):
         work = build(*args, **kwargs)
@@ -191,7 +193,7 @@ def test_a_shrunk_case_is_right(monkeypatch, name, flavour, query):
 
         return dataclasses.replace(work, error=error)
 
-    monkeypatch.setattr(bench_cases, "build", recorded)
+    monkeypatch.setattr(catalogue, "build", recorded)
     row = bench.measure(case, flavour, query, SETTINGS)
     assert row["failure"] is None and row["error"] <= row["error_bound"] and row["us"] > 0
     assert row["in_place"] is (True if case.area in ("cache", "step") else None)
@@ -210,14 +212,14 @@ def test_a_shrunk_case_is_right(monkeypatch, name, flavour, query):
 
 
 def test_a_wrong_result_is_a_failure(monkeypatch):
-    top_k = bench_attention.top_k
-    monkeypatch.setattr(bench_attention, "top_k", lambda *a, **k: top_k(*a, **k).at[0, 0].add(1))
-    row = bench.measure(bench_cases.case("topk-1x8192"), "", "", SETTINGS)
+    top_k = topk.top_k
+    monkeypatch.setattr(topk, "top_k", lambda *a, **k: top_k(*a, **k).at[0, 0].add(1))
+    row = bench.measure(catalogue.case("topk-1x8192"), "", "", SETTINGS)
     assert row["failure"] == "wrong: error 1 above 0" and row["us"] > 0
 
 
 def test_a_write_elsewhere_is_caught():
-    work = bench_cases.build(bench_cases.case("cache-v32-t128"), FP8[1], shrink=True)
+    work = catalogue.build(catalogue.case("cache-v32-t128"), FP8[1], shrink=True)
     arguments, write = work.arguments(), jax.jit(work.fn)
     *rows, slots = arguments[2:]
     good = write(*arguments)
@@ -233,7 +235,7 @@ def test_a_write_elsewhere_is_caught():
 def test_donated_caches_that_are_copied(monkeypatch):
     jit = jax.jit
     monkeypatch.setattr(bench.jax, "jit", lambda fn, donate_argnums=(), **options: jit(fn, **options))
-    row = bench.measure(bench_cases.case("cache-v32-t128"), FP8[1], "", SETTINGS)
+    row = bench.measure(catalogue.case("cache-v32-t128"), FP8[1], "", SETTINGS)
     assert row["in_place"] is False and "were copied" in row["failure"]
 
 
@@ -260,9 +262,9 @@ def test_refusals_of_the_library_are_not_failures(monkeypatch):
     def refuses(*args, **kwargs):
         raise ValueError("no FP8 queries")
 
-    monkeypatch.setattr(bench_attention, "indexer_scores", refuses)
+    monkeypatch.setattr(indexer, "indexer_scores", refuses)
     with pytest.raises(bench.NotSupported, match="no FP8 queries"):
-        bench.measure(bench_cases.case("indexer-1024x8192"), FP8[0], FP8[0], SETTINGS)
+        bench.measure(catalogue.case("indexer-1024x8192"), FP8[0], FP8[0], SETTINGS)
 
 
 # --- the command
@@ -275,7 +277,7 @@ def document(tmp_path_factory):
     code = main(
         [
             *("bench", "topk", "--case", "64x32768", "--repeats", "2"),
-            *("--json", str(folder / "run.json"), "--plot", str(folder / "run.png")),
+            *("--json", str(folder / "run.json"), "--plot", str(folder / "bench.png")),
         ]
     )
     assert code == 0
@@ -284,7 +286,7 @@ def document(tmp_path_factory):
 
 def test_json_round_trip(document):
     folder, found = document
-    assert bench_report.load(str(folder / "run.json")) == found
+    assert report.load(str(folder / "run.json")) == found
     assert found["method"] == "wall clock" and found["shrunk"] and found["repeats"] == 2
     assert found["machine"]["device"] and found["machine"]["jax"] == jax.__version__
     assert min(found["ceilings"].values()) > 0
@@ -292,7 +294,7 @@ def test_json_round_trip(document):
     for row in found["results"]:
         assert row["error"] == 0 and row["peers"]["lax_top_k"] > 0 and "xla" not in row["peers"]
         assert row["percent_of_ceiling"] == pytest.approx(100 * row["gbps"] / found["ceilings"]["read_gbps"])
-    assert (folder / "run.png").stat().st_size > 10_000
+    assert (folder / "bench.png").stat().st_size > 10_000
 
 
 def test_json_on_standard_output(capsys):
@@ -327,13 +329,13 @@ def test_compare(capsys, document, tmp_path):
     old["results"][4]["us"] = None
     old["results"][5]["sizes"]["rows"] = 99
     old["machine"]["device"] = "another"
-    text = bench_report.report(found, old)
+    text = report.report(found, old)
     lines = {line.split()[0]: line for line in text.split("\n") if line.startswith("topk-")}
     assert [("slower" in lines[row["case"]]) for row in found["results"]] == [True, False, False, False, False, False]
     assert "2.00  slower" in lines[found["results"][0]["case"]]
     assert text.endswith(f"slower than 1.1 times the earlier run: {found['results'][0]['case']} 2.00 x")
     assert "another machine: another" in text
-    assert "earlier" not in bench_report.report(found)
+    assert "earlier" not in report.report(found)
     # Slower is no failure.
     old["results"] = [row | {"us": 1e-9} for row in found["results"]]
     (tmp_path / "old.json").write_text(json.dumps(old))
@@ -370,11 +372,11 @@ def test_the_readme_table(capsys, document):
     assert lines[2].startswith("| topk-64x32768 |  | ") and "lax.top_k µs" in lines[0]
     assert script["main"]([str(folder / "run.json"), "--area", "decode"]) == 2
     assert "no case was timed" in capsys.readouterr().err
-    assert script["main"]([str(folder / "run.png")]) == 2
+    assert script["main"]([str(folder / "bench.png")]) == 2
     assert capsys.readouterr().err.startswith("error: ")
     wrong = copy.deepcopy(found)
     wrong["results"][0]["failure"] = "wrong: error 1"
-    assert "(wrong)" in bench_report.markdown(wrong, text="64x32768")
+    assert "(wrong)" in report.markdown(wrong, text="64x32768")
 
 
 @pytest.mark.parametrize(
@@ -404,7 +406,7 @@ def test_bad_options(capsys, monkeypatch, options, message):
 
 
 def test_plot_without_matplotlib(capsys, monkeypatch):
-    monkeypatch.setattr(bench_report.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(report.importlib.util, "find_spec", lambda name: None)
     assert "pip install 'sparse-mla-jax[plot]'" in refused(capsys, "topk", "--plot", "x.png")
 
 
@@ -508,14 +510,14 @@ def test_peers_that_fail_are_named(monkeypatch):
     monkeypatch.setattr(bench, "method", lambda: device_timing.CUPTI)
     monkeypatch.setattr(bench, "torch_topk", lambda *a, **k: "torch has no CUDA")
     monkeypatch.setattr(bench, "PEER_BYTES", -1)
-    row = bench.measure(bench_cases.case("topk-1x8192"), "", "", settings)
+    row = bench.measure(catalogue.case("topk-1x8192"), "", "", settings)
     assert row["peers"] == {"lax_top_k": "needs 0 GiB", "torch_topk": "torch has no CUDA"}
-    assert row["failure"] is None and "-" in bench_report.area_table([row])
+    assert row["failure"] is None and "-" in report.area_table([row])
     monkeypatch.undo()
     # Without torch there is no entry.
     monkeypatch.setattr(bench, "method", lambda: device_timing.CUPTI)
     monkeypatch.setitem(sys.modules, "torch", None)
-    row = bench.measure(bench_cases.case("topk-1x8192"), "", "", settings)
+    row = bench.measure(catalogue.case("topk-1x8192"), "", "", settings)
     assert set(row["peers"]) == {"lax_top_k"}
 
 
@@ -523,7 +525,7 @@ def test_kernels_of_a_step_are_listed(document):
     found = copy.deepcopy(document[1])
     row = found["results"][0]
     row |= {"area": "step", "launches": 3, "kernels": [{"name": "fusion_1", "launches": 3, "us": 12.3}]}
-    text = bench_report.report(found)
+    text = report.report(found)
     assert "3 launches" in text and "fusion_1" in text and "12.3" in text
 
 
@@ -531,10 +533,10 @@ def test_layers_and_transfers_of_a_step_are_reported(document):
     row = copy.deepcopy(document[1]["results"][0])
     row |= {"area": "step", "us": 300.0, "wall_us": 320.0, "launches": 90, "kernels": [], "host_transfers": []}
     row["sizes"] = {"batch": 4, "layers": 10}
-    line = bench_report.kernel_table(row).split("\n")[0]
+    line = report.kernel_table(row).split("\n")[0]
     assert "80.0 us a token; 9.00 launches and 30.0 us a layer; host transfers: none" in line
     row["host_transfers"] = ["while.3"]
-    assert bench_report.kernel_table(row).split("\n")[0].endswith("host transfers: while.3")
+    assert report.kernel_table(row).split("\n")[0].endswith("host transfers: while.3")
 
 
 def test_what_needs_the_host_is_found():

@@ -26,7 +26,7 @@ import test_cdna_container as files
 from cdna_support import require_cdna
 from jax.experimental import pallas as pl
 
-from pallas_kernels import _call, cdna
+from pallas_kernels import _call, _primitives, cdna, targets
 from pallas_kernels.cdna import code_object, compiler, disk_cache, execution, lowering, rocm_stubs, toolchain, worker
 from pallas_kernels.cdna.program import LDS_BYTES, MAX_THREADS, Argument
 
@@ -51,7 +51,7 @@ def launch(kernel, x, out=None, **how):
         out_shape = jax.ShapeDtypeStruct(x.shape, x.dtype) if out is None else out
         return _call.call(kernel, x, **{"out_shape": out_shape, "grid": (1,), "name": "kernel", **how}, target=target)
 
-    return _call.dispatch(body, x)
+    return targets.by_target(body, x)
 
 
 def row_minus_sum(x, o):
@@ -239,7 +239,7 @@ def test_arguments_may_be_arrays_in_trees(compiled, tmp_path):
 # --- refusals --------------------------------------------------------------------------------------------------------
 def bad_assembly(x, o):
     at = jnp.arange(64)
-    _call.store(o.at[at], _call.assembly("v_no_such $0, $1", "=v,v", _call.load(x.at[at]), dtype=jnp.float32))
+    _call.store(o.at[at], _primitives.assembly("v_no_such $0, $1", "=v,v", _call.load(x.at[at]), dtype=jnp.float32))
 
 
 def no_such_conversion(x, o):
@@ -731,7 +731,7 @@ def test_what_a_kernel_does_not_write(compiled, made_by, aliased):
 def test_unknown_devices(arch, how, message):
     with pytest.raises(ValueError, match=message), cdna.device(arch, **how):
         raise AssertionError("entered")
-    assert _call.executor.value is None
+    assert targets.executor.value is None
 
 
 @pytest.fixture
@@ -773,7 +773,7 @@ def test_devices_trace_and_record_for_themselves(traced):
         run(again, 1, 4)  # a new device, even of the same kind, has launches of its own
     with pytest.raises(ZeroDivisionError), cdna.device("gfx942"):
         _ = 1 // 0
-    assert _call.executor.value is None
+    assert targets.executor.value is None
     run(None, 0, 4)
     assert [len(d.launches) for d in (outer, inner, again)] == [3, 1, 1]
     for device, arch in ((outer, "gfx942"), (inner, "gfx950")):

@@ -8,8 +8,8 @@ import runpy
 import pytest
 from cdna_support import require_cdna
 
-from sparse_mla_jax import kernel_cases
-from sparse_mla_jax.inspection import NATIVE
+from sparse_mla_jax.cases import catalogue
+from sparse_mla_jax.tools.inspect.kernels import NATIVE
 
 SCRIPT = pathlib.Path(__file__).parents[1] / "benchmarks" / "cdna_counts.py"
 counts = runpy.run_path(str(SCRIPT))
@@ -24,7 +24,7 @@ def test_the_list_is_complete():
 def test_counts_are_as_stored(case):
     require_cdna(counts["COMPILER"])
     name, kind, arch = case
-    assert counts["count"](kernel_cases.case(name), kind, arch) == STORED[counts["key"](*case)]
+    assert counts["count"](catalogue.kernel_case(name), kind, arch) == STORED[counts["key"](*case)]
 
 
 def test_what_candidates_were_weighed_against_is_what_ships():
@@ -33,5 +33,5 @@ def test_what_candidates_were_weighed_against_is_what_ships():
     tables = re.findall(r"^### (\w+) on (\w+) .*?^\| \*\*shipped\*\* \|(.*?)$", text, re.MULTILINE | re.DOTALL)
     assert len(tables) >= 2 * 12
     for name, arch, row in tables:
-        kind = NATIVE[arch] if NATIVE[arch] in kernel_cases.case(name).kinds else ""
+        kind = NATIVE[arch] if NATIVE[arch] in catalogue.kernel_case(name).kinds else ""
         assert int(row.split("|")[5]) == STORED[counts["key"](name, kind, arch)]["wave_instructions"], (name, arch)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels.cdna import toolchain
-from pallas_kernels.cdna.interpreter import control_flow, vector_alu
+from pallas_kernels.cdna.interpreter import control_flow, vector_alu, vector_table
 from pallas_kernels.cdna.interpreter.assembly import InterpreterError
 from pallas_kernels.cdna.interpreter.machine import Memory
 
@@ -580,13 +580,13 @@ def test_division_is_rounded_once(units, monkeypatch):
     The hardware's v_rcp_f32 may be one unit in the last place away from the interpreter's, which is rounded. That only
     matters for denominators whose fraction is all ones, where the reciprocal that the refinement ends with can be off.
     """
-    types, result, exact = vector_alu.TABLE["v_rcp_f32"]
+    types, result, exact = vector_table.TABLE["v_rcp_f32"]
 
     def reciprocal(a):
         r = exact(a)
         return np.where(np.isfinite(r) & (r != 0), r + np.float32(units) * np.spacing(r), r).astype(np.float32)
 
-    monkeypatch.setitem(vector_alu.TABLE, "v_rcp_f32", (types, result, reciprocal))
+    monkeypatch.setitem(vector_table.TABLE, "v_rcp_f32", (types, result, reciprocal))
     a, b = quotients()
     got, expected = ca.lanes(ca.execute(DIVISION, v={4: a, 6: b}), 0, np.float32), a / b
     if units:
@@ -1251,7 +1251,7 @@ UNCOVERED: set[str] = set()
 
 def test_every_opcode_has_a_row():
     covered = {ca.kernel(text, arch).instructions[0].opcode for text, arch in (*table_lines(), *comparison_lines())}
-    assert set(vector_alu.TABLE) - covered == UNCOVERED
+    assert set(vector_table.TABLE) - covered == UNCOVERED
     # Of the patterns, every alternative that their names spell out.
     for pattern in vector_alu.SPECIAL:
         assert any(re.fullmatch(pattern, opcode) for opcode in covered), pattern

@@ -18,17 +18,18 @@ import test_topk
 from cdna_support import require_cdna
 from jax.experimental import pallas as pl
 
-from pallas_kernels import _call, cdna
+from pallas_kernels import _call, cdna, targets
 from pallas_kernels.cdna import code_object, device_context
 from pallas_kernels.cdna.interpreter import control_flow
 from pallas_kernels.cdna.interpreter.assembly import parse
 from pallas_kernels.cdna.program import LDS_BYTES, MAX_THREADS
-from sparse_mla_jax import kernel_cases
+from sparse_mla_jax.cases import catalogue
+from sparse_mla_jax.cases.case import FP8, KINDS
 from sparse_mla_jax.models.checkpoint import load_checkpoint
 from sparse_mla_jax.scoring import score
 
 COMPILED = [(arch, compiler) for compiler in cdna.COMPILERS for arch in cdna.ARCHITECTURES]
-FP8 = kernel_cases.FP8
+FP8 = FP8
 ATTENTION_HEADS = (1, 6, 16, 64, 128)
 
 
@@ -86,7 +87,7 @@ def test_attention_matrix(compiled, heads, kind, q_dtype, two):
 
 def test_keys_of_a_step_are_asked_for_together(compiled):
     """No wait for memory between the loads of a key block's seven tiles."""
-    problem = kernel_cases.case("sparse_mla_v4").build(FP8[0], None)
+    problem = catalogue.kernel_case("sparse_mla_v4").build(FP8[0], None)
     jax.block_until_ready(jax.jit(problem.fn)(*problem.args))
     (launch,) = compiled.launches
     blocks = [block.instructions for block in parse(launch.kernel.assembly).blocks]
@@ -106,7 +107,9 @@ LONG = {
     "sparse_mla",
     "sparse_mla_v4_window",
 }
-ALL_CASES = [pytest.param(c, id=c.name, marks=[pytest.mark.slow] if c.name in LONG else []) for c in kernel_cases.CASES]
+ALL_CASES = [
+    pytest.param(c, id=c.name, marks=[pytest.mark.slow] if c.name in LONG else []) for c in catalogue.KERNEL_CASES
+]
 
 
 @pytest.mark.parametrize("case", ALL_CASES)
@@ -118,11 +121,11 @@ def test_published_sizes(compiled, case):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", kernel_cases.KINDS)
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("heads", ATTENTION_HEADS)
 @pytest.mark.parametrize("name", ["indexer", "paged_indexer", "sparse_mla", "norm_rope_query"])
 def test_published_sizes_of_other_heads(compiled, name, heads, kind):
-    problem = kernel_cases.case(name).build(kind, heads)
+    problem = catalogue.kernel_case(name).build(kind, heads)
     assert problem.error(jax.jit(problem.fn)(*problem.args)) <= problem.bound
     check_resources(compiled)
 
@@ -172,7 +175,7 @@ def test_division(compiled):
     def run(a, b):
         out = jax.ShapeDtypeStruct(a.shape, a.dtype)
         how = {"out_shape": out, "grid": (a.size // 64, 1, 1), "name": "divide", "num_warps": 1}
-        return _call.dispatch(lambda target, *x: _call.call(divide, *x, target=target, **how), a, b)
+        return targets.by_target(lambda target, *x: _call.call(divide, *x, target=target, **how), a, b)
 
     test_cdna_interpreter_vector.assert_same(np.asarray(run(a, b)), a / b)
     check_resources(compiled)
@@ -207,7 +210,7 @@ def test_cost_against_the_peer(arch):
     require_cdna("triton")
     totals = {}
     for kind in FP8:
-        problem = kernel_cases.case("sparse_mla_v4").build(kind, 16)
+        problem = catalogue.kernel_case("sparse_mla_v4").build(kind, 16)
         with cdna.device(arch) as device:
             jax.block_until_ready(jax.jit(problem.fn)(*problem.args))
         totals[kind] = sum(launch.counts.total for launch in device.launches)

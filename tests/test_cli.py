@@ -14,11 +14,12 @@ import jax
 import numpy as np
 import pytest
 
-from sparse_mla_jax.__main__ import fp8_flavour, main
+from sparse_mla_jax.__main__ import main
 from sparse_mla_jax.config import DeepseekV32Config, RopeConfig
 from sparse_mla_jax.models import checkpoint, deepseek_v32
 from sparse_mla_jax.scoring import score
 from sparse_mla_jax.serving.engine import Engine
+from sparse_mla_jax.tools.info import fp8_flavour
 
 ROOT = pathlib.Path(__file__).parent.parent
 CONFIG = DeepseekV32Config(
@@ -394,7 +395,7 @@ def test_a_failing_device_is_one_line(capsys, monkeypatch):
     def broken(*_):
         raise RuntimeError("RESOURCE_EXHAUSTED:\n out of memory")
 
-    monkeypatch.setattr("sparse_mla_jax.__main__._device", broken)
+    monkeypatch.setattr("sparse_mla_jax.tools.info.describe_device", broken)
     code, _, err = run(capsys, "info")
     assert code == 1 and err.startswith("error: ") and err.count("\n") == 1
 

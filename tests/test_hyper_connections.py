@@ -200,14 +200,14 @@ def test_what_the_kernel_does_not_serve():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"streams": jnp.zeros((2, 32))}, r"streams is float32\[2, 32\]; expected floating \[T, n, D\]"),
+        ({"streams": jnp.zeros((2, 32))}, r"streams is float32\[2, 32\]; expected floating values \[T, n, D\]"),
         ({"streams": jnp.zeros((2, 4, 8), jnp.int32)}, r"streams is int32\[2, 4, 8\]"),
         ({"product": jnp.zeros((2, 20))}, r"product is float32\[2, 20\]; streams \[2, 4, 8\] need float32\[2, 24\]"),
         ({"product": jnp.zeros((0, 2, 24))}, r"product is float32\[0, 2, 24\]"),
         ({"product": jnp.zeros((2, 24), jnp.bfloat16)}, r"product is bfloat16"),
-        ({"base": jnp.zeros(4)}, r"base is float32\[4\]; streams \[2, 4, 8\] need floating \[24\]"),
+        ({"base": jnp.zeros(4)}, r"base is float32\[4\]; expected floating values \[24\]. .* streams are \[2, 4, 8\]"),
         ({"scale": jnp.zeros(1)}, r"scale is float32\[1\]"),
-        ({"norm": jnp.zeros(7)}, r"norm is float32\[7\]; streams \[2, 4, 8\] need floating \[8\]"),
+        ({"norm": jnp.zeros(7)}, r"norm is float32\[7\]; expected floating values \[8\]. .* streams are \[2, 4, 8\]"),
         ({"iterations": 0}, r"iterations is 0; .* pass at least 1"),
         ({"implementation": "cuda"}, r"implementation is 'cuda'; expected None or one of"),
     ],

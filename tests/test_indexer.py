@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pallas_kernels import cdna, indexer_logits
-from pallas_kernels._call import executor
-from pallas_kernels.plans.attention import power_of_two
 from pallas_kernels.plans.indexer import IndexerPlan, indexer_plan
+from pallas_kernels.targets import executor
+from pallas_kernels.tiles import power_of_two
 from sparse_mla_jax.ops import indexer
 from sparse_mla_jax.ops.cache import PagedIndexCache
 from sparse_mla_jax.ops.indexer import indexer_scores, lightning_indexer, paged_indexer_scores
@@ -253,13 +253,12 @@ def test_tokens_of_requests_in_any_order(implementation):
     np.testing.assert_allclose(shuffled, whole[order], rtol=1e-5, atol=1e-5)
 
 
-def test_blocks_of_columns_change_nothing():
+def test_blocks_of_columns_change_nothing(monkeypatch):
     inputs, keys, slots = paged_inputs(tokens=9, heads=4, dim=32, requests=1, pages=11, page_size=50)
     want = oracle(inputs[0], keys, inputs[1], slots)
     for budget in (1, 1 << 20):
-        check(
-            indexer._xla_paged(*inputs[:4], *indexer._check_paged(inputs[0], *inputs[2:], 550)[1:], 550, budget), want
-        )
+        monkeypatch.setattr(indexer, "STEP_BYTES", budget)
+        check(paged_indexer_scores(*inputs, max_length=550, implementation="xla"), want)
 
 
 @settings(max_examples=15, deadline=None, database=None)

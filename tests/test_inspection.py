@@ -9,7 +9,10 @@ import pytest
 from cdna_support import require_cdna
 
 from pallas_kernels.cdna.program import Argument
-from sparse_mla_jax import __main__, bench_cases, inspection, kernel_cases, step_inspection
+from sparse_mla_jax import __main__
+from sparse_mla_jax.cases import catalogue, steps
+from sparse_mla_jax.tools.inspect import kernels
+from sparse_mla_jax.tools.inspect import steps as step_inspection
 
 
 def inspect(*arguments):
@@ -41,13 +44,13 @@ def test_json_assembly_and_picture(tmp_path, capsys):
 
 def test_a_broken_rule_is_named_and_fails(monkeypatch, capsys):
     require_cdna("triton")
-    good = inspection.measure(kernel_cases.case("top_k"), "", "gfx942", "triton")
+    good = kernels.measure(catalogue.kernel_case("top_k"), "", "gfx942", "triton")
     kernel = good.launch.kernel
     bad_kernel = dataclasses.replace(
         kernel, resources=dataclasses.replace(kernel.resources, vgpr_spills=3, scratch=16, lds=1 << 20)
     )
     bad = dataclasses.replace(good, error=1.0, launch=dataclasses.replace(good.launch, kernel=bad_kernel))
-    monkeypatch.setattr(inspection, "measure", lambda *_: bad)
+    monkeypatch.setattr(kernels, "measure", lambda *_: bad)
     assert inspect("--kernel", "top_k", "--arch", "gfx942") == 1
     errors = capsys.readouterr().err
     for part in ("error 1.00e+00 above", "3 vector", "16 bytes of scratch", "1048576 bytes of LDS"):
@@ -76,7 +79,7 @@ def compiled_step(request):
     require_cdna("xla")
     from pallas_kernels import cdna
 
-    step = step_inspection.decode_step(layers=1)
+    step = steps.decode_step(layers=1)
     return step, cdna.compile(step.fn, *step.args, arch=request.param, donate_argnums=step.donated)
 
 
@@ -98,10 +101,8 @@ def test_launches_of_an_attention_layer(quantize):
     require_cdna("xla")
     from pallas_kernels import cdna
 
-    config = dataclasses.replace(step_inspection.published_config(heads=16, layers=1), quantize_index_query=quantize)
-    step = step_inspection.layer_step(
-        config, batch=64, context=32768, cache_dtype="float8_e4m3fn", implementation="triton"
-    )
+    config = dataclasses.replace(steps.published_config(heads=16, layers=1), quantize_index_query=quantize)
+    step = steps.layer_step(config, batch=64, context=32768, cache_dtype="float8_e4m3fn", implementation="triton")
     program = cdna.compile(step.fn, *step.args, arch="gfx950", donate_argnums=step.donated)
     row = step_inspection.summary(step, program)
     assert row["launches_of_products"] == 5 and row["launches"] - row["launches_of_products"] <= 14
@@ -122,10 +123,8 @@ def test_launches_of_a_v4_layer(name, most):
     require_cdna("xla")
     from pallas_kernels import cdna
 
-    work = bench_cases.build(bench_cases.case(name), "float8_e4m3fn")
-    step = step_inspection.Step(
-        functools.partial(work.fn, implementation="triton"), jax.eval_shape(work.arguments), donated=0
-    )
+    work = catalogue.build(catalogue.case(name), "float8_e4m3fn")
+    step = steps.Step(functools.partial(work.fn, implementation="triton"), jax.eval_shape(work.arguments), donated=0)
     row = step_inspection.summary(step, cdna.compile(step.fn, *step.args, arch="gfx950", donate_argnums=0))
     assert row["launches"] <= most and row["launches_of_products"] == 5 and row["temporary_bytes"] < 64 << 20
     assert row["cache_copies"] == row["copies"] == row["library_calls"] == []

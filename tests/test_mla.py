@@ -152,11 +152,11 @@ def test_fusing_twice_is_fusing_once(layer):
 
 def test_rotated_values_pass_a_fused_product_unchanged(layer):
     """bfloat16 products with ones and zeros are exact."""
-    from sparse_mla_jax.layers.mla import _absorbed
+    from sparse_mla_jax.layers.mla import _absorb
 
     params = jax.tree.map(lambda a: a.astype(jnp.bfloat16), layer[0]["self_attn"])
     query = jnp.asarray(np.random.default_rng(9).normal(size=(3, 6, SMALL.qk_head_dim)), jnp.bfloat16)
-    plain, fused = (jax.jit(_absorbed)(p, query) for p in (params, fuse_projections(params)))
+    plain, fused = (jax.jit(_absorb)(p, query) for p in (params, fuse_projections(params)))
     np.testing.assert_array_equal(fused[..., SMALL.kv_lora_rank :], query[..., SMALL.qk_nope_head_dim :])
     np.testing.assert_allclose(plain.astype(jnp.float32), fused.astype(jnp.float32), rtol=1e-2, atol=1e-2)
 

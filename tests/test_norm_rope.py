@@ -7,7 +7,7 @@ import pytest
 
 from sparse_mla_jax import reference
 from sparse_mla_jax.ops import fp8
-from sparse_mla_jax.ops.norm_rope import Part, norm_rope
+from sparse_mla_jax.ops.norm_rope import Section, norm_rope
 
 FREQUENCIES = np.array([1.0, 0.3, 0.01], np.float32)
 POSITIONS = np.array([0, 7, 163839], np.int32)
@@ -20,11 +20,11 @@ def vector(rng, *shape):
 def layer_parts(rng, dtype):
     """All kinds of parts, of awkward widths, with columns between them that nobody takes."""
     return (
-        Part(0, 1, 21, dtype, weight=vector(rng, 21)),
-        Part(22, 1, 24, "float32", weight=vector(rng, 24), bias=vector(rng, 24), rotated=2),
-        Part(46, 5, 10, dtype, rotated=4, interleaved=True),
-        Part(96, 3, 6, "float32", rotated=0),
-        Part(114, 1, 3, "float32", scale=0.37),
+        Section(0, 1, 21, dtype, weight=vector(rng, 21)),
+        Section(22, 1, 24, "float32", weight=vector(rng, 24), bias=vector(rng, 24), rotated=2),
+        Section(46, 5, 10, dtype, rotated=4, interleaved=True),
+        Section(96, 3, 6, "float32", rotated=0),
+        Section(114, 1, 3, "float32", scale=0.37),
     )
 
 
@@ -67,7 +67,7 @@ def test_against_float64(dtype, implementation):
 def test_fp8_is_quantised_per_token_and_head(dtype, heads, implementation):
     rng = np.random.default_rng(1)
     x, factor = jnp.asarray(rng.normal(size=(3, heads * 12 + 4)), jnp.bfloat16), vector(rng, 3, heads)
-    part = Part(4, heads, 12, dtype, rotated=0, factor=factor)
+    part = Section(4, heads, 12, dtype, rotated=0, factor=factor)
     ((values, scales),) = run(x, [part], POSITIONS, implementation=implementation)
     assert values.dtype == dtype and values.shape == (3, heads, 12) and scales.shape == (3, heads)
     want = expected(x.astype(jnp.float32), part, POSITIONS)
@@ -89,16 +89,16 @@ def test_rows_do_not_see_each_other(implementation):
 
 
 def test_nothing_to_do():
-    part = Part(0, 2, 6, "float8_e4m3fn", rotated=0)
+    part = Section(0, 2, 6, "float8_e4m3fn", rotated=0)
     (values, scales), plain = norm_rope(
-        jnp.zeros((0, 12)), [part, Part(0, 1, 12, "bfloat16")], jnp.zeros(0, jnp.int32), FREQUENCIES
+        jnp.zeros((0, 12)), [part, Section(0, 1, 12, "bfloat16")], jnp.zeros(0, jnp.int32), FREQUENCIES
     )
     assert values.shape == (0, 2, 6) and scales.shape == (0, 2) and plain.shape == (0, 1, 12)
     assert norm_rope(jnp.zeros((2, 12)), [], jnp.zeros(2, jnp.int32), FREQUENCIES) == []
 
 
 def test_gradients_of_the_xla_body():
-    part = Part(0, 2, 6, "float32", weight=jnp.ones(6), rotated=0)
+    part = Section(0, 2, 6, "float32", weight=jnp.ones(6), rotated=0)
     x = jnp.asarray(np.random.default_rng(3).normal(size=(3, 12)), jnp.float32)
     grad = jax.grad(lambda x: run(x, [part], POSITIONS, implementation="xla")[0][..., 0].sum())(x)
     assert np.isfinite(grad).all() and np.any(grad)
@@ -107,12 +107,12 @@ def test_gradients_of_the_xla_body():
 @pytest.mark.parametrize(
     ("part", "message"),
     [
-        (Part(3, 2, 5, "float32"), "parts.0. takes 2 heads of 5 columns from 3 on; x has 12"),
-        (Part(0, 1, 12, "float16"), "parts.0. is to be float16"),
-        (Part(0, 2, 6, "float32", rotated=1), "rotated from column 1 on; 3 frequencies turn 6 of 6"),
-        (Part(0, 2, 6, "float32", bias=jnp.ones(6)), "a bias and no weight"),
-        (Part(0, 2, 6, "float32", weight=jnp.ones(12)), "weight of shape .12,.; expected .6."),
-        (Part(0, 2, 6, "float32", factor=jnp.ones((2, 2))), "a factor belongs to the scales of an FP8 part"),
+        (Section(3, 2, 5, "float32"), "parts.0. takes 2 heads of 5 columns from 3 on; x has 12"),
+        (Section(0, 1, 12, "float16"), "parts.0. is to be float16"),
+        (Section(0, 2, 6, "float32", rotated=1), "rotated from column 1 on; 3 frequencies turn 6 of 6"),
+        (Section(0, 2, 6, "float32", bias=jnp.ones(6)), "a bias and no weight"),
+        (Section(0, 2, 6, "float32", weight=jnp.ones(12)), r"weight float32\[12\]; expected \[6\]"),
+        (Section(0, 2, 6, "float32", factor=jnp.ones((2, 2))), "a factor belongs to the scales of an FP8 part"),
     ],
 )
 def test_bad_parts(part, message):
@@ -121,7 +121,7 @@ def test_bad_parts(part, message):
 
 
 def test_bad_arguments():
-    part = [Part(0, 2, 6, "float32")]
+    part = [Section(0, 2, 6, "float32")]
     for change, message in (
         ({"x": jnp.zeros((2, 3, 4))}, "x is float32"),
         ({"x": jnp.zeros((2, 12), jnp.float16)}, "x is float16"),

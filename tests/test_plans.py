@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import cache_write, hyper_connections, indexer_logits, output_projection, sparse_attention, topk
+from pallas_kernels import cache_write, hyper_connections, indexer_logits, output_projection, topk
 from pallas_kernels import compress as compress_kernel
 from pallas_kernels import norm_rope as norm_rope_kernel
 from pallas_kernels.plans.attention import AttentionPlan, attention_plan
@@ -18,13 +18,14 @@ from pallas_kernels.plans.indexer import IndexerPlan, indexer_plan
 from pallas_kernels.plans.norm_rope import NormRopePlan, norm_rope_plan
 from pallas_kernels.plans.output_projection import ProjectionPlan, projection_plan
 from pallas_kernels.plans.topk import TopKPlan, topk_plan
+from pallas_kernels.sparse_attention import launch
 from sparse_mla_jax.metadata import build_metadata
 from sparse_mla_jax.ops.attention import sparse_mla
 from sparse_mla_jax.ops.cache import PagedIndexCache, PagedKVCache, write, write_index, write_token
 from sparse_mla_jax.ops.compressor import CompressorState, compress
 from sparse_mla_jax.ops.hyper_connections import merge, split
 from sparse_mla_jax.ops.indexer import indexer_scores, paged_indexer_scores
-from sparse_mla_jax.ops.norm_rope import Part, norm_rope
+from sparse_mla_jax.ops.norm_rope import Section, norm_rope
 from sparse_mla_jax.ops.output_projection import rotated_projection
 from sparse_mla_jax.ops.topk import top_k
 
@@ -108,8 +109,8 @@ def compress_entries(**given):
 def finish(**given):
     """Five normed and rotated heads of six values, three FP8 ones of eight."""
     parts = [
-        Part(2, 5, 6, "bfloat16", weight=KEYS[0, :6], rotated=2, interleaved=True),
-        Part(0, 3, 8, "float8_e4m3fn", rotated=0),
+        Section(2, 5, 6, "bfloat16", weight=KEYS[0, :6], rotated=2, interleaved=True),
+        Section(0, 3, 8, "float8_e4m3fn", rotated=0),
     ]
     return norm_rope(KEYS[:7], parts, jnp.arange(7), jnp.array([1.0, 0.1]), **given)
 
@@ -136,7 +137,7 @@ def project(**given):
 
 # Of each operator the kernel's module, its heuristic, another plan, and whether that keeps the order of arithmetic.
 OPERATORS = {
-    "sparse_mla": (attend, sparse_attention, "attention_plan", AttentionPlan(splits=3, key_block=32), False),
+    "sparse_mla": (attend, launch, "attention_plan", AttentionPlan(splits=3, key_block=32), False),
     "indexer": (contiguous, indexer_logits, "indexer_plan", IndexerPlan(key_block=32, head_block=16), False),
     "paged": (paged, indexer_logits, "indexer_plan", IndexerPlan(key_block=16, head_block=16), False),
     "top_k": (select, topk, "topk_plan", TopKPlan(block=512, num_warps=2, groups=256, run=32), True),
@@ -187,6 +188,24 @@ def test_a_config_is_refused_where_it_means_nothing(operator, kernel, heuristic,
         operator(implementation="xla", config=config)
     with pytest.raises(ValueError, match=f"config is dict; expected None or a .*{type(config).__name__}"):
         operator(config={"num_warps": 2})
+
+
+# compress has the former name only.
+@pytest.mark.parametrize("name", [name for name in OPERATORS if name != "compress"])
+def test_plan_is_the_name_to_use(monkeypatch, name):
+    operator, kernel, heuristic, plan, _ = OPERATORS[name]
+
+    def refuse(**sizes):
+        raise AssertionError("the heuristic plan was asked for")
+
+    monkeypatch.setattr(kernel, heuristic, refuse)
+    assert jax.tree.leaves(jax.eval_shape(lambda: operator(plan=plan)))
+    with pytest.raises(AssertionError, match="heuristic"):
+        jax.eval_shape(lambda: operator(implementation="triton"))
+    with pytest.raises(ValueError, match="plan and config are two names of one argument"):
+        operator(plan=plan, config=plan)
+    with pytest.raises(ValueError, match="plan is a plan of the kernel and implementation is 'xla'"):
+        operator(implementation="xla", plan=plan)
 
 
 @pytest.mark.parametrize(

@@ -237,10 +237,13 @@ ONES = np.ones((2, 3), np.int32)
     [
         (lambda: pack_rows(np.ones((2, 3))), "indices is float32"),
         (lambda: pack_rows(np.ones((2,), np.int32)), r"indices is int32\[2\]"),
-        (lambda: pack_rows(ONES, np.ones((3,), np.int32)), "lengths have shape"),
+        (lambda: pack_rows(ONES, np.ones((3,), np.int32)), r"lengths is int32\[3\]; expected integers \[2\]"),
         (lambda: jax.eval_shape(pack_rows, jax.ShapeDtypeStruct((2**16, 2**16), jnp.int32)), r"2\*\*31"),
         (lambda: indptr_from_lengths(ONES), "lengths is int32"),
-        (lambda: slots_from_positions(ONES, np.zeros(3, np.int32), ONES, page_size=4), "request_ids have shape"),
+        (
+            lambda: slots_from_positions(ONES, np.zeros(3, np.int32), ONES, page_size=4),
+            r"request_ids is int32\[3\]",
+        ),
         (lambda: slots_from_positions(ONES, np.zeros(2, np.int32), ONES[0], page_size=4), "page_table is int32"),
         (lambda: slots_from_positions(ONES, np.zeros(2, np.int32), ONES, page_size=0), "page_size is 0"),
         (lambda: select_to_ragged(ONES[0], np.zeros(3, np.int32), ONES, page_size=4), "positions is int32"),
@@ -295,7 +298,7 @@ def test_combine_with_window_takes_plain_integers():
     ("arguments", "message"),
     [
         (dict(positions=np.zeros((2, 3))), "positions is float"),
-        (dict(positions=np.zeros((3, 3), int)), "positions have shape"),
+        (dict(positions=np.zeros((3, 3), int)), r"positions is int32\[3, 3\]; expected integers \[2, W\]"),
         (dict(window=0), "window is 0"),
         (dict(window_start=np.zeros(3, int)), "window_start is int"),
         (dict(first_position=np.zeros(2)), "first_position is float"),

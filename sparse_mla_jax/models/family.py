@@ -8,13 +8,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sparse_mla_jax._check import parse_dtype, require
+from sparse_mla_jax import _check
+from sparse_mla_jax._check import require
+from sparse_mla_jax._choices import DTYPES
 from sparse_mla_jax.config import Config, DeepseekV4Config, DeepseekV32Config
 from sparse_mla_jax.models import deepseek_v4, deepseek_v32
 from sparse_mla_jax.models.common import Family
 
 # Types of a model's matrices.
-DTYPES = ("float32", "bfloat16")
 
 _FAMILIES: dict[type, Family] = {DeepseekV32Config: deepseek_v32.FAMILY, DeepseekV4Config: deepseek_v4.FAMILY}
 
@@ -45,7 +46,7 @@ def check_params(params: Any, config: Config, dtype: Any = None) -> Any:
     """
     if dtype is None:
         dtype = params["embed_tokens"].dtype if isinstance(params, dict) and "embed_tokens" in params else jnp.float32
-    wanted = parse_dtype("dtype", dtype, DTYPES)
+    wanted = _check.dtype("dtype", dtype, DTYPES)
     tree: Any
     given_tree: Any
     specs, tree = jax.tree_util.tree_flatten_with_path(family_of(config).param_specs(config, wanted))

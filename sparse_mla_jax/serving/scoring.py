@@ -10,8 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from sparse_mla_jax._check import parse_dtype, require
-from sparse_mla_jax._options import CACHE_DTYPES, check_size
+from sparse_mla_jax import _check
+from sparse_mla_jax._check import require
+from sparse_mla_jax._choices import CACHE_DTYPES
 from sparse_mla_jax.config import Config
 from sparse_mla_jax.metadata import build_metadata
 from sparse_mla_jax.models.family import check_params, family_of, matmul_precision
@@ -77,14 +78,16 @@ def check_arguments(
         f"token_ids has {length} tokens a row; the model's positions end at {config.max_position_embeddings} "
         "(max_position_embeddings). Give shorter sequences.",
     )
-    prompt_length = length if prompt_length is None else check_size("prompt_length", prompt_length, 0)
+    prompt_length = length if prompt_length is None else _check.size("prompt_length", prompt_length, 0)
     require(
         prompt_length <= length,
         f"prompt_length is {prompt_length}; token_ids has {length} tokens a row, so at most {length} is expected.",
     )
     longest = max(prompt_length, 1)
-    chunk = longest if chunk is None else min(check_size("chunk", chunk), longest)
-    page_size = family_of(config).default_page_size(config) if page_size is None else check_size("page_size", page_size)
+    chunk = longest if chunk is None else min(_check.size("chunk", chunk), longest)
+    page_size = (
+        family_of(config).default_page_size(config) if page_size is None else _check.size("page_size", page_size)
+    )
     return tokens, prompt_length, chunk, page_size
 
 
@@ -124,7 +127,7 @@ def score(
       ValueError: an argument that is not as described.
     """
     check_implementation(implementation)
-    cache_type = parse_dtype("cache_dtype", cache_dtype, CACHE_DTYPES)
+    cache_type = _check.dtype("cache_dtype", cache_dtype, CACHE_DTYPES)
     tokens, prompt_length, chunk, page_size = check_arguments(
         config, token_ids, prompt_length=prompt_length, chunk=chunk, page_size=page_size
     )
