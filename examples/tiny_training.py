@@ -17,11 +17,11 @@ import optax
 from jax import lax
 from tiny_model import Mode, Params, cross_entropy, forward, loss_fn
 
-from sparse_mla_jax import data
 from sparse_mla_jax._check import require
 from sparse_mla_jax.config import DeepseekV32Config, config_from_json
 from sparse_mla_jax.models import deepseek_v32
 from sparse_mla_jax.models.checkpoint import save_checkpoint
+from sparse_mla_jax.tools.text import stdlib_sources
 
 SEPARATOR = b"\0"
 
@@ -55,11 +55,11 @@ def make_corpus() -> Corpus:
     """The corpus of the running interpreter."""
     library: list[bytes] = []
     tests: list[bytes] = []
-    for name, text in data.stdlib_sources(held_out=False):
+    for name, text in stdlib_sources(held_out=False):
         is_test = {"test", "tests", "idle_test"} & set(name.split("/"))
         (tests if is_test else library).append(text + SEPARATOR)
     head, tail = b"".join(library), b"".join(tests)
-    held_out = [(name, np.frombuffer(text, np.uint8)) for name, text in data.stdlib_sources(held_out=True)]
+    held_out = [(name, np.frombuffer(text, np.uint8)) for name, text in stdlib_sources(held_out=True)]
     return Corpus(np.frombuffer(head + tail, np.uint8), len(head), held_out)
 
 

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 
-from sparse_mla_jax import data
 from sparse_mla_jax.config import config_from_json, load_config
 from sparse_mla_jax.models import deepseek_v32
 from sparse_mla_jax.models.checkpoint import load_checkpoint
+from sparse_mla_jax.tools.text import HELD_OUT, stdlib_sources
 
 # As for a script that is run: its folder comes first.
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent / "examples"))
@@ -67,7 +67,7 @@ def trained(tmp_path_factory):
     """A run of 40 steps in two halves: (folder of the first, folder of the second, figures of both)."""
     folder = tmp_path_factory.mktemp("trained")
     (folder / "config.json").write_text(json.dumps(small_config()))
-    text = np.frombuffer(b"".join(t for _, t in data.stdlib_sources(held_out=True))[:40000], np.uint8)
+    text = np.frombuffer(b"".join(t for _, t in stdlib_sources(held_out=True))[:40000], np.uint8)
     corpus = tiny_training.Corpus(text, len(text) // 2, [("a.py", text[:500]), ("b.py", text[3000:3300])])
     tiny_training.save_corpus(corpus, str(folder / "corpus.npz"))
     common = ["--corpus", str(folder / "corpus.npz"), "--context", "64", "--batch", "4", "--chunk", "32"]
@@ -209,7 +209,7 @@ def test_windows_come_from_everywhere_and_no_further():
 
 def test_held_out_modules_never_enter_the_training_data():
     corpus = tiny_training.make_corpus()
-    assert [name for name, _ in corpus.held_out] == [f"{module}.py" for module in data.HELD_OUT]
+    assert [name for name, _ in corpus.held_out] == [f"{module}.py" for module in HELD_OUT]
     text = corpus.train.tobytes()
     for _, source in corpus.held_out:
         for start in range(len(source) // 4, len(source) - 160, max(160, len(source) // 8)):

@@ -15,8 +15,6 @@ from sparse_mla_jax.config import Config, DeepseekV4Config, DeepseekV32Config
 from sparse_mla_jax.models import deepseek_v4, deepseek_v32
 from sparse_mla_jax.models.common import Family
 
-# Types of a model's matrices.
-
 _FAMILIES: dict[type, Family] = {DeepseekV32Config: deepseek_v32.FAMILY, DeepseekV4Config: deepseek_v4.FAMILY}
 
 

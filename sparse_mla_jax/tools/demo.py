@@ -24,7 +24,10 @@ from sparse_mla_jax.scoring import score
 from sparse_mla_jax.serving.engine import Engine
 from sparse_mla_jax.tools.text import stdlib_sources
 
-DEFAULT_MODEL = pathlib.Path(__file__).parents[2] / "examples" / "tiny_python"
+PACKAGE = pathlib.Path(__file__).parents[1]
+# In a wheel the small model lies inside the package; in a checkout, where it was trained, beside it.
+MODELS = (PACKAGE / "_assets" / "tiny_python", PACKAGE.parent / "examples" / "tiny_python")
+DEFAULT_MODEL = next((folder for folder in MODELS if folder.is_dir()), MODELS[-1])
 VARIANTS = (
     ("dense attention, float32 cache", True, "float32"),
     ("sparse, float32 cache", False, "float32"),
