@@ -60,6 +60,7 @@ if TYPE_CHECKING:
     from sparse_mla_jax.ops.cache import write_index as write_index
     from sparse_mla_jax.ops.cache import write_token as write_token
     from sparse_mla_jax.ops.compressor import CompressorState as CompressorState
+    from sparse_mla_jax.ops.compressor import CompressorWeights as CompressorWeights
     from sparse_mla_jax.ops.compressor import compress as compress
     from sparse_mla_jax.ops.compressor import entry_pages as entry_pages
     from sparse_mla_jax.ops.compressor import num_entries as num_entries
@@ -71,6 +72,8 @@ if TYPE_CHECKING:
     from sparse_mla_jax.ops.indexer import paged_indexer_scores as paged_indexer_scores
     from sparse_mla_jax.ops.norm_rope import norm_rope as norm_rope
     from sparse_mla_jax.ops.output_projection import rotated_projection as rotated_projection
+    from sparse_mla_jax.ops.plans import plan_for as plan_for
+    from sparse_mla_jax.ops.plans import plans_for as plans_for
     from sparse_mla_jax.ops.ragged import DenseRows as DenseRows
     from sparse_mla_jax.ops.ragged import Ragged as Ragged
     from sparse_mla_jax.ops.ragged import combine_with_window as combine_with_window
@@ -89,12 +92,12 @@ if TYPE_CHECKING:
     from sparse_mla_jax.ops.window import ring_size as ring_size
     from sparse_mla_jax.ops.window import ring_slots as ring_slots
     from sparse_mla_jax.ops.window import window_slots as window_slots
-    from sparse_mla_jax.scoring import score as score
     from sparse_mla_jax.serving.engine import Engine as Engine
+    from sparse_mla_jax.serving.scoring import score as score
 
 __version__ = "0.1.0"
 
-# The public names, by the module that defines them.
+# The public names, by their modules.
 _MODULES = {
     "ops.fp8": ("quantize", "dequantize", "reinterpret"),
     "ops.cache": (
@@ -120,11 +123,12 @@ _MODULES = {
     ),
     "ops.window": ("ring_size", "ring_slots", "window_slots"),
     "ops.attention": ("sparse_mla", "merge", "apply_sinks"),
-    "ops.compressor": ("CompressorState", "compress", "entry_pages", "num_entries"),
+    "ops.compressor": ("CompressorState", "CompressorWeights", "compress", "entry_pages", "num_entries"),
     "ops.router": ("biased_grouped_topk", "sqrt_softplus_topk", "hash_route"),
     "ops.rope": ("rope_frequencies", "rotate"),
     "ops.norm_rope": ("norm_rope",),
     "ops.output_projection": ("rotated_projection",),
+    "ops.plans": ("plan_for", "plans_for"),
     "metadata": ("StepMetadata", "build_metadata", "decode_metadata", "buckets", "bucket_for"),
     "layers.mla": ("attention_step", "select_positions"),
     "layers.compressed_attention": ("compressed_attention_step", "LayerCaches", "select_entries"),
@@ -132,7 +136,7 @@ _MODULES = {
     "config": ("DeepseekV32Config", "DeepseekV4Config", "RopeConfig", "config_from_json", "from_hf", "load_config"),
     "models.checkpoint": ("load_checkpoint", "save_checkpoint"),
     "serving.engine": ("Engine",),
-    "scoring": ("score",),
+    "serving.scoring": ("score",),
     "interchange": (
         "kv_to_v32_rows",
         "kv_from_v32_rows",
