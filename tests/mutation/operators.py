@@ -206,7 +206,7 @@ def branch(node: ast.AST, source: Source) -> Iterator[Edit]:
     if isinstance(node, ast.IfExp):
         yield source.replace(node, source.text(node.orelse))
         yield source.replace(node, source.text(node.body))
-    elif isinstance(node, ast.If):
+    elif isinstance(node, ast.If) and "TYPE_CHECKING" not in ast.unparse(node.test):
         yield source.replace(node.test, "False")
         if node.orelse:
             yield source.replace(node.test, "True")

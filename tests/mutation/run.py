@@ -142,32 +142,35 @@ def run(faults: list[Fault], tree: pathlib.Path, folder: pathlib.Path, options: 
 
 
 def confirm(faults: list[Fault], tree: pathlib.Path, folder: pathlib.Path) -> list[str]:
-    """Tests that noticed a fault but fail without one too; what passed once is not run again."""
+    """Ids of faults whose test fails without them too; a test that passed once is not run again."""
     store = folder / "passes.txt"
     passes = set(store.read_text().splitlines()) if store.exists() else set()
-    known = load(folder)
-    tests = {known[f.id].by for f in faults if f.id in known and known[f.id].result == "noticed"}
-    tests = {test for test in tests if "::" in test}
+    known, witnesses = load(folder), {}
+    for fault in faults:
+        if fault.id in known and known[fault.id].result == "noticed":
+            by = known[fault.id].by
+            witnesses[fault.id] = {by} if "::" in by else set(modules(tree, fault.site))
+    tests = set().union(*witnesses.values())
     with tempfile.TemporaryDirectory(prefix="mutants-") as place:
         copy = pathlib.Path(place) / "copy"
         copy_tree(tree, copy)
-        bad = fails_unbroken(copy, sorted(tests - passes))
-    store.write_text("\n".join(sorted((passes | tests) - set(bad))) + "\n")
-    return bad
+        bad = set(fails_unbroken(copy, sorted(tests - passes)))
+    store.write_text("\n".join(sorted((passes | tests) - bad)) + "\n")
+    return [name for name, needed in witnesses.items() if needed & bad]
 
 
 def report(faults: list[Fault], lost: list[Site], known: dict[str, Outcome], bad: list[str]) -> bool:
     """Prints who noticed what; True when all faults are known and nine in ten were noticed."""
     done = [fault for fault in faults if fault.id in known]
-    noticed = [f for f in done if known[f.id].noticed and known[f.id].by not in bad]
+    noticed = [f for f in done if known[f.id].noticed and f.id not in bad]
     for room in ROOMS:
         mine = [fault for fault in done if fault.site.room == room]
         print(f"{room:10} {sum(fault in noticed for fault in mine):3} of {len(mine):3}")
     hangs = sum(known[fault.id].result == "hang" for fault in done)
     print(f"{len(noticed)} of {len(done)} noticed ({hangs} of them as a test that does not end)", end="")
     print(f"; {len(faults) - len(done)} not tried" if len(done) < len(faults) else "")
-    for test in bad:
-        print(f"not counted: {test} fails without a fault as well")
+    for name in bad:
+        print(f"not counted: {name}, whose test fails without it too: {known[name].by}")
     for fault in done:
         if fault not in noticed:
             print(_line(fault, known[fault.id]))

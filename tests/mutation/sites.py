@@ -1,4 +1,4 @@
-"""Where the library can be broken: each place that a kind of fault fits, under a name that moves along with the code."""
+"""Where the library can be broken: each place that a kind of fault fits, by a name that moves along with the code."""
 
 from __future__ import annotations
 

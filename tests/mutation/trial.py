@@ -19,9 +19,13 @@ from mutation.sites import Site
 
 _TICKS = os.sysconf("SC_CLK_TCK")
 _COPIED = ("sparse_mla_jax", "pallas_kernels", "tests", "examples", "benchmarks", "pyproject.toml", "README.md")
+# One process, and the same examples of hypothesis each time.
+PLUGIN_OPTIONS = ("-n", "0", "--hypothesis-seed=0")
 _PASSED, _FAILED, _INTERRUPTED, _NOTHING = 0, 1, 2, 5
 # A test that waits and takes no processor time is given this many times as much time by the clock.
 _PATIENCE = 10
+# Seconds of processor time before the first test begins.
+_COLLECTION = 120.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,11 +112,12 @@ class _Watch:
     clock: float = dataclasses.field(default_factory=time.monotonic)
 
     def verdict(self, test: str, used: float) -> str:
-        """"" to go on, "hang" or "unfinished"."""
+        """ "" to go on, "hang" or "unfinished"."""
         if test != self.test:
             self.test, self.began, self.clock = test, used, time.monotonic()
         waited = time.monotonic() - self.clock
-        if used - self.began > self.limits.test or waited > _PATIENCE * self.limits.test:
+        limit = self.limits.test if "::" in test else max(self.limits.test, _COLLECTION)
+        if used - self.began > limit or waited > _PATIENCE * limit:
             return "hang"
         return "unfinished" if self.spent + used > self.limits.fault else ""
 
@@ -122,16 +127,17 @@ def _pytest(copy: pathlib.Path, arguments: list[str], watch: _Watch) -> tuple[in
     for cache in (".hypothesis", ".pytest_cache"):
         shutil.rmtree(copy / cache, ignore_errors=True)
     log = copy / "mutation.log"
-    command = [sys.executable, "-m", "pytest", "-x", "-v", "-n", "0", "-m", "not slow", "--tb=line", "--no-header"]
-    command += ["-p", "no:cacheprovider", "--hypothesis-seed=0", *arguments]
+    command = [sys.executable, "-m", "pytest", "-x", "-v", "-m", "not slow", "--tb=line", "--no-header"]
+    command += ["-p", "no:cacheprovider", *PLUGIN_OPTIONS, *arguments]
     environment = os.environ | {"PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1", "COLUMNS": "200"}
     with log.open("w") as out:
         process = subprocess.Popen(
             command, cwd=copy, env=environment, stdout=out, stderr=subprocess.STDOUT, start_new_session=True
         )
-        used, why = 0.0, ""
+        used, why, pause = 0.0, "", 0.05
         while process.poll() is None and not why:
-            time.sleep(0.5)
+            time.sleep(pause)
+            pause = min(2 * pause, 1.0)
             used = max(used, _processor_time(process.pid))
             why = watch.verdict(_last_test(log.read_text(errors="replace")), used)
         with contextlib.suppress(ProcessLookupError):
@@ -172,10 +178,13 @@ def attempt(copy: pathlib.Path, site: Site, limits: Limits) -> Outcome:
 
 
 def fails_unbroken(copy: pathlib.Path, tests: list[str]) -> list[str]:
-    """Which of the tests fail without any fault: what they notice does not count."""
-    if not tests:
-        return []
-    limits = Limits(test=1e6, fault=1e6)
-    _, _, log, _ = _pytest(copy, [f"--maxfail={len(tests) + 1}", *sorted(set(tests))], _Watch(limits, 0.0))
-    passed = set(re.findall(r"^(\S+\.py::.*?) PASSED", log, re.MULTILINE))
-    return [test for test in sorted(set(tests)) if test not in passed]
+    """Which of the tests, or modules, fail without any fault: what they notice does not count."""
+    limits, bad = Limits(test=1e6, fault=1e6), []
+    cases, files = [x for x in tests if "::" in x], [x for x in tests if "::" not in x]
+    if cases:
+        _, _, log, _ = _pytest(copy, [f"--maxfail={len(cases) + 1}", *cases], _Watch(limits, 0.0))
+        passed = set(re.findall(r"^(\S+\.py::.*?) PASSED", log, re.MULTILINE))
+        bad = [test for test in cases if test not in passed]
+    if files and _pytest(copy, ["--collect-only", *files], _Watch(limits, 0.0))[0] != _PASSED:
+        bad += files
+    return bad
