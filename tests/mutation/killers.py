@@ -93,8 +93,11 @@ def _names(site: Site) -> list[str]:
     """Names of test modules, the likeliest first, without repeats."""
     stem = pathlib.PurePath(site.path).stem
     attention = "sparse_attention" in site.path or stem == "attention_source"
-    known = (_ATTENTION if attention else _BY_STEM.get(stem, "")).split()
-    return list(dict.fromkeys([*([] if attention else [stem.strip("_")]), *known, *_BY_ROOM[site.room].split()]))
+    # topk_row is tested with topk.
+    family = max((key for key in _BY_STEM if stem == key or stem.startswith(key + "_")), key=len, default="")
+    known = [family, *(_ATTENTION if attention else _BY_STEM.get(family, "")).split()]
+    own = [] if attention else [stem.strip("_")]
+    return [name for name in dict.fromkeys([*own, *known, *_BY_ROOM[site.room].split()]) if name]
 
 
 def modules(tree: pathlib.Path, site: Site) -> list[str]:

@@ -10,6 +10,7 @@ import hashlib
 import json
 import pathlib
 import queue
+import signal
 import sys
 import tempfile
 import threading
@@ -18,7 +19,7 @@ from mutation.edits import Source
 from mutation.killers import modules
 from mutation.sampling import draw, equivalent_sites, find
 from mutation.sites import ROOMS, Site, find_sites, from_record
-from mutation.trial import Limits, Outcome, attempt, copy_tree, fails_unbroken
+from mutation.trial import STOP, Limits, Outcome, attempt, copy_tree, fails_unbroken
 
 HERE = pathlib.Path(__file__).resolve().parents[2]
 RESULTS = HERE / ".mutants"
@@ -138,7 +139,12 @@ def run(faults: list[Fault], tree: pathlib.Path, folder: pathlib.Path, options: 
                 print(f"{numbered[0]}/{len(todo)} {_line(numbered[1], outcome)}, {outcome.seconds:.0f} s", flush=True)
 
         with concurrent.futures.ThreadPoolExecutor(max(1, options.jobs)) as pool:
-            list(pool.map(one, enumerate(todo, 1)))
+            try:
+                list(pool.map(one, enumerate(todo, 1)))
+            except BaseException:
+                STOP.set()
+                pool.shutdown(cancel_futures=True)
+                raise
 
 
 def confirm(faults: list[Fault], tree: pathlib.Path, folder: pathlib.Path) -> list[str]:
@@ -212,4 +218,8 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except KeyboardInterrupt:
+        sys.exit(130)

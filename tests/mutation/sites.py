@@ -11,12 +11,17 @@ from collections.abc import Iterator
 from mutation.edits import Edit, Source, normalise
 from mutation.operators import RULES, call_name
 
-# Folders and files of each room. `families` and `_check.py` came later than the first list of faults.
+# Folders and files of each room.
 ROOMS = {
     "ops": ["sparse_mla_jax/ops", "sparse_mla_jax/_check.py"],
     "layers": ["sparse_mla_jax/layers"],
     "metadata": ["sparse_mla_jax/metadata.py"],
-    "models": ["sparse_mla_jax/models", "sparse_mla_jax/families", "sparse_mla_jax/config.py"],
+    "models": [
+        "sparse_mla_jax/models",
+        "sparse_mla_jax/families",
+        "sparse_mla_jax/config.py",
+        "sparse_mla_jax/shapes.py",
+    ],
     "serving": ["sparse_mla_jax/serving"],
     "kernels": ["pallas_kernels"],
 }

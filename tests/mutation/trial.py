@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 from mutation.edits import Source
@@ -26,6 +27,9 @@ _PASSED, _FAILED, _INTERRUPTED, _NOTHING = 0, 1, 2, 5
 _PATIENCE = 10
 # Seconds of processor time before the first test begins.
 _COLLECTION = 120.0
+
+# Set where the command is interrupted: tests under way are ended, and what they made of a fault is not kept.
+STOP = threading.Event()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,7 +139,7 @@ def _pytest(copy: pathlib.Path, arguments: list[str], watch: _Watch) -> tuple[in
             command, cwd=copy, env=environment, stdout=out, stderr=subprocess.STDOUT, start_new_session=True
         )
         used, why, pause = 0.0, "", 0.05
-        while process.poll() is None and not why:
+        while process.poll() is None and not why and not STOP.is_set():
             time.sleep(pause)
             pause = min(2 * pause, 1.0)
             used = max(used, _processor_time(process.pid))
@@ -143,6 +147,8 @@ def _pytest(copy: pathlib.Path, arguments: list[str], watch: _Watch) -> tuple[in
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         code = process.wait()
+    if STOP.is_set():
+        raise KeyboardInterrupt
     return (None if why else code), why, log.read_text(errors="replace"), used
 
 
