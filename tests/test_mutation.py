@@ -8,7 +8,7 @@ from mutation import run, trial
 from mutation.edits import Source
 from mutation.killers import modules, selections
 from mutation.operators import RULES
-from mutation.sampling import draw, equivalent_sites, find, ordered, shares
+from mutation.sampling import draw, equivalent_sites, find, nearest, ordered, shares
 from mutation.sites import ROOMS, Site, faults_of, find_sites, from_record, room_of
 
 
@@ -146,8 +146,22 @@ def test_sites_are_found_in_changed_code(tmp_path):
     renamed = find_sites(tree(tmp_path / "b", text=MODULE.replace("def f(self, a)", "def g(self, a)")))
     wanted = next(site for site in sites if site.text == "a - 1" and site.kind == "sign")
     assert find(from_record(wanted.record()), renamed).function == "C.g"
-    gone = find_sites(tree(tmp_path / "c", text=MODULE.replace("a - 1", "a")))
-    assert find(wanted, gone) is None
+    other = find_sites(tree(tmp_path / "c", text=MODULE.replace("a - 1", "value - 1")))
+    assert find(wanted, other) is None and nearest(wanted, other)[0].text == "value - 1"
+    gone = find_sites(tree(tmp_path / "d", text=MODULE.replace("a - 1", "a")))
+    assert find(wanted, gone) is None and nearest(wanted, gone) == (None, 0.0)
+
+
+def test_a_list_is_found_in_another_tree(tmp_path):
+    """By name, by likeness, or another fault of the room in its place, and it says which."""
+    sites = find_sites(tree(tmp_path / "a"))
+    records = [site.record() for site in draw(sites, 60, 0)]
+    changed = find_sites(
+        tree(tmp_path / "b", text=MODULE.replace("return max(a, 2)", "return a").replace("f(a, b)", "f(a, b, c)"))
+    )
+    faults = run._listed(records, changed)
+    assert {fault.id for fault in faults if not fault.note} == {r["id"] for r in records if "max" not in r["text"]}
+    assert all("which is gone" in fault.note for fault in faults if fault.note)
 
 
 def test_the_same_faults_are_drawn(tmp_path):

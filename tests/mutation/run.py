@@ -17,7 +17,7 @@ import threading
 
 from mutation.edits import Source
 from mutation.killers import modules
-from mutation.sampling import draw, equivalent_sites, find
+from mutation.sampling import ALIKE, draw, equivalent_sites, find, nearest, ordered
 from mutation.sites import ROOMS, Site, find_sites, from_record
 from mutation.trial import STOP, Limits, Outcome, attempt, copy_tree, fails_unbroken
 
@@ -29,10 +29,14 @@ _ORDER = ["metadata", "serving", "models", "ops", "layers", "kernels"]
 
 @dataclasses.dataclass(frozen=True)
 class Fault:
-    """A site under the id that it has in the list, which a later tree may no longer give it."""
+    """A site under the id that it has in the list, which a later tree may no longer give it.
+
+    note: how it was found in the tree, if not by its name.
+    """
 
     id: str
     site: Site
+    note: str = ""
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -63,25 +67,40 @@ def tree_key(tree: pathlib.Path) -> str:
     return digest.hexdigest()[:12]
 
 
-def choose(options: argparse.Namespace, sites: list[Site]) -> tuple[list[Fault], list[Site]]:
-    """Faults to try, and those of the list that the tree no longer has."""
-    lost: list[Site] = []
+def _listed(records: list[dict], sites: list[Site]) -> list[Fault]:
+    """Faults of a list in a tree: by name, else by likeness, else the next of the room in their place."""
+    without, faults, gone = set(equivalent_sites(sites)), [], []
+    for record in records:
+        wanted = from_record(record)
+        site, note = find(wanted, sites), ""
+        if site is None:
+            site, alike = nearest(wanted, sites)
+            note = f"found by likeness ({alike:.2f}) to: {wanted.function}: {wanted.text}"
+            if alike < ALIKE:
+                gone.append(record)
+                continue
+        faults.append(Fault(record["id"], site, note))
+    for record in gone:
+        taken = without | {fault.site.id for fault in faults}
+        room = ordered((site for site in sites if site.room == record["room"]), 0)
+        site = next((site for site in room if site.id not in taken), None)
+        if site is not None:
+            note = f"in place of {record['id']}, which is gone: {record['function']}: {record['text']}"
+            faults.append(Fault(site.id, site, note))
+    return faults
+
+
+def choose(options: argparse.Namespace, sites: list[Site]) -> list[Fault]:
+    """Faults to try, cheap rooms first."""
     if options.sample:
-        faults = []
-        for record in json.loads(options.sample.read_text()):
-            wanted = from_record(record)
-            site = find(wanted, sites)
-            if site is None:
-                lost.append(wanted)
-            else:
-                faults.append(Fault(record["id"], site))
+        faults = _listed(json.loads(options.sample.read_text()), sites)
     else:
         drawn = draw(sites, options.count, options.seed, without=equivalent_sites(sites))
         faults = [Fault(site.id, site) for site in drawn]
         known = {fault.id for fault in faults}
         faults += [Fault(site.id, site) for site in sites if site.id in options.only and site.id not in known]
     faults = [f for f in faults if options.room in (None, f.site.room) and (not options.only or f.id in options.only)]
-    return sorted(faults, key=lambda fault: _ORDER.index(fault.site.room)), lost
+    return sorted(faults, key=lambda fault: _ORDER.index(fault.site.room))
 
 
 def difference(tree: pathlib.Path, site: Site) -> str:
@@ -112,7 +131,8 @@ def _store(folder: pathlib.Path, tree: pathlib.Path, fault: Fault, outcome: Outc
 def _line(fault: Fault, outcome: Outcome | None) -> str:
     site = fault.site
     place = f"{fault.id} {site.room:8} {site.kind:10} {site.path}:{site.line} {site.function}"
-    result = "" if outcome is None else f"\n         {outcome.result}: {outcome.by or outcome.tests}"
+    tests = "" if outcome is None else outcome.by or f"{outcome.tests} tests passed"
+    result = f"\n         {outcome.result}: {tests}" if outcome else f"\n         {fault.note}".rstrip()
     return f"{place}\n         {site.text[:110]}  ->  {site.new[:110]}{result}"
 
 
@@ -165,7 +185,7 @@ def confirm(faults: list[Fault], tree: pathlib.Path, folder: pathlib.Path) -> li
     return [name for name, needed in witnesses.items() if needed & bad]
 
 
-def report(faults: list[Fault], lost: list[Site], known: dict[str, Outcome], bad: list[str]) -> bool:
+def report(faults: list[Fault], known: dict[str, Outcome], bad: list[str]) -> bool:
     """Prints who noticed what; True when all faults are known and nine in ten were noticed."""
     done = [fault for fault in faults if fault.id in known]
     noticed = [f for f in done if known[f.id].noticed and f.id not in bad]
@@ -180,8 +200,9 @@ def report(faults: list[Fault], lost: list[Site], known: dict[str, Outcome], bad
     for fault in done:
         if fault not in noticed:
             print(_line(fault, known[fault.id]))
-    for site in lost:
-        print(f"no longer found: {site.room} {site.function}: {site.text[:80]}  ->  {site.new[:80]}")
+    for fault in faults:
+        if fault.note:
+            print(f"{fault.id} {fault.note[:150]}")
     return len(done) == len(faults) and len(noticed) >= 0.9 * len(done)
 
 
@@ -199,7 +220,7 @@ def main(arguments: list[str]) -> int:
     """Exit code: 0 when nine in ten were noticed, 1 otherwise."""
     options = parse(arguments)
     tree = options.tree.resolve()
-    faults, lost = choose(options, find_sites(tree))
+    faults = choose(options, find_sites(tree))
     folder = RESULTS / tree_key(tree)
     if options.list:
         print("\n".join(_line(fault, None) for fault in faults))
@@ -212,7 +233,7 @@ def main(arguments: list[str]) -> int:
     if not options.report:
         run(faults, tree, folder, options)
         bad = confirm(faults, tree, folder)
-    good = report(faults, lost, load(folder), bad)
+    good = report(faults, load(folder), bad)
     print(f"results: {folder.relative_to(HERE)}")
     return 0 if good else 1
 

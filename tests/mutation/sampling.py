@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import pathlib
 import tomllib
@@ -13,6 +14,8 @@ from mutation.sites import Site, from_record
 SHARES = {"ops": 15, "layers": 9, "metadata": 4, "models": 9, "serving": 8, "kernels": 15}
 # These come twice where others come once.
 OFTEN = {"comparison", "bound", "mask", "scale", "clamp", "sign"}
+# Sites that are this alike are taken for one; below it they were different ones wherever it was tried.
+ALIKE = 0.7
 EQUIVALENT = pathlib.Path(__file__).parent / "equivalent.toml"
 
 
@@ -96,3 +99,19 @@ def equivalent_sites(sites: list[Site], path: pathlib.Path = EQUIVALENT) -> dict
         if site is not None:
             reasons[site.id] = entry["reason"]
     return reasons
+
+
+def _ratio(a: str, b: str) -> float:
+    return difflib.SequenceMatcher(None, a, b, autojunk=False).ratio()
+
+
+def nearest(wanted: Site, sites: list[Site]) -> tuple[Site | None, float]:
+    """The site of the same kind and room that is most like `wanted`, and how like it is, from 0 to 1."""
+
+    def likeness(site: Site) -> float:
+        weights = {"text": 0.4, "new": 0.2, "statement": 0.25, "function": 0.15}
+        return sum(w * _ratio(getattr(wanted, name), getattr(site, name)) for name, w in weights.items())
+
+    alike = [site for site in sites if (site.room, site.kind) == (wanted.room, wanted.kind)]
+    best = max(alike, key=likeness, default=None)
+    return best, 0.0 if best is None else likeness(best)
