@@ -8,12 +8,13 @@ BIN = $(VENV)/bin
 CDNA = $(if $(filter 0.11.2,$(JAX)),$(comma)cdna)
 comma = ,
 
-.PHONY: help demo test test-all lint bench counts notebook clean
+.PHONY: help demo test test-all mutants lint bench counts notebook clean
 
 help:
 	@echo "make demo      serve the small trained model on real text"
 	@echo "make test      set up and run the tests (CPU only)"
 	@echo "make test-all  the long sweeps too, then the tests again under jax $(JAX_NEXT)"
+	@echo "make mutants   break the library in 60 seeded ways and report which of them the tests notice"
 	@echo "make lint      ruff, formatting, types"
 	@echo "make notebook  execute the examples and write their notebooks"
 	@echo "make counts    renew benchmarks/cdna_counts.json: wave-instructions of the kernels on gfx942 and gfx950"
@@ -48,6 +49,12 @@ test: $(VENV)/.ready llvm
 test-all: $(VENV)/.ready llvm
 	$(BIN)/python -m pytest -q -n $(JOBS)
 	$(MAKE) test VENV=.venv-jax-$(JAX_NEXT) JAX=$(JAX_NEXT)
+
+# Which faults do the tests notice? COUNT and SEED choose them; what is known of this tree is kept in .mutants.
+COUNT ?= 60
+SEED ?= 0
+mutants: $(VENV)/.ready llvm
+	PYTHONPATH=tests $(BIN)/python -u -m mutation.run --count $(COUNT) --seed $(SEED) --jobs $(JOBS)
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .
