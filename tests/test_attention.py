@@ -32,6 +32,9 @@ from sparse_mla_jax.ops.attention import apply_sinks, merge, sparse_mla
 from sparse_mla_jax.ops.cache import PagedKVCache
 from sparse_mla_jax.ops.ragged import DenseRows, Ragged
 
+# One worker, which compiles what these tests share.
+pytestmark = pytest.mark.xdist_group("attention")
+
 ROWS = [[0, 3, 1], [1, 2, -1], [5, 6, 6]]
 # Rows of the contracts have one width, so that they share programs.
 dense = functools.partial(as_dense, width=7)

@@ -20,7 +20,8 @@ from jax.experimental import pallas as pl
 
 from pallas_kernels._call import executor
 
-# Interpret mode checks what a kernel computes, not how well XLA:CPU optimises its emulation: half the time to compile.
+# For kernels in interpret mode and for the reference, of which tests ask what they compute, not how XLA:CPU optimises
+# it: half the time to compile. XLA bodies are compiled as users compile them.
 QUICK_COMPILE = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
 
@@ -207,7 +208,8 @@ class Operator:
             self._compiled.clear()
             _known(0)
         if key not in self._compiled:
-            options = QUICK_COMPILE if implementation == "triton" and jax.default_backend() == "cpu" else None
+            quick = implementation in ("triton", "reference") and jax.default_backend() == "cpu"
+            options = QUICK_COMPILE if quick else None
             named = counted(lambda arrays: self.function(**fixed, **arrays), f"{self.name}[{implementation}]")
             self._compiled[key] = jax.jit(named, compiler_options=options)
         return self._compiled[key], arrays
