@@ -26,7 +26,7 @@ from pallas_kernels.cdna.program import LDS_BYTES, MAX_THREADS
 from sparse_mla_jax.cases import catalogue
 from sparse_mla_jax.cases.case import FP8, KINDS
 from sparse_mla_jax.models.checkpoint import load_checkpoint
-from sparse_mla_jax.scoring import score
+from sparse_mla_jax.serving.scoring import score
 
 COMPILED = [(arch, compiler) for compiler in cdna.COMPILERS for arch in cdna.ARCHITECTURES]
 FP8 = FP8

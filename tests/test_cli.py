@@ -17,8 +17,8 @@ import pytest
 from sparse_mla_jax.__main__ import main
 from sparse_mla_jax.config import DeepseekV32Config, RopeConfig
 from sparse_mla_jax.models import checkpoint, deepseek_v32
-from sparse_mla_jax.scoring import score
 from sparse_mla_jax.serving.engine import Engine
+from sparse_mla_jax.serving.scoring import score
 from sparse_mla_jax.tools.info import fp8_flavour
 
 ROOT = pathlib.Path(__file__).parent.parent

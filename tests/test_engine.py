@@ -11,9 +11,9 @@ import pytest
 
 from sparse_mla_jax.config import DeepseekV32Config, RopeConfig
 from sparse_mla_jax.models import deepseek_v32
-from sparse_mla_jax.scoring import score
 from sparse_mla_jax.serving import engine as engine_module
 from sparse_mla_jax.serving.engine import Engine, default_buckets
+from sparse_mla_jax.serving.scoring import score
 
 CONFIG = DeepseekV32Config(
     vocab_size=64,

@@ -1,9 +1,8 @@
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from support.equivalence import Close, Operator, assert_leaves, assert_same_bits
 
 from sparse_mla_jax import reference
 from sparse_mla_jax.ops import fp8
@@ -46,21 +45,31 @@ def expected(x, part, positions):
         return np.asarray(out) * part.scale
 
 
-@functools.partial(jax.jit, static_argnames="implementation")
-def run(x, parts, positions, *, implementation=None):
+def finish(x, parts, positions, *, implementation=None):
     return norm_rope(x, parts, positions, FREQUENCIES, implementation=implementation)
 
 
+run = Operator(finish, ("parts",), {}, name="norm_rope")
+
+
+@pytest.mark.interpret
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_against_float64(dtype, implementation):
     rng = np.random.default_rng(0)
     x = jnp.asarray(rng.normal(size=(3, 120)) * 3, dtype)
     parts = layer_parts(rng, dtype)
-    for part, got in zip(parts, run(x, parts, POSITIONS, implementation=implementation)):
-        want = expected(x.astype(jnp.float32), part, POSITIONS)
-        assert got.shape == want.shape and got.dtype == part.dtype
-        limit = 1e-6 if part.dtype == "float32" else 2**-8
-        np.testing.assert_allclose(np.asarray(got, np.float64), want, rtol=limit, atol=limit * 4)
+    want = [expected(x.astype(jnp.float32), part, POSITIONS) for part in parts]
+    limits = [1e-6 if part.dtype == "float32" else 2**-8 for part in parts]
+    rules = {"parts": [Close(rtol=limit, atol=limit * 4) for limit in limits]}
+    got = run.check(implementation, want, x, parts, POSITIONS, rules=rules)
+    assert all(a.dtype == part.dtype for a, part in zip(got, parts, strict=True))
+
+
+def test_warm_calls_do_not_retrace(implementation):
+    rng = np.random.default_rng(0)
+    parts = layer_parts(rng, "float32")
+    given = [(jnp.asarray(rng.normal(size=(3, 120)), jnp.float32), parts, POSITIONS + n) for n in np.int32([0, 1])]
+    run.check_warm(implementation, *given)
 
 
 @pytest.mark.parametrize(("dtype", "heads"), [("float8_e4m3fn", 3), ("float8_e4m3fnuz", 8)])
@@ -72,10 +81,10 @@ def test_fp8_is_quantised_per_token_and_head(dtype, heads, implementation):
     assert values.dtype == dtype and values.shape == (3, heads, 12) and scales.shape == (3, heads)
     want = expected(x.astype(jnp.float32), part, POSITIONS)
     _, want_scales = fp8.quantize(jnp.asarray(want, jnp.float32), group_size=12, dtype=dtype)
-    np.testing.assert_allclose(scales, want_scales[..., 0] * factor, rtol=1e-6)
+    assert_leaves(scales, want_scales[..., 0] * factor, Close(rtol=1e-6), "scales")
     got = np.asarray(values.astype(jnp.float32)) * np.asarray(scales / factor)[..., None]
     # Half a unit of three bits of mantissa, or of the smallest subnormal.
-    assert (np.abs(got - want) <= np.abs(want) / 15 + 2.0**-10 * np.asarray(want_scales)).all()
+    assert_leaves(got, want, Close(atol=np.abs(want) / 15 + 2.0**-10 * np.asarray(want_scales)), "values")
 
 
 def test_rows_do_not_see_each_other(implementation):
@@ -84,8 +93,9 @@ def test_rows_do_not_see_each_other(implementation):
     parts = layer_parts(rng, "float32")
     alone = run(x, parts, POSITIONS, implementation=implementation)
     x[1] = np.nan
-    for part, before, after in zip(parts, alone, run(x, parts, POSITIONS, implementation=implementation)):
-        np.testing.assert_array_equal(np.asarray(before)[[0, 2]], np.asarray(after)[[0, 2]], err_msg=str(part))
+    both = run(x, parts, POSITIONS, implementation=implementation), alone
+    others = [jax.tree.map(lambda a: np.asarray(a)[[0, 2]], result) for result in both]
+    assert_same_bits(*others, run.label(implementation))
 
 
 def test_nothing_to_do():
@@ -100,7 +110,7 @@ def test_nothing_to_do():
 def test_gradients_of_the_xla_body():
     part = Section(0, 2, 6, "float32", weight=jnp.ones(6), rotated=0)
     x = jnp.asarray(np.random.default_rng(3).normal(size=(3, 12)), jnp.float32)
-    grad = jax.grad(lambda x: run(x, [part], POSITIONS, implementation="xla")[0][..., 0].sum())(x)
+    grad = jax.grad(lambda x: finish(x, [part], POSITIONS, implementation="xla")[0][..., 0].sum())(x)
     assert np.isfinite(grad).all() and np.any(grad)
 
 

@@ -8,17 +8,25 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.equivalence import Close, Operator, Same
 
 from sparse_mla_jax import reference
+from sparse_mla_jax.ops import router
 from sparse_mla_jax.ops.router import biased_grouped_topk, hash_route, sqrt_softplus_topk
 
 V32 = dict(num_groups=8, groups_kept=4, k=8, scale=2.5)
 SMALL = dict(num_groups=3, groups_kept=2, k=4, scale=1.5)
 
 
-@functools.partial(jax.jit, static_argnames=("num_groups", "groups_kept", "k", "scale", "renormalize"))
-def route(logits, bias, **sizes):
-    return biased_grouped_topk(logits, bias, **sizes)
+def route_by(logits, bias, *, implementation="xla", **keywords):
+    """The operator, which has one body, and its reference."""
+    return (reference if implementation == "reference" else router).biased_grouped_topk(logits, bias, **keywords)
+
+
+STATIC = ("num_groups", "groups_kept", "k", "scale", "renormalize")
+RULES = {"weights": Close(rtol=1e-6), "ids": Same()}
+operator = Operator(route_by, ("weights", "ids"), RULES, static=STATIC, name="biased_grouped_topk")
+route = functools.partial(operator, implementation="xla")
 
 
 def by_loop(logits, bias, *, num_groups, groups_kept, k, scale, renormalize=True):
@@ -39,15 +47,18 @@ def by_loop(logits, bias, *, num_groups, groups_kept, k, scale, renormalize=True
 
 
 def check(logits, bias, **sizes):
-    weights, ids = route(logits, bias, **sizes)
-    want_weights, want_ids = by_loop(logits, bias, **sizes)
+    """The body and the reference against the loop; gives what the body chose."""
+    want = by_loop(logits, bias, **sizes)
+    found = operator.check_all(want, logits, bias, implementations=("reference", "xla"), **sizes)
+    weights, ids = found["xla"]
     assert weights.dtype == jnp.float32 and ids.dtype == jnp.int32
-    np.testing.assert_array_equal(ids, want_ids)
-    np.testing.assert_allclose(weights, want_weights, rtol=1e-6, atol=0)
-    slow_weights, slow_ids = reference.biased_grouped_topk(logits, bias, **sizes)
-    np.testing.assert_array_equal(ids, slow_ids)
-    np.testing.assert_allclose(weights, slow_weights, rtol=1e-6, atol=0)
     return np.asarray(weights), np.asarray(ids)
+
+
+def test_warm_calls_do_not_retrace():
+    logits = np.random.default_rng(0).standard_normal((4, 21)).astype(np.float32)
+    bias = np.zeros(21, np.float32)
+    operator.check_warm("xla", (logits, bias), (-logits, bias + 1), **SMALL)
 
 
 @pytest.mark.parametrize("renormalize", [True, False])
@@ -151,7 +162,7 @@ def test_what_does_not_fit_is_named(change, name):
         biased_grouped_topk(**arguments)
 
 
-# --- DeepSeek-V4 -----------------------------------------------------------------------------------------------------
+# --- DeepSeek-V4
 V4 = dict(k=6, scale=1.5)
 
 

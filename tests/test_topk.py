@@ -1,7 +1,6 @@
 """top_k: every implementation, bit for bit, against numpy's stable argsort on the contract's definition."""
 
 import functools
-import inspect
 
 import jax
 import jax.numpy as jnp
@@ -9,119 +8,55 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.equivalence import QUICK_COMPILE, Operator, Same, assert_leaves
+from support.marks import interpreted, rarely, slow
+from support.topk import COLUMNS, KINDS, KS, cases, check_rows, oracle, select
 
 from pallas_kernels import topk as kernel
 from pallas_kernels.plans.topk import TopKPlan, topk_plan
 from sparse_mla_jax.ops import _dispatch
 from sparse_mla_jax.ops.topk import top_k, top_k_decode, top_k_prefill
 
-COLUMNS = [1, 2047, 2048, 2049, 4097, 20000]
-KS = [1, 64, 512, 1000, 2048]
-# What interpret mode runs by default: every number of columns, every k, one block and several.
-SOME = [(1, 1), (1, 64), (2047, 512), (2048, 1000), (2049, 2048), (4097, 1), (4097, 2048), (20000, 64), (20000, 1000)]
-ALL = 2**31 - 1
+# One worker, which compiles what these tests share.
+pytestmark = pytest.mark.xdist_group("topk")
+
+# Every number of columns, every k, one block and several; the other combinations are slow tests.
+SOME = [(1, 64), (2047, 512), (2048, 1000), (2049, 2048), (4097, 1), (20000, 64)]
+EVERY = [(columns, k) for columns in COLUMNS for k in KS]
 
 
-# --- rows ------------------------------------------------------------------------------------------------------------
-def mixture(*values):
-    return lambda rng, n: rng.choice(np.array(values, np.float32), n)
+def scored(scores, k, lengths=None, starts=None, *, implementation=None):
+    return top_k(scores, k, lengths, row_starts=starts, return_scores=True, implementation=implementation)
 
 
-def neighbours(rng, n):
-    """Values that differ in the last bits of the mantissa only, of both signs."""
-    bits = np.float32(1.25).view(np.int32) + rng.integers(-3, 4, n).astype(np.int32)
-    return bits.view(np.float32) * rng.choice(np.array([-1, 1], np.float32), n)
+both = Operator(scored, ("local", "scores"), {"local": Same(), "scores": Same()}, static=("k",), name="top_k")
+only = {"local": Same()}
+plain = Operator(top_k, ("local",), only, static=("k",))
+prefill = Operator(top_k_prefill, ("local",), only, static=("k",))
+decode = Operator(top_k_decode, ("local",), only, static=("k", "next_n"))
 
 
-def sparse(low, p):
-    return lambda rng, n: np.where(rng.random(n) < p, rng.standard_normal(n), low).astype(np.float32)
-
-
-KINDS = {
-    "normal": lambda rng, n: rng.standard_normal(n).astype(np.float32),
-    "ties": lambda rng, n: np.round(rng.standard_normal(n) * 3).astype(np.float32),
-    "equal": lambda rng, n: np.full(n, -1.5, np.float32),
-    "zeros": mixture(0.0, -0.0),
-    "zeros among others": mixture(0.0, -0.0, 0.0, -0.0, 1.0, -1.0, 1e-30, -1e-30),
-    "neighbours": neighbours,
-    "NaN": mixture(np.nan),
-    "NaN and -inf": mixture(np.nan, -np.inf, -np.nan),
-    "NaN among numbers": sparse(np.nan, 0.3),
-    "few above -inf": sparse(-np.inf, 0.01),
-    "infinities": mixture(np.inf, -np.inf, np.nan, 0.0, 3.4028235e38, -3.4028235e38),
-    "ascending": lambda rng, n: np.arange(n, dtype=np.float32) - 7,
-    "descending": lambda rng, n: -np.arange(n, dtype=np.float32),
-}
-
-
-def cases(columns, k, rows, seed=0):
-    """Batches of (scores, starts, lengths): every kind of row with every length, from column 0 and from later ones."""
-    rng = np.random.default_rng([seed, columns, k])
-    lengths = [-3, 0, 1, k - 1, k, k + 1, ALL]
-    later = [0, 1, columns // 3, max(0, columns - k), columns - 1, columns]
-    every = [(kind, length, shift) for kind in KINDS for length in lengths for shift in (False, True)]
-    every += [every[i] for i in range(-len(every) % rows)]
-    rng.shuffle(every)
-    for first in range(0, len(every), rows):
-        scores = np.empty((rows, columns), np.float32)
-        starts, sizes = np.zeros(rows, np.int32), np.zeros(rows, np.int32)
-        for r, (kind, length, shift) in enumerate(every[first : first + rows]):
-            # Outside its interval a row holds what would win, or spread, if it were read.
-            scores[r] = rng.choice(np.array([np.inf, np.nan, 3e38, -np.inf], np.float32), columns)
-            starts[r] = rng.choice(later) if shift else 0
-            sizes[r] = int(length)
-            end = min(columns, int(starts[r]) + max(0, int(length)))
-            scores[r, starts[r] : end] = KINDS[kind](rng, columns)[: end - starts[r]]
-        yield scores, starts, sizes
-
-
-def oracle(scores, k, starts, lengths):
-    """One row at a time, by a stable sort in float64."""
-    out = np.full((len(scores), k), -1, np.int32)
-    for row, values in enumerate(scores):
-        start = min(max(int(starts[row]), 0), len(values))
-        inside = values[start : start + max(0, int(lengths[row]))].astype(np.float64)
-        inside[np.isnan(inside)] = -np.inf
-        chosen = np.sort(np.argsort(-inside, kind="stable")[:k])
-        out[row, : len(chosen)] = chosen
-    return out
-
-
-@functools.partial(jax.jit, static_argnums=1, static_argnames="implementation")
-def select(scores, k, starts, lengths, *, implementation=None):
-    return top_k(scores, k, lengths, row_starts=starts, implementation=implementation)
-
-
-STATIC = ("k", "next_n", "return_scores", "implementation")
-jit_top_k, jit_prefill, jit_decode = (
-    jax.jit(f, static_argnames=[n for n in STATIC if n in inspect.signature(f).parameters])
-    for f in (top_k, top_k_prefill, top_k_decode)
-)
-
-
-def check_rows(columns, k, rows, implementation):
-    for scores, starts, lengths in cases(columns, k, rows):
-        got = np.asarray(select(scores, k, starts, lengths, implementation=implementation))
-        want = oracle(scores, k, starts, lengths)
-        assert got.dtype == np.int32
-        np.testing.assert_array_equal(got, want)
-
-
-# --- the contract ----------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("k", KS)
-@pytest.mark.parametrize("columns", COLUMNS)
+# --- the contract
+@pytest.mark.parametrize(("columns", "k"), rarely(EVERY, SOME))
 @pytest.mark.parametrize("implementation", ["reference", "xla"])
 def test_equals_a_stable_sort(implementation, columns, k):
     check_rows(columns, k, 33, implementation)
 
 
-@pytest.mark.parametrize(("columns", "k"), SOME)
+# In registers and over several blocks; machine code has all of them.
+FEW = [(2047, 512), (4097, 2048)]
+
+
+@pytest.mark.parametrize(
+    ("columns", "k"), [*FEW, *(interpreted(*s) for s in [*SOME, (1, 1), (20000, 1000)] if s not in FEW)]
+)
 def test_kernel_equals_a_stable_sort(columns, k):
     check_rows(columns, k, 33, "triton")
 
 
-@pytest.mark.parametrize("rows", [1, 3])
-@pytest.mark.parametrize(("columns", "k"), [(2049, 512), (2047, 2048)])
+@pytest.mark.parametrize(
+    ("columns", "k", "rows"), [(2049, 512, 3), (2047, 2048, 1), slow(2049, 512, 1), slow(2047, 2048, 3)]
+)
 def test_equals_a_stable_sort_in_few_rows(implementation, columns, k, rows):
     check_rows(columns, k, rows, implementation)
 
@@ -138,7 +73,7 @@ special = st.sampled_from([0.0, -0.0, 1.0, 1.0000001, -1.0, np.inf, -np.inf, np.
 wild = st.one_of(st.integers(-3, 50), st.sampled_from([-(2**31), 2**31 - 1]))
 
 
-# --- the kernel's ways through a row ----------------------------------------------------------------------------------
+# --- the kernel's ways through a row
 # Waves of 8 lanes, so that a block is small: in registers, by groups, and by counting alone.
 IN_REGISTERS = TopKPlan(block=1024, num_warps=4, wave=8)
 BY_GROUPS = TopKPlan(block=128, num_warps=2, wave=8, groups=64, run=16, unroll=2)
@@ -151,7 +86,7 @@ PLANS = {
 }
 
 
-@functools.partial(jax.jit, static_argnums=(1, 4))
+@functools.partial(jax.jit, static_argnums=(1, 4), compiler_options=QUICK_COMPILE)
 def launch(scores, k, starts, ends, plan):
     return kernel.top_k(scores, k, starts, ends - starts, plan=plan)
 
@@ -160,14 +95,25 @@ def check_plan(plan, k, scores, starts, lengths):
     columns = scores.shape[1]
     low = np.clip(starts, 0, columns)
     high = low + np.minimum(np.maximum(lengths, 0), columns - low)
-    np.testing.assert_array_equal(launch(scores, k, low, high, plan), oracle(scores, k, starts, lengths))
+    assert_leaves(launch(scores, k, low, high, plan), oracle(scores, k, starts, lengths), Same(), str(plan))
 
 
-@pytest.mark.parametrize(("columns", "k"), [(127, 7), (128, 32), (129, 1), (1023, 32), (1024, 7)])
-@pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS.keys())
+# Rows of less than a block, of one and of more, and each way once at least.
+WAYS = [(name, *sizes) for name in PLANS for sizes in [(127, 7), (128, 32), (129, 1), (1023, 32), (1024, 7)]]
+OFTEN = [
+    ("registers", 127, 7),
+    ("groups", 128, 32),
+    ("groups", 129, 1),
+    ("groups", 1023, 32),
+    ("counting", 1023, 32),
+    ("one lane per column", 1024, 7),
+]
+
+
+@pytest.mark.parametrize(("plan", "columns", "k"), rarely(WAYS, OFTEN))
 def test_every_way_equals_a_stable_sort(plan, columns, k):
     for batch in cases(columns, k, 33):
-        check_plan(plan, k, *batch)
+        check_plan(PLANS[plan], k, *batch)
 
 
 # Rows that an estimate from maxima of groups misjudges, or that have ties where it matters.
@@ -194,7 +140,10 @@ def test_hard_rows(plan, kind):
     check_plan(plan, 32, scores, starts, lengths)
 
 
-@pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS.keys())
+THREE = [PLANS[name] for name in ("registers", "groups", "counting")]
+
+
+@pytest.mark.parametrize("plan", [*THREE, slow(PLANS["one lane per column"])], ids=PLANS.keys())
 @settings(max_examples=15, deadline=None, database=None)
 @given(data=st.data())
 def test_every_way_with_any_values(plan, data):
@@ -225,13 +174,16 @@ def test_plans_are_consistent(target):
 def test_subnormals_are_not_zeros(implementation):
     rng = np.random.default_rng(0)
     scores = (rng.integers(-3, 4, (2, 300)) * np.float64(2.0**-149)).astype(np.float32)
-    got = select(scores, 70, np.zeros(2, int), np.full(2, 300), implementation=implementation)
-    np.testing.assert_array_equal(got, oracle(scores, 70, [0, 0], [300, 300]))
+    want = oracle(scores, 70, [0, 0], [300, 300])
+    select.check(implementation, want, scores, 70, np.zeros(2, int), np.full(2, 300))
 
 
 # Not the fixture: hypothesis wants arguments that do not belong to one test function.
-@pytest.mark.parametrize("implementation", ["reference", "xla", "triton"])
-@pytest.mark.parametrize("k", [1, 7, 50])
+@pytest.mark.parametrize(
+    ("implementation", "k"),
+    [(name, k) for name in ("reference", "xla") for k in (1, 7, 50)]
+    + [interpreted("triton", 1), ("triton", 7), interpreted("triton", 50)],
+)
 @settings(max_examples=15, deadline=None, database=None)
 @given(
     st.lists(special, min_size=3 * 43, max_size=3 * 43),
@@ -241,99 +193,98 @@ def test_subnormals_are_not_zeros(implementation):
 def test_any_values_starts_and_lengths(implementation, k, values, starts, lengths):
     scores = np.array(values, np.float32).reshape(3, 43)
     starts, lengths = np.array(starts, np.int32), np.array(lengths, np.int32)
-    got = select(scores, k, starts, lengths, implementation=implementation)
-    np.testing.assert_array_equal(got, oracle(scores, k, starts, lengths))
+    select.check(implementation, oracle(scores, k, starts, lengths), scores, k, starts, lengths)
 
 
 def test_twenty_runs_are_one(implementation):
-    scores = np.round(np.random.default_rng(0).standard_normal((33, 2048)) * 2).astype(np.float32)
+    scores = np.round(np.random.default_rng(0).standard_normal((9, 2048)) * 2).astype(np.float32)
     runs = {
-        np.asarray(select(scores, 64, np.zeros(33, int), np.full(33, 2048), implementation=implementation)).tobytes()
+        np.asarray(select(scores, 64, np.zeros(9, int), np.full(9, 2048), implementation=implementation)).tobytes()
         for _ in range(20)
     }
     assert len(runs) == 1
 
 
+def test_warm_calls_do_not_retrace(implementation):
+    rng = np.random.default_rng(0)
+    starts = np.array([0, 3, 9])
+    given = [(rng.standard_normal((3, 300)).astype(np.float32), 7, starts + n, 100 * starts) for n in range(2)]
+    select.check_warm(implementation, *given)
+
+
 def test_more_wanted_than_columns(implementation):
-    got = jit_top_k(jnp.array([[3.0, jnp.nan, 9.0]]), 5, implementation=implementation)
-    np.testing.assert_array_equal(got, [[0, 1, 2, -1, -1]])
+    plain.check(implementation, np.array([[0, 1, 2, -1, -1]]), jnp.array([[3.0, jnp.nan, 9.0]]), 5)
 
 
 @pytest.mark.parametrize("shape", [(0, 7), (3, 0), (0, 0)])
 def test_empty_arrays(implementation, shape):
-    local, scores = jit_top_k(jnp.zeros(shape), 4, return_scores=True, implementation=implementation)
+    local, scores = both(jnp.zeros(shape), 4, implementation=implementation)
     assert local.shape == scores.shape == (shape[0], 4)
     assert np.all(np.asarray(local) == -1) and np.all(np.asarray(scores) == -np.inf)
 
 
 def test_scores_come_along(implementation):
     scores = jnp.array([[9.0, 1.0, jnp.nan, -0.0, 2.0, 0.0], [5.0, -jnp.inf, jnp.nan, 9.0, 9.0, 9.0]])
-    local, values = jit_top_k(
-        scores, 4, jnp.array([4, 2]), row_starts=jnp.array([1, 1]), return_scores=True, implementation=implementation
-    )
-    np.testing.assert_array_equal(local, [[0, 1, 2, 3], [0, 1, -1, -1]])
-    np.testing.assert_array_equal(values, [[1, -np.inf, 0, 2], [-np.inf] * 4])
-    local, values = jit_top_k(scores, 2, jnp.array([6, 3]), return_scores=True, implementation=implementation)
-    np.testing.assert_array_equal(local, [[0, 4], [0, 1]])
-    np.testing.assert_array_equal(values, [[9, 2], [5, -np.inf]])
+    want = [[0, 1, 2, 3], [0, 1, -1, -1]], [[1, -np.inf, 0, 2], [-np.inf] * 4]
+    both.check(implementation, tuple(map(np.array, want)), scores, 4, jnp.array([4, 2]), jnp.array([1, 1]))
+    want = [[0, 4], [0, 1]], [[9, 2], [5, -np.inf]]
+    both.check(implementation, tuple(map(np.array, want)), scores, 2, jnp.array([6, 3]))
 
 
 def test_bfloat16_is_widened(implementation):
     scores = jnp.asarray(np.random.default_rng(0).standard_normal((3, 500)), jnp.bfloat16)
-    local, values = jit_top_k(scores, 64, return_scores=True, implementation=implementation)
-    np.testing.assert_array_equal(local, oracle(np.asarray(scores, np.float32), 64, [0] * 3, [500] * 3))
+    want = oracle(np.asarray(scores, np.float32), 64, [0] * 3, [500] * 3)
+    _, values = both.check(implementation, {"local": want}, scores, 64)
     assert values.dtype == jnp.float32
 
 
-# --- prefill and decode ----------------------------------------------------------------------------------------------
+# --- prefill and decode
 def test_prefill_takes_intervals(implementation):
     rng = np.random.default_rng(0)
     scores = rng.standard_normal((9, 300)).astype(np.float32)
     starts = np.array([0, 5, 10, 299, 300, -4, 40, 1000, 7], np.int32)
     ends = np.array([300, 6, 5, 300, 300, 9, 2**31 - 1, 2000, -(2**31)], np.int32)
-    got = jit_prefill(scores, 64, row_starts=starts, row_ends=ends, implementation=implementation)
     low, high = np.clip(starts, 0, 300), np.clip(ends, 0, 300)
-    np.testing.assert_array_equal(got, oracle(scores, 64, low, high - low))
+    want = oracle(scores, 64, low, high - low)
+    prefill.check(implementation, want, scores, 64, row_starts=starts, row_ends=ends)
 
 
-@pytest.mark.parametrize("next_n", [1, 2, 3])
+@pytest.mark.parametrize("next_n", [1, 3, slow(2)])
 def test_decode_counts_back_from_the_last_token(implementation, next_n):
     seq_lens = np.array([100, 64, 3, 2, 1, 0, -5, 300, 301, 2**31 - 1, -(2**31)], np.int32)
     scores = np.random.default_rng(0).standard_normal((len(seq_lens) * next_n, 300)).astype(np.float32)
     lengths = [max(0, int(n) - next_n + j + 1) for n in seq_lens for j in range(next_n)]
     want = oracle(scores, 64, [0] * len(lengths), lengths)
-    got = jit_decode(scores, 64, seq_lens=seq_lens, next_n=next_n, implementation=implementation)
-    np.testing.assert_array_equal(got, want)
+    decode.check(implementation, want, scores, 64, seq_lens=seq_lens, next_n=next_n)
     each = np.clip(np.array(lengths, np.int64), 0, 2**31 - 1).astype(np.int32).reshape(-1, next_n)
-    got = jit_decode(scores, 64, seq_lens=each, next_n=next_n, implementation=implementation)
-    np.testing.assert_array_equal(got, want)
+    decode.check(implementation, want, scores, 64, seq_lens=each, next_n=next_n)
 
 
 def test_decode_rows_may_have_lengths_of_their_own(implementation):
     scores = np.random.default_rng(0).standard_normal((4, 50)).astype(np.float32)
     lengths = np.array([[7, 50], [-1, 20]])
-    got = jit_decode(scores, 8, seq_lens=lengths, next_n=2, implementation=implementation)
-    np.testing.assert_array_equal(got, oracle(scores, 8, [0] * 4, lengths.reshape(-1)))
+    want = oracle(scores, 8, [0] * 4, lengths.reshape(-1))
+    decode.check(implementation, want, scores, 8, seq_lens=lengths, next_n=2)
 
 
 @pytest.mark.parametrize("dtype", [np.int8, np.uint8, np.int16, np.uint32])
 def test_lengths_of_other_integer_types(dtype):
     scores = np.random.default_rng(0).standard_normal((2, 1000)).astype(np.float32)
-    got = jit_top_k(scores, 4, np.array([100, 3], dtype), row_starts=np.array([0, 120], dtype))
-    np.testing.assert_array_equal(got, oracle(scores, 4, [0, 120], [100, 3]))
+    want = oracle(scores, 4, [0, 120], [100, 3])
+    select.check(None, want, scores, 4, np.array([0, 120], dtype), np.array([100, 3], dtype))
 
 
-def test_every_way_under_x64():
+@pytest.mark.parametrize("name", ["registers", "groups", slow("counting"), slow("one lane per column")])
+def test_every_way_under_x64(name):
+    """By groups counts too, where an estimate fails."""
     scores = np.round(np.random.default_rng(0).standard_normal((2, 1000)), 1).astype(np.float32)
     with jax.enable_x64(True):
-        for plan in PLANS.values():
-            got = kernel.top_k(
-                jnp.asarray(scores), 32, jnp.zeros(2, jnp.int32), jnp.full(2, 1000, jnp.int32), plan=plan
-            )
-            np.testing.assert_array_equal(got, oracle(scores, 32, [0, 0], [1000, 1000]))
+        lengths = jnp.zeros(2, jnp.int32), jnp.full(2, 1000, jnp.int32)
+        got = launch(jnp.asarray(scores), 32, *lengths, PLANS[name])
+        np.testing.assert_array_equal(got, oracle(scores, 32, [0, 0], [1000, 1000]))
 
 
-# --- inside other programs -------------------------------------------------------------------------------------------
+# --- inside other programs
 def test_under_x64(implementation):
     with jax.enable_x64(True):
         scores = jnp.asarray(np.random.default_rng(0).standard_normal((3, 100)), jnp.float32)
@@ -366,7 +317,7 @@ def test_xla_serves_what_the_kernel_does_not(monkeypatch):
     assert "pallas_call" in text
 
 
-# --- errors ----------------------------------------------------------------------------------------------------------
+# --- errors
 scores = jnp.zeros((4, 10))
 
 

@@ -6,9 +6,9 @@ import pytest
 
 from sparse_mla_jax.config import DeepseekV4Config
 from sparse_mla_jax.models import deepseek_v4
-from sparse_mla_jax.scoring import score
 from sparse_mla_jax.serving import engine as engine_module
 from sparse_mla_jax.serving.engine import Engine
+from sparse_mla_jax.serving.scoring import score
 
 CONFIG = DeepseekV4Config(
     vocab_size=64,
