@@ -91,7 +91,7 @@ def test_marked_columns_are_listed_in_order(scores, max_ties, room):
 
 @pytest.mark.parametrize("way", ["registers", "groups", "counting"])
 def test_each_way_to_select_runs_alone(scores, way):
-    plan = TopKPlan(block=256, num_warps=1, wave=8) if way == "registers" else PLAN
+    plan = TopKPlan(block=256, num_warps=2, wave=32) if way == "registers" else PLAN
 
     def body(row, out_ref, mark_ref, list_ref):
         if way == "registers":
