@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from pallas_kernels import fp8_bits, fp8_nvidia
-from pallas_kernels._call import load, store
+from pallas_kernels._call import load, store_masked
 from pallas_kernels._primitives import dot_fp8
 from pallas_kernels.fp8_nvidia import NATIVE
 from pallas_kernels.plans.indexer import IndexerPlan
@@ -170,9 +170,5 @@ def load_scales(refs: IndexerRefs, slots: Array, s: IndexerSpecialization) -> Ar
 def store_rows(out_ref, token, columns: Array, scores: Array, s: IndexerSpecialization) -> None:
     """Writes scores[K, dot_tokens] to the rows from `token` on."""
     cols, tokens = grid2(columns, token + jnp.arange(s.plan.dot_tokens, dtype=jnp.int32))
-    if s.columns % s.plan.key_block == 0:
-        store(out_ref.at[tokens, cols], scores)
-    else:
-        # Masked lanes point past the array: interpret mode writes old values back through them.
-        mask = cols < s.columns
-        store(out_ref.at[tokens, jnp.where(mask, cols, s.columns)], scores, mask=mask)
+    mask = None if s.columns % s.plan.key_block == 0 else cols < s.columns
+    store_masked(out_ref, (tokens, cols), scores, mask, s.target)

@@ -311,7 +311,7 @@ def test_parts_are_even(total, parts, beyond):
 
 
 def test_plans_are_memoised_and_sensible():
-    key = dict(tokens=8, heads=16, width=2048, itemsize=2)
+    key = dict(tokens=8, heads=16, width=2048, itemsize=2, target="gfx942")
     assert attention_plan(**key) is attention_plan(**key)
     assert attention_plan(**key).splits > 1
     assert attention_plan(**{**key, "tokens": 4096}).splits == 1

@@ -279,8 +279,6 @@ def _store_results(out_ref, lse_ref, sink_ref, part: RowPart, state, s: PlanesSp
             columns, inside = _columns(tile, byte)
             if tile.column + tile.count * tile.planes > s.value_dim:
                 inside = columns < s.value_dim if inside is None else inside & (columns < s.value_dim)
-            # Masked lanes point past the array: interpret mode writes old values back through them.
-            columns = columns if inside is None else jnp.where(inside, columns, s.value_dim)
             store_values(out_ref, part, columns, sums[at] * share[:, None], inside, s)
             at += 1
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from pallas_kernels import fp8_bits
-from pallas_kernels._call import load, store
+from pallas_kernels._call import load, store_masked
 from pallas_kernels.online_softmax import LOG2E, sink_share
 from pallas_kernels.sparse_attention.rows import RowPart
 
@@ -16,22 +16,15 @@ from pallas_kernels.sparse_attention.rows import RowPart
 HALF_EXPONENT = 14
 
 
-def stored_heads(part: RowPart, s: Any) -> tuple[Array, Array | None]:
-    """Where the heads [head_block] of a part are stored, and which of them exist (None: all).
-
-    Those that do not point past the array: interpret mode writes old values back through masked lanes.
-    """
-    if s.heads % s.plan.head_block == 0:
-        return part.heads, None
-    exists = part.heads < s.heads
-    return jnp.where(exists, part.heads, s.heads), exists
+def existing_heads(part: RowPart, s: Any) -> Array | None:
+    """Which heads [head_block] of a program are no padding; None: all."""
+    return None if s.heads % s.plan.head_block == 0 else part.heads < s.heads
 
 
 def store_by_head(ref: Any, part: RowPart, values: Array, s: Any) -> None:
     """Stores one value [head_block] per head of the program."""
-    heads, exists = stored_heads(part, s)
-    where = ref.at[jnp.full_like(heads, part.split), jnp.full_like(heads, part.token), heads]
-    store(where, values, mask=exists)
+    index = jnp.full_like(part.heads, part.split), jnp.full_like(part.heads, part.token), part.heads
+    store_masked(ref, index, values, existing_heads(part, s), s.target)
 
 
 def finish_softmax(lse_ref: Any, sink_ref: Any, part: RowPart, top: Array, total: Array, s: Any) -> Array:
@@ -41,11 +34,11 @@ def finish_softmax(lse_ref: Any, sink_ref: Any, part: RowPart, top: Array, total
     lse = jnp.where(some, (top + jnp.log2(safe)) * (1 / LOG2E), -jnp.inf)
     share = 1.0 / safe
     if sink_ref is not None:
-        heads, exists = stored_heads(part, s)
+        exists = existing_heads(part, s)
         if exists is None:
-            sinks = load(sink_ref.at[heads])
+            sinks = load(sink_ref.at[part.heads])
         else:
-            sinks = load(sink_ref.at[jnp.where(exists, heads, 0)], mask=exists, other=0.0)
+            sinks = load(sink_ref.at[jnp.where(exists, part.heads, 0)], mask=exists, other=0.0)
         share = share * sink_share(lse, sinks)
     store_by_head(lse_ref, part, lse, s)
     return share
@@ -63,16 +56,16 @@ def to_units(unit_ref: Any, part: RowPart, largest: Array, s: Any) -> Array:
 
 def store_values(out_ref: Any, part: RowPart, columns: Array, values: Array, inside: Array | None, s: Any) -> None:
     """Stores values [head_block, *C] at `columns` [*C] of heads that exist, where `inside` [*C] (None: everywhere)."""
-    heads, exists = stored_heads(part, s)
-    rows = jnp.broadcast_to(jnp.expand_dims(heads, range(1, values.ndim)), values.shape)
-    where = out_ref.at[
-        jnp.full_like(rows, part.split),
-        jnp.full_like(rows, part.token),
-        rows,
+    exists = existing_heads(part, s)
+    heads = jnp.broadcast_to(jnp.expand_dims(part.heads, range(1, values.ndim)), values.shape)
+    index = (
+        jnp.full_like(heads, part.split),
+        jnp.full_like(heads, part.token),
+        heads,
         jnp.broadcast_to(columns[None], values.shape),
-    ]
+    )
     mask = None if inside is None else jnp.broadcast_to(inside[None], values.shape)
     if exists is not None:
-        there = jnp.broadcast_to(jnp.expand_dims(exists, range(1, values.ndim)), values.shape)
-        mask = there if mask is None else mask & there
-    store(where, values.astype(out_ref.dtype), mask=mask)
+        real = jnp.broadcast_to(jnp.expand_dims(exists, range(1, values.ndim)), values.shape)
+        mask = real if mask is None else mask & real
+    store_masked(out_ref, index, values.astype(out_ref.dtype), mask, s.target)
