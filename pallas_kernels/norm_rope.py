@@ -20,7 +20,7 @@ from pallas_kernels._call import call, load, store_masked
 from pallas_kernels.plans import choose_plan
 from pallas_kernels.plans.norm_rope import NormRopePlan, norm_rope_plan
 from pallas_kernels.rounding import convert, float32_bits, quantize
-from pallas_kernels.targets import NVIDIA, Target, by_target
+from pallas_kernels.targets import Target, by_target
 from pallas_kernels.tiles import power_of_two
 
 _TYPES = ("bfloat16", "float32", "float8_e4m3fn", "float8_e4m3fnuz")
@@ -206,7 +206,7 @@ def norm_rope(
             raise NotImplementedError(f"a projection or a part of it is {dtype}; the kernel serves {', '.join(_TYPES)}")
     rotated = [cos, sin] if any(p.rotated is not None for p in parts) else []
 
-    def run(target, x, rotated, parts):
+    def run(target: Target, x, rotated, parts):
         chosen = choose_plan("norm_rope", plan, norm_rope_plan, widest=max(p.width for p in parts), target=target)
         static = [jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), p) for p in parts]
         arrays = [a for p in parts for a in (p.weight, p.bias, p.factor) if a is not None]
@@ -223,11 +223,5 @@ def norm_rope(
             num_warps=chosen.num_warps,
         )
 
-    def launch(target, *arrays):
-        if target != NVIDIA:
-            return run(target, *arrays)
-        ways = {"cuda": functools.partial(run, "cuda"), "default": functools.partial(run, "gpu")}
-        return lax.platform_dependent(*arrays, **ways)
-
-    after = iter(by_target(launch, x, rotated, list(parts)))
+    after = iter(by_target(run, x, rotated, list(parts)))
     return [[next(after) for _ in range(1 + p.quantized)] for p in parts]

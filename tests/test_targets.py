@@ -13,6 +13,7 @@ from sparse_mla_jax import __main__
 from sparse_mla_jax.ops.attention import sparse_mla
 from sparse_mla_jax.ops.cache import PagedIndexCache, PagedKVCache, write_token
 from sparse_mla_jax.ops.indexer import lightning_indexer
+from sparse_mla_jax.ops.norm_rope import Section, norm_rope
 from sparse_mla_jax.ops.topk import top_k
 
 CUSTOM_CALL = "__gpu$xla.gpu.triton"
@@ -84,6 +85,26 @@ def test_no_kernel_for_another_gpu(operator, kind, platform):
 def test_none_takes_the_kernel_of_a_known_gpu(operator, kind, platform):
     text = lower(kind, platform, *operator(None))
     assert CUSTOM_CALL in text and ("cvt.rn" in text) <= (platform == "cuda")
+
+
+def finish(implementation):
+    def fn(x):
+        return norm_rope(
+            x,
+            [Section(0, 4, 128, "float8_e4m3fn")],
+            jnp.zeros(2, jnp.int32),
+            np.ones(4, np.float32),
+            implementation=implementation,
+        )
+
+    return fn, shape((2, 512), jnp.float32)
+
+
+@pytest.mark.parametrize("operator", [write, finish])
+@pytest.mark.parametrize(("kind", "platform"), [("gfx942", "rocm"), ("NVIDIA H200", "cuda")])
+def test_scales_are_divided_exactly(operator, kind, platform):
+    """Triton's own division is approximate on NVIDIA: kernels that quantise ask for the exact instruction there."""
+    assert ("div.rn.f32" in lower(kind, platform, *operator("triton"))) == (platform == "cuda")
 
 
 def device(kind, architecture=None):
