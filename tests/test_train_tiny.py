@@ -15,6 +15,8 @@ from safetensors import safe_open
 from sparse_mla_jax import data
 from sparse_mla_jax.config import config_from_json, load_config
 
+pytestmark = [pytest.mark.xdist_group("train_tiny"), pytest.mark.usefixtures("quick_compile")]
+
 ROOT = pathlib.Path(__file__).parent.parent
 
 
