@@ -55,7 +55,7 @@ test: $(VENV)/.ready llvm
 test-all: $(VENV)/.ready llvm
 	$(MAKE) VENV=$(NEXT) JAX=$(JAX_NEXT) $(NEXT)/.ready
 	@$(BIN)/python tests/run_shards.py all $(if $(SHARD),--shard $(SHARD)) \
-	  --suite "jax $(JAX)=$(BIN)/python $(PYTEST)" \
+	  --suite "jax $(JAX)=$(BIN)/python $(PYTEST) --optimize" \
 	  --suite "jax $(JAX_NEXT) without long tests=$(NEXT)/bin/python $(PYTEST) -m 'not slow'"
 
 # One slice of the long tests, another one after each commit; 30 of its 300 s are left for the test that runs then.

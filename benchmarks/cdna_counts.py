@@ -14,22 +14,31 @@ import sys
 from pallas_kernels.cdna.program import ARCHITECTURES
 from sparse_mla_jax.cases import catalogue
 from sparse_mla_jax.cases.case import FP8, KernelCase
-from sparse_mla_jax.tools.inspect.kernels import measure
+from sparse_mla_jax.tools.inspect.kernels import Measurement, measure
 
 FILE = pathlib.Path(__file__).with_suffix(".json")
 COMPILER = "triton"
 
 
-def count(case: KernelCase, kind: str, arch: str) -> dict:
-    """What the file keeps of one case."""
-    measured = measure(case, kind, arch, COMPILER)
-    if not measured.error <= measured.bound:  # counts of a kernel that is wrong mean nothing
+def kept(measured: Measurement) -> dict:
+    """What the file keeps of one case.
+
+    Raises:
+      ValueError: the result is wrong; counts of such a kernel mean nothing.
+    """
+    if not measured.error <= measured.bound:
         raise ValueError(
-            f"{case.name} {kind} on {arch}: error {measured.error:.2e}, at most {measured.bound:.0e} allowed"
+            f"{measured.case} {measured.kind} on {measured.launch.kernel.arch}: error {measured.error:.2e}, at most"
+            f" {measured.bound:.0e} allowed"
         )
     row = measured.as_dict()
-    kept = ("compiler", "wave_instructions", "by_class", "vgprs", "agprs", "sgprs", "lds", "occupancy")
-    return {k: row[k] for k in kept}
+    names = ("compiler", "wave_instructions", "by_class", "vgprs", "agprs", "sgprs", "lds", "occupancy")
+    return {k: row[k] for k in names}
+
+
+def count(case: KernelCase, kind: str, arch: str) -> dict:
+    """Executes one case and returns what the file keeps of it."""
+    return kept(measure(case, kind, arch, COMPILER))
 
 
 def cases() -> list[tuple[str, str, str]]:

@@ -1,29 +1,47 @@
 """What every test module shares: the implementations under test, where fixtures lie, and how tests are distributed."""
 
-import functools
+import atexit
 import gc
 import itertools
 import os
 import pathlib
+import shutil
+import tempfile
 
 # Decided before jax is imported anywhere: the tests are CPU tests, on whatever machine they run.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
-import jax
-import pytest
+
+def share_compiled_programs():
+    """Workers, and processes that tests start, take from a folder what another has compiled: a sixth of the time.
+
+    The folder lives as long as the run; JAX_COMPILATION_CACHE_DIR names one that stays.
+    """
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        folder = tempfile.mkdtemp(prefix="sparse-mla-jax-programs-")
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = folder
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+
+
+share_compiled_programs()
+
+import jax  # noqa: E402
+import pytest  # noqa: E402
 
 # Before the first import of it: assertions in what test modules share are explained like their own.
 pytest.register_assert_rewrite("support")
 
-from support import distribution, shards  # noqa: E402
+from support import distribution, marks, shards  # noqa: E402
 from support.fixtures import fixtures as fixtures  # noqa: E402
 
 from pallas_kernels import cdna  # noqa: E402
-from pallas_kernels.cdna import toolchain  # noqa: E402
 
 
-def pytest_addoption(pluginmanager):
-    """Options and hooks of tests/support."""
+def pytest_addoption(parser, pluginmanager):
+    """Our option, and those and the hooks of tests/support."""
+    parser.addoption("--optimize", action="store_true", help="compile every program as well as XLA:CPU can")
     pluginmanager.register(shards)
     pluginmanager.register(distribution)
 
@@ -45,13 +63,24 @@ def drop_compiled_programs():
         gc.collect()
 
 
+@pytest.fixture(scope="module")
+def quick_compile(pytestconfig):
+    """XLA:CPU optimises the programs of a module little, which takes a third of the time.
+
+    For tests of what programs compute, with bounds that hold however they are compiled. `--optimize` leaves it out.
+    """
+    if pytestconfig.option.optimize:
+        yield
+        return
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # for processes that tests start
+        jax.config.update("jax_disable_most_optimizations", True)
+        yield
+    jax.config.update("jax_disable_most_optimizations", False)
+    jax.clear_caches()
+
+
 # --- implementations
-@functools.cache
-def machine_code_runs():
-    """Whether kernels can be compiled for gfx942 and gfx950 and executed here."""
-    return toolchain.available("triton") is None
-
-
 def named_by_hand(metafunc, argument):
     """Whether the test's own `parametrize` gives values of the argument."""
     for mark in metafunc.definition.iter_markers("parametrize"):
@@ -69,9 +98,9 @@ def pytest_generate_tests(metafunc):
     """
     if "implementation" not in metafunc.fixturenames or named_by_hand(metafunc, "implementation"):
         return
-    by_default = not machine_code_runs() or metafunc.definition.get_closest_marker("interpret")
-    interpreted = pytest.param("triton", marks=[] if by_default else [pytest.mark.slow])
-    machines = cdna.ARCHITECTURES if machine_code_runs() else ()
+    by_default = metafunc.definition.get_closest_marker("interpret") is not None
+    interpreted = "triton" if by_default else marks.interpreted("triton")
+    machines = cdna.ARCHITECTURES if marks.machine_code_runs() else ()
     metafunc.parametrize("implementation", ["reference", "xla", interpreted, *machines], indirect=True)
 
 
@@ -82,8 +111,5 @@ def implementation(request):
     "triton" runs in interpret mode on a CPU; gfx942 and gfx950 are "triton" too, its kernels as machine code of that
     architecture, executed by our interpreter.
     """
-    if not request.param.startswith("gfx"):
-        yield request.param
-        return
-    with cdna.device(request.param):
-        yield "triton"
+    with marks.running(request.param) as name:
+        yield name

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from support.marks import slow
 
 from sparse_mla_jax.__main__ import main
 from sparse_mla_jax.cases import answers, catalogue, indexer, inputs, topk
@@ -20,6 +21,8 @@ from sparse_mla_jax.cases.case import FP8
 from sparse_mla_jax.cases.catalogue import AREAS, CASES
 from sparse_mla_jax.tools.bench import device_timing, report
 from sparse_mla_jax.tools.bench import run as bench
+
+pytestmark = pytest.mark.usefixtures("quick_compile")
 
 SCRIPT = pathlib.Path(__file__).parents[1] / "benchmarks" / "readme_table.py"
 SETTINGS = bench.Settings(
@@ -170,14 +173,14 @@ def test_slots_are_distinct_and_of_ones_own():
         ("projection-rotated-t32", "", ""),
         ("projection-norm-v32-hidden-t32", "", ""),
         ("projection-norm-v32-query-t32", "", FP8[1]),
-        ("projection-norm-v32-query-t32", "", "bfloat16"),
+        slow("projection-norm-v32-query-t32", "", "bfloat16"),
         ("projection-norm-v4-hidden-t32", "", ""),
-        ("projection-norm-v4-query-t32", "", ""),
+        slow("projection-norm-v4-query-t32", "", ""),
         ("streams-split-t32", "", ""),
         ("streams-merge-t1", "", ""),
         ("streams-sublayer-t32", "", ""),
         ("step-v32-attention-b64-h16", FP8[1], ""),
-        ("step-v4-ratio4-b32", FP8[0], ""),
+        slow("step-v4-ratio4-b32", FP8[0], ""),  # the layers of the next case in small
         ("step-v4-b128-43-layers", FP8[1], ""),
     ],
 )

@@ -4,9 +4,10 @@ import json
 import pathlib
 import re
 import runpy
+import types
 
 import pytest
-from cdna_support import require_cdna
+from support import published
 
 from sparse_mla_jax.cases import catalogue
 from sparse_mla_jax.tools.inspect.kernels import NATIVE
@@ -20,11 +21,26 @@ def test_the_list_is_complete():
     assert set(STORED) == {counts["key"](*case) for case in counts["cases"]()}
 
 
-@pytest.mark.parametrize("case", counts["cases"](), ids=lambda c: counts["key"](*c))
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(case, id=counts["key"](*case), marks=published.group(case[0])) for case in counts["cases"]()],
+)
 def test_counts_are_as_stored(case):
-    require_cdna(counts["COMPILER"])
-    name, kind, arch = case
-    assert counts["count"](catalogue.kernel_case(name), kind, arch) == STORED[counts["key"](*case)]
+    measurement = published.measured(*case, counts["COMPILER"]).measurement
+    assert counts["kept"](measurement) == STORED[counts["key"](*case)]
+
+
+def test_counts_of_a_wrong_kernel_mean_nothing():
+    """They are refused before anything else of the measurement is read."""
+    measurement = types.SimpleNamespace(
+        case="top_k",
+        kind="",
+        launch=types.SimpleNamespace(kernel=types.SimpleNamespace(arch="gfx942")),
+        error=1.0,
+        bound=0.0,
+    )
+    with pytest.raises(ValueError, match="top_k  on gfx942: error 1.00e"):
+        counts["kept"](measurement)
 
 
 def test_what_candidates_were_weighed_against_is_what_ships():

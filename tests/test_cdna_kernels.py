@@ -11,12 +11,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import test_attention
 import test_cdna_interpreter_vector
-import test_indexer
-import test_topk
 from cdna_support import require_cdna
 from jax.experimental import pallas as pl
+from support import attention, indexer, published, topk
+from support.marks import rarely, slow
 
 from pallas_kernels import _call, cdna, targets
 from pallas_kernels.cdna import code_object, device_context
@@ -27,13 +26,18 @@ from sparse_mla_jax.cases import catalogue
 from sparse_mla_jax.cases.case import FP8, KINDS
 from sparse_mla_jax.models.checkpoint import load_checkpoint
 from sparse_mla_jax.serving.scoring import score
+from sparse_mla_jax.tools.inspect.kernels import NATIVE
 
 COMPILED = [(arch, compiler) for compiler in cdna.COMPILERS for arch in cdna.ARCHITECTURES]
+# XLA:ROCm compiles a kernel for up to ten seconds, Triton's wheel for less than one: by default on one architecture.
+RARE = ("gfx942", "xla")
 FP8 = FP8
 ATTENTION_HEADS = (1, 6, 16, 64, 128)
 
 
-@pytest.fixture(params=COMPILED, ids=lambda p: "-".join(p))
+@pytest.fixture(
+    params=[slow(how, id="-".join(how)) if how == RARE else pytest.param(how, id="-".join(how)) for how in COMPILED]
+)
 def compiled(request):
     """A device for each architecture and compiler."""
     arch, compiler = request.param
@@ -53,7 +57,7 @@ def float_mode(kernel):
 
 
 def check_resources(device):
-    """What every shipped kernel must respect."""
+    """What every shipped kernel must respect; of a device, or of a published problem's execution."""
     assert device.launches, "no kernel was executed"
     kernels = list({id(launch.kernel): launch.kernel for launch in device.launches}.values())
     for kernel in kernels:
@@ -65,31 +69,38 @@ def check_resources(device):
 
 
 # --- results and resources -------------------------------------------------------------------------------------------
-@pytest.mark.parametrize(
-    ("heads", "kind"), [(h, FP8[i % 2]) for i, h in enumerate(ATTENTION_HEADS)], ids=lambda v: str(v)
-)
+def heads_and_kinds():
+    """(compiled, heads, kind): all heads by Triton's wheel; by XLA:ROCm one number, the others as slow tests."""
+    for how in COMPILED:
+        for number, heads in enumerate(ATTENTION_HEADS):
+            rare = how[1] == "xla" and (how == RARE or heads != 16)
+            values = how, heads, FP8[number % 2]
+            yield slow(*values) if rare else values
+
+
+@pytest.mark.parametrize(("compiled", "heads", "kind"), list(heads_and_kinds()), indirect=["compiled"], ids=str)
 def test_attention_heads(compiled, heads, kind):
     """DeepSeek-V3.2's shapes: empty, short and ragged rows, NaN in every slot that no row names."""
-    test_attention.Case(heads, kind, "bfloat16", 512, 64, 128, lengths=(0, 1, 17, 70)).verify("triton", sinks_too=False)
+    attention.Case(heads, kind, "bfloat16", 512, 64, 128, lengths=(0, 1, 17, 70)).verify("triton", sinks_too=False)
     check_resources(compiled)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("two", [False, True])
 @pytest.mark.parametrize("q_dtype", ["bfloat16", "float32"])
-@pytest.mark.parametrize("kind", test_attention.KINDS)
+@pytest.mark.parametrize("kind", attention.KINDS)
 @pytest.mark.parametrize("heads", ATTENTION_HEADS)
 def test_attention_matrix(compiled, heads, kind, q_dtype, two):
     lengths = (0, 1, 15, 16, 17, 100, 33)
-    test_attention.Case(heads, kind, q_dtype, 512, 64, 128, lengths=lengths, two=two).verify("triton", sinks_too=two)
+    attention.Case(heads, kind, q_dtype, 512, 64, 128, lengths=lengths, two=two).verify("triton", sinks_too=two)
     check_resources(compiled)
 
 
-def test_keys_of_a_step_are_asked_for_together(compiled):
+@published.group("sparse_mla_v4")
+@pytest.mark.parametrize(("arch", "compiler"), rarely(COMPILED, [how for how in COMPILED if how != RARE]))
+def test_keys_of_a_step_are_asked_for_together(arch, compiler):
     """No wait for memory between the loads of a key block's seven tiles."""
-    problem = catalogue.kernel_case("sparse_mla_v4").build(FP8[0], None)
-    jax.block_until_ready(jax.jit(problem.fn)(*problem.args))
-    (launch,) = compiled.launches
+    (launch,) = published.measured("sparse_mla_v4", FP8[0], arch, compiler).launches
     blocks = [block.instructions for block in parse(launch.kernel.assembly).blocks]
     loop = max(blocks, key=lambda block: sum("mfma" in i.opcode for i in block))
     loads = [n for n, i in enumerate(loop) if i.opcode == "global_load_dwordx4"][:7]
@@ -97,7 +108,7 @@ def test_keys_of_a_step_are_asked_for_together(compiled):
     assert not [i.text for i in loop[loads[0] : loads[-1]] if "vmcnt" in i.text]
 
 
-# Those that take longest; test_cdna_counts executes them in the quick runs.
+# Those that take longest: by default they are executed only as Triton's wheel compiles them, as test_cdna_counts needs.
 LONG = {
     "compress",
     "compress_index",
@@ -107,17 +118,22 @@ LONG = {
     "sparse_mla",
     "sparse_mla_v4_window",
 }
-ALL_CASES = [
-    pytest.param(c, id=c.name, marks=[pytest.mark.slow] if c.name in LONG else []) for c in catalogue.KERNEL_CASES
-]
 
 
-@pytest.mark.parametrize("case", ALL_CASES)
-def test_published_sizes(compiled, case):
-    for kind in [k for k in FP8 if k in case.kinds] or [""]:
-        problem = case.build(kind, None)
-        assert problem.error(jax.jit(problem.fn)(*problem.args)) <= problem.bound
-    check_resources(compiled)
+def sizes(arch, compiler):
+    """Parameters of every published case in both flavours; of XLA:ROCm's code most are slow."""
+    for case in catalogue.KERNEL_CASES:
+        for kind in published.kinds(case):
+            common = (arch, compiler) != RARE and case.name not in LONG and kind in ("", NATIVE[arch])
+            marks = [published.group(case.name), *([] if compiler == "triton" or common else [pytest.mark.slow])]
+            yield pytest.param(arch, compiler, case.name, kind, marks=marks)
+
+
+@pytest.mark.parametrize(("arch", "compiler", "name", "kind"), [p for how in COMPILED for p in sizes(*how)])
+def test_published_sizes(arch, compiler, name, kind):
+    executed = published.measured(name, kind, arch, compiler)
+    assert executed.measurement.error <= executed.measurement.bound
+    check_resources(executed)
 
 
 @pytest.mark.slow
@@ -132,31 +148,31 @@ def test_published_sizes_of_other_heads(compiled, name, heads, kind):
 
 @pytest.mark.parametrize(("columns", "k"), [(1, 1), (2047, 512), (4097, 2048)])
 def test_top_k_equals_a_stable_sort(compiled, columns, k):
-    test_topk.check_rows(columns, k, 33, "triton")
+    topk.check_rows(columns, k, 33, "triton")
     check_resources(compiled)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("k", test_topk.KS)
-@pytest.mark.parametrize("columns", test_topk.COLUMNS)
+@pytest.mark.parametrize("k", topk.KS)
+@pytest.mark.parametrize("columns", topk.COLUMNS)
 def test_top_k_equals_a_stable_sort_everywhere(compiled, columns, k):
-    test_topk.check_rows(columns, k, 33, "triton")
+    topk.check_rows(columns, k, 33, "triton")
     check_resources(compiled)
 
 
 def test_top_k_twenty_times(compiled):
     scores = np.round(np.random.default_rng(0).standard_normal((3, 5000)) * 2).astype(np.float32)
-    select = jax.jit(lambda s: test_topk.top_k(s, 512, implementation="triton"))
+    select = jax.jit(lambda s: topk.top_k(s, 512, implementation="triton"))
     assert len({np.asarray(select(scores)).tobytes() for _ in range(20)}) == 1
     assert len(compiled.launches) == 20
 
 
 @pytest.mark.parametrize("kind", FP8)
-@pytest.mark.parametrize("shape", test_indexer.SHAPES, ids=["decode", "prefill"])
+@pytest.mark.parametrize("shape", indexer.SHAPES, ids=["decode", "prefill"])
 def test_indexer_with_poison(compiled, shape, kind):
-    inputs, keys, slots = test_indexer.paged_inputs(kind, jnp.bfloat16, **shape)
-    got = test_indexer.paged(*inputs, max_length=slots.shape[1], implementation="triton")
-    test_indexer.check(got, test_indexer.oracle(inputs[0], keys, inputs[1], slots))
+    inputs, keys, slots = indexer.paged_inputs(kind, jnp.bfloat16, **shape)
+    want = indexer.oracle(inputs[0], keys, inputs[1], slots)
+    indexer.verify(indexer.paged, "triton", want, *inputs, max_length=slots.shape[1])
     check_resources(compiled)
 
 
@@ -187,17 +203,27 @@ def test_division(compiled):
 
 
 # --- races -----------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("case", ALL_CASES)
+def orders():
+    """Parameters of every published case in every order of waves; one of the two that differ most is slow.
+
+    "reverse" shows what "together" and "forward" hide alike: a wave that reads before an earlier one has written.
+    """
+    for case in catalogue.KERNEL_CASES:
+        for order in control_flow.ORDERS[1:]:
+            rare = [pytest.mark.slow] if order == "forward" else []
+            yield pytest.param(case.name, order, marks=[published.group(case.name), *rare])
+
+
+def test_orders_of_waves():
+    assert control_flow.ORDERS == ("together", "forward", "reverse")
+
+
+@pytest.mark.parametrize(("name", "order"), list(orders()))
 @pytest.mark.parametrize("arch", cdna.ARCHITECTURES)
-def test_the_order_of_waves_does_not_matter(arch, case):
-    require_cdna("triton")
-    problem = case.build(FP8[0], None)
-    results = set()
-    for order in control_flow.ORDERS:
-        with cdna.device(arch, order=order):
-            leaves = jax.tree.leaves(jax.jit(problem.fn)(*problem.args))
-            results.add(b"".join(np.asarray(x).tobytes() for x in leaves))
-    assert len(results) == 1
+def test_the_order_of_waves_does_not_matter(arch, name, order):
+    kind = published.kinds(catalogue.kernel_case(name))[0]
+    together, other = (published.measured(name, kind, arch, order=o).output_bytes for o in ("together", order))
+    assert together == other
 
 
 # --- cost ------------------------------------------------------------------------------------------------------------
@@ -205,15 +231,14 @@ def test_the_order_of_waves_does_not_matter(arch, case):
 PEER = {"gfx942": 118_848, "gfx950": 88_352}
 
 
+@published.group("sparse_mla_v4")
 @pytest.mark.parametrize("arch", cdna.ARCHITECTURES)
 def test_cost_against_the_peer(arch):
-    require_cdna("triton")
     totals = {}
     for kind in FP8:
-        problem = catalogue.kernel_case("sparse_mla_v4").build(kind, 16)
-        with cdna.device(arch) as device:
-            jax.block_until_ready(jax.jit(problem.fn)(*problem.args))
-        totals[kind] = sum(launch.counts.total for launch in device.launches)
+        assert published.problem("sparse_mla_v4", kind, None).args[0].shape[1] == 16
+        launches = published.measured("sparse_mla_v4", kind, arch).launches
+        totals[kind] = sum(launch.counts.total for launch in launches)
     assert totals["float8_e4m3fn"] <= 0.6 * PEER[arch]
     # gfx942 converts e4m3fnuz by itself; on gfx950 that is the foreign flavour.
     if arch == "gfx942":
@@ -239,7 +264,8 @@ def check_fixture(folder, arch, compiler, tokens):
     np.testing.assert_allclose(got, logits[:, :tokens], rtol=0, atol=5e-5)
 
 
-@pytest.mark.parametrize("arch", cdna.ARCHITECTURES)
+# More tokens on both architectures, by another way: in test_model.
+@pytest.mark.parametrize("arch", rarely(list(cdna.ARCHITECTURES), ["gfx950"]))
 def test_fixture_logits(fixtures, arch):
     check_fixture(fixtures / "deepseek_v32_tiny", arch, "triton", 12)
 
@@ -258,13 +284,24 @@ def without_line(kernel, line):
     return dataclasses.replace(kernel, assembly="\n".join(lines))
 
 
-# The equivalence tests that a mutant must get past, per kernel.
+# The equivalence tests that a mutant must get past, per kernel; inputs and answers are made once for all mutants.
+def attention_suite():
+    case = attention.Case(6, "float8_e4m3fnuz", "bfloat16", 128, 64, 128, lengths=(0, 1, 15, 16, 17, 100))
+    q, ((cache, rows, keys, plain),), _ = case.build()
+    want = attention.oracle(q, [(keys, plain)], case.latent)
+    how = dict(bounds=case.bounds("triton"), value_dim=case.latent)
+    return lambda: attention.verify("triton", want, q, cache, rows, **how)
+
+
+def top_k_suite():
+    batches = [(topk.oracle(s, 512, *interval), s, 512, *interval) for s, *interval in topk.cases(2047, 512, 33)]
+    return lambda: [topk.select.check("triton", *batch) for batch in batches]
+
+
 SUITES = {
-    "sparse_mla": lambda: test_attention.Case(
-        6, "float8_e4m3fnuz", "bfloat16", 128, 64, 128, lengths=(0, 1, 15, 16, 17, 100)
-    ).verify("triton", sinks_too=False),
-    "ragged_indexer_logits": lambda: test_indexer.test_contiguous_against_float64("triton", "float8_e4m3fnuz"),
-    "top_k": lambda: test_topk.check_rows(2047, 512, 33, "triton"),
+    "sparse_mla": attention_suite,
+    "ragged_indexer_logits": lambda: lambda: indexer.check_contiguous("triton", "float8_e4m3fnuz"),
+    "top_k": top_k_suite,
 }
 TRIALS = 10
 
@@ -293,9 +330,7 @@ def noticed(suite, turns, order):
 
 def survivors(name, arch, monkeypatch):
     """Instructions of one kernel that could be deleted without its tests noticing, and why."""
-    mutant = {}
-
-    turns = {"order": "together"}
+    suite, mutant, turns = SUITES[name](), {}, {"order": "together"}
 
     def execute(kernel, arrays, order):
         del order
@@ -304,7 +339,7 @@ def survivors(name, arch, monkeypatch):
     monkeypatch.setattr(device_context, "execute", execute)
     found = []
     with cdna.device(arch) as device:
-        SUITES[name]()
+        suite()
         first = device.launches[0].kernel
         same = [launch.counts.per_block for launch in device.launches if launch.kernel.assembly == first.assembly]
         executions = dict(
@@ -319,7 +354,7 @@ def survivors(name, arch, monkeypatch):
         for k in rng.choice(len(instructions), TRIALS, replace=False):
             mutant[first.assembly] = without_line(first, instructions[k].line)
             # Waves one after the other, backwards: a barrier that is gone shows only so.
-            if any(noticed(SUITES[name], turns, order) for order in ("together", "reverse")):
+            if any(noticed(suite, turns, order) for order in ("together", "reverse")):
                 continue
             found.append((name, arch, instructions[k], why_unseen(instructions[k])))
         return found

@@ -13,6 +13,7 @@ import time
 import jax
 import numpy as np
 import pytest
+from support.marks import slow
 
 from sparse_mla_jax.__main__ import main
 from sparse_mla_jax.config import DeepseekV32Config, RopeConfig
@@ -21,13 +22,15 @@ from sparse_mla_jax.serving.engine import Engine
 from sparse_mla_jax.serving.scoring import score
 from sparse_mla_jax.tools.info import fp8_flavour
 
+pytestmark = [pytest.mark.xdist_group("command line"), pytest.mark.usefixtures("quick_compile")]
+
 ROOT = pathlib.Path(__file__).parent.parent
 CONFIG = DeepseekV32Config(
     vocab_size=256,
     hidden_size=24,
     intermediate_size=32,
     moe_intermediate_size=12,
-    num_hidden_layers=2,
+    num_hidden_layers=1,
     num_attention_heads=3,
     q_lora_rank=20,
     kv_lora_rank=16,
@@ -38,7 +41,7 @@ CONFIG = DeepseekV32Config(
     num_experts_per_tok=2,
     n_group=2,
     topk_group=2,
-    first_k_dense_replace=1,
+    first_k_dense_replace=0,
     index_n_heads=2,
     index_head_dim=12,
     index_topk=9,
@@ -62,9 +65,9 @@ def model(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def wide(tmp_path_factory):
-    """A folder with a vocabulary that is not bytes."""
+    """A folder with a vocabulary that is not bytes, and a context of 32 tokens."""
     folder = tmp_path_factory.mktemp("wide")
-    save(folder, dataclasses.replace(CONFIG, vocab_size=300))
+    save(folder, dataclasses.replace(CONFIG, vocab_size=300, max_position_embeddings=32))
     return str(folder)
 
 
@@ -100,7 +103,12 @@ def refused(capsys, *arguments):
 
 @pytest.mark.parametrize(
     "options",
-    [[], ["--prompt-length", 0], ["--prompt-length", 13, "--chunk", 5], ["--prompt-length", 20, "--chunk", 99]],
+    [
+        [],
+        slow(["--prompt-length", 0]),
+        ["--prompt-length", 13, "--chunk", 5],
+        ["--prompt-length", 20, "--chunk", 99],
+    ],
 )
 def test_score_equals_one_prefill(capsys, model, ids, tmp_path, options):
     folder, params = model
@@ -113,7 +121,10 @@ def test_score_equals_one_prefill(capsys, model, ids, tmp_path, options):
     np.testing.assert_allclose(logits, expected, atol=2e-5)
 
 
-@pytest.mark.parametrize("options", [["--prompt-length", 0], [], ["--chunk", 23]], ids=["decode", "prefill", "chunks"])
+# By default in test_model: the other ways to run the same checkpoint.
+@pytest.mark.parametrize(
+    "options", [slow(["--prompt-length", 0]), slow([]), ["--chunk", 23]], ids=["decode", "prefill", "chunks"]
+)
 def test_score_equals_the_published_implementation(capsys, fixtures, tmp_path, options):
     """The fixture's logits come from Hugging Face transformers' code in float64."""
     folder = fixtures / "deepseek_v32_tiny"
@@ -239,10 +250,12 @@ def test_index_topk_of_zero(capsys, broken):
 
 @pytest.fixture
 def expected(model):
-    """The bytes that a prompt is continued with."""
+    """The bytes that a prompt is continued with, by an engine of the command's sizes and so by its programs."""
 
-    def tokens(prompt, **options):
-        engine = Engine(model[1], CONFIG, max_batch=1, max_context=96, page_size=16)
+    def tokens(prompt, max_tokens, **options):
+        context = min(len(prompt) + max_tokens, CONFIG.max_position_embeddings)
+        engine = Engine(model[1], CONFIG, max_batch=1, max_context=context, prefill_chunk=len(prompt))
+        options["max_tokens"] = max_tokens
         request = engine.submit(prompt, **options)
         engine.run()
         return request.tokens
@@ -251,9 +264,9 @@ def expected(model):
 
 
 def test_generate_streams_text(capsys, model, expected):
-    code, out, err = run(capsys, "generate", model[0], "--prompt", "def main", "--max-tokens", 20, "--page-size", 16)
+    code, out, err = run(capsys, "generate", model[0], "--prompt", "def m", "--max-tokens", 20)
     assert (code, err) == (0, "")
-    assert out == bytes(expected(b"def main", max_tokens=20)).decode("utf-8", "replace") + "\n"
+    assert out == bytes(expected(b"def m", max_tokens=20)).decode("utf-8", "replace") + "\n"
 
 
 def test_generate_samples_and_reads_files(capsys, model, expected, tmp_path):
@@ -267,22 +280,22 @@ def test_generate_samples_and_reads_files(capsys, model, expected, tmp_path):
 
 
 def test_generate_stops(capsys, model, expected):
-    tokens = expected(b"abc", max_tokens=30, temperature=1.3, seed=1)
+    tokens = expected(b"abcde", max_tokens=30, temperature=1.3, seed=1)
     # A stop sequence of ASCII bytes that a command line can hold.
     at = next(i for i, token in enumerate(tokens) if 32 < token < 127)
-    arguments = ["--prompt", "abc", "--max-tokens", 30, "--temperature", 1.3, "--seed", 1, "--stop", chr(tokens[at])]
+    arguments = ["--prompt", "abcde", "--max-tokens", 30, "--temperature", 1.3, "--seed", 1, "--stop", chr(tokens[at])]
     code, out, _ = run(capsys, "generate", model[0], *arguments)
     assert code == 0 and out == bytes(tokens[:at]).decode("utf-8", "replace") + "\n"
 
 
 def test_generate_prints_ids_of_a_larger_vocabulary(capsys, wide):
-    code, out, _ = run(capsys, "generate", wide, "--prompt", "abc", "--max-tokens", 5)
+    code, out, _ = run(capsys, "generate", wide, "--prompt", "ab" * 13, "--max-tokens", 5, "--page-size", 16)
     assert code == 0
     assert len([int(token) for token in out.split()]) == 5
 
 
 def test_generate_is_cut_at_the_context(capsys, wide):
-    code, out, _ = run(capsys, "generate", wide, "--prompt", "a" * 90, "--max-tokens", 50)
+    code, out, _ = run(capsys, "generate", wide, "--prompt", "a" * 26, "--max-tokens", 50, "--page-size", 16)
     assert code == 0 and len(out.split()) == 6
 
 
@@ -322,9 +335,9 @@ def test_bench(capsys, model):
         "bench",
         model[0],
         "--batch",
-        2,
+        4,
         "--context",
-        48,
+        64,
         "--steps",
         4,
         "--prefill-chunk",
@@ -336,7 +349,7 @@ def test_bench(capsys, model):
     report = json.loads(out)
     assert code == 0 and out.count("\n") == 1
     assert report["decode_tokens_per_second"] > 0 and report["milliseconds_per_step"] > 0
-    assert (report["batch"], report["context"], report["steps"]) == (2, 48, 4)
+    assert (report["batch"], report["context"], report["steps"]) == (4, 64, 4)
     assert report["prompt_length"] > 20
     code, out, _ = run(capsys, *arguments)
     assert code == 0 and "decode_tokens_per_second" in out

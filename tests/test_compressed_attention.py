@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from support.equivalence import QUICK_COMPILE, Close, assert_leaves, assert_same_bits
+from support.marks import interpreted, running, slow
 
 from sparse_mla_jax.config import DeepseekV4Config
 from sparse_mla_jax.layers.compressed_attention import (
@@ -17,6 +19,9 @@ from sparse_mla_jax.layers.compressed_attention import (
 )
 from sparse_mla_jax.metadata import build_metadata, decode_metadata
 from sparse_mla_jax.models import deepseek_v4
+
+# One worker, which compiles what these tests share.
+pytestmark = pytest.mark.xdist_group("compressed_attention")
 
 CONFIG = DeepseekV4Config(
     vocab_size=8,
@@ -70,7 +75,8 @@ def ints(*values):
     return np.array(values, np.int32)
 
 
-@functools.partial(jax.jit, static_argnames=("layer", "config", "implementation"))
+# Compiled quickly: what is compared here are arguments, not how XLA:CPU optimises.
+@functools.partial(jax.jit, static_argnames=("layer", "config", "implementation"), compiler_options=QUICK_COMPILE)
 def _step(weights, hidden, cache, seq_lens, query_lens, state_ids, *, layer, config, implementation):
     meta = build_metadata(seq_lens, query_lens, TABLE, num_tokens=hidden.shape[0], page_size=PAGE_SIZE)
     options = dict(config=config, layer=layer, state_ids=state_ids, implementation=implementation)
@@ -96,18 +102,18 @@ def hidden_states(*numbers):
 
 
 @pytest.mark.parametrize(
-    ("layer", "implementation"), [(0, "xla"), (1, "xla"), (2, "xla"), (1, "triton")], ids=[*NAMES, "ratio 4, kernels"]
+    ("layer", "name"), [(0, "xla"), (1, "xla"), (2, "xla"), (1, "gfx942"), interpreted(1, "triton")]
 )
-def test_padding_may_hold_anything(layer, implementation):
+def test_padding_may_hold_anything(layer, name):
     """NaN behind the last token moves no bit of outputs and caches; rows of padding are 0."""
     clean = hidden_states(13, 5)
     poisoned = clean.copy()
     poisoned[18:] = np.nan
-    want, got = (
-        step(x, caches(layer), ints(13, 5), layer=layer, implementation=implementation) for x in (clean, poisoned)
-    )
+    with running(name) as implementation:
+        how = dict(layer=layer, implementation=implementation)
+        want, got = jax.block_until_ready([step(x, caches(layer), ints(13, 5), **how) for x in (clean, poisoned)])
     assert (np.asarray(got[0])[18:] == 0).all() and np.abs(np.asarray(got[0])[:18]).min() > 0
-    jax.tree.map(np.testing.assert_array_equal, got, want)
+    assert_same_bits(got, want, f"{NAMES[layer]}, {name}")
 
 
 @pytest.mark.parametrize("layer", [0, 1], ids=NAMES[:2])
@@ -177,35 +183,40 @@ def test_bfloat16_in_and_out_of_fp8_caches():
     assert np.linalg.norm(out.astype(jnp.float32) - wide) < 0.1 * np.linalg.norm(wide)
 
 
-# --- fused projections -----------------------------------------------------------------------------------------------
+# --- fused projections
 # Not asked where all entries of a request would be chosen.
 EVERY = dataclasses.replace(CONFIG, index_topk=8)
 
 
 @pytest.mark.parametrize(
-    ("layer", "config", "implementation", "dtype"),
+    ("layer", "config", "name", "dtype"),
     [
         *((layer, CONFIG, "xla", "float32") for layer in range(3)),
         (1, EVERY, "xla", "float32"),
         (1, CONFIG, "xla", "bfloat16"),
-        (1, CONFIG, "triton", "float32"),
-        *(pytest.param(layer, CONFIG, "xla", "bfloat16", marks=pytest.mark.slow) for layer in (0, 2)),
-        pytest.param(1, CONFIG, "triton", "bfloat16", marks=pytest.mark.slow),
+        (1, CONFIG, "gfx942", "float32"),
+        interpreted(1, CONFIG, "triton", "float32"),
+        *(slow(layer, CONFIG, "xla", "bfloat16") for layer in (0, 2)),
+        slow(1, CONFIG, "triton", "bfloat16"),
     ],
 )
-def test_fused_projections_change_nothing(layer, config, implementation, dtype):
+def test_fused_projections_change_nothing(layer, config, name, dtype):
     params, lens = typed_weights(layer, dtype), ints(20, 4)
     hidden = jnp.asarray(hidden_states(20, 4), dtype)
-    how = dict(layer=layer, config=config, implementation=implementation)
-    with jax.default_matmul_precision("highest"):
-        want, got = (
+    with jax.default_matmul_precision("highest"), running(name) as implementation:
+        how = dict(layer=layer, config=config, implementation=implementation)
+        results = [
             _step(p, hidden, caches(layer, dtype=dtype), lens, lens, STATES, **how)
             for p in (params, jax.jit(fuse_projections)(params))
-        )
-    for a, b in zip(*map(jax.tree.leaves, (want, got))):
-        a, b = (np.asarray(x, np.float32) for x in (a, b))
-        # A sum of another order may round to the next bfloat16.
-        np.testing.assert_allclose(b, a, atol=2e-6 if dtype == "float32" else 2**-7 * np.abs(a).max())
+        ]
+        want, got = jax.block_until_ready(results)
+
+    # A sum of another order may round to the next bfloat16.
+    def limit(x):
+        atol = 2e-6 if dtype == "float32" else 2**-7 * np.abs(np.asarray(x, np.float32)).max()
+        return Close(rtol=1e-7, atol=atol)
+
+    assert_leaves(got, want, jax.tree.map(limit, want), f"{NAMES[layer]}, {name}, fused")
 
 
 @layers
@@ -229,7 +240,7 @@ def test_selection_by_fused_weights():
     np.testing.assert_array_equal(*(select(p) for p in (weights(1), fuse_projections(weights(1)))))
 
 
-# --- arguments -------------------------------------------------------------------------------------------------------
+# --- arguments
 @pytest.mark.parametrize(
     ("change", "message"),
     [

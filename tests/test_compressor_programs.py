@@ -145,8 +145,8 @@ def test_plans_are_memoised_and_sensible():
     assert compress_plan(**key) is compress_plan(**key)
     assert compress_plan(**key) == CompressPlan(8, 4)
     assert compress_plan(rows=128, width=512, target="gfx950") == CompressPlan(16, 4)
-    assert compress_plan(rows=8, width=128) == CompressPlan(8, 2)
-    assert compress_plan(rows=8, width=12) == CompressPlan(8, 1)
+    assert compress_plan(rows=8, width=128, target="nvidia") == CompressPlan(8, 2)
+    assert compress_plan(rows=8, width=12, target="nvidia") == CompressPlan(8, 1)
 
 
 def compiled_anew():

@@ -8,12 +8,15 @@ import time
 import jax
 import numpy as np
 import pytest
+from support.marks import slow
 
 from sparse_mla_jax.config import DeepseekV32Config, RopeConfig
 from sparse_mla_jax.models import deepseek_v32
 from sparse_mla_jax.serving import engine as engine_module
 from sparse_mla_jax.serving.engine import Engine, default_buckets
 from sparse_mla_jax.serving.scoring import score
+
+pytestmark = [pytest.mark.xdist_group("engine"), pytest.mark.usefixtures("quick_compile")]
 
 CONFIG = DeepseekV32Config(
     vocab_size=64,
@@ -116,7 +119,7 @@ def test_twenty_repeats_are_equal(params, jobs, alone):
         assert generate(params, jobs[:2])[1].tokens == alone[1]
 
 
-@pytest.mark.parametrize("cache_dtype", ["float8_e4m3fnuz", "float8_e4m3fn", "bfloat16"])
+@pytest.mark.parametrize("cache_dtype", ["float8_e4m3fnuz", slow("float8_e4m3fn"), slow("bfloat16")])
 def test_other_caches_and_types_serve(params, cache_dtype):
     engine = make(params, cache_dtype=cache_dtype, dtype="bfloat16", token_buckets=(16,))
     request = engine.submit(prompts(1)[0], max_tokens=3)
@@ -255,7 +258,7 @@ def test_events_are_the_tokens(params, jobs):
 def test_context_cuts_a_request(params):
     request = generate(params, [(list(range(40)), {"max_tokens": 100})])[0]
     assert len(request.tokens) == 8 and request.finish_reason == "length"
-    request = generate(params, [([5] * 6, {"max_tokens": 100})], num_pages=2)[0]
+    request = generate(params, [([5] * 6, {"max_tokens": 100})], num_pages=2, token_buckets=(16,))[0]
     assert len(request.tokens) == 2 and request.finish_reason == "length"
 
 

@@ -380,7 +380,7 @@ def test_empty_inputs(implementation):
 
 
 def test_plans_are_memoised():
-    key = dict(tokens=8, heads=64, columns=8192, itemsize=2, shared_keys=True)
+    key = dict(tokens=8, heads=64, columns=8192, itemsize=2, shared_keys=True, target="nvidia")
     assert indexer_plan(**key) is indexer_plan(**key)
     assert indexer_plan(**{**key, "columns": 1}).key_block == 16
 

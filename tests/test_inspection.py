@@ -7,6 +7,8 @@ import json
 import jax
 import pytest
 from cdna_support import require_cdna
+from support import published
+from support.marks import slow
 
 from pallas_kernels.cdna.program import Argument
 from sparse_mla_jax import __main__
@@ -19,8 +21,19 @@ def inspect(*arguments):
     return __main__.main(["inspect", *arguments])
 
 
+@pytest.fixture
+def measured_once(monkeypatch):
+    """The command takes measurements that other tests have made by the same function."""
+
+    def measure(case, kind, arch, compiler, heads):
+        return published.measured(case.name, kind if case.kinds else "", arch, compiler, heads=heads).measurement
+
+    monkeypatch.setattr(kernels, "measure", measure)
+
+
+@published.group("top_k")
 @pytest.mark.parametrize("arch", ["gfx942", "gfx950"])
-def test_table_of_one_kernel(arch, capsys):
+def test_table_of_one_kernel(arch, capsys, measured_once):
     require_cdna("triton")
     assert inspect("--kernel", "top_k", "--arch", arch) == 0
     out = capsys.readouterr().out
@@ -42,9 +55,9 @@ def test_json_assembly_and_picture(tmp_path, capsys):
     assert files[1].read_bytes().startswith(b"\x89PNG")
 
 
+@published.group("top_k")
 def test_a_broken_rule_is_named_and_fails(monkeypatch, capsys):
-    require_cdna("triton")
-    good = kernels.measure(catalogue.kernel_case("top_k"), "", "gfx942", "triton")
+    good = published.measured("top_k", "", "gfx942").measurement
     kernel = good.launch.kernel
     bad_kernel = dataclasses.replace(
         kernel, resources=dataclasses.replace(kernel.resources, vgpr_spills=3, scratch=16, lds=1 << 20)
@@ -74,7 +87,8 @@ def test_bad_options(arguments, message, capsys):
 
 
 # --- the decode step -------------------------------------------------------------------------------------------------
-@pytest.fixture(scope="module", params=["gfx942", "gfx950"])
+# By default the command compiles for gfx942, see below.
+@pytest.fixture(scope="module", params=[slow("gfx942"), "gfx950"])
 def compiled_step(request):
     require_cdna("xla")
     from pallas_kernels import cdna
@@ -95,7 +109,7 @@ def test_the_step_at_published_sizes_copies_no_cache(compiled_step):
     assert all(k["spills"] == k["scratch"] == 0 for k in row["kernels"] if k["origin"] == "pallas")
 
 
-@pytest.mark.parametrize("quantize", [False, True])
+@pytest.mark.parametrize("quantize", [slow(False), True])
 def test_launches_of_an_attention_layer(quantize):
     """At published sizes 14 around the products, of which 3 are the step's: its metadata, and cosines."""
     require_cdna("xla")

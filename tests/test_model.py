@@ -8,11 +8,14 @@ import numpy as np
 import pytest
 from deepseek_v32_oracle import model_logits
 from small_models import PAGE_SIZE, SMALL, check_in_place, scattered_pages, write_folder
+from support.marks import slow
 
 from sparse_mla_jax.config import RopeConfig
 from sparse_mla_jax.metadata import build_metadata, decode_metadata
 from sparse_mla_jax.models import deepseek_v32 as model
 from sparse_mla_jax.models.checkpoint import load_checkpoint
+
+pytestmark = [pytest.mark.xdist_group("model"), pytest.mark.usefixtures("quick_compile")]
 
 
 @functools.partial(jax.jit, static_argnames=("config", "implementation"), donate_argnames="caches")
@@ -25,10 +28,15 @@ def all_logits(params, ids, caches, seq_lens, query_lens, table, *, config, impl
 decode = jax.jit(model.decode, static_argnames=("config", "implementation"), donate_argnames="caches")
 
 
-def run(config, params, ids, *, prompt, chunk=None, dtype=jnp.float32, implementation=None, page_size=PAGE_SIZE):
-    """float32[B, L, V]: `prompt` tokens in chunks of `chunk`, then one at a time, all sequences in one batch."""
+def run(
+    config, params, ids, *, prompt, chunk=None, dtype=jnp.float32, implementation=None, page_size=PAGE_SIZE, capacity=0
+):
+    """float32[B, L, V]: `prompt` tokens in chunks of `chunk`, then one at a time, all sequences in one batch.
+
+    The caches have room for `capacity` tokens of each sequence, or for L of them.
+    """
     batch, length = ids.shape
-    table, pages = scattered_pages(batch, length, page_size)
+    table, pages = scattered_pages(batch, capacity or length, page_size)
     caches = model.create_caches(config, pages, page_size, dtype=dtype)
     outs, done = [], 0
     while done < prompt:
@@ -53,6 +61,10 @@ def tiny(fixtures):
     config, params = load_checkpoint(folder)
     with np.load(folder / "expected.npz") as data:
         return config, params, data["input_ids"].astype(np.int32), data["logits"], int(data["prompt_length"])
+
+
+# Sizes that tests of SMALL share, so that their programs are compiled once: steps of 4 requests and 16 tokens.
+SHARED = {"chunk": 4, "page_size": 4, "capacity": 24}
 
 
 @pytest.fixture(scope="module")
@@ -140,9 +152,9 @@ def test_other_shapes(name, tmp_path):
 def test_mixed_batch(small):
     """Decode tokens, a first chunk, a later chunk and a waiting request in one step equal each request alone."""
     ids = np.random.default_rng(3).integers(0, SMALL.vocab_size, (4, 20)).astype(np.int32)
-    table, pages = scattered_pages(4, 20, 4)
+    table, pages = scattered_pages(4, 24, 4)
     caches = model.create_caches(SMALL, pages, 4, dtype=jnp.float32)
-    alone = run(SMALL, small, ids, prompt=20, page_size=4)
+    alone = run(SMALL, small, ids, prompt=20, **SHARED)
 
     def step(caches, seq_lens, query_lens):
         tokens = [ids[b, s - q : s] for b, (s, q) in enumerate(zip(seq_lens, query_lens))]
@@ -161,8 +173,8 @@ def test_mixed_batch(small):
 
 
 def test_prefill_gives_the_last_tokens(small):
-    ids = np.random.default_rng(3).integers(0, SMALL.vocab_size, (2, 9)).astype(np.int32)
-    expected = run(SMALL, small, ids, prompt=9, page_size=4)
+    ids = np.random.default_rng(3).integers(0, SMALL.vocab_size, (4, 9)).astype(np.int32)
+    expected = run(SMALL, small, ids, prompt=8, **SHARED)
     table, pages = scattered_pages(2, 9, 4)
     tokens = np.concatenate([ids[0, :9], ids[1, :5], [0, 0]])
     lens = np.array([9, 5], np.int32)
@@ -252,10 +264,10 @@ def test_padding_touches_nothing(small, cache_dtype):
 
 
 def test_repeats_are_bitwise_equal(small):
-    ids = np.random.default_rng(6).integers(0, SMALL.vocab_size, (3, 14)).astype(np.int32)
-    first = run(SMALL, small, ids, prompt=12, page_size=4)
+    ids = np.random.default_rng(6).integers(0, SMALL.vocab_size, (4, 14)).astype(np.int32)
+    first = run(SMALL, small, ids, prompt=12, **SHARED)
     for _ in range(19):
-        np.testing.assert_array_equal(run(SMALL, small, ids, prompt=12, page_size=4), first)
+        np.testing.assert_array_equal(run(SMALL, small, ids, prompt=12, **SHARED), first)
 
 
 def test_lengths_never_retrace(small):
@@ -295,9 +307,11 @@ def test_caches_are_updated_in_place(dtype):
 
 
 # --- parameters and errors -------------------------------------------------------------------------------------------
+# jax's own kind of key, threefry2x32, takes ten times as long to compile.
+@pytest.mark.parametrize("key", ["unsafe_rbg", slow("threefry2x32")])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_init_params(dtype):
-    params = jax.jit(lambda key: model.init_params(key, SMALL, dtype))(jax.random.key(0))
+def test_init_params(dtype, key):
+    params = jax.jit(lambda key: model.init_params(key, SMALL, dtype))(jax.random.key(0, impl=key))
     chex.assert_trees_all_equal_shapes_and_dtypes(params, model.param_specs(SMALL, dtype))
     layer = params["layers"][1]
     assert layer["mlp"]["gate"]["e_score_correction_bias"].dtype == jnp.float32

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from support.equivalence import QUICK_COMPILE, Close, Same, assert_leaves
 
 from pallas_kernels import cache_write, hyper_connections, indexer_logits, output_projection, topk
 from pallas_kernels import compress as compress_kernel
@@ -162,9 +163,15 @@ def arrays(results):
     return [np.asarray(x.view(jnp.uint8) if x.dtype == jnp.float8_e4m3fn else x) for x in leaves]
 
 
+def program(operator, **given):
+    """The operator with its arrays as constants."""
+    return jax.jit(functools.partial(operator, **given), compiler_options=QUICK_COMPILE)
+
+
 @operators
 def test_a_config_replaces_the_plan(monkeypatch, operator, kernel, heuristic, config, same_bits):
-    want, default = (arrays(operator(implementation=name)) for name in ("xla", "triton"))
+    pages()  # cached: not as a part of a program
+    want, default = (arrays(program(operator, implementation=name)()) for name in ("xla", "triton"))
 
     def refuse(**sizes):
         raise AssertionError("the heuristic plan was asked for")
@@ -172,14 +179,14 @@ def test_a_config_replaces_the_plan(monkeypatch, operator, kernel, heuristic, co
     monkeypatch.setattr(kernel, heuristic, refuse)
     with pytest.raises(AssertionError, match="heuristic"):
         operator(implementation="triton")
-    for implementation in (None, "triton"):
-        got = arrays(operator(implementation=implementation, config=config))
-        assert len(got) == len(want) and any(np.any(x) for x in got)
-        for mine, other, same in zip(got, want, default):
-            if same_bits:
-                np.testing.assert_array_equal(mine, same)
-            exact = np.issubdtype(other.dtype, np.integer)
-            np.testing.assert_allclose(mine, other, **(dict(rtol=0) if exact else dict(rtol=2e-5, atol=2e-5)))
+    asked, implied = (program(operator, implementation=name, config=config) for name in ("triton", None))
+    assert implied.lower().as_text() == asked.lower().as_text()
+    got = arrays(asked())
+    assert any(np.any(x) for x in got)
+    if same_bits:
+        assert_leaves(got, default, Same(), "the heuristic plan")
+    exact = [np.issubdtype(x.dtype, np.integer) for x in want]
+    assert_leaves(got, want, [Same() if e else Close(rtol=2e-5, atol=2e-5) for e in exact], "the XLA body")
 
 
 @operators
