@@ -1,4 +1,4 @@
-"""The problems that an interpreter executes, as machine code: each is executed once in a process, whoever asserts on it.
+"""Problems that an interpreter executes, as machine code: each is executed once in a process, whoever asserts on it.
 
 Tests of one problem belong in one worker: mark them with `published.group(name)`.
 """

@@ -8,7 +8,7 @@ import pytest
 from cdna_support import require_cdna
 from nbclient import NotebookClient
 
-EXAMPLES = pathlib.Path(__file__).parent.parent / "examples"
+EXAMPLES = pathlib.Path(__file__).parents[2] / "examples"
 
 
 def code_cells(notebook):

@@ -389,7 +389,7 @@ def test_another_process_compiles_nothing(cached, tmp_path):
     cached("triton")
     script = f"""
 import pathlib, sys
-sys.path[:0] = {[str(pathlib.Path(__file__).parent), str(pathlib.Path(__file__).parents[1])]!r}
+sys.path[:0] = {[str(p) for p in pathlib.Path(__file__).parents[:3]]!r}
 import test_cdna_compile as t
 t.worker.request = None
 p = t.cdna.compile(t.surrounded, *t.SIZES, arch={ARCH!r}, compiler="triton", cache=pathlib.Path({str(tmp_path)!r}))
@@ -625,7 +625,7 @@ def test_missing_tools(name, monkeypatch, forgotten, tmp_path):
 def test_the_extra_of_another_jax(monkeypatch):
     monkeypatch.setattr(jax, "__version__", "0.99.0")
     assert toolchain.extra() == "pip install 'sparse-mla-jax[cdna]' 'jax==0.11.2'"
-    pins = tomllib.loads((pathlib.Path(__file__).parents[1] / "pyproject.toml").read_text())
+    pins = tomllib.loads((pathlib.Path(__file__).parents[2] / "pyproject.toml").read_text())
     assert f"jax-rocm7-pjrt=={toolchain.JAX}" in pins["project"]["optional-dependencies"]["cdna"]
 
 

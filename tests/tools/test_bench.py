@@ -24,7 +24,7 @@ from sparse_mla_jax.tools.bench import run as bench
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
-SCRIPT = pathlib.Path(__file__).parents[1] / "benchmarks" / "readme_table.py"
+SCRIPT = pathlib.Path(__file__).parents[2] / "benchmarks" / "readme_table.py"
 SETTINGS = bench.Settings(
     repeats=2, shrink=True, peers=False, implementation=None, ceilings=device_timing.Ceilings(100.0, 1.0)
 )

@@ -18,7 +18,7 @@ from sparse_mla_jax.models.checkpoint import load_checkpoint
 from sparse_mla_jax.tools.text import HELD_OUT, stdlib_sources
 
 # As for a script that is run: its folder comes first.
-sys.path.insert(0, str(pathlib.Path(__file__).parent.parent / "examples"))
+sys.path.insert(0, str(pathlib.Path(__file__).parents[2] / "examples"))
 
 import tiny_model
 import tiny_training

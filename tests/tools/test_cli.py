@@ -24,7 +24,7 @@ from sparse_mla_jax.tools.info import fp8_flavour
 
 pytestmark = [pytest.mark.xdist_group("command line"), pytest.mark.usefixtures("quick_compile")]
 
-ROOT = pathlib.Path(__file__).parent.parent
+ROOT = pathlib.Path(__file__).parents[2]
 CONFIG = DeepseekV32Config(
     vocab_size=256,
     hidden_size=24,

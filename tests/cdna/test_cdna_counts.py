@@ -12,7 +12,7 @@ from support import published
 from sparse_mla_jax.cases import catalogue
 from sparse_mla_jax.tools.inspect.kernels import NATIVE
 
-SCRIPT = pathlib.Path(__file__).parents[1] / "benchmarks" / "cdna_counts.py"
+SCRIPT = pathlib.Path(__file__).parents[2] / "benchmarks" / "cdna_counts.py"
 counts = runpy.run_path(str(SCRIPT))
 STORED = json.loads(SCRIPT.with_suffix(".json").read_text())
 
