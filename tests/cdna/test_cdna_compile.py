@@ -22,12 +22,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import test_cdna_container as files
 from cdna_support import require_cdna
 from jax.experimental import pallas as pl
+from support import containers as files
 
 from pallas_kernels import _call, _primitives, cdna, targets
-from pallas_kernels.cdna import code_object, compiler, disk_cache, execution, lowering, rocm_stubs, toolchain, worker
+from pallas_kernels.cdna import (
+    code_object,
+    compiler,
+    container,
+    disk_cache,
+    execution,
+    lowering,
+    rocm_stubs,
+    toolchain,
+    worker,
+)
 from pallas_kernels.cdna.program import LDS_BYTES, MAX_THREADS, Argument
 
 COMPILED = [(arch, made_by) for made_by in cdna.COMPILERS for arch in cdna.ARCHITECTURES]
@@ -334,7 +344,7 @@ def test_steps_of_other_kinds():
     with pytest.raises(ValueError, match="not a 64-bit ELF file: 0 bytes"):
         compiler.read_executable({**made, "executable": executable(step(36))}, ARCH, "XLA")
     with pytest.raises(ValueError, match="element type 99"):
-        compiler._array(files.Message.parse(files.field(2, files.field(2, 99))))
+        compiler._array(container.Message.parse(files.field(2, files.field(2, 99))))
 
 
 def test_no_code_object(compiled):

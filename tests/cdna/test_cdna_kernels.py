@@ -11,10 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import test_cdna_interpreter_vector
 from cdna_support import require_cdna
 from jax.experimental import pallas as pl
 from support import attention, indexer, published, topk
+from support.division import DIVISION, assert_same, quotients
 from support.marks import rarely, slow
 
 from pallas_kernels import _call, cdna, targets
@@ -185,7 +185,7 @@ def divide(a_ref, b_ref, out_ref):
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 def test_division(compiled):
     """The sequence of the interpreter's own test is the compilers', and its quotients are rounded once."""
-    a, b = test_cdna_interpreter_vector.quotients(seed=4, count=256)
+    a, b = quotients(seed=4, count=256)
 
     @jax.jit
     def run(a, b):
@@ -193,9 +193,9 @@ def test_division(compiled):
         how = {"out_shape": out, "grid": (a.size // 64, 1, 1), "name": "divide", "num_warps": 1}
         return targets.by_target(lambda target, *x: _call.call(divide, *x, target=target, **how), a, b)
 
-    test_cdna_interpreter_vector.assert_same(np.asarray(run(a, b)), a / b)
+    assert_same(np.asarray(run(a, b)), a / b)
     check_resources(compiled)
-    sequence = [line.split()[0] for line in test_cdna_interpreter_vector.DIVISION.strip().splitlines()]
+    sequence = [line.split()[0] for line in DIVISION.strip().splitlines()]
     emitted = [i.opcode for i in parse(compiled.launches[0].kernel.assembly).instructions]
     bare = [opcode.removesuffix("_e32") for opcode in sequence]
     start = emitted.index(bare[0])
