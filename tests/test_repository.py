@@ -156,6 +156,14 @@ def test_a_class_name_occurs_once():
     assert not {name: found for name, found in places.items() if len(found) > 1}
 
 
+def test_test_modules_import_no_test_module():
+    """What they share is in tests/support."""
+    for path in sorted(ROOT.glob("tests/**/*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            named = {name.rpartition(".")[0] or name for name in imported(node)}
+            assert not [name for name in named if name.rpartition(".")[2].startswith("test_")], path.name
+
+
 def test_both_packages_are_typed():
     assert (ROOT / "sparse_mla_jax" / "py.typed").exists() and (ROOT / "pallas_kernels" / "py.typed").exists()
 
