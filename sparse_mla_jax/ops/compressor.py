@@ -71,7 +71,7 @@ def entry_pages(page_table: Array, *, page_size: int, ratio: int) -> tuple[Array
 
 def num_entries(lengths: Array, *, ratio: int) -> Array:
     """Entries that exist after `lengths` tokens of a request (also: that the query at position lengths - 1 sees)."""
-    return jnp.maximum(jnp.asarray(lengths), 0) // ratio
+    return jnp.maximum(jnp.asarray(lengths), 0) // size("ratio", ratio)
 
 
 @accept_fields

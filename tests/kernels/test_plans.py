@@ -193,8 +193,7 @@ def test_a_config_is_refused_where_it_means_nothing(operator, kernel, heuristic,
         operator(config={"num_warps": 2})
 
 
-# compress has the former name only.
-@pytest.mark.parametrize("name", [name for name in OPERATORS if name != "compress"])
+@pytest.mark.parametrize("name", OPERATORS)
 def test_plan_is_the_name_to_use(monkeypatch, name):
     operator, kernel, heuristic, plan, _ = OPERATORS[name]
 

@@ -13,8 +13,6 @@ from sparse_mla_jax.ops._dispatch import with_plan
 
 FOLDER = pathlib.Path(ops.__file__).parent
 MODULES = [importlib.import_module(f"sparse_mla_jax.ops.{path.stem}") for path in sorted(FOLDER.glob("[a-z]*.py"))]
-# Has no `plan=` yet.
-WITHOUT_PLAN = {"compress"}
 
 
 def dispatched():
@@ -61,7 +59,7 @@ def test_xla_operators_have_one_implementation(name):
     assert "implementation" not in inspect.signature(getattr(sm, name)).parameters
 
 
-@pytest.mark.parametrize("name", sorted(set(operators_with("config")) - WITHOUT_PLAN))
+@pytest.mark.parametrize("name", sorted(operators_with("config")))
 def test_plan_stands_beside_config(name):
     function = operators_with("config")[name]
     parameters = inspect.signature(function).parameters
