@@ -184,10 +184,6 @@ CASES = {
     "select_to_ragged.page_size": case(
         lambda v: ragged.select_to_ragged(INTS[:, None], INTS, TABLE, page_size=v), "page_size", 8
     ),
-    "entry_pages.page_size": case(
-        lambda v: compressor.entry_pages(INTS[None], page_size=v, ratio=4)[0], "page_size", 8
-    ),
-    "entry_pages.ratio": case(lambda v: compressor.entry_pages(INTS[None], page_size=8, ratio=v)[0], "ratio", 4),
     "num_entries.ratio": case(lambda v: compressor.num_entries(INTS, ratio=v), "ratio", 4),
     "combine_with_window.window": case(combine, "window", 3),
     "ring_size.window": case(lambda v: window.ring_size(v, 2) + INTS, "window", 3),
