@@ -25,7 +25,8 @@ def inspect(*arguments):
 def measured_once(monkeypatch):
     """The command takes measurements that other tests have made by the same function."""
 
-    def measure(case, kind, arch, compiler, heads):
+    def measure(case, kind, arch, compiler, heads, changes):
+        assert changes is None
         return published.measured(case.name, kind if case.kinds else "", arch, compiler, heads=heads).measurement
 
     monkeypatch.setattr(kernels, "measure", measure)
@@ -53,6 +54,27 @@ def test_json_assembly_and_picture(tmp_path, capsys):
     annotated = files[0].read_text()
     assert "v_mfma" in annotated and "executed by our interpreter" in annotated
     assert files[1].read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_plan_with_other_fields(capsys):
+    """What ships has 4 waves of 64 lanes for 2048 columns; the result is right with any."""
+    require_cdna("triton")
+    options = ["--kernel", "top_k", "--arch", "gfx942", "--json", "--plan"]
+    assert inspect(*options, "num_warps=2, run=64") == 0
+    (row,) = json.loads(capsys.readouterr().out)
+    assert (row["threads"], row["error"], row["problems"]) == (128, 0, [])
+    for plan, message in (
+        ("key_block=32", "--plan key_block: TopKPlan has block, num_warps, wave, groups, run, unroll"),
+        ("num_warps", "'num_warps' is not FIELD=VALUE"),
+    ):
+        code = None
+        try:
+            code = inspect(*options, plan)
+        except SystemExit as left:
+            code = left.code
+        assert code == 2 and message in capsys.readouterr().err
+    assert inspect("--arch", "gfx942", "--plan", "num_warps=2") == 2
+    assert "name the kernel with --kernel" in capsys.readouterr().err
 
 
 @published.group("top_k")
