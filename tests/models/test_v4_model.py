@@ -111,16 +111,19 @@ def tiny(fixtures):
         return config, params, data["input_ids"].astype(np.int32), data["logits"], int(data["prompt_length"])
 
 
+def build(config, folder):
+    """(params, published tensors, ids [2, L] that cross the first boundary of 128, the oracle's logits)."""
+    tensors = random_v4(config)
+    write_folder(folder, config, tensors)
+    read, params = load_checkpoint(folder)
+    assert read == config
+    ids = np.random.default_rng(2).integers(0, config.vocab_size, (2, 140)).astype(np.int32)
+    return params, tensors, ids, np.stack([model_logits(tensors, config, row) for row in ids])
+
+
 @pytest.fixture(scope="module")
 def odd(tmp_path_factory):
-    """(params, published tensors, ids [2, L] that cross the first boundary of 128, the oracle's logits)."""
-    tensors = random_v4(ODD)
-    folder = tmp_path_factory.mktemp("odd") / "model"
-    write_folder(folder, ODD, tensors)
-    config, params = load_checkpoint(folder)
-    assert config == ODD
-    ids = np.random.default_rng(2).integers(0, ODD.vocab_size, (2, 140)).astype(np.int32)
-    return params, tensors, ids, np.stack([model_logits(tensors, ODD, row) for row in ids])
+    return build(ODD, tmp_path_factory.mktemp("odd") / "model")
 
 
 # --- exactness -------------------------------------------------------------------------------------------------------
@@ -146,6 +149,17 @@ def test_other_shapes(odd, chunks, page_size):
         out = run(ODD, params, ids, chunks=chunks, page_size=page_size)
     error = np.abs(out - expected).max(axis=(0, 2))
     assert error.max() <= BOUND, f"position {error.argmax()}: {error.max()}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("chunks", "page_size"), [([1], 128), ([23], 16)], ids=["decode", "chunks"])
+def test_layers_after_layers_of_their_kind(tmp_path, chunks, page_size):
+    """Two layers of the window alone, and two of ratio 4 of which one has no hash routing."""
+    config = dataclasses.replace(ODD, num_hidden_layers=5, compress_ratios=(0, 4, 128, 4, 0))
+    params, _, ids, expected = build(config, tmp_path / "model")
+    with jax.default_matmul_precision("highest"):
+        out = run(config, params, ids, chunks=chunks, page_size=page_size)
+    assert np.abs(out - expected).max() <= BOUND
 
 
 @pytest.mark.parametrize("implementation", ["xla", pytest.param("triton", marks=pytest.mark.slow)])
