@@ -235,7 +235,7 @@ def test_plans_that_leave_rows_unwritten_are_refused(sizes, message):
         (compress_plan, dict(rows=8, width=512, target="gfx950")),
         (norm_rope_plan, dict(widest=512, target="gpu")),
         (hyper_connection_plan, dict(tokens=8, width=4096, target="gfx942")),
-        (projection_plan, dict(tokens=8, groups=8, columns=1024, kept=448)),
+        (projection_plan, dict(tokens=8, groups=8, columns=1024, kept=448, target="nvidia")),
     ],
 )
 def test_plans_are_memoised_by_their_sizes_and_frozen(plan, sizes):

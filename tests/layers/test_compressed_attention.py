@@ -248,7 +248,10 @@ def test_selection_by_fused_weights():
         (dict(cache=caches(2)), "caches.index is absent"),
         (dict(cache=caches(0)), "caches.compressed is absent"),
         (dict(config=dataclasses.replace(CONFIG, head_dim=20)), r"caches.window holds 12 \+ 4 values"),
-        (dict(config=dataclasses.replace(CONFIG, sliding_window=30)), "ring is 25; a window of 30"),
+        (
+            dict(config=dataclasses.replace(CONFIG, sliding_window=30)),
+            "ring is 25; expected an integer of at least 30. A window of 30",
+        ),
         (dict(states=ints(0, 1, 2)), r"state_ids has shape \(3,\)"),
         (dict(states=np.ones(2, np.float32)), r"state_ids has shape \(2,\) and type float32"),
         (dict(cache=caches(1, num_requests=1), states=None), "caches.window has 1 rings"),
