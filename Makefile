@@ -4,16 +4,22 @@ JAX_NEXT ?= 0.12.0
 JOBS ?= 2
 VENV ?= .venv
 BIN = $(VENV)/bin
+# Tests that share compiled programs run in one worker, see tests/support/distribution.py.
+PYTEST = -m pytest -q -n $(JOBS) --dist loadgroup --no-loadscope-reorder
+NEXT = .venv-jax-$(JAX_NEXT)
+# Slices of the long tests: each is to take less than 5 minutes on 2 cores, and all are to be run within 24 commits.
+SLICES = 24
 # The offline compilers for AMD GPUs belong to one version of jax.
 CDNA = $(if $(filter 0.11.2,$(JAX)),$(comma)cdna)
 comma = ,
 
-.PHONY: help demo test test-all mutants lint bench counts notebook clean
+.PHONY: help demo test test-all test-slice mutants lint bench counts notebook clean
 
 help:
 	@echo "make demo      serve the small trained model on real text"
 	@echo "make test      set up and run the tests (CPU only)"
-	@echo "make test-all  the long sweeps too, then the tests again under jax $(JAX_NEXT)"
+	@echo "make test-all  the long sweeps too, and the tests again under jax $(JAX_NEXT): what has not passed yet, in shards;"
+	@echo "               make test-all SHARD=3/8 runs one"
 	@echo "make mutants   break the library in 60 seeded ways and report which of them the tests notice"
 	@echo "make lint      ruff, formatting, types"
 	@echo "make notebook  execute the examples and write their notebooks"
@@ -44,11 +50,17 @@ demo: $(VENV)/.ready
 	@$(BIN)/python -m sparse_mla_jax demo
 
 test: $(VENV)/.ready llvm
-	$(BIN)/python -m pytest -q -n $(JOBS) -m "not slow"
+	$(BIN)/python $(PYTEST) -m "not slow"
 
 test-all: $(VENV)/.ready llvm
-	$(BIN)/python -m pytest -q -n $(JOBS)
-	$(MAKE) test VENV=.venv-jax-$(JAX_NEXT) JAX=$(JAX_NEXT)
+	$(MAKE) VENV=$(NEXT) JAX=$(JAX_NEXT) $(NEXT)/.ready
+	@$(BIN)/python tests/run_shards.py all $(if $(SHARD),--shard $(SHARD)) \
+	  --suite "jax $(JAX)=$(BIN)/python $(PYTEST) --optimize" \
+	  --suite "jax $(JAX_NEXT) without long tests=$(NEXT)/bin/python $(PYTEST) -m 'not slow'"
+
+# One slice of the long tests, another one after each commit; 30 of its 300 s are left for the test that runs then.
+test-slice: $(VENV)/.ready llvm
+	@$(BIN)/python tests/run_shards.py slice --of $(SLICES) --deadline 270 -- $(BIN)/python $(PYTEST)
 
 # Which faults do the tests notice? COUNT and SEED choose them; what is known of this tree is kept in .mutants.
 COUNT ?= 60
@@ -75,4 +87,4 @@ notebook: $(VENV)/.ready llvm
 	done
 
 clean:
-	rm -rf .venv .venv-jax-* .pytest_cache .ruff_cache .mypy_cache .hypothesis out
+	rm -rf .venv .venv-jax-* .test-all .pytest_cache .ruff_cache .mypy_cache .hypothesis out

@@ -3,21 +3,18 @@
     python benchmarks/cdna_candidates.py [--kernel NAME] [--arch gfx942|gfx950|both] [--write]
 
 `--write` renews cdna_candidates.md. Kernels are compiled by the Triton version of the extra `cdna` and executed by our
-interpreter on the problems of `kernel_cases`: nothing was timed on an AMD GPU. Bounds are LLVM's scheduling model,
+interpreter on the problems of `sparse_mla_jax.cases`: nothing was timed on an AMD GPU. Bounds are LLVM's model,
 summed per pipe over what was executed and spread evenly over the machine, without latency.
 """
 
 import argparse
-import contextlib
-import dataclasses
-import importlib
 import pathlib
 import sys
-from unittest import mock
 
 from pallas_kernels.cdna.program import ARCHITECTURES, PRODUCT
-from sparse_mla_jax import kernel_cases
-from sparse_mla_jax.inspection import NATIVE, measure
+from sparse_mla_jax.cases import catalogue
+from sparse_mla_jax.cases.case import KernelCase
+from sparse_mla_jax.tools.inspect.kernels import NATIVE, measure
 
 FILE = pathlib.Path(__file__).with_suffix(".md")
 
@@ -33,59 +30,35 @@ ATTENTION = [
     {"key_block": 32},
     {"exact_weights": False},
 ]
-# Case: (module, its plan function, changes to the shipped plan).
+# By case: changes to the shipped plan.
 CANDIDATES = {
-    "sparse_mla": ("sparse_attention", "attention_plan", ATTENTION),
-    "sparse_mla_v4": ("sparse_attention", "attention_plan", ATTENTION),
-    "sparse_mla_v4_window": ("sparse_attention", "attention_plan", ATTENTION[:7]),
-    "indexer": (
-        "indexer_logits",
-        "indexer_plan",
-        [
-            {"num_warps": 2},
-            {"num_warps": 8},
-            {"key_block": 32},
-            {"token_block": 4},
-            {"head_block": 32},
-            {"keys_first": False},
-        ],
-    ),
-    "paged_indexer": (
-        "indexer_logits",
-        "indexer_plan",
-        [
-            {"num_warps": 2},
-            {"num_warps": 8},
-            {"key_block": 32},
-            {"head_block": 32},
-            {"keys_first": False},
-            {"key_steps": 2},
-        ],
-    ),
-    "top_k": ("topk", "topk_plan", [{"num_warps": 2}, {"num_warps": 8}]),
-    "top_k_long": (
-        "topk",
-        "topk_plan",
-        [{"num_warps": 8}, {"block": 8192}, {"groups": 0}, {"run": 32}, {"unroll": 1}],
-    ),
-    "cache_write": ("cache_write", "cache_write_plan", [{"num_warps": 1}, {"num_warps": 4}, {"scan": 64}]),
-    "compress": ("compress", "compress_plan", [{"num_warps": 1}, {"num_warps": 2}, {"num_warps": 8}, {"block": 4}]),
-    "compress_128": ("compress", "compress_plan", [{"num_warps": 2}, {"num_warps": 8}, {"block": 8}, {"block": 32}]),
-    "norm_rope": (
-        "norm_rope",
-        "norm_rope_plan",
-        [{"num_warps": 2}, {"num_warps": 4}, {"tile": 2048}],
-    ),
-    "norm_rope_query": (
-        "norm_rope",
-        "norm_rope_plan",
-        [{"num_warps": 2}, {"num_warps": 4}, {"tile": 512}, {"tile": 2048}],
-    ),
-    "rotated_projection": (
-        "output_projection",
-        "projection_plan",
-        [{"num_warps": 1}, {"num_warps": 4}, {"num_stages": 1}, {"columns": 64}, {"step": 32}],
-    ),
+    "sparse_mla": ATTENTION,
+    "sparse_mla_v4": ATTENTION,
+    "sparse_mla_v4_window": ATTENTION[:7],
+    "indexer": [
+        {"num_warps": 2},
+        {"num_warps": 8},
+        {"key_block": 32},
+        {"token_block": 4},
+        {"head_block": 32},
+        {"keys_first": False},
+    ],
+    "paged_indexer": [
+        {"num_warps": 2},
+        {"num_warps": 8},
+        {"key_block": 32},
+        {"head_block": 32},
+        {"keys_first": False},
+        {"key_steps": 2},
+    ],
+    "top_k": [{"num_warps": 2}, {"num_warps": 8}],
+    "top_k_long": [{"num_warps": 8}, {"block": 8192}, {"groups": 0}, {"run": 32}, {"unroll": 1}],
+    "cache_write": [{"num_warps": 1}, {"num_warps": 4}, {"scan": 64}],
+    "compress": [{"num_warps": 1}, {"num_warps": 2}, {"num_warps": 8}, {"block": 4}],
+    "compress_128": [{"num_warps": 2}, {"num_warps": 8}, {"block": 8}, {"block": 32}],
+    "norm_rope": [{"num_warps": 2}, {"num_warps": 4}, {"tile": 2048}],
+    "norm_rope_query": [{"num_warps": 2}, {"num_warps": 4}, {"tile": 512}, {"tile": 2048}],
+    "rotated_projection": [{"num_warps": 1}, {"num_warps": 4}, {"num_stages": 1}, {"columns": 64}, {"step": 32}],
 }
 HEADER = (
     "change",
@@ -102,22 +75,11 @@ HEADER = (
 )
 
 
-@contextlib.contextmanager
-def changed(module: str, function: str, change: dict):
-    """The kernel's plan with some fields replaced."""
-    kernel = importlib.import_module(f"pallas_kernels.{module}")
-    shipped = getattr(kernel, function)
-    with mock.patch.object(kernel, function, lambda **sizes: dataclasses.replace(shipped(**sizes), **change)):
-        yield
-
-
-def row(case: kernel_cases.Case, arch: str, change: dict) -> tuple:
+def row(case: KernelCase, arch: str, change: dict) -> tuple:
     """One line of a table."""
-    module, function, _ = CANDIDATES[case.name]
     name = ", ".join(f"{k} {v}" for k, v in change.items()) or "**shipped**"
     try:
-        with changed(module, function, change):
-            r = measure(case, NATIVE[arch], arch, "triton").as_dict()
+        r = measure(case, NATIVE[arch], arch, "triton", changes=change).as_dict()
     except Exception as error:  # a candidate may be refused anywhere between Pallas and the assembler
         return (name, *["-"] * (len(HEADER) - 2), f"{type(error).__name__}: {str(error).splitlines()[0][:60]}")
     pipe, bound = max(r["lower_bound_us"].items(), key=lambda item: item[1])
@@ -136,10 +98,10 @@ def row(case: kernel_cases.Case, arch: str, change: dict) -> tuple:
     )
 
 
-def table(case: kernel_cases.Case, arch: str) -> str:
+def table(case: KernelCase, arch: str) -> str:
     """All candidates of a kernel on one architecture, in Markdown."""
     rows = [HEADER, ["---"] * len(HEADER)]
-    for change in [{}, *CANDIDATES[case.name][2]]:
+    for change in [{}, *CANDIDATES[case.name]]:
         print(f"{case.name} {arch} {change}", file=sys.stderr)
         rows.append(row(case, arch, change))
     lines = "\n".join("| " + " | ".join(map(str, cells)) + " |" for cells in rows)
@@ -154,7 +116,7 @@ def main() -> None:
     parser.add_argument("--write", action="store_true", help=f"write {FILE.name}")
     arguments = parser.parse_args()
     tables = [
-        table(kernel_cases.case(name), arch)
+        table(catalogue.kernel_case(name), arch)
         for name in arguments.kernel or CANDIDATES
         for arch in (ARCHITECTURES if arguments.arch == "both" else (arguments.arch,))
     ]

@@ -12,31 +12,41 @@ import pathlib
 import sys
 
 from pallas_kernels.cdna.program import ARCHITECTURES
-from sparse_mla_jax import kernel_cases
-from sparse_mla_jax.inspection import measure
+from sparse_mla_jax.cases import catalogue
+from sparse_mla_jax.cases.case import FP8, KernelCase
+from sparse_mla_jax.tools.inspect.kernels import Measurement, measure
 
 FILE = pathlib.Path(__file__).with_suffix(".json")
 COMPILER = "triton"
 
 
-def count(case: kernel_cases.Case, kind: str, arch: str) -> dict:
-    """What the file keeps of one case."""
-    measured = measure(case, kind, arch, COMPILER)
-    if not measured.error <= measured.bound:  # counts of a kernel that is wrong mean nothing
+def kept(measured: Measurement) -> dict:
+    """What the file keeps of one case.
+
+    Raises:
+      ValueError: the result is wrong; counts of such a kernel mean nothing.
+    """
+    if not measured.error <= measured.bound:
         raise ValueError(
-            f"{case.name} {kind} on {arch}: error {measured.error:.2e}, at most {measured.bound:.0e} allowed"
+            f"{measured.case} {measured.kind} on {measured.launch.kernel.arch}: error {measured.error:.2e}, at most"
+            f" {measured.bound:.0e} allowed"
         )
     row = measured.as_dict()
-    kept = ("compiler", "wave_instructions", "by_class", "vgprs", "agprs", "sgprs", "lds", "occupancy")
-    return {k: row[k] for k in kept}
+    names = ("compiler", "wave_instructions", "by_class", "vgprs", "agprs", "sgprs", "lds", "occupancy")
+    return {k: row[k] for k in names}
+
+
+def count(case: KernelCase, kind: str, arch: str) -> dict:
+    """Executes one case and returns what the file keeps of it."""
+    return kept(measure(case, kind, arch, COMPILER))
 
 
 def cases() -> list[tuple[str, str, str]]:
     """(kernel, cache type or "", architecture) of the fixed list."""
     return [
         (case.name, kind, arch)
-        for case in kernel_cases.CASES
-        for kind in [k for k in kernel_cases.FP8 if k in case.kinds] or [""]
+        for case in catalogue.KERNEL_CASES
+        for kind in [k for k in FP8 if k in case.kinds] or [""]
         for arch in ARCHITECTURES
     ]
 
@@ -51,7 +61,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--renew", action="store_true", help="write cdna_counts.json")
     renew = parser.parse_args().renew
-    found = {key(*c): count(kernel_cases.case(c[0]), c[1], c[2]) for c in cases()}
+    found = {key(*c): count(catalogue.kernel_case(c[0]), c[1], c[2]) for c in cases()}
     if renew:
         FILE.write_text(json.dumps(found, indent=1) + "\n")
         return 0

@@ -6,8 +6,8 @@ python benchmarks/readme_table.py FILE.json [--area decode] [--case TEXT]
 import argparse
 import sys
 
-from sparse_mla_jax import bench_report
-from sparse_mla_jax.bench_cases import AREAS
+from sparse_mla_jax.cases.catalogue import AREAS
+from sparse_mla_jax.tools.bench import report
 
 
 def main(argv=None) -> int:
@@ -18,7 +18,7 @@ def main(argv=None) -> int:
     parser.add_argument("--case", metavar="TEXT", help="only cases with this in their name")
     arguments = parser.parse_args(argv)
     try:
-        print(bench_report.markdown(bench_report.load(arguments.file), area=arguments.area, text=arguments.case))
+        print(report.markdown(report.load(arguments.file), area=arguments.area, text=arguments.case))
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -26,14 +26,15 @@ import jax
 import matplotlib.pyplot as plt
 import numpy as np
 
-from pallas_kernels import cdna, sparse_attention
+from pallas_kernels import cdna
 from pallas_kernels.cdna import cost, lowering
 from pallas_kernels.cdna.program import ARCHITECTURES, PRODUCT
-from sparse_mla_jax import kernel_cases
+from pallas_kernels.plans import plan_for
+from sparse_mla_jax.cases import catalogue
 
 # The ROCm plugin reports that this machine has no AMD GPU.
 logging.getLogger("jax._src.xla_bridge").setLevel(logging.CRITICAL)
-problem = kernel_cases.case("sparse_mla").build("float8_e4m3fnuz", 16)
+problem = catalogue.kernel_case("sparse_mla").build("float8_e4m3fnuz", 16)
 print("q", problem.args[0].shape, "| cache", problem.args[1].latent.shape, "| slots", problem.args[2].shape)
 
 # %% [markdown]
@@ -76,10 +77,10 @@ print("\n".join(lines[first - 6 : first + 6]))
 
 
 # %%
-def executed(arch, compiler="triton", problem=problem):
+def executed(arch, compiler="triton", plan=None):
     """(launch, error) of the kernel on an architecture."""
     with cdna.device(arch, compiler=compiler) as device:
-        out = jax.block_until_ready(jax.jit(lambda *args: problem.fn(*args))(*problem.args))
+        out = jax.block_until_ready(jax.jit(lambda *args: problem.fn(*args, plan=plan))(*problem.args))
     return device.launches[0], problem.error(out)
 
 
@@ -135,13 +136,11 @@ for arch in ARCHITECTURES:
 # Waves of one program repeat index arithmetic and scores. Fewer waves execute less, until registers run out.
 
 # %%
-shipped = sparse_attention.attention_plan
+shipped = plan_for(problem.fn, *problem.args, target="gfx942")
 rows = []
 for waves in (1, 2, 4):
-    sparse_attention.attention_plan = lambda waves=waves, **key: dataclasses.replace(shipped(**key), num_warps=waves)
-    launch, error = executed("gfx942")
+    launch, error = executed("gfx942", plan=dataclasses.replace(shipped, num_warps=waves))
     rows.append((waves, launch.counts.total, launch.kernel.resources.vgprs, launch.kernel.resources.vgpr_spills))
     assert error <= problem.bound
-sparse_attention.attention_plan = shipped
 for waves, total, vgprs, spills in rows:
     print(f"{waves} waves: {total} wave-instructions, {vgprs} VGPRs, {spills} spilled")

@@ -27,7 +27,6 @@ import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 
-from sparse_mla_jax import data
 from sparse_mla_jax.layers.mla import attention_step, index_query
 from sparse_mla_jax.layers.norm import rms_norm
 from sparse_mla_jax.metadata import build_metadata
@@ -37,10 +36,11 @@ from sparse_mla_jax.ops.fp8 import dequantize, quantize, reinterpret
 from sparse_mla_jax.ops.indexer import paged_indexer_scores
 from sparse_mla_jax.ops.ragged import select_to_ragged
 from sparse_mla_jax.ops.topk import top_k
+from sparse_mla_jax.tools.text import stdlib_sources
 
 FOLDER = next(p for p in (pathlib.Path("examples/tiny_python"), pathlib.Path("tiny_python")) if p.exists())
 config, params = checkpoint.load_checkpoint(FOLDER, dtype="float32", progress=False)
-name, text = next((n, t) for n, t in data.stdlib_sources(held_out=True) if len(t) >= 1024)
+name, text = next((n, t) for n, t in stdlib_sources(held_out=True) if len(t) >= 1024)
 tokens = np.frombuffer(text[:1024], np.uint8).astype(np.int32)
 print(
     f"{config.num_hidden_layers} layers, latent {config.kv_lora_rank} + rope {config.qk_rope_head_dim}; reading {name}"

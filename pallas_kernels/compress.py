@@ -16,9 +16,11 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 
 from pallas_kernels._call import call, load
-from pallas_kernels.cache_write import Grid, Part, dispatch_division, encode
+from pallas_kernels.cache_parts import CachePart, Grid, encode
 from pallas_kernels.online_softmax import LOG2E, NONE
+from pallas_kernels.plans import choose_plan
 from pallas_kernels.plans.compress import CompressPlan, compress_plan
+from pallas_kernels.targets import Target, by_target
 
 
 class _Window:
@@ -116,7 +118,7 @@ def _rotate(x: Array, grid: Grid, turn_ref, i: Array, dim: int) -> Array:
     return jnp.stack(both, axis=-1).reshape(x.shape)
 
 
-def _kernel(*refs, parts: Sequence[Part], eps: float, rotated: bool, plan: CompressPlan, target: str):
+def _kernel(*refs, parts: Sequence[CachePart], eps: float, rotated: bool, plan: CompressPlan, target: Target):
     """Grid (M,); refs: closings, the five of `_Window`, norm, the rotation, all arrays before, and after (the same)."""
     closings_ref, *token_refs, norm_ref = refs[:7]
     out_refs = refs[-sum(len(p.arrays) for p in parts) :]
@@ -139,43 +141,42 @@ def _kernel(*refs, parts: Sequence[Part], eps: float, rotated: bool, plan: Compr
             column += width
 
 
-def _widths(parts: Sequence[Part], dim: int) -> list[int]:
+def _widths(parts: Sequence[CachePart], dim: int) -> list[int]:
     """Values of an entry that each part holds: the first all that the others leave."""
     rest = [part.pages.shape[1] for part in parts[1:]]
     return [dim - sum(rest), *rest]
 
 
 def compress(
-    parts: Sequence[Part],
+    parts: Sequence[CachePart],
     closings: Array,
-    kv: Array,
-    gate: Array,
-    state_kv: Array,
-    state_gate: Array,
+    tokens: tuple[Array, Array],
+    state: tuple[Array, Array],
     position_bias: Array,
     norm: Array,
-    turns: Array,
     *,
+    rotation: Array,
     eps: float,
     plan: CompressPlan | None = None,
 ) -> list[list[Array]]:
-    """`Part.arrays` of every part after the entries of `closings` are stored; in place where they are donated.
+    """`CachePart.arrays` of every part after the entries of `closings` are stored; in place where they are donated.
 
     Args:
-      parts: what an entry [hd] is stored in, by columns; `Part.rows` is None.
+      parts: what an entry [hd] is stored in, by columns; `CachePart.rows` is None.
       closings: int32 [M, 5]: row of the token that closes the window, first row of its request, number of the window,
         row of the state, slot of the entry (outside [0, slots): nothing is done). No two have one slot.
-      kv, gate: float32 [T, C].
-      state_kv, state_gate: float32 [N, S, C], the token at position p at p % S.
+      tokens: kv and gate, float32 [T, C].
+      state: kv and gate of earlier tokens, float32 [N, S, C], the token at position p at p % S.
       position_bias: float32 [m, C].
       norm: float32 [hd].
-      turns: float32 [M, 2, r / 2], cosines and sines for the last r values.
+      rotation: float32 [M, 2, r / 2], cosines and sines for the last r values.
       eps: of the RMSNorm.
       plan: None for the heuristic one.
 
     Raises:
       NotImplementedError: groups or widths that the kernel does not serve, or arrays of 2**31 elements and more.
     """
+    (kv, gate), (state_kv, state_gate), turns = tokens, state, rotation
     dim, rows, rotated = norm.shape[0], state_kv.shape[1], turns.shape[2] > 0
     for part in parts:
         if part.flavour is not None and part.group_size % 4:
@@ -185,7 +186,7 @@ def compress(
     real = [part for part, width in zip(parts, _widths(parts, dim)) if width]
 
     def run(target, parts, *inputs):
-        chosen = plan or compress_plan(rows=rows, width=dim, target=target)
+        chosen = choose_plan("compress", plan, compress_plan, rows=rows, width=dim, target=target)
         arrays = [a for p in parts for a in p.arrays]
         shapes = [jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), p) for p in parts]
         return call(
@@ -201,5 +202,5 @@ def compress(
         )
 
     inputs = [closings, kv, gate, state_kv, state_gate, position_bias, norm, *([turns] if rotated else [])]
-    after = iter(dispatch_division(run, real, *inputs))
+    after = iter(by_target(run, real, *inputs))
     return [[next(after) for _ in p.arrays] if width else p.arrays for p, width in zip(parts, _widths(parts, dim))]

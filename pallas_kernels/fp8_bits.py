@@ -15,44 +15,41 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from pallas_kernels._call import assembly
+from pallas_kernels._primitives import assembly
+from pallas_kernels.targets import GFX942, HOST, NVIDIA, Target
 
 # Powers of two that turn the float16 reading of the bits into the value: 2 ** (15 - bias of the flavour).
 _POWER = {"float8_e4m3fn": 2.0**8, "float8_e4m3fnuz": 2.0**7}
 
 
-# The flavour that a machine's own conversion reads; e4m3fnuz on gfx950 would turn its largest value into NaN.
-_NATIVE = {("gfx942", "float8_e4m3fnuz"): 1.0, ("gfx942", "float8_e4m3fn"): 2.0, ("gfx950", "float8_e4m3fn"): 1.0}
-
-
-def power(dtype, target: str = "cpu") -> float:
+def power(dtype, target: Target = HOST) -> float:
     """What decoded raw values are multiplied by to become values of `dtype` (a power of two)."""
     name = jnp.dtype(dtype).name
     if name not in _POWER:
         raise NotImplementedError(f"FP8 flavour {name}; the bit decoder knows {', '.join(_POWER)}")
-    return _NATIVE.get((target, name), _POWER[name])
+    return dict(target.conversions).get(name, _POWER[name])
 
 
-def decode_words(words: Array, dtype, target: str) -> list[Array]:
+def decode_words(words: Array, dtype, target: Target) -> list[Array]:
     """Four float32 planes of uint32 words of four codes, each short of `power(dtype, target)`; exact.
 
     A GPU with a conversion instruction uses it: one instruction a value in place of four.
     """
     name = jnp.dtype(dtype).name
-    if (target, name) not in _NATIVE:
+    if name not in dict(target.conversions):
         return [decode_raw(plane(words, byte)) for byte in range(4)]
-    if target == "gfx942" and name == "float8_e4m3fn":
+    if target == GFX942 and name == "float8_e4m3fn":
         # -0 of this flavour is NaN to the machine: clear the sign of codes whose other bits are 0.
         words = words & (((words & 0x7F7F7F7F) + 0x7F7F7F7F) | 0x7F7F7F7F)
     return [assembly(_convert("$0", "$1", byte), "=v,v", words, dtype=jnp.float32) for byte in range(4)]
 
 
-def decode_codes(codes: Array, dtype, target: str) -> Array:
+def decode_codes(codes: Array, dtype, target: Target) -> Array:
     """float32 of uint8 codes, short of `power(dtype, target)`; exact."""
     name = jnp.dtype(dtype).name
-    if (target, name) not in _NATIVE:
+    if name not in dict(target.conversions):
         return decode_raw(codes)
-    if target == "gfx942" and name == "float8_e4m3fn":
+    if target == GFX942 and name == "float8_e4m3fn":
         codes = jnp.where(codes == 0x80, 0, codes)
     return assembly(_convert("$0", "$1", 0), "=v,v", codes.astype(jnp.uint32), dtype=jnp.float32)
 
@@ -62,18 +59,18 @@ def _convert(to: str, source: str, byte: int) -> str:
     return f"v_cvt_f32_fp8_{'sdwa' if byte else 'e32'} {to}, {source}" + (f" src0_sel:BYTE_{byte}" if byte else "")
 
 
-def float16_power(dtype, target: str) -> float:
+def float16_power(dtype, target: Target) -> float:
     """What `float16_plane` leaves out of its values (a power of two)."""
     name = jnp.dtype(dtype).name
-    return 1.0 if target == "gpu" and name == "float8_e4m3fn" else power(dtype)
+    return 1.0 if target == NVIDIA and name == "float8_e4m3fn" else power(dtype)
 
 
-def float16_plane(words: Array, byte: int, factor: Array, rest: Array | None, dtype, target: str) -> Array:
+def float16_plane(words: Array, byte: int, factor: Array, rest: Array | None, dtype, target: Target) -> Array:
     """float16 [K, W]: values of byte number `byte` of uint32 words, short of `float16_power`, times factor + rest.
 
     factor, rest: float16 [K, W]; rest is what rounding left out of the factor, or None where it left out nothing.
     """
-    if target == "gpu":
+    if target == NVIDIA:
         return _nvidia_plane(words, byte, factor, rest, jnp.dtype(dtype).name)
     values = decode_raw(plane(words, byte))
     exact = factor.astype(jnp.float32) + (0 if rest is None else rest.astype(jnp.float32))

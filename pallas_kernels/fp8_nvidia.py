@@ -9,12 +9,13 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from pallas_kernels._call import HOST, assembly
+from pallas_kernels._primitives import assembly
+from pallas_kernels.targets import HOST, Target
 
 NATIVE = jnp.dtype(jnp.float8_e4m3fn)
 
 
-def saturate(codes: Array, target: str = HOST) -> Array:
+def saturate(codes: Array, target: Target = HOST) -> Array:
     """e4m3fn [...] of e4m3fn [...]: codes that are NaN become the largest numbers."""
     if target == HOST:
         codes = jax.lax.bitcast_convert_type(codes, jnp.uint8)
@@ -43,7 +44,7 @@ def decode_bfloat16(codes: Array, dtype) -> Array:
     return assembly(text, "=&r,=r,r", codes, dtype=jnp.bfloat16, pack=4)
 
 
-def decode_float16(codes: Array, target: str = HOST) -> Array:
+def decode_float16(codes: Array, target: Target = HOST) -> Array:
     """float16 values of e4m3fn [...], exact.
 
     Pinned: Triton would bring the codes, byte by byte, into the order in which the units read float16.

@@ -17,9 +17,11 @@ import numpy as np
 from jax import Array, lax
 from jax.experimental import pallas as pl
 
-from pallas_kernels._call import call, dispatch, load, store
-from pallas_kernels.plans.attention import power_of_two
+from pallas_kernels._call import call, load, store_masked
+from pallas_kernels.plans import choose_plan
 from pallas_kernels.plans.hyper_connections import HyperConnectionPlan, hyper_connection_plan
+from pallas_kernels.targets import Target, by_target
+from pallas_kernels.tiles import power_of_two
 
 _TYPES = ("bfloat16", "float32")
 _LOWEST = float(np.finfo(np.float32).min)
@@ -77,7 +79,7 @@ def _sinkhorn(logits: Array, exists: Array, column: Array, iterations: int, eps:
 
 
 # --- kernel ----------------------------------------------------------------------------------------------------------
-def _row(refs, sizes: _Sizes, token: Array, eps: float, norm_eps: float, target: str) -> Array:
+def _row(refs, sizes: _Sizes, token: Array, eps: float, norm_eps: float, target: Target) -> Array:
     """Stores what is read of one token; its reciprocal root mean square."""
     streams_ref, product_ref, base_ref, scale_ref, norm_ref, joined_ref = refs
     n, width = sizes.streams, sizes.width
@@ -101,13 +103,11 @@ def _row(refs, sizes: _Sizes, token: Array, eps: float, norm_eps: float, target:
     if norm_ref is not None:
         mean = jnp.sum(joined * joined, axis=0) * (1.0 / width)
         joined = joined * lax.rsqrt(mean + norm_eps) * row(norm_ref, column)
-    # Interpret mode writes old values back through masked lanes: point them past the array.
-    at = column if exists is None or target != "cpu" else jnp.where(exists, column, width)
-    store(joined_ref.at[here, at], joined.astype(joined_ref.dtype), mask=exists)
+    store_masked(joined_ref, (here, column), joined.astype(joined_ref.dtype), exists, target)
     return scale
 
 
-def _matrices(refs, sizes: _Sizes, first: Array, scales: Array, iterations: int, eps: float, target: str) -> None:
+def _matrices(refs, sizes: _Sizes, first: Array, scales: Array, iterations: int, eps: float, target: Target) -> None:
     """Stores weights of the output and mixing matrices of the tokens from `first` on.
 
     scales: their reciprocal root mean squares [b], of one token a scalar.
@@ -124,11 +124,7 @@ def _matrices(refs, sizes: _Sizes, first: Array, scales: Array, iterations: int,
         return product * scale * scale_ref[number] + load(base_ref.at[column])
 
     def put(ref, token: Array, at: Array, exists: Array, values: Array) -> None:
-        if side == n:
-            store(ref.at[token, at], values)
-            return
-        # As above, in interpret mode.
-        store(ref.at[token, jnp.where(exists, at, ref.shape[1]) if target == "cpu" else at], values, mask=exists)
+        store_masked(ref, (token, at), values, None if side == n else exists, target)
 
     at, column = jnp.broadcast_arrays(token[:, None], stream[None, :])
     exists = column < n
@@ -144,7 +140,7 @@ def _matrices(refs, sizes: _Sizes, first: Array, scales: Array, iterations: int,
     put(mixing_ref, at, entry, exists, _sinkhorn(values, exists, column < n, iterations, eps))
 
 
-def _kernel(*refs, sizes: _Sizes, iterations, eps, norm_eps, normed: bool, plan: HyperConnectionPlan, target: str):
+def _kernel(*refs, sizes: _Sizes, iterations, eps, norm_eps, normed: bool, plan: HyperConnectionPlan, target: Target):
     """Grid (tokens // plan.tokens,); refs: streams, product, base, scale, norm if there is one, and the results.
 
     Results: joined [T, D]; where there are matrices (iterations is not None) writes [T, n] and mixing [T, n * n].
@@ -204,7 +200,7 @@ def split(
     sizes = _Sizes(tokens, n, width, product.shape[0], product.shape[2])
 
     def run(target, *arrays):
-        chosen = plan or hyper_connection_plan(tokens=tokens, width=width, target=target)
+        chosen = choose_plan("split_streams", plan, hyper_connection_plan, tokens=tokens, width=width, target=target)
         out = [jax.ShapeDtypeStruct((tokens, width), streams.dtype)]
         if iterations is not None:
             out += [jax.ShapeDtypeStruct((tokens, k), jnp.float32) for k in (n, n * n)]
@@ -228,5 +224,5 @@ def split(
         )
 
     flat = streams.reshape(tokens, n * width), product.reshape(-1, product.shape[2])
-    joined, *rest = dispatch(run, *flat, base, scale, *([] if norm is None else [norm]))
+    joined, *rest = by_target(run, *flat, base, scale, *([] if norm is None else [norm]))
     return [joined, rest[0], rest[1].reshape(tokens, n, n)] if rest else [joined]

@@ -1,8 +1,9 @@
 """Indexer scores: sum over heads of weight * relu(q . key), times the key's scale, in float32.
 
-Contiguous keys: a program holds one block of keys and scores it for a few tokens in turn. Paged: a program walks over a
-few blocks of the keys of one token. FP8 keys are read as bytes and decoded exactly to bfloat16; NVIDIA's units multiply
-them by FP8 queries as they are (`fp8_nvidia`; +-240 of e4m3fnuz counts as +-224 there, and in interpret mode). Columns
+Letters: T tokens, H heads, D dimensions, N columns (keys that a token may score), K keys of a block. Contiguous keys: a
+program holds one block of keys and scores it for a few tokens in turn. Paged: a program walks over a few blocks of the
+keys of one token. FP8 keys are read as bytes and decoded exactly to bfloat16; NVIDIA's tensor cores multiply them by
+FP8 queries without decoding (`fp8_nvidia`; +-240 of e4m3fnuz counts as +-224 there, and in interpret mode). Columns
 outside a token's interval are -inf; what was read for them reaches no other column, so garbage is not cleared.
 """
 
@@ -11,268 +12,250 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.experimental import pallas as pl
 
-from pallas_kernels import fp8_bits, fp8_nvidia
-from pallas_kernels._call import CDNA, HOST, call, dispatch, dot_fp8, load, store
-from pallas_kernels.attention_source import grid2
+from pallas_kernels import fp8_nvidia
+from pallas_kernels._call import call, load
 from pallas_kernels.fp8_nvidia import NATIVE
-from pallas_kernels.plans.attention import power_of_two
+from pallas_kernels.indexer_tiles import (
+    IndexerRefs,
+    IndexerSpecialization,
+    load_keys,
+    load_queries,
+    load_scales,
+    score_keys,
+    store_rows,
+)
+from pallas_kernels.plans import choose_plan
 from pallas_kernels.plans.indexer import IndexerPlan, indexer_plan
+from pallas_kernels.targets import CDNA, Target, by_target
 
 
-@dataclasses.dataclass(frozen=True)
-class _Static:
-    """What a kernel is specialised for; fp8: flavour of the keys, compute: type of the factors of a product."""
+# --- contiguous keys
+class TokenIntervals(NamedTuple):
+    """Columns start..end-1 of tokens, int32; is_seen: whether they hold keys of the program."""
 
-    tokens: int
-    heads: int
-    dim: int
-    columns: int
-    num_slots: int
-    fp8: jnp.dtype | None
-    compute: jnp.dtype
-    scaled: bool
-    plan: IndexerPlan
-    target: str
-    page_size: int = 0
-    num_requests: int = 0
-
-    @property
-    def nothing(self) -> Array:
-        """Scores of keys that are not seen."""
-        return jnp.full((self.plan.key_block, self.plan.dot_tokens), -jnp.inf, jnp.float32)
-
-    @property
-    def packed(self) -> bool:
-        """Whether FP8 keys are decoded four at a time, to their values."""
-        return self.fp8 is not None and self.compute == jnp.bfloat16 and self.target not in (HOST, *CDNA)
-
-    @property
-    def power(self) -> float:
-        """What sums of products are multiplied by, beside the keys' scales (a power of two)."""
-        if self.compute == NATIVE:
-            return 1.0 if self.fp8 == NATIVE else 0.25
-        return 1.0 if self.fp8 is None or self.packed else fp8_bits.power(self.fp8, self.target)
+    start: Array
+    end: Array
+    is_seen: Array
 
 
-# --- arithmetic on arrays --------------------------------------------------------------------------------------------
-def head_sums(q: Array, keys: Array, weights: Array, s: _Static) -> Array:
-    """float32 [K, tokens]: sums over heads of weights[tokens * H] * relu(q[tokens * H, D] . keys[K, D])."""
+@dataclasses.dataclass(frozen=True, eq=False)
+class TokenGroups:
+    """The tokens of a program, in groups of dot_tokens.
 
-    def dot(a, b):
-        if s.compute == NATIVE:
-            return dot_fp8(a, b, s.target)
-        dims, highest = (((1,), (1,)), ((), ())), jax.lax.Precision.HIGHEST
-        return jax.lax.dot_general(a, b, dims, precision=highest, preferred_element_type=jnp.float32)
-
-    if not s.plan.keys_first:
-        return jnp.sum(jnp.maximum(dot(q, keys), 0.0) * weights[:, None], axis=0)[:, None]
-    products = jnp.maximum(dot(keys, q), 0.0) * weights[None, :]
-    if s.plan.dot_tokens == 1:
-        # Not reshaped to [K, 1, H]: the sum then goes through shared memory.
-        return jnp.sum(products, axis=1)[:, None]
-    return jnp.sum(products.reshape(keys.shape[0], s.plan.dot_tokens, -1), axis=2)
-
-
-# --- pieces of the kernels -------------------------------------------------------------------------------------------
-def _dims(s: _Static) -> tuple[Array, bool]:
-    """Dimensions [D padded to a power of two] that a tile reads, and whether all of them exist."""
-    d = jnp.arange(max(32 if s.compute == NATIVE else 16, power_of_two(s.dim)), dtype=jnp.int32)
-    # A select hides from Triton that columns are consecutive, and with it wide loads.
-    return (d, True) if d.shape[0] == s.dim else (jnp.where(d < s.dim, d, 0), False)
-
-
-def _load_keys(key_ref, slots: Array, s: _Static) -> Array:
-    """Keys of slots[K] in the compute dtype, [K, D padded]; short of `s.power` where FP8 is decoded to floats.
-
-    Padding repeats dimension 0: it is the queries that are 0 there.
+    Attributes:
+      start_ref, end_ref: int32 [T], intervals of columns.
+      low: first column of the program's keys.
+      first_token: first token.
+      count: number of groups.
+      s: what the kernel is compiled for.
     """
-    keys = load(key_ref.at[grid2(slots, _dims(s)[0])])
-    if s.compute == NATIVE:
-        return keys if s.fp8 == NATIVE else fp8_nvidia.saturate(keys, s.target)
-    if s.fp8 is None:
-        return keys.astype(s.compute)
-    if s.packed:
-        return fp8_nvidia.decode_bfloat16(keys, s.fp8)
-    raw = fp8_bits.decode_codes(keys, s.fp8, s.target)
-    return fp8_bits.truncate_to_bfloat16(raw) if s.compute == jnp.bfloat16 else raw
 
+    start_ref: Any
+    end_ref: Any
+    low: Array
+    first_token: Array
+    count: Array
+    s: IndexerSpecialization
 
-def _queries(q_ref, weight_ref, token, s: _Static) -> Iterator[tuple[Array, Array]]:
-    """Loads dot_tokens tokens by blocks of heads: queries [tokens * heads, D padded], weights [tokens * heads]."""
-    count = s.plan.head_block * s.plan.dot_tokens
-    d, whole = _dims(s)
-    for first in range(0, s.heads, s.plan.head_block):
-        heads = first + jnp.arange(count, dtype=jnp.int32)
-        full = first + count <= s.heads * s.plan.dot_tokens
-        # Heads that do not exist repeat the last one, with weight 0.
-        rows = token * s.heads + (heads if full else jnp.minimum(heads, s.heads - 1))
-        q, weights = load(q_ref.at[grid2(rows, d)]), load(weight_ref.at[rows])
-        if not whole:
-            q = jnp.where((jnp.arange(d.shape[0]) < s.dim)[None, :], q, jnp.zeros((), q.dtype))
-        yield q.astype(s.compute), weights if full else jnp.where(heads < s.heads, weights, 0.0)
-
-
-def _scores(queries: Iterable[tuple[Array, Array]], keys: Array, s: _Static) -> Array:
-    """float32 [K, dot_tokens]: unscaled scores of blocks of heads against `keys`."""
-    return functools.reduce(jnp.add, (head_sums(q, keys, weights, s) for q, weights in queries))
-
-
-def _load_scales(scale_ref, slots: Array, s: _Static) -> Array:
-    """float32 [K, 1] or [1, 1]: what makes scores of sums of products."""
-    return (load(scale_ref[0].at[slots]) * s.power)[:, None] if s.scaled else jnp.full((1, 1), s.power)
-
-
-def _store_rows(out_ref, token, columns: Array, scores: Array, s: _Static) -> None:
-    """Writes scores[K, dot_tokens] to the rows from `token` on."""
-    cols, tokens = grid2(columns, token + jnp.arange(s.plan.dot_tokens, dtype=jnp.int32))
-    if s.columns % s.plan.key_block == 0:
-        store(out_ref.at[tokens, cols], scores)
-    else:
-        # Masked lanes point past the array: interpret mode writes old values back through them.
-        mask = cols < s.columns
-        store(out_ref.at[tokens, jnp.where(mask, cols, s.columns)], scores, mask=mask)
-
-
-# --- kernels ---------------------------------------------------------------------------------------------------------
-def _ragged_kernel(*refs, s: _Static):
-    """Grid (key blocks, token blocks): out[token_block, key_block] of keys that all tokens share."""
-    q_ref, key_ref, weight_ref, start_ref, end_ref, *scale_ref, out_ref = refs
-    low, first_token = pl.program_id(0) * s.plan.key_block, pl.program_id(1) * s.plan.token_block
-    columns = low + jnp.arange(s.plan.key_block, dtype=jnp.int32)
-    together = s.plan.dot_tokens
-    groups = jnp.minimum(s.plan.token_block, s.tokens - first_token + together - 1) // together
-
-    def token_of(group):
+    def find_token(self, group: Array) -> Array:
+        """First token of a group."""
         # The last group may repeat tokens of the one before, with the same results.
-        return jnp.minimum(first_token + group * together, s.tokens - together)
+        return jnp.minimum(self.first_token + group * self.s.plan.dot_tokens, self.s.tokens - self.s.plan.dot_tokens)
 
-    def interval(tokens):
-        start, end = load(start_ref.at[tokens]), load(end_ref.at[tokens])
-        return start, end, (start < low + s.plan.key_block) & (end > low) & (end > start)
+    def load_intervals(self, tokens: Array) -> TokenIntervals:
+        """Intervals of one token, or of tokens [n]."""
+        start, end = load(self.start_ref.at[tokens]), load(self.end_ref.at[tokens])
+        return TokenIntervals(start, end, (start < self.low + self.s.plan.key_block) & (end > self.low) & (end > start))
 
-    # From the first group that sees some of the keys to the last one.
-    lane = jnp.arange(s.plan.token_block, dtype=jnp.int32)
-    group = jnp.minimum(lane // together, groups - 1)
-    seen = interval(token_of(group) + lane % together)[2]
-    stop = jnp.max(jnp.where(seen, group + 1, 0), axis=0)
-    begin = jnp.minimum(jnp.min(jnp.where(seen, group, groups), axis=0), stop)
+    def find_seen(self) -> tuple[Array, Array]:
+        """From the first group that sees some of the keys to the last one: begin..stop-1."""
+        lane = jnp.arange(self.s.plan.token_block, dtype=jnp.int32)
+        group = jnp.minimum(lane // self.s.plan.dot_tokens, self.count - 1)
+        is_seen = self.load_intervals(self.find_token(group) + lane % self.s.plan.dot_tokens).is_seen  # [token_block]
+        stop = jnp.max(jnp.where(is_seen, group + 1, 0), axis=0)
+        return jnp.minimum(jnp.min(jnp.where(is_seen, group, self.count), axis=0), stop), stop
 
+
+def _ragged_kernel(*refs, s: IndexerSpecialization):
+    """Grid (key blocks, token blocks): out[token_block, key_block] of keys that all tokens share."""
+    named, together = IndexerRefs.of(refs, s), s.plan.dot_tokens
+    low, first_token = pl.program_id(0) * s.plan.key_block, pl.program_id(1) * s.plan.token_block
+    columns = low + jnp.arange(s.plan.key_block, dtype=jnp.int32)  # [K]
+    count = jnp.minimum(s.plan.token_block, s.tokens - first_token + together - 1) // together
+    start_ref, end_ref = named.others
+    groups = TokenGroups(start_ref, end_ref, low, first_token, count, s)
+    begin, stop = groups.find_seen()
     slots = columns if s.columns % s.plan.key_block == 0 else jnp.minimum(columns, s.columns - 1)
-    scales = _load_scales(scale_ref, slots, s)
+    scales = load_scales(named, slots, s)  # [K, 1] or [1, 1]
 
-    def score(_, keys):
-        def one_group(group, _):
-            token = token_of(group)
-            start, end, seen = interval(token if together == 1 else token + jnp.arange(together, dtype=jnp.int32))
-            inside = (columns[:, None] >= start.reshape(1, -1)) & (columns[:, None] < end.reshape(1, -1))
+    def score_group(keys, group, _):
+        token = groups.find_token(group)
+        tokens = token if together == 1 else token + jnp.arange(together, dtype=jnp.int32)
+        start, end, is_seen = groups.load_intervals(tokens)
+        # [K, dot_tokens]
+        inside = (columns[:, None] >= start.reshape(1, -1)) & (columns[:, None] < end.reshape(1, -1))
 
-            def some():
-                return jnp.where(inside, _scores(_queries(q_ref, weight_ref, token, s), keys, s) * scales, -jnp.inf)
+        def score():
+            return score_keys(load_queries(named, token, s), keys, scales, inside, s)
 
-            # Loads under a condition are not issued ahead.
-            skip = together == 1 and s.plan.num_stages == 1
-            scores = jax.lax.cond(seen, some, lambda: s.nothing) if skip else some()
-            _store_rows(out_ref, token, columns, scores, s)
-            return ()
-
-        jax.lax.fori_loop(begin, stop, one_group, ())
-        return jnp.zeros_like(keys)
-
-    def unseen(i, _):
-        group = jnp.where(i < begin, i, i + (stop - begin))
-        _store_rows(out_ref, token_of(group), columns, s.nothing, s)
+        # Loads under a condition are not issued ahead.
+        skip = together == 1 and s.plan.num_stages == 1
+        scores = jax.lax.cond(is_seen, score, lambda: s.unseen_scores) if skip else score()
+        store_rows(named.out, token, columns, scores, s)
         return ()
 
-    # A condition as a loop: Triton gives its matrix units shared memory for what a loop carries, but registers, which
-    # are filled again for every product, for what it sees computed.
-    jax.lax.fori_loop(0, jnp.minimum(stop - begin, 1), score, _load_keys(key_ref, slots, s))
-    jax.lax.fori_loop(0, groups - (stop - begin), unseen, ())
+    def score_seen(_, keys):
+        jax.lax.fori_loop(begin, stop, functools.partial(score_group, keys), ())
+        return jnp.zeros_like(keys)
+
+    def store_unseen(i, _):
+        group = jnp.where(i < begin, i, i + (stop - begin))
+        store_rows(named.out, groups.find_token(group), columns, s.unseen_scores, s)
+        return ()
+
+    # `if` written as a 0/1-trip loop: a loop-carried operand stays in shared memory; otherwise Triton reloads it into
+    # registers for every dot.
+    jax.lax.fori_loop(0, jnp.minimum(stop - begin, 1), score_seen, load_keys(named.keys, slots, s))
+    jax.lax.fori_loop(0, count - (stop - begin), store_unseen, ())
 
 
-def _paged_kernel(*refs, s: _Static):
+# --- paged keys
+class PagedKeys(NamedTuple):
+    """A block of keys that is loaded one step ahead.
+
+    Attributes:
+      slot: first slot of the block, or the slots [K].
+      exists: whether the page exists, or the pages [K].
+      scales: float32 [K, 1] or [1, 1].
+      keys: [K, D padded], or () where the compiler prefetches them.
+    """
+
+    slot: Array
+    exists: Array
+    scales: Array
+    keys: Any
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class KeyBlocks:
+    """The blocks of keys of one token that a program walks over, numbered from 0.
+
+    Attributes:
+      refs: the kernel's arguments; the first of the others is the page table [requests, pages], int32.
+      request: row of the page table.
+      first: the program's first block, counted from the token's first key.
+      lane: columns of a block [K], from 0 on.
+      s: what the kernel is compiled for.
+    """
+
+    refs: IndexerRefs
+    request: Array
+    first: Array
+    lane: Array
+    s: IndexerSpecialization
+
+    def columns_of(self, i: Array | int) -> Array:
+        """Columns [K] of block i."""
+        return (self.first + i) * self.s.plan.key_block + self.lane
+
+    def load_page(self, i: Array | int) -> Array:
+        """Page of block i, or of each of its columns [K]; blocks past the last one read the last one's."""
+        s, page_ref, block = self.s, self.refs.others[0], self.s.plan.key_block
+        # A Python integer is int64 to `div` under jax_enable_x64.
+        page_size = jnp.int32(s.page_size)
+        low = jnp.minimum(self.first + i, -(-s.columns // block) - 1) * block
+        if s.page_size % block == 0:
+            return page_ref[self.request, jax.lax.div(low, page_size)]
+        number = jax.lax.div(jnp.minimum(low + self.lane, s.columns - 1), page_size)  # [K]
+        return load(page_ref.at[jnp.full_like(number, self.request), number])
+
+    def find_slots(self, i: Array | int, page: Array) -> tuple[Array, Array]:
+        """First slot of block i, or its slots [K], and whether their pages exist."""
+        s = self.s
+        low = (self.first + i) * s.plan.key_block
+        exists = (page >= 0) & (page < s.num_slots // s.page_size)
+        offset = jax.lax.rem(low if page.ndim == 0 else low + self.lane, jnp.int32(s.page_size))
+        return jnp.where(exists, page * s.page_size, 0) + offset, exists
+
+    def load_keys(self, slot: Array) -> Array:
+        """Keys [K, D padded] of a block."""
+        return load_keys(self.refs.keys, self._spread(slot), self.s)
+
+    def fetch(self, i: Array | int, page: Array) -> PagedKeys:
+        """Loads block i, which lies in `page`."""
+        slot, exists = self.find_slots(i, page)
+        scales = load_scales(self.refs, self._spread(slot), self.s)
+        # Only what has to be decoded is fetched by hand: the compiler prefetches other keys.
+        return PagedKeys(slot, exists, scales, self.load_keys(slot) if self.s.is_packed else ())
+
+    def _spread(self, slot: Array) -> Array:
+        return slot + self.lane if slot.ndim == 0 else slot
+
+
+def _score_blocks(blocks: KeyBlocks, token: Array, length: Array, filled: Array) -> None:
+    """Scores the first `filled` blocks (at least one) of a token that sees `length` keys."""
+    refs, s = blocks.refs, blocks.s
+    queries: Iterable = load_queries(refs, token, s)
+    # The loop would load them again in every step.
+    queries = list(queries) if s.plan.key_steps > 1 else queries
+
+    def score_block(i, state):
+        # Block i, and the page of the block after it.
+        loaded, page = state
+        ahead = blocks.fetch(i + 1, page)
+        keys = loaded.keys if s.is_packed else blocks.load_keys(loaded.slot)
+        columns = blocks.columns_of(i)
+        inside = (loaded.exists & (columns < length))[:, None]  # [K, 1]
+        store_rows(refs.out, token, columns, score_keys(queries, keys, loaded.scales, inside, s), s)
+        return ahead, blocks.load_page(i + 2)
+
+    state = blocks.fetch(0, blocks.load_page(0)), blocks.load_page(1)
+    if s.plan.key_steps > 1:
+        jax.lax.fori_loop(0, filled, score_block, state)
+    else:
+        score_block(0, state)
+
+
+def _paged_kernel(*refs, s: IndexerSpecialization):
     """Grid (runs of key blocks, T): out[token, key_steps * key_block] of keys in the pages of the token's request."""
-    q_ref, key_ref, weight_ref, page_ref, request_ref, length_ref, *scale_ref, out_ref = refs
-    block, token, first = s.plan.key_block, pl.program_id(1), pl.program_id(0) * s.plan.key_steps
+    named, block = IndexerRefs.of(refs, s), s.plan.key_block
+    _, request_ref, length_ref = named.others
+    token, first = pl.program_id(1), pl.program_id(0) * s.plan.key_steps
     lane = jnp.arange(block, dtype=jnp.int32)
     length = jnp.minimum(length_ref[token], s.columns)
     request = jnp.clip(request_ref[token], 0, s.num_requests - 1)
+    blocks = KeyBlocks(named, request, first, lane, s)
     steps = jnp.minimum(s.plan.key_steps, -(-s.columns // block) - first)
     filled = jnp.clip((length + block - 1) // block - first, 0, steps)
 
-    def page_of(i):
-        """Page of a block of columns, or of each of them; of the last block that there is at most."""
-        low = jnp.minimum(first + i, -(-s.columns // block) - 1) * block
-        if s.page_size % block == 0:
-            return page_ref[request, jax.lax.div(low, s.page_size)]
-        place = jax.lax.div(jnp.minimum(low + lane, s.columns - 1), s.page_size)
-        return load(page_ref.at[jnp.full_like(place, request), place])
-
-    def place_of(i, page):
-        """First slot of a block of columns, or all its slots, and whether their pages exist."""
-        low = (first + i) * block
-        exists = (page >= 0) & (page < s.num_slots // s.page_size)
-        offset = jax.lax.rem(low if page.ndim == 0 else low + lane, s.page_size)
-        return jnp.where(exists, page * s.page_size, 0) + offset, exists
-
-    def slots_of(slot):
-        return slot + lane if slot.ndim == 0 else slot
-
-    def fetch(slot):
-        """What is asked for a step ahead; keys only where they are computed, others the compiler asks for itself."""
-        return _load_scales(scale_ref, slots_of(slot), s), _load_keys(key_ref, slots_of(slot), s) if s.packed else ()
-
-    def walk():
-        queries: Iterable = _queries(q_ref, weight_ref, token, s)
-        # The loop would read them again.
-        queries = list(queries) if s.plan.key_steps > 1 else queries
-
-        def step(i, ahead):
-            slot, exists, (scales, keys), page = ahead
-            next_slot, next_exists = place_of(i + 1, page)
-            fetched = fetch(next_slot)
-            keys = keys if s.packed else _load_keys(key_ref, slots_of(slot), s)
-            columns = (first + i) * block + lane
-            inside = (exists & (columns < length))[:, None]
-            _store_rows(out_ref, token, columns, jnp.where(inside, _scores(queries, keys, s) * scales, -jnp.inf), s)
-            return next_slot, next_exists, fetched, page_of(i + 2)
-
-        slot, exists = place_of(0, page_of(0))
-        ahead = slot, exists, fetch(slot), page_of(1)
-        if s.plan.key_steps > 1:
-            jax.lax.fori_loop(0, filled, step, ahead)
-        else:
-            step(0, ahead)
-
-    def unseen(i, _):
-        _store_rows(out_ref, token, (first + i) * block + lane, s.nothing, s)
+    def store_unseen(i, _):
+        store_rows(named.out, token, blocks.columns_of(i), s.unseen_scores, s)
         return ()
 
-    jax.lax.cond(filled > 0, walk, lambda: None)
-    jax.lax.fori_loop(filled, steps, unseen, ())
+    jax.lax.cond(filled > 0, lambda: _score_blocks(blocks, token, length, filled), lambda: None)
+    jax.lax.fori_loop(filled, steps, store_unseen, ())
 
 
-# --- launch ----------------------------------------------------------------------------------------------------------
-def _launch(
-    kernel,
-    target: str,
-    q: Array,
-    keys: Array,
-    scales: Array | None,
-    weights: Array,
-    *arrays: Array,
-    dtype: jnp.dtype,
-    columns: int,
-    plan: IndexerPlan | None,
-    pages: tuple[int, int] = (0, 0),
-) -> Array:
-    """Runs `kernel`; pages: page_size and number of requests, (0, 0) for contiguous keys."""
+# --- launch
+class IndexerOperands(NamedTuple):
+    """q and keys as a kernel multiplies them, flavour of FP8 keys (or None), type of the factors."""
+
+    q: Array
+    keys: Array
+    fp8: jnp.dtype | None
+    compute: jnp.dtype
+
+
+def _convert_operands(q: Array, keys: Array, dtype: jnp.dtype, target: Target) -> IndexerOperands:
+    """Chooses the type of the products of q[T, H, D] and keys[..., D], whose type is `dtype`."""
     fp8 = jnp.dtype(dtype) if keys.dtype == jnp.uint8 else None
     if q.dtype.itemsize == 1 and (fp8 is None or target in CDNA):
         q = q.astype(jnp.bfloat16)
@@ -282,28 +265,62 @@ def _launch(
         # Free: XLA passes the same bytes on.
         q, keys = (jax.lax.bitcast_convert_type(x, NATIVE) for x in (q, keys))
         q = q if fp8 == NATIVE else fp8_nvidia.saturate(q)
-    (tokens, heads, dim), shared = q.shape, pages == (0, 0)
-    plan = plan or indexer_plan(
-        tokens=tokens, heads=heads, columns=columns, itemsize=compute.itemsize, shared_keys=shared, target=target
-    )
-    scaled, num_slots = scales is not None, math.prod(keys.shape[:-1])
-    s = _Static(tokens, heads, dim, columns, num_slots, fp8, compute, scaled, plan, target, *pages)
-    blocks = -(-columns // plan.key_block)
-    grid = (blocks, -(-tokens // plan.token_block)) if shared else (-(-blocks // plan.key_steps), tokens)
-    return call(
-        functools.partial(kernel, s=s),
-        q.reshape(tokens * heads, dim),
-        keys.reshape(num_slots, dim),
-        weights.reshape(-1),
-        *arrays,
-        *([] if scales is None else [scales.reshape(-1)]),
-        out_shape=jax.ShapeDtypeStruct((tokens, columns), jnp.float32),
-        grid=grid,
-        name=kernel.__name__.strip("_").replace("kernel", "indexer_logits"),
-        target=target,
-        num_warps=plan.num_warps,
-        num_stages=plan.num_stages,
-    )
+    return IndexerOperands(q, keys, fp8, compute)
+
+
+@dataclasses.dataclass(frozen=True)
+class IndexerLaunch:
+    """Static arguments of a launch.
+
+    Attributes:
+      kernel: body; name: what profilers call it.
+      dtype: type of the keys.
+      columns: N.
+      plan: static sizes, None for the heuristic ones.
+      pages: page_size and number of requests, (0, 0) for contiguous keys.
+    """
+
+    kernel: Callable[..., None]
+    name: str
+    dtype: jnp.dtype
+    columns: int
+    plan: IndexerPlan | None
+    pages: tuple[int, int] = (0, 0)
+
+    def run(self, target: Target, q: Array, keys: Array, scales: Array | None, weights: Array, *others: Array) -> Array:
+        """float32 [T, N]; others: the kernel's own arguments."""
+        q, keys, fp8, compute = _convert_operands(q, keys, self.dtype, target)
+        (tokens, heads, dim), shared, columns = q.shape, self.pages == (0, 0), self.columns
+        plan = choose_plan(
+            self.name,
+            self.plan,
+            indexer_plan,
+            tokens=tokens,
+            heads=heads,
+            columns=columns,
+            itemsize=compute.itemsize,
+            shared_keys=shared,
+            target=target,
+        )
+        scaled, num_slots = scales is not None, math.prod(keys.shape[:-1])
+        s = IndexerSpecialization(
+            tokens, heads, dim, columns, num_slots, fp8, compute, scaled, plan, target, *self.pages
+        )
+        blocks = -(-columns // plan.key_block)
+        return call(
+            functools.partial(self.kernel, s=s),
+            q.reshape(tokens * heads, dim),
+            keys.reshape(num_slots, dim),
+            weights.reshape(-1),
+            *others,
+            *([] if scales is None else [scales.reshape(-1)]),
+            out_shape=jax.ShapeDtypeStruct((tokens, columns), jnp.float32),
+            grid=(blocks, -(-tokens // plan.token_block)) if shared else (-(-blocks // plan.key_steps), tokens),
+            name=self.name,
+            target=target,
+            num_warps=plan.num_warps,
+            num_stages=plan.num_stages,
+        )
 
 
 def ragged(
@@ -321,9 +338,8 @@ def ragged(
 
     q[T, H, D], keys[N, D] (FP8 as bytes of flavour `dtype`), scales[N] or None, weights[T, H].
     """
-
-    launch = functools.partial(_launch, _ragged_kernel, dtype=dtype, columns=keys.shape[0], plan=plan)
-    return dispatch(launch, q, keys, scales, weights, starts, ends)
+    launch = IndexerLaunch(_ragged_kernel, "ragged_indexer_logits", dtype, keys.shape[0], plan)
+    return by_target(launch.run, q, keys, scales, weights, starts, ends)
 
 
 def paged(
@@ -345,5 +361,5 @@ def paged(
     """
 
     pages = (keys.shape[1], page_table.shape[0])
-    launch = functools.partial(_launch, _paged_kernel, dtype=dtype, columns=max_length, plan=plan, pages=pages)
-    return dispatch(launch, q, keys, scales, weights, page_table, request_ids, lengths)
+    launch = IndexerLaunch(_paged_kernel, "paged_indexer_logits", dtype, max_length, plan, pages)
+    return by_target(launch.run, q, keys, scales, weights, page_table, request_ids, lengths)

@@ -16,10 +16,12 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental import pallas as pl
 
-from pallas_kernels._call import call, dispatch, load, store
-from pallas_kernels.cache_write import convert, float32_bits, quantize
-from pallas_kernels.plans.attention import power_of_two
+from pallas_kernels._call import call, load, store_masked
+from pallas_kernels.plans import choose_plan
 from pallas_kernels.plans.norm_rope import NormRopePlan, norm_rope_plan
+from pallas_kernels.rounding import convert, float32_bits, quantize
+from pallas_kernels.targets import Target, by_target
+from pallas_kernels.tiles import power_of_two
 
 _TYPES = ("bfloat16", "float32", "float8_e4m3fn", "float8_e4m3fnuz")
 
@@ -30,7 +32,7 @@ _TYPES = ("bfloat16", "float32", "float8_e4m3fn", "float8_e4m3fnuz")
     meta_fields=["start", "heads", "width", "dtype", "rotated", "interleaved", "scale"],
 )
 @dataclasses.dataclass(frozen=True)
-class Part:
+class Section:
     """Columns of a projection that are finished alike: `heads` heads of `width` columns, one after the other.
 
     Attributes:
@@ -71,7 +73,7 @@ class Part:
 class _Tile:
     """Some heads of one part of a token, [heads, columns], both padded to powers of two."""
 
-    def __init__(self, part: Part, token: Array, block: Array, size: int, target: str):
+    def __init__(self, part: Section, token: Array, block: Array, size: int, target: Target):
         shape = (size, power_of_two(part.width))
         row, column = (jnp.arange(n, dtype=jnp.int32) for n in shape)
         self.part, self.target, self.row = part, target, token
@@ -94,11 +96,9 @@ class _Tile:
         return self.load(ref, self.token, self.part.start + self.head * self.part.width + column)
 
     def store(self, ref, values: Array) -> None:
+        """Writes the tile's values where they exist."""
         at = self.head * self.part.width + self.column
-        if self.exists is not None and self.target == "cpu":
-            # Interpret mode writes old values back through masked lanes: point them past the array.
-            at = jnp.where(self.exists, at, ref.shape[1])
-        store(ref.at[self.token, at], values, mask=self.exists)
+        store_masked(ref, (self.token, at), values, self.exists, self.target)
 
 
 def _norm(tile: _Tile, x: Array, weight_ref: Any, bias_ref: Any, eps: float):
@@ -160,12 +160,10 @@ def _store(tile: _Tile, values: Array, out_refs: Sequence[Any], factor_ref: Any)
     if factor_ref is not None:
         # Heads that do not exist repeat the last one's: nothing of theirs is stored.
         scales = scales * load(factor_ref.at[token, jnp.minimum(head, part.heads - 1)])
-    # As above, in interpret mode.
-    at = head if mask is None or tile.target != "cpu" else jnp.where(exists, head, part.heads)
-    store(out_refs[1].at[token, at], scales, mask=mask)
+    store_masked(out_refs[1], (token, head), scales, mask, tile.target)
 
 
-def _kernel(*refs, parts: Sequence[Part], eps: float, plan: NormRopePlan, target: str):
+def _kernel(*refs, parts: Sequence[Section], eps: float, plan: NormRopePlan, target: Target):
     """Grid (T, programs of all parts); refs: x, cos and sin if any part is rotated, each part's arrays, the results."""
     token, program = pl.program_id(0), pl.program_id(1)
     x_ref, *left = refs
@@ -187,14 +185,14 @@ def _kernel(*refs, parts: Sequence[Part], eps: float, plan: NormRopePlan, target
 
 
 # --- launch ----------------------------------------------------------------------------------------------------------
-def _shapes(part: Part, tokens: int) -> list[jax.ShapeDtypeStruct]:
+def _shapes(part: Section, tokens: int) -> list[jax.ShapeDtypeStruct]:
     dtype = jnp.uint8 if part.quantized else jnp.dtype(part.dtype)
     out = [jax.ShapeDtypeStruct((tokens, part.columns), dtype)]
     return out + ([jax.ShapeDtypeStruct((tokens, part.heads), jnp.float32)] if part.quantized else [])
 
 
 def norm_rope(
-    x: Array, parts: Sequence[Part], cos: Array, sin: Array, *, eps: float, plan: NormRopePlan | None = None
+    x: Array, parts: Sequence[Section], cos: Array, sin: Array, *, eps: float, plan: NormRopePlan | None = None
 ) -> list[list[Array]]:
     """Each part of x[T, W] finished: [values [T, heads * width]], FP8 as [bytes, float32 scales [T, heads]].
 
@@ -208,8 +206,8 @@ def norm_rope(
             raise NotImplementedError(f"a projection or a part of it is {dtype}; the kernel serves {', '.join(_TYPES)}")
     rotated = [cos, sin] if any(p.rotated is not None for p in parts) else []
 
-    def run(target, x, rotated, parts):
-        chosen = plan or norm_rope_plan(widest=max(p.width for p in parts), target=target)
+    def run(target: Target, x, rotated, parts):
+        chosen = choose_plan("norm_rope", plan, norm_rope_plan, widest=max(p.width for p in parts), target=target)
         static = [jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), p) for p in parts]
         arrays = [a for p in parts for a in (p.weight, p.bias, p.factor) if a is not None]
         programs = sum(-(-p.heads // chosen.heads(p.heads, p.width)) for p in parts)
@@ -225,11 +223,5 @@ def norm_rope(
             num_warps=chosen.num_warps,
         )
 
-    def launch(target, *arrays):
-        if target != "gpu":
-            return run(target, *arrays)
-        ways = {"cuda": functools.partial(run, "cuda"), "default": functools.partial(run, "gpu")}
-        return lax.platform_dependent(*arrays, **ways)
-
-    after = iter(dispatch(launch, x, rotated, list(parts)))
+    after = iter(by_target(run, x, rotated, list(parts)))
     return [[next(after) for _ in range(1 + p.quantized)] for p in parts]

@@ -14,9 +14,11 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental import pallas as pl
 
-from pallas_kernels._call import call, dispatch, load, store
-from pallas_kernels.plans.attention import power_of_two
+from pallas_kernels._call import call, load, store_masked
+from pallas_kernels.plans import choose_plan
 from pallas_kernels.plans.output_projection import LEAST, ProjectionPlan, projection_plan
+from pallas_kernels.targets import Target, by_target
+from pallas_kernels.tiles import power_of_two
 
 
 def _masked(ref, rows: Array, columns: Array, inside: Array | None) -> Array:
@@ -55,7 +57,7 @@ def _turned(product: _Product, first: Array, cos: Array, sin: Array, count: int)
     return turned.reshape(tokens, 2 * pairs).astype(product.x_ref.dtype)
 
 
-def _kernel(x_ref, w_ref, cos_ref, sin_ref, out_ref, *, heads: int, width: int, plan: ProjectionPlan, target: str):
+def _kernel(x_ref, w_ref, cos_ref, sin_ref, out_ref, *, heads: int, width: int, plan: ProjectionPlan, target: Target):
     """Grid (blocks of tokens, of columns, groups); x [T, H * d], w [g * I, O], cos, sin [T, r / 2], out [T, g * O]."""
     tokens, columns, rotated = x_ref.shape[0], w_ref.shape[1], 2 * cos_ref.shape[1]
     kept = width - rotated
@@ -96,12 +98,8 @@ def _kernel(x_ref, w_ref, cos_ref, sin_ref, out_ref, *, heads: int, width: int, 
     exists = (token < tokens)[:, None] & (column < columns)[None, :]
     if not tokens % plan.tokens and not columns % plan.columns:
         exists = None
-    at = pl.program_id(2) * columns + column[None, :]
-    if exists is not None and target == "cpu":
-        # Interpret mode writes old values back through masked lanes: point them past the array.
-        at = jnp.where(exists, at, out_ref.shape[1])
-    rows, at = jnp.broadcast_arrays(here[:, None], at)
-    store(out_ref.at[rows, at], total.astype(out_ref.dtype), mask=exists)
+    rows, at = jnp.broadcast_arrays(here[:, None], pl.program_id(2) * columns + column[None, :])
+    store_masked(out_ref, (rows, at), total.astype(out_ref.dtype), exists, target)
 
 
 def rotated_projection(
@@ -127,8 +125,11 @@ def rotated_projection(
     if cos.shape[1] == 0:
         raise NotImplementedError("no values are rotated; that is a plain product")
 
-    def run(target: str, *arrays: Any) -> Array:
-        chosen = plan or projection_plan(
+    def run(target: Target, *arrays: Any) -> Array:
+        chosen = choose_plan(
+            "rotated_projection",
+            plan,
+            projection_plan,
             tokens=tokens,
             groups=groups,
             columns=columns,
@@ -148,4 +149,4 @@ def rotated_projection(
         )
 
     flat = out.reshape(tokens, heads * width), weight.reshape(groups * inner, columns)
-    return dispatch(run, *flat, cos, sin).reshape(tokens, groups, columns)
+    return by_target(run, *flat, cos, sin).reshape(tokens, groups, columns)

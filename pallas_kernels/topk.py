@@ -1,353 +1,272 @@
 """Exact, deterministic top-k of each row, indices written in ascending order; one program per row.
 
-Floats become int32 keys of the same order. A row of one block is read once: its k-th largest key is found by bisection
-in registers, each step one count. A longer row is read twice: first for the maxima of groups of its columns, of which
-k are at least the k-th largest maximum, and so are k columns; then each column that is leaves a mark, one bit. From the
-marks these columns, few more than k, are listed in their order, and the k chosen among them as from a short row. Where
-they are many more (equal scores, or periodic ones), the row is counted over until its threshold is exact. No atomics,
-so no order to depend on.
+Floats become int32 keys of the same order. There are three ways to select, and the plan chooses one:
+
+- In registers: a row of one block is read once. Bisection finds its k-th largest key; each step is one count.
+- By groups: a longer row is read twice. The first pass keeps the maxima of groups of columns. At least k maxima, so at
+  least k columns, reach the k-th largest maximum. The second pass marks the columns that reach it, one bit each. They
+  are few more than k; they are listed in order, and k of them are selected as in a short row.
+- By counting: any row. Each step of the bisection reads the row again, until the threshold is exact. This is also the
+  fallback where too many columns reach the estimate (equal or periodic scores).
+
+No atomics, so there is no order to depend on. `topk_row` reads the rows and keeps the marks.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
-from jax.experimental import pallas as pl
 
-from pallas_kernels._call import barrier, call, dispatch, load, store
+from pallas_kernels._call import barrier, call, load, store_masked
+from pallas_kernels.plans import choose_plan
 from pallas_kernels.plans.topk import TopKPlan, topk_plan
+from pallas_kernels.targets import by_target
+from pallas_kernels.topk_row import (
+    INFINITY,
+    NEIGHBOURS,
+    OUTSIDE,
+    Marks,
+    Row,
+    Tile,
+    TopKSpecialization,
+    add_all,
+    key_to_score,
+    map_tiles,
+    max_tile,
+    monotone_keys,
+    split_lanes,
+    sum_before,
+    sum_tile,
+)
 
 # Column arithmetic is int32 and runs up to a block past the end.
 MAX_COLUMNS = 2**30
-OUTSIDE = -(2**31)
-INFINITY = 0x7F800000
 ALL = 2**31 - 1
-# Columns whose marks share a byte; a lane reads as many scores with one instruction.
-NEIGHBOURS = 4
-
-# A block in registers: arrays with one element per lane.
-Tile = tuple[Array, ...]
 
 
-# --- arithmetic on arrays --------------------------------------------------------------------------------------------
-def monotone_keys(scores: Array) -> Array:
-    """int32 keys in the order of float32 `scores`: NaN as -inf, -0.0 as 0.0, subnormals kept apart; never INT32_MIN."""
-    bits = lax.bitcast_convert_type(scores, jnp.int32)
-    # On bits, since float comparisons may flush subnormals to zero.
-    bits = jnp.where((bits & 0x7FFFFFFF) > INFINITY, jnp.int32(-(2**23)), bits)
-    # Sign and magnitude become two's complement, in which both zeros are one.
-    return jnp.where(bits < 0, jnp.int32(OUTSIDE) - bits, bits)
+# --- thresholds
+class Bisection(NamedTuple):
+    """State of the search for a threshold, int32 scalars.
+
+    Attributes:
+      low, high: at least k keys reach `low`, fewer than k reach `high`.
+      reached: how many keys reach `low`.
+      above: how many keys reach `high`.
+      steps: counts so far.
+    """
+
+    low: Array
+    high: Array
+    reached: Array
+    above: Array
+    steps: Array
 
 
-def _score(key: Array) -> Array:
-    """The float32 of a key."""
-    return lax.bitcast_convert_type(jnp.where(key < 0, jnp.int32(OUTSIDE) - key, key), jnp.float32)
+def _narrow(count: Callable, k: int, guess: Array | None, state: Bisection) -> Bisection:
+    """One step: two thresholds within low..high are counted."""
+    low, high, reached, above, steps = state
+    distance = high - low
+    # About a third, without sign: it may be as much as 2**32.
+    third = sum(lax.shift_right_logical(distance, jnp.int32(bits)) for bits in (2, 4))
+    third = jnp.maximum(third, 1)
+    a, b = low + third, high - third
+    if guess is not None:
+        a = jnp.where(steps == 0, jnp.clip(guess, low + 1, high - 1), a)
+        b = jnp.where(steps == 0, jnp.clip(guess + 1, low + 1, high - 1), b)
+    reach_a, reach_b = count(a, b)
+    is_b, is_a = reach_b >= k, reach_a >= k
+    return Bisection(
+        jnp.where(is_b, b, jnp.where(is_a, a, low)),
+        jnp.where(is_b, high, jnp.where(is_a, b, a)),
+        jnp.where(is_b, reach_b, jnp.where(is_a, reach_a, reached)),
+        jnp.where(is_b, above, jnp.where(is_a, reach_b, reach_a)),
+        steps + 1,
+    )
 
 
-def _each(f: Callable, *tiles: Tile) -> Tile:
-    return tuple(map(f, *tiles))
-
-
-def _split(x: Array, parts: int) -> Tile:
-    """[lanes * parts] -> parts arrays [lanes]: a lane's neighbouring elements."""
-    if parts == 1:
-        return (x,)
-    even, odd = jnp.unstack(x.reshape(-1, 2), axis=-1)
-    return tuple(half for pair in zip(_split(even, parts // 2), _split(odd, parts // 2)) for half in pair)
-
-
-def _sum(tile: Tile) -> Array:
-    # Lanes add up on their own: one reduction across waves.
-    return jnp.sum(sum(tile[1:], tile[0]), dtype=jnp.int32)
-
-
-def _largest(tile: Tile) -> Array:
-    return jnp.max(functools.reduce(jnp.maximum, tile))
-
-
-def _count(keys: Tile, low: Array, high: Array) -> tuple[Array, Array]:
-    """How many of fewer than 2**15 keys are at or above each of two thresholds; low <= high."""
-    both = _sum(_each(lambda key: jnp.where(key >= high, 2**16 + 1, jnp.where(key >= low, jnp.int32(1), 0)), keys))
-    return both & 0xFFFF, both >> 16
-
-
-def _before(counts: Array) -> Array:
-    """What the lanes before each lane hold."""
-    return jnp.cumsum(counts, dtype=jnp.int32) - counts
-
-
-def _search(count: Callable, k: int, high: Array, *, enough: int | None = None, guess: Array | None = None):
+def find_threshold(
+    count: Callable, k: int, high: Array, *, enough: int | None = None, guess: Array | None = None
+) -> tuple[Array, Array]:
     """The largest threshold that at least k keys reach, or one that at most `enough` (k if None) reach.
 
     Args:
-      count: of two thresholds, how many keys reach each; all reach that of -inf.
-      k: how many are wanted.
-      high: fewer than k reach it.
-      enough: ends the search.
+      count: (low, high) -> how many keys reach each of these thresholds; all keys reach that of -inf.
+      k: how many keys are wanted.
+      high: a threshold that fewer than k keys reach.
+      enough: ends the search early.
       guess: probably the answer.
 
     Returns:
-      The threshold, and how many that equal it are wanted beside all above it: INT32_MAX where all are.
+      The threshold, and how many keys that equal it are wanted beside all above it: INT32_MAX where all are.
     """
     enough = k if enough is None else enough
 
-    def divide(state):
-        low, high, reached, above, steps = state
-        distance = high - low
-        # About a third, without sign: it may be as much as 2**32.
-        third = sum(lax.shift_right_logical(distance, jnp.int32(bits)) for bits in (2, 4))
-        third = jnp.maximum(third, 1)
-        a, b = low + third, high - third
-        if guess is not None:
-            a = jnp.where(steps == 0, jnp.clip(guess, low + 1, high - 1), a)
-            b = jnp.where(steps == 0, jnp.clip(guess + 1, low + 1, high - 1), b)
-        of_a, of_b = count(a, b)
-        is_b, is_a = of_b >= k, of_a >= k
-        return (
-            jnp.where(is_b, b, jnp.where(is_a, a, low)),
-            jnp.where(is_b, high, jnp.where(is_a, b, a)),
-            jnp.where(is_b, of_b, jnp.where(is_a, of_a, reached)),
-            jnp.where(is_b, above, jnp.where(is_a, of_b, of_a)),
-            steps + 1,
+    def is_open(state):
+        return (state.reached > enough) & (state.high - state.low != 1)
+
+    state = Bisection(jnp.int32(-INFINITY), high, jnp.int32(ALL), jnp.int32(0), jnp.int32(0))
+    state = lax.while_loop(is_open, functools.partial(_narrow, count, k, guess), state)
+    return state.low, jnp.where(state.reached <= enough, jnp.int32(ALL), k - state.above)
+
+
+def count_reaching(keys: Tile, low: Array, high: Array) -> tuple[Array, Array]:
+    """How many of fewer than 2**15 keys are at or above each of two thresholds; low <= high."""
+    # Two counts in one sum.
+    both = sum_tile(
+        map_tiles(lambda key: jnp.where(key >= high, 2**16 + 1, jnp.where(key >= low, jnp.int32(1), 0)), keys)
+    )
+    return both & 0xFFFF, both >> 16
+
+
+def estimate_threshold(row: Row) -> Array:
+    """A key that at least k columns of the row reach, and rarely many more; reads the row once."""
+    s = row.s
+
+    def update_maxima(maxima, _, scores):
+        for i, x in enumerate(scores):
+            at = i % len(maxima)
+            # NaN loses.
+            maxima = (*maxima[:at], jnp.where(x > maxima[at], x, maxima[at]), *maxima[at + 1 :])
+        return maxima
+
+    # groups / step arrays [step]
+    lowest = (jnp.full((s.step,), -jnp.inf, jnp.float32),) * (s.plan.groups // s.step)
+    maxima = map_tiles(monotone_keys, row.fold_blocks(update_maxima, lowest, s.plan.unroll))
+    # A threshold that some more reach is as good, and found in fewer steps.
+    count = functools.partial(count_reaching, maxima)
+    return find_threshold(count, s.k, max_tile(maxima) + 1, enough=s.k + s.k // 16)[0]
+
+
+# --- ways to select
+def write_largest(row: Row, out_ref: Any, keys: Tile, columns: Tile) -> None:
+    """Writes the columns of the k largest of more than k keys, arrays [lanes]; neighbours belong to one lane."""
+    s = row.s
+    threshold, max_ties = find_threshold(functools.partial(count_reaching, keys), s.k, max_tile(keys) + 1)
+    equal = map_tiles(lambda key: (key == threshold).astype(jnp.int32), keys)
+    above = map_tiles(lambda key: (key > threshold).astype(jnp.int32), keys)
+    # Two counts below 2**16 in one running sum.
+    packed = sum_before(add_all(above) + (add_all(equal) << 16))
+    ranks, ties = packed & 0xFFFF, packed >> 16
+    for column, is_above, is_equal in zip(columns, above, equal):
+        index = row.index, ranks + jnp.minimum(ties, max_ties)
+        value = column - row.bounds.start
+        store_masked(out_ref, index, value, (is_above | (is_equal & (ties < max_ties))) != 0, s.target)
+        ranks, ties = ranks + is_above, ties + is_equal
+
+
+def select_in_registers(row: Row, out_ref: Any) -> None:
+    """Writes the top k columns of a row of one block; out_ref: int32 [R, k]."""
+    plan, bounds = row.s.plan, row.bounds
+    (scores,) = lax.cond(  # [block]
+        (bounds.start == 0) & (bounds.end >= plan.block),
+        lambda: row.read(0, masked=False, width=plan.block),
+        lambda: row.read(0, masked=True, width=plan.block),
+    )
+    columns = jnp.arange(plan.block, dtype=jnp.int32)
+    keys = row.to_keys(columns, scores)
+    write_largest(row, out_ref, *(split_lanes(x, plan.block // plan.lanes) for x in (keys, columns)))
+
+
+def select_by_groups(row: Row, marks: Marks, list_ref: Any, out_ref: Any) -> None:
+    """Writes the top k columns of a row by the maxima of groups; list_ref: int32 [R, groups] of scratch memory."""
+    plan, target = row.s.plan, row.s.target
+    estimate = estimate_threshold(row)
+    score = key_to_score(estimate)
+
+    def mark_block(carry, block, scores):
+        marks.mark(block, map_tiles(lambda x: x >= score, scores))
+        return carry
+
+    def list_column(rank, column, mask):
+        store_masked(list_ref, (row.index, rank), column, mask, target)
+
+    row.fold_blocks(mark_block, jnp.int32(0), plan.unroll)
+    barrier(target)
+    found = marks.unmark(list_column, plan.groups)
+    # NaN equals -inf, which no comparison of floats says; if they flush subnormals, more columns reach the score.
+    usable = (estimate > -INFINITY) & (found >= row.s.k) & (found <= plan.groups)
+    lax.cond(
+        usable,
+        lambda: select_listed(row, list_ref, out_ref, found),
+        lambda: select_by_counting(row, marks, out_ref, estimate),
+    )
+
+
+def select_listed(row: Row, list_ref: Any, out_ref: Any, found: Array) -> None:
+    """Writes the top k of the `found` columns that this program has listed in list_ref[R, groups]."""
+    plan = row.s.plan
+    barrier(row.s.target)
+    ranks = jnp.arange(plan.groups, dtype=jnp.int32)
+    columns = load(list_ref.at[row.index, ranks], mask=ranks < found, other=0)  # [groups]
+
+    def read_keys(rank, column):
+        return jnp.where(
+            rank < found,
+            monotone_keys(load(row.scores_ref.at[row.index, column], mask=rank < found, other=0.0)),  # [lanes]
+            OUTSIDE,
         )
 
-    state = (jnp.int32(-INFINITY), high, jnp.int32(ALL), jnp.int32(0), jnp.int32(0))
-    low, _, reached, above, _ = lax.while_loop(lambda s: (s[2] > enough) & (s[1] - s[0] != 1), divide, state)
-    return low, jnp.where(reached <= enough, jnp.int32(ALL), k - above)
+    rank_tile, column_tile = (split_lanes(x, plan.groups // plan.lanes) for x in (ranks, columns))
+    write_largest(row, out_ref, map_tiles(read_keys, rank_tile, column_tile), column_tile)
 
 
-# --- kernel ----------------------------------------------------------------------------------------------------------
-def _kernel(scores_ref, *refs, given: tuple[bool, bool], columns: int, k: int, plan: TopKPlan, target: str):
-    row = pl.program_id(0)
-    bounds, (out_ref, *scratch) = refs[: sum(given)], refs[sum(given) :]
-    # Clamped here, not before the launch, which would be a kernel more.
-    start = jnp.clip(bounds[0][row], 0, columns) if given[0] else jnp.int32(0)
-    room = columns - start
-    end = start + (jnp.clip(bounds[-1][row], 0, room) if given[1] else room)
-    lanes = jnp.arange(plan.lanes, dtype=jnp.int32)
-    step = NEIGHBOURS * plan.lanes
+def select_by_counting(row: Row, marks: Marks, out_ref: Any, guess: Array | None = None) -> None:
+    """Writes the top k columns of any row by its exact threshold; guess: probably the key of the threshold."""
+    s = row.s
+    threshold, max_ties = find_threshold(row.count_reaching, s.k, jnp.int32(INFINITY + 1), guess=guess)
 
-    def write(ref, place, value, mask):
-        # Interpret mode writes old values back through masked lanes: point them past the array.
-        place = jnp.where(mask, place, ref.shape[1]) if target == "cpu" else place
-        store(ref.at[row, place], value, mask=mask)
+    def mark_block(carry, block, scores):
+        keys = row.keys_of(block, scores)
+        marks.mark(block, map_tiles(lambda key: key > threshold, keys), map_tiles(lambda key: key == threshold, keys))
+        return carry
 
-    # --- the row
-    def columns_of(block, whole=step) -> Tile:
-        return tuple(block * plan.block + i + jnp.arange(whole, dtype=jnp.int32) for i in range(0, plan.block, whole))
+    def write_column(rank, column, mask):
+        store_masked(out_ref, (row.index, rank), column - row.bounds.start, mask, s.target)
 
-    def read(block, *, masked: bool, whole=step) -> Tile:
-        """Scores of a block in arrays [whole]; NaN outside of the row's interval where masked, else all are inside."""
-        at = columns_of(block, whole)
-        if masked:
-            return tuple(load(scores_ref.at[row, a], mask=(a >= start) & (a < end), other=jnp.nan) for a in at)
-        return tuple(load(scores_ref.at[row, a]) for a in at)
+    row.fold_blocks(mark_block, jnp.int32(0))
+    barrier(s.target)
+    marks.unmark(write_column, s.columns, max_ties)
 
-    # Blocks inside of the interval, the edges beside them, and those that hold any of it.
-    head, tail = start % plan.block, end % plan.block
-    inner = (start + plan.block - 1) // plan.block, end // plan.block
-    first_block, last_block = start // plan.block, (end + plan.block - 1) // plan.block
 
-    def over_row(body, carry, unroll=1):
-        """Folds body(carry, block, scores) over the blocks of the row, in any order."""
+def write_all(row: Row, out_ref: Any) -> None:
+    """Writes all columns of a row that has at most k, then -1."""
+    s, bounds = row.s, row.bounds
 
-        def edge(i, carry):
-            block = jnp.where(i == 0, first_block, inner[1])
-            return body(carry, block, read(block, masked=True))
+    def write_step(i, carry):
+        at = i * s.step + jnp.arange(s.step, dtype=jnp.int32)
+        column = jnp.where(at < bounds.end - bounds.start, at, -1)
+        store_masked(out_ref, (row.index, at), column, at < s.k, s.target)
+        return carry
 
-        def several(n, first):
-            def advance(i, carry):
-                blocks = [first + i * n + j for j in range(n)]
-                # All in flight before the first is waited for.
-                scores = [read(block, masked=False) for block in blocks]
-                for block, x in zip(blocks, scores):
-                    carry = body(carry, block, x)
-                return carry
+    lax.fori_loop(jnp.int32(0), jnp.int32(-(-s.k // s.step)), write_step, jnp.int32(0))
 
-            return advance
 
-        # An interval within one block is its head.
-        edges = (head == 0).astype(jnp.int32), 1 + ((tail != 0) & (inner[0] <= inner[1])).astype(jnp.int32)
-        carry = lax.fori_loop(*edges, edge, carry)
-        steps = jnp.maximum(inner[1] - inner[0], 0) // unroll
-        carry = lax.fori_loop(jnp.int32(0), steps, several(unroll, inner[0]), carry)
-        if unroll == 1:
-            return carry
-        first = inner[0] + steps * unroll
-        return lax.fori_loop(jnp.int32(0), inner[1] - first, several(1, first), carry)
+# --- kernel and launch
+def _kernel(scores_ref, *refs, s: TopKSpecialization):
+    """Grid (R,): out[row, k] of scores[row, N]; refs: starts and lengths if given, out, scratch."""
+    given = s.has_starts + s.has_lengths
+    bound_refs, (out_ref, *scratch) = refs[:given], refs[given:]
+    row = Row.of_program(scores_ref, bound_refs, s)
 
-    def keys_of(block, scores: Tile) -> Tile:
-        return tuple(
-            jnp.where((at >= start) & (at < end), monotone_keys(x), jnp.int32(OUTSIDE))
-            for at, x in zip(columns_of(block), scores)
-        )
+    def select():
+        if s.columns <= s.plan.block:
+            select_in_registers(row, out_ref)
+        elif s.plan.groups:
+            select_by_groups(row, Marks(scratch[0], row), scratch[1], out_ref)
+        else:
+            select_by_counting(row, Marks(scratch[0], row), out_ref)
 
-    def count_row(*ts):
-        def add(totals, block, scores):
-            keys = keys_of(block, scores)
-            return tuple(sum(((key >= t).astype(jnp.int32) for key in keys), n) for n, t in zip(totals, ts))
-
-        totals = over_row(add, (jnp.zeros((step,), jnp.int32),) * 2)
-        return tuple(_sum((n,)) for n in totals)
-
-    # --- marks
-    def mark(block, sure: Tile, maybe: Tile | None = None) -> None:
-        """Leaves a byte for 4 columns: bits of those that are chosen, and above them of those that may be."""
-        for i, flags in enumerate(sure):
-            bits = _split(flags.astype(jnp.int32), NEIGHBOURS)
-            if maybe is not None:
-                bits += _split(maybe[i].astype(jnp.int32), NEIGHBOURS)
-            byte = functools.reduce(jnp.bitwise_or, [b << j for j, b in enumerate(bits)])
-            place = block * (plan.block // NEIGHBOURS) + i * plan.lanes + lanes
-            store(scratch[0].at[row, place], byte.astype(jnp.uint8))
-
-    def unmark(take: Callable, room: int, ties: Array | None = None) -> Array:
-        """Calls take(rank, column, mask) for chosen columns in order, unless they are more than `room`: how many.
-
-        Of those that may be chosen the first `ties` are; the result does not count them.
-        """
-        width = plan.run // NEIGHBOURS
-        first, stop = (block * (plan.block // NEIGHBOURS) for block in (first_block, last_block))
-
-        def words(marks: Tile, shift: int) -> list[Array]:
-            """A bit per column, 32 to a word."""
-            nibbles = [((mark >> shift) & 15) << (NEIGHBOURS * (j % 8)) for j, mark in enumerate(marks)]
-            return [functools.reduce(jnp.bitwise_or, nibbles[j : j + 8]) for j in range(0, width, 8)]
-
-        def chunk(i, carry):
-            chosen, tied = carry
-            base = first + i * (plan.lanes * width)
-            at = base + jnp.arange(plan.lanes * width, dtype=jnp.int32)
-            marks = _split(load(scratch[0].at[row, at], mask=at < stop, other=0).astype(jnp.int32), width)
-            sure = words(marks, 0)
-            maybe = [jnp.zeros_like(word) for word in sure] if ties is None else words(marks, NEIGHBOURS)
-            counts = [lax.population_count(word) for word in sure]
-            rank = _before(sum(counts[1:], counts[0])) + chosen
-            chosen = chosen + _sum(tuple(counts))
-            seen = jnp.zeros_like(rank)
-            if ties is not None:
-                more = [lax.population_count(word) for word in maybe]
-                seen = _before(sum(more[1:], more[0])) + tied
-                tied = tied + _sum(tuple(more))
-                rank = rank + jnp.minimum(seen, ties)
-                counts = [a + b for a, b in zip(counts, more)]
-
-            def lowest(word, _, state):
-                """Takes the lowest marked column of each lane."""
-                sure, maybe, rank, seen = state
-                both = sure | maybe
-                bit = both & -both
-                column = (base + lanes * width) * NEIGHBOURS + 32 * word + lax.population_count(bit - 1)
-                mask = both != 0
-                if ties is not None:
-                    tie = (maybe & bit) != 0
-                    mask = mask & (~tie | (seen < ties))
-                    seen = seen + tie.astype(jnp.int32)
-                take(rank, column, mask)
-                return sure & ~bit, maybe & ~bit, rank + mask.astype(jnp.int32), seen
-
-            rounds = jnp.where(chosen <= room, _largest(tuple(counts)), 0)
-            for j, word in enumerate(zip(sure, maybe)):
-                body = functools.partial(lowest, j)
-                *_, rank, seen = lax.fori_loop(jnp.int32(0), rounds, body, (*word, rank, seen))
-            return chosen, tied
-
-        chunks = (stop - first + plan.lanes * width - 1) // (plan.lanes * width)
-        return lax.fori_loop(jnp.int32(0), chunks, chunk, (jnp.int32(0), jnp.int32(0)))[0]
-
-    # --- ways to choose
-    def among(keys: Tile, places: Tile) -> None:
-        """Writes the places of the k largest of more than k keys; neighbours belong to one lane."""
-        threshold, ties = _search(functools.partial(_count, keys), k, _largest(keys) + 1)
-        equal = _each(lambda key: (key == threshold).astype(jnp.int32), keys)
-        above = _each(lambda key: (key > threshold).astype(jnp.int32), keys)
-        # Two counts below 2**16 in one running sum.
-        packed = _before(sum(above[1:], above[0]) + (sum(equal[1:], equal[0]) << 16))
-        ranks, equals = packed & 0xFFFF, packed >> 16
-        for place, a, e in zip(places, above, equal):
-            write(out_ref, ranks + jnp.minimum(equals, ties), place - start, (a | (e & (equals < ties))) != 0)
-            ranks, equals = ranks + a, equals + e
-
-    def by_counting(guess: Array | None = None) -> None:
-        """Any row, by its exact threshold."""
-        threshold, ties = _search(count_row, k, jnp.int32(INFINITY + 1), guess=guess)
-
-        def both(carry, block, scores):
-            keys = keys_of(block, scores)
-            mark(block, _each(lambda key: key > threshold, keys), _each(lambda key: key == threshold, keys))
-            return carry
-
-        over_row(both, jnp.int32(0))
-        barrier(target)
-        unmark(lambda rank, column, mask: write(out_ref, rank, column - start, mask), columns, ties)
-
-    def by_groups() -> None:
-        def larger(maxima, _, scores):
-            for i, x in enumerate(scores):
-                at = i % len(maxima)
-                # NaN loses.
-                maxima = (*maxima[:at], jnp.where(x > maxima[at], x, maxima[at]), *maxima[at + 1 :])
-            return maxima
-
-        nothing = (jnp.full((step,), -jnp.inf, jnp.float32),) * (plan.groups // step)
-        maxima = _each(monotone_keys, over_row(larger, nothing, plan.unroll))
-        # A threshold that some more reach is as good, and found in fewer steps.
-        estimate, _ = _search(functools.partial(_count, maxima), k, _largest(maxima) + 1, enough=k + k // 16)
-        score = _score(estimate)
-
-        def reaching(carry, block, scores):
-            mark(block, _each(lambda x: x >= score, scores))
-            return carry
-
-        over_row(reaching, jnp.int32(0), plan.unroll)
-        barrier(target)
-        found = unmark(lambda rank, column, mask: write(scratch[1], rank, column, mask), plan.groups)
-
-        def listed():
-            barrier(target)
-            at = jnp.arange(plan.groups, dtype=jnp.int32)
-            found_at = load(scratch[1].at[row, at], mask=at < found, other=0)
-            ranks, places = (_split(x, plan.groups // plan.lanes) for x in (at, found_at))
-            keys = tuple(
-                jnp.where(r < found, monotone_keys(load(scores_ref.at[row, p], mask=r < found, other=0.0)), OUTSIDE)
-                for r, p in zip(ranks, places)
-            )
-            among(keys, places)
-
-        # NaN equals -inf, which no comparison of floats says; if they flush subnormals, more columns reach the score.
-        usable = (estimate > -INFINITY) & (found >= k) & (found <= plan.groups)
-        lax.cond(usable, listed, lambda: by_counting(estimate))
-
-    def in_registers() -> None:
-        (scores,) = lax.cond(
-            (start == 0) & (end >= plan.block),
-            lambda: read(0, masked=False, whole=plan.block),
-            lambda: read(0, masked=True, whole=plan.block),
-        )
-        at = jnp.arange(plan.block, dtype=jnp.int32)
-        keys = jnp.where((at >= start) & (at < end), monotone_keys(scores), jnp.int32(OUTSIDE))
-        among(*(_split(x, plan.block // plan.lanes) for x in (keys, at)))
-
-    def all_columns() -> None:
-        def fill(i, carry):
-            at = i * step + jnp.arange(step, dtype=jnp.int32)
-            write(out_ref, at, jnp.where(at < end - start, at, -1), at < k)
-            return carry
-
-        lax.fori_loop(jnp.int32(0), jnp.int32(-(-k // step)), fill, jnp.int32(0))
-
-    select = in_registers if columns <= plan.block else by_groups if plan.groups else by_counting
-    if k < columns:
-        lax.cond(end - start > k, select, all_columns)
+    if s.k < s.columns:
+        lax.cond(row.bounds.end - row.bounds.start > s.k, select, lambda: write_all(row, out_ref))
     else:
-        all_columns()
+        write_all(row, out_ref)
 
 
-# --- launch ----------------------------------------------------------------------------------------------------------
 def top_k(
     scores: Array, k: int, starts: Array | None = None, lengths: Array | None = None, *, plan: TopKPlan | None = None
 ) -> Array:
@@ -356,24 +275,23 @@ def top_k(
     Starts and lengths are clamped to the row; without them a row begins at 0 and ends with the columns.
 
     Raises:
-      NotImplementedError: more columns than int32 arithmetic serves, or arrays of 2**31 elements and more.
+      NotImplementedError: more columns than int32 arithmetic supports, or arrays of 2**31 elements and more.
     """
     rows, columns = scores.shape
     if max(columns, k) > MAX_COLUMNS:
-        raise NotImplementedError(f"{columns} columns and k {k}; the kernel serves at most {MAX_COLUMNS} of each")
-
-    given = (starts is not None, lengths is not None)
+        raise NotImplementedError(f"{columns} columns and k {k}; the kernel supports at most {MAX_COLUMNS} of each")
 
     def launch(target, *arrays):
-        chosen = plan or topk_plan(columns=columns, k=k, target=target)
+        chosen = choose_plan("top_k", plan, topk_plan, columns=columns, k=k, target=target)
         shapes = [jax.ShapeDtypeStruct((rows, k), jnp.int32)]
         if k < columns and columns > chosen.block:
             blocks = -(-columns // chosen.block)
             shapes.append(jax.ShapeDtypeStruct((rows, blocks * chosen.block // NEIGHBOURS), jnp.uint8))
             if chosen.groups:
                 shapes.append(jax.ShapeDtypeStruct((rows, chosen.groups), jnp.int32))
+        s = TopKSpecialization(columns, k, starts is not None, lengths is not None, chosen, target)
         return call(
-            functools.partial(_kernel, given=given, columns=columns, k=k, plan=chosen, target=target),
+            functools.partial(_kernel, s=s),
             *arrays,
             out_shape=shapes,
             grid=(rows,),
@@ -382,4 +300,4 @@ def top_k(
             num_warps=chosen.num_warps,
         )[0]
 
-    return dispatch(launch, scores, *[x for x in (starts, lengths) if x is not None])
+    return by_target(launch, scores, *[x for x in (starts, lengths) if x is not None])

@@ -1,15 +1,23 @@
 """What an argument must be: one rule and one notation for every operator.
 
-Errors are ValueErrors at trace time. A message names the argument, what came, what is expected, and the remedy.
+Errors are ValueErrors at trace time. A message names the argument, what came, what is expected, and the remedy. Nothing
+here reads a value from a device.
 """
 
 from __future__ import annotations
 
 import operator
+from collections.abc import Sequence
+from types import EllipsisType
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
+
+# An axis of an array: of this size; of any size, named by a letter or not. A first `...` stands for any number of axes.
+Axis = int | str | None | EllipsisType
+_KINDS = {jnp.integer: "integers", jnp.floating: "floating values", jnp.bool_: "booleans"}
 
 
 def require(condition: bool, message: str) -> None:
@@ -19,74 +27,139 @@ def require(condition: bool, message: str) -> None:
 
 
 def describe(x: Any) -> str:
-    """Type and shape of an array in the notation of every message: `float32[2, 3]`."""
-    return f"{jnp.result_type(x)}{list(jnp.shape(x))}"
+    """Type and shape of an array in the notation of every message: `float32[2, 3]`; of other things the type's name."""
+    if not (hasattr(x, "dtype") and hasattr(x, "shape")):
+        try:
+            x = jnp.asarray(x)
+        except (TypeError, ValueError):
+            return type(x).__name__
+    return f"{x.dtype}{list(x.shape)}"
 
 
-def size(name: str, value: Any, low: int = 1, *, hint: str = "") -> int:
-    """`value` as an int. Integers of Python and numpy pass, booleans and floats do not.
+def size(name: str, value: Any, low: int = 1, high: int | None = None, *, hint: str = "") -> int:
+    """`value` as an int. Integers of Python and numpy pass; booleans, floats and jax arrays do not.
 
     Args:
       name: the argument's name in the message.
       value: what came.
       low: the smallest value that is accepted.
+      high: the largest value that is accepted, None for no limit.
       hint: a sentence that follows in the message: the remedy.
 
     Raises:
-      ValueError: not an integer, or below `low`.
+      ValueError: not an integer, or outside of low..high.
     """
+    # A jax array is refused even where its value is known: reading it would wait for the device.
+    static = not isinstance(value, bool | Array)
     try:
-        number = low - 1 if isinstance(value, bool) else operator.index(value)
+        number = operator.index(value) if static else low - 1
     except TypeError:
         number = low - 1
+    expected = f"an integer of at least {low}" if high is None else f"an integer from {low} to {high}"
     require(
-        number >= low, f"{name} is {value!r}; expected an integer of at least {low}." + (f" {hint}" if hint else "")
+        low <= number and (high is None or number <= high),
+        _message(f"{name} is {value!r}; expected {expected}.", hint),
     )
     return number
 
 
-def integers(name: str, array: Any, *axes: int | None) -> Array:
-    """`array` as an integer array of at least 32 bits.
+def array(name: str, x: Any, types: Any, *axes: Axis, hint: str = "") -> Array:
+    """`x` as a jax array of one of `types` with these axes.
 
     Args:
       name: the argument's name in the message.
-      array: what came; booleans are no integers.
-      *axes: the size of each axis, None where any size fits.
+      x: what came.
+      types: jnp.integer, jnp.floating, jnp.bool_, or a sequence of dtypes.
+      *axes: of each axis its size, or a letter (or None) where any size fits; a first `...` for any number of them.
+      hint: a sentence that follows in the message: the remedy.
 
     Raises:
       ValueError: another type or shape.
     """
-    array = jnp.asarray(array)
-    require(
-        jnp.issubdtype(array.dtype, jnp.integer) and _fits(array, axes),
-        f"{name} is {describe(array)}; expected integers {_axes(axes)}.",
-    )
-    # Sizes and slots must be expressible in the type in which they are compared.
-    return array.astype(jnp.int32) if array.dtype.itemsize < 4 else array
+    try:
+        given = jnp.asarray(x)
+        fits = _fits(given.shape, axes)
+        fits = fits and (jnp.issubdtype(given.dtype, types) if types in _KINDS else given.dtype in types)
+    except (TypeError, ValueError):
+        given, fits = x, False
+    kind = _KINDS[types] if types in _KINDS else _either(types)
+    letters = ", ".join("any" if a is None else "..." if a is ... else str(a) for a in axes)
+    require(fits, _message(f"{name} is {describe(given)}; expected {kind} [{letters}].", hint))
+    return given
 
 
-def floats(name: str, array: Any, *axes: int | None) -> Array:
-    """`array` in float32.
+def integers(name: str, x: Any, *axes: Axis, hint: str = "") -> Array:
+    """`x` as an integer array of at least 32 bits; arguments and errors as of `array`."""
+    given = array(name, x, jnp.integer, *axes, hint=hint)
+    # Widen int8 and int16: a number of slots or columns may not fit their type.
+    return given.astype(jnp.int32) if given.dtype.itemsize < 4 else given
+
+
+def int32(name: str, x: Any, *axes: Axis, hint: str = "") -> Array:
+    """`x` as an int32 array, saturated; arguments and errors as of `array`."""
+    return saturate(array(name, x, jnp.integer, *axes, hint=hint))
+
+
+def floats(name: str, x: Any, *axes: Axis, hint: str = "") -> Array:
+    """`x` in float32, whatever its floating type; arguments and errors as of `array`."""
+    return array(name, x, jnp.floating, *axes, hint=hint).astype(jnp.float32)
+
+
+def booleans(name: str, x: Any, *axes: Axis, hint: str = "") -> Array:
+    """`x` as a boolean array; arguments and errors as of `array`."""
+    return array(name, x, jnp.bool_, *axes, hint=hint)
+
+
+def saturate(x: Array) -> Array:
+    """int32 of an integer array; what int32 does not hold becomes its smallest or largest value.
+
+    A plain cast would wrap an index beyond 2**32 into somebody's row. Costs nothing where the type is narrow already.
+    """
+    if x.dtype == jnp.int32:
+        return x
+    limits = jnp.iinfo(jnp.int32)
+    if x.dtype.itemsize >= 4:
+        x = jnp.minimum(x, limits.max)
+        x = x if jnp.issubdtype(x.dtype, jnp.unsignedinteger) else jnp.maximum(x, limits.min)
+    return x.astype(jnp.int32)
+
+
+def dtype(name: str, value: Any, allowed: Any) -> np.dtype:
+    """The numpy dtype that `value` (a name or a type) means.
 
     Args:
       name: the argument's name in the message.
-      array: what came, of any floating type.
-      *axes: the size of each axis, None where any size fits.
+      value: what came.
+      allowed: a sequence of dtypes or of their names, or jnp.floating for any floating type.
 
     Raises:
-      ValueError: another type or shape.
+      ValueError: not a type, or not one of `allowed`.
     """
-    array = jnp.asarray(array)
-    require(
-        jnp.issubdtype(array.dtype, jnp.floating) and _fits(array, axes),
-        f"{name} is {describe(array)}; expected floating values {_axes(axes)}.",
-    )
-    return array.astype(jnp.float32)
+    try:
+        known = None if value is None else jnp.dtype(value)
+    except TypeError:
+        known = None
+    fits = known is not None
+    if known is not None:
+        fits = jnp.issubdtype(known, allowed) if allowed in _KINDS else known in [jnp.dtype(d) for d in allowed]
+    expected = "a floating type" if allowed in _KINDS else _either(allowed)
+    came = repr(value) if known is None else known.name
+    require(fits, f"{name} is {came}; expected {expected}.")
+    assert known is not None
+    return known
 
 
-def _fits(array: Array, axes: tuple[int | None, ...]) -> bool:
-    return array.ndim == len(axes) and all(n is None or n == size for n, size in zip(axes, array.shape))
+def _fits(shape: tuple[int, ...], axes: tuple[Axis, ...]) -> bool:
+    if axes[:1] == (...,):
+        axes = axes[1:]
+        shape = shape[max(0, len(shape) - len(axes)) :]
+    return len(axes) == len(shape) and all(a == n for a, n in zip(axes, shape) if isinstance(a, int))
 
 
-def _axes(axes: tuple[int | None, ...]) -> str:
-    return f"[{', '.join('any' if n is None else str(n) for n in axes)}]"
+def _either(types: Sequence[Any]) -> str:
+    names = [jnp.dtype(d).name for d in types]
+    return " or ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
+
+
+def _message(text: str, hint: str) -> str:
+    return f"{text} {hint}" if hint else text

@@ -36,11 +36,15 @@ from __future__ import annotations
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 
+from sparse_mla_jax import _check
 from sparse_mla_jax._check import require
 from sparse_mla_jax.ops import fp8
-from sparse_mla_jax.ops.cache import PagedIndexCache, PagedKVCache, check_size
+from sparse_mla_jax.ops.cache import PagedIndexCache, PagedKVCache
+
+_VIEW = "View the packed cache as bytes."
 
 
 def kv_to_v32_rows(cache: PagedKVCache, *, dtype: Any = None) -> Array:
@@ -82,8 +86,8 @@ def kv_from_v32_rows(
     Raises:
       ValueError: another type, or a width that does not fit the sizes.
     """
-    rows = _check_bytes("rows", rows, 3)
-    latent_dim, rope_dim = check_size("latent_dim", latent_dim, 1), check_size("rope_dim", rope_dim, 0)
+    rows = _check.array("rows", rows, (jnp.uint8,), "pages", "page_size", "bytes", hint=_VIEW)
+    latent_dim, rope_dim = _check.size("latent_dim", latent_dim), _check.size("rope_dim", rope_dim, 0)
     groups = fp8.check_groups(latent_dim, group_size, "latent_dim")
     require(latent_dim % 4 == 0, f"latent_dim is {latent_dim}; a cache stores FP8 in words of four, give a multiple.")
     width = latent_dim + 4 * groups + 2 * rope_dim
@@ -110,7 +114,7 @@ def index_to_planar_blocks(cache: PagedIndexCache, *, dtype: Any = None, block_s
     """
     codes, scale = _leave(cache.data, cache.scale, cache.dtype, dtype)
     least = cache.page_size * (cache.dim + 4)
-    stride = least if block_stride is None else check_size("block_stride", block_stride, 1)
+    stride = least if block_stride is None else _check.size("block_stride", block_stride)
     require(
         stride >= least,
         f"block_stride is {stride}; pages of {cache.page_size} tokens need {least} bytes ({cache.dim} + 4 a token).",
@@ -139,8 +143,8 @@ def index_from_planar_blocks(
     Raises:
       ValueError: another type, or a stride that is too small.
     """
-    blocks = _check_bytes("blocks", blocks, 2, 3)
-    page_size, dim = check_size("page_size", page_size, 1), check_size("dim", dim, 1)
+    blocks = _check_blocks(blocks)
+    page_size, dim = _check.size("page_size", page_size), _check.size("dim", dim)
     require(dim % 4 == 0, f"dim is {dim}; a cache stores FP8 in words of four, give a multiple.")
     blocks = _as_pages(blocks, page_size, dim + 4)
     pages, keys, least = blocks.shape[0], page_size * dim, page_size * (dim + 4)
@@ -169,7 +173,7 @@ def kv_to_v4_blocks(cache: PagedKVCache, *, dtype: Any = None, block_stride: int
     row, scales = _v4_widths(cache.latent_dim, cache.rope_dim, cache.group_size)
     pages, page_size, groups = scale.shape
     least = page_size * (row + scales)
-    stride = -(-least // row) * row if block_stride is None else check_size("block_stride", block_stride, 1)
+    stride = -(-least // row) * row if block_stride is None else _check.size("block_stride", block_stride)
     require(
         stride >= least,
         f"block_stride is {stride}; pages of {page_size} entries need {least} bytes ({row} + {scales} an entry).",
@@ -206,9 +210,9 @@ def kv_from_v4_blocks(
     Raises:
       ValueError: another type, sizes that do not fit together, or a stride that is too small.
     """
-    blocks = _check_bytes("blocks", blocks, 2, 3)
-    page_size = check_size("page_size", page_size, 1)
-    latent_dim, rope_dim = check_size("latent_dim", latent_dim, 1), check_size("rope_dim", rope_dim, 0)
+    blocks = _check_blocks(blocks)
+    page_size = _check.size("page_size", page_size)
+    latent_dim, rope_dim = _check.size("latent_dim", latent_dim), _check.size("rope_dim", rope_dim, 0)
     groups = fp8.check_groups(latent_dim, group_size, "latent_dim")
     require(latent_dim % 4 == 0, f"latent_dim is {latent_dim}; a cache stores FP8 in words of four, give a multiple.")
     row, scales = _v4_widths(latent_dim, rope_dim, group_size)
@@ -223,6 +227,11 @@ def kv_from_v4_blocks(
 def _v4_widths(latent_dim: int, rope_dim: int, group_size: int) -> tuple[int, int]:
     """Bytes of an entry among the rows (576) and among the scales (8)."""
     return latent_dim + 2 * rope_dim, -(-(latent_dim // group_size) // 8) * 8
+
+
+def _check_blocks(blocks: Any) -> Array:
+    axes = ("pages", "page_size", "bytes") if np.ndim(blocks) == 3 else ("pages", "stride")
+    return _check.array("blocks", blocks, (jnp.uint8,), *axes, hint=_VIEW)
 
 
 def _as_pages(blocks: Array, page_size: int, width: int) -> Array:
@@ -273,13 +282,3 @@ def _from_bytes(data: Array, dtype: Any) -> Array:
     """The inverse of _bytes."""
     size = jnp.dtype(dtype).itemsize
     return lax.bitcast_convert_type(data.reshape(*data.shape[:-1], data.shape[-1] // size, size), dtype)
-
-
-def _check_bytes(name: str, data: Any, *ndims: int) -> Array:
-    data = jnp.asarray(data)
-    axes = " or ".join(str(n) for n in ndims)
-    require(
-        data.dtype == jnp.uint8 and data.ndim in ndims,
-        f"{name} is {data.dtype}{list(data.shape)}; expected uint8 of {axes} axes. View the packed cache as bytes.",
-    )
-    return data

@@ -22,11 +22,13 @@ from __future__ import annotations
 import bisect
 import dataclasses
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
+from sparse_mla_jax import _check
 from sparse_mla_jax._check import require
 from sparse_mla_jax.ops.ragged import slots_from_positions
 
@@ -76,47 +78,43 @@ class StepMetadata:
         return self.seq_lens.shape[0]
 
 
-def _check_table(seq_lens: Array, page_table: Array, page_size: int) -> None:
-    for name, array, rank in (("seq_lens", seq_lens, 1), ("page_table", page_table, 2)):
-        require(
-            array.ndim == rank and jnp.issubdtype(array.dtype, jnp.integer),
-            f"{name} is {array.dtype}{list(array.shape)}; an integer array of rank {rank} is expected.",
-        )
+class _Requests(NamedTuple):
+    """The checked arguments of a step: seq_lens int32 [B] from 0, page_table int32 [B, P], tokens per page."""
+
+    seq_lens: Array
+    page_table: Array
+    page_size: int
+
+
+def _check_requests(seq_lens: Array, page_table: Array, page_size: int) -> _Requests:
+    seq_lens = _check.int32("seq_lens", seq_lens, "B")
+    page_table = _check.int32("page_table", page_table, "B", "P")
     require(
         page_table.shape[0] == seq_lens.shape[0],
         f"page_table has {page_table.shape[0]} rows for {seq_lens.shape[0]} seq_lens; give one row per request.",
     )
-    require(
-        isinstance(page_size, int) and page_size >= 1,
-        f"page_size is {page_size!r}; a positive int is expected (64 is usual).",
-    )
+    page_size = _check.size("page_size", page_size, hint="64 is usual.")
     require(
         page_table.shape[1] * page_size < 2**31,
         f"page_table with {page_table.shape[1]} pages of {page_size} tokens overflows int32; use fewer pages.",
     )
+    return _Requests(jnp.maximum(seq_lens, 0), page_table, page_size)
 
 
-def _assemble(
-    positions: Array,
-    request_ids: Array,
-    present: Array,
-    seq_lens: Array,
-    indptr: Array,
-    page_table: Array,
-    page_size: int,
-) -> StepMetadata:
+def _assemble(positions: Array, request_ids: Array, present: Array, indptr: Array, requests: _Requests) -> StepMetadata:
     """Neutralises everything that is padding; the single place where slots and visible lengths are made."""
+    seq_lens, page_table, page_size = requests
     max_length = page_table.shape[1] * page_size
     used = jnp.arange(page_table.shape[1], dtype=jnp.int32)[None, :] * page_size < seq_lens[:, None]
-    page_table = jnp.where(used, page_table, -1).astype(jnp.int32)
+    page_table = jnp.where(used, page_table, -1)
     valid = present & (positions >= 0) & (positions < max_length)
     positions = jnp.where(valid, positions, 0)
     request_ids = jnp.where(valid, request_ids, 0)
     if min(page_table.shape) == 0:  # no page anywhere: nothing to look up
         slots = jnp.full(positions.shape, -1, jnp.int32)
     else:
-        asked = jnp.where(valid, positions, -1)[:, None]
-        slots = slots_from_positions(asked, request_ids, page_table, page_size=page_size)[:, 0]
+        written = jnp.where(valid, positions, -1)[:, None]
+        slots = slots_from_positions(written, request_ids, page_table, page_size=page_size)[:, 0]
     counts = indptr[1:] - indptr[:-1]
     last = jnp.where(counts > 0, jnp.minimum(indptr[1:], positions.shape[0]) - 1, 0)
     return StepMetadata(
@@ -157,30 +155,23 @@ def build_metadata(
     Raises:
       ValueError: wrong ranks, types or sizes (at trace time).
     """
-    seq_lens, query_lens, page_table = jnp.asarray(seq_lens), jnp.asarray(query_lens), jnp.asarray(page_table)
-    _check_table(seq_lens, page_table, page_size)
-    require(
-        query_lens.shape == seq_lens.shape and jnp.issubdtype(query_lens.dtype, jnp.integer),
-        f"query_lens is {query_lens.dtype}{list(query_lens.shape)}; an integer array like seq_lens"
-        f" {list(seq_lens.shape)} is expected.",
-    )
-    require(
-        isinstance(num_tokens, int) and num_tokens >= 0,
-        f"num_tokens is {num_tokens!r}; a static int, the padded number of tokens, is expected.",
-    )
-    seq_lens = jnp.maximum(seq_lens, 0).astype(jnp.int32)
-    owned = jnp.clip(query_lens.astype(jnp.int32), 0, seq_lens)
+    requests = _check_requests(seq_lens, page_table, page_size)
+    seq_lens = requests.seq_lens
+    query_lens = _check.int32("query_lens", query_lens, seq_lens.shape[0], hint="One per request, as seq_lens.")
+    hint = "It is a shape, the padded number of tokens: pass a static int."
+    num_tokens = _check.size("num_tokens", num_tokens, 0, hint=hint)
+    owned = jnp.clip(query_lens, 0, seq_lens)
     # A row count above num_tokens is never needed, and the bound keeps the running sum far from overflow.
     ends = jnp.cumsum(jnp.minimum(owned, num_tokens), dtype=jnp.int32)
     indptr = jnp.minimum(jnp.concatenate([jnp.zeros(1, jnp.int32), ends]), num_tokens)
     token = jnp.arange(num_tokens, dtype=jnp.int32)
     if seq_lens.shape[0] == 0:
         nothing = jnp.zeros(num_tokens, jnp.int32)
-        return _assemble(nothing, nothing, nothing > 0, seq_lens, indptr, page_table, page_size)
+        return _assemble(nothing, nothing, nothing > 0, indptr, requests)
     request = jnp.searchsorted(indptr[1:], token, side="right", method="compare_all").astype(jnp.int32)
     request = jnp.minimum(request, seq_lens.shape[0] - 1)
     positions = (seq_lens - owned - indptr[:-1])[request] + token
-    return _assemble(positions, request, token < indptr[-1], seq_lens, indptr, page_table, page_size)
+    return _assemble(positions, request, token < indptr[-1], indptr, requests)
 
 
 def decode_metadata(seq_lens: Array, page_table: Array, *, page_size: int) -> StepMetadata:
@@ -200,15 +191,13 @@ def decode_metadata(seq_lens: Array, page_table: Array, *, page_size: int) -> St
     Raises:
       ValueError: wrong ranks, types or sizes (at trace time).
     """
-    seq_lens, page_table = jnp.asarray(seq_lens), jnp.asarray(page_table)
-    _check_table(seq_lens, page_table, page_size)
-    seq_lens = jnp.maximum(seq_lens, 0).astype(jnp.int32)
+    requests = _check_requests(seq_lens, page_table, page_size)
+    seq_lens = requests.seq_lens
     row = jnp.arange(seq_lens.shape[0], dtype=jnp.int32)
     indptr = jnp.arange(seq_lens.shape[0] + 1, dtype=jnp.int32)
-    return _assemble(seq_lens - 1, row, seq_lens > 0, seq_lens, indptr, page_table, page_size)
+    return _assemble(seq_lens - 1, row, seq_lens > 0, indptr, requests)
 
 
-@functools.lru_cache(maxsize=256)
 def buckets(max_size: int, *, min_size: int = 1) -> tuple[int, ...]:
     """Sizes to which the host pads (tokens or requests): min_size, doubling, up to max_size itself.
 
@@ -224,10 +213,12 @@ def buckets(max_size: int, *, min_size: int = 1) -> tuple[int, ...]:
     Raises:
       ValueError: sizes below one, or min_size above max_size.
     """
-    require(
-        1 <= min_size <= max_size,
-        f"min_size is {min_size} and max_size {max_size}; 1 <= min_size <= max_size is expected.",
-    )
+    min_size = _check.size("min_size", min_size)
+    return _buckets(_check.size("max_size", max_size, min_size, hint=f"min_size is {min_size}."), min_size)
+
+
+@functools.lru_cache(maxsize=256)
+def _buckets(max_size: int, min_size: int) -> tuple[int, ...]:
     sizes = []
     while min_size < max_size:
         sizes.append(min_size)
@@ -241,6 +232,7 @@ def bucket_for(size: int, sizes: tuple[int, ...]) -> int:
     Raises:
       ValueError: none does; nothing is ever cut to fit.
     """
+    size = _check.size("size", size, 0)
     place = bisect.bisect_left(sizes, size)
     require(
         place < len(sizes),

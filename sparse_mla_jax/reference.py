@@ -15,7 +15,7 @@ from jax import Array
 HIGHEST = jax.lax.Precision.HIGHEST
 
 
-# --- fp8 -------------------------------------------------------------------------------------------------------------
+# --- fp8
 def dequantize(values: Array, scales: Array, *, group_size: int, dtype=jnp.float32) -> Array:
     """values[..., D] times their group's scale[..., D // group_size], in `dtype`."""
     return values.astype(dtype) * jnp.repeat(scales.astype(dtype), group_size, axis=-1)
@@ -47,7 +47,7 @@ def quantize(x: Array, *, group_size: int, dtype, power_of_two: bool = False) ->
     return codes.reshape(x.shape).astype(jnp.uint8), scales[..., 0]
 
 
-# --- cache -----------------------------------------------------------------------------------------------------------
+# --- cache
 def write(pages: Array, rows: Array, slots: Array) -> Array:
     """pages[N, W] after rows[t] is stored at slots[t], token after token; a slot outside [0, N) is skipped."""
 
@@ -68,7 +68,7 @@ def gather(rows: Array, slots: Array) -> Array:
     return jnp.where(valid[..., None], taken, jnp.zeros((), rows.dtype)) * jnp.ones((rows.shape[1],), rows.dtype)
 
 
-# --- indexer ---------------------------------------------------------------------------------------------------------
+# --- indexer
 def indexer_scores(
     q: Array,
     keys: Array,
@@ -108,7 +108,7 @@ def paged_indexer_scores(
     return jnp.where(valid, scores, -jnp.inf)
 
 
-# --- topk ------------------------------------------------------------------------------------------------------------
+# --- topk
 def top_k(scores: Array, k: int, row_starts: Array, row_lengths: Array) -> Array:
     """Row-local columns of the k largest scores of each row's interval, ascending, then -1.
 
@@ -132,7 +132,7 @@ def top_k(scores: Array, k: int, row_starts: Array, row_lengths: Array) -> Array
     return jnp.full((rows, k), -1, jnp.int32).at[:, : order.shape[1]].set(local)
 
 
-# --- attention -------------------------------------------------------------------------------------------------------
+# --- attention
 def sparse_mla(
     q: Array,
     sources: list[tuple[Array, Array]],
@@ -181,7 +181,7 @@ def apply_sinks(out: Array, lse: Array, sinks: Array) -> Array:
     return out * share[..., None]
 
 
-# --- compressor ------------------------------------------------------------------------------------------------------
+# --- compressor
 def pool(
     kv: Array, gate: Array, valid: Array, norm: Array, angles: Array, *, eps: float = 1e-6, dtype=jnp.float32
 ) -> Array:
@@ -229,7 +229,7 @@ def compress(
     return pool(kv, gate, valid, norm, angles, eps=eps, dtype=dtype)
 
 
-# --- hyper-connections -----------------------------------------------------------------------------------------------
+# --- hyper-connections
 def merge_streams(
     streams: Array,
     product: Array,
@@ -241,7 +241,7 @@ def merge_streams(
     norm_eps: float,
     dtype=jnp.float32,
 ) -> Array:
-    """dtype[T, D]: sum over n of (sigmoid(scale[0] * z + base) + eps)[n] * streams[T, n, D], RMS-normed where told to.
+    """dtype[T, D]: sum over n of (sigmoid(scale[0] * z + base) + eps)[n] * streams[T, n, D], RMS-normed with `norm`.
 
     z[T, n] are the first columns of product[T, O] = flat(streams) @ fn, divided by the root mean square of the token.
     """
@@ -270,8 +270,8 @@ def split_streams(
 
     product[T, n * (n + 2)] as in `merge_streams`: columns for reading, for writing, and of the matrices row by row.
     """
-    how = {"eps": eps, "norm_eps": norm_eps, "dtype": dtype}
-    joined, n = merge_streams(streams, product, base, scale, norm, **how), streams.shape[1]
+    constants = {"eps": eps, "norm_eps": norm_eps, "dtype": dtype}
+    joined, n = merge_streams(streams, product, base, scale, norm, **constants), streams.shape[1]
     z = product.astype(dtype) / jnp.sqrt((streams.astype(dtype) ** 2).mean(axis=(1, 2)) + norm_eps)[:, None]
     scale, base = scale.astype(dtype), base.astype(dtype)
     writes = 2 / (1 + jnp.exp(-(scale[1] * z + base)[:, n : 2 * n]))
@@ -286,7 +286,7 @@ def split_streams(
     return joined, writes, jax.lax.fori_loop(0, iterations - 1, once, by_columns(mixing))
 
 
-# --- output projection -----------------------------------------------------------------------------------------------
+# --- output projection
 def rotated_projection(out: Array, weight: Array, angles: Array, *, dtype=jnp.float32) -> Array:
     """dtype[T, g, O]: out[T, H, d], its last pairs turned back by angles[T, r / 2], by group times weight[g, I, O]."""
     tokens, kept = out.shape[0], out.shape[2] - 2 * angles.shape[1]
@@ -298,7 +298,7 @@ def rotated_projection(out: Array, weight: Array, angles: Array, *, dtype=jnp.fl
     return jnp.einsum("tgi,gio->tgo", rows, weight.astype(dtype), precision=HIGHEST)
 
 
-# --- router ----------------------------------------------------------------------------------------------------------
+# --- router
 def biased_grouped_topk(
     logits: Array, bias: Array, *, num_groups: int, groups_kept: int, k: int, scale: float, renormalize: bool = True
 ) -> tuple[Array, Array]:
@@ -348,7 +348,7 @@ def _shares(weights: Array, scale: float, renormalize: bool) -> Array:
     return weights * scale
 
 
-# --- rope ------------------------------------------------------------------------------------------------------------
+# --- rope
 def rotate(x: np.ndarray, angles: np.ndarray, *, interleaved: bool, inverse: bool = False) -> np.ndarray:
     """Rotates pairs of x[..., d] by angles[..., d // 2] (numpy, float64): (x_2i, x_2i+1) or (x_i, x_{i + d/2})."""
     x = np.asarray(x, np.float64)
@@ -362,7 +362,7 @@ def rotate(x: np.ndarray, angles: np.ndarray, *, interleaved: bool, inverse: boo
     )
 
 
-# --- projections -----------------------------------------------------------------------------------------------------
+# --- projections
 def norm_rope(
     x: Array,
     weight: Array | None,

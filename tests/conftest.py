@@ -1,25 +1,54 @@
-"""What every test module shares: the implementations under test, and where fixtures lie."""
+"""What every test module shares: the implementations under test, where fixtures lie, and how tests are distributed."""
 
+import atexit
 import gc
 import itertools
 import os
 import pathlib
+import shutil
+import tempfile
 
 # Decided before jax is imported anywhere: the tests are CPU tests, on whatever machine they run.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
-import jax
-import pytest
-from cdna_support import require_cdna
 
-from pallas_kernels import cdna
+def share_compiled_programs():
+    """Workers, and processes that tests start, take from a folder what another has compiled: a sixth of the time.
 
-FIXTURES = pathlib.Path(__file__).parent / "fixtures"
+    The folder lives as long as the run; JAX_COMPILATION_CACHE_DIR names one that stays.
+    """
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        folder = tempfile.mkdtemp(prefix="sparse-mla-jax-programs-")
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = folder
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+
+
+share_compiled_programs()
+
+import jax  # noqa: E402
+import pytest  # noqa: E402
+
+# Before the first import of it: assertions in what test modules share are explained like their own.
+pytest.register_assert_rewrite("support")
+
+from support import distribution, marks, shards  # noqa: E402
+from support.fixtures import fixtures as fixtures  # noqa: E402
+
+from pallas_kernels import cdna  # noqa: E402
+
+
+def pytest_addoption(parser, pluginmanager):
+    """Our option, and those and the hooks of tests/support."""
+    parser.addoption("--optimize", action="store_true", help="compile every program as well as XLA:CPU can")
+    pluginmanager.register(shards)
+    pluginmanager.register(distribution)
 
 
 # Every program that XLA:CPU compiles maps memory, and Linux gives a process 65530 mappings: at more than these, all
 # compiled programs are dropped between two tests.
-MOST_MAPPINGS = 20_000
+MOST_MAPPINGS = 30_000
 TESTS_BETWEEN_LOOKS = 20
 _looks = itertools.count(1)
 
@@ -34,22 +63,53 @@ def drop_compiled_programs():
         gc.collect()
 
 
-@pytest.fixture(params=["reference", "xla", "triton", "gfx942", "gfx950"])
+@pytest.fixture(scope="module")
+def quick_compile(pytestconfig):
+    """XLA:CPU optimises the programs of a module little, which takes a third of the time.
+
+    For tests of what programs compute, with bounds that hold however they are compiled. `--optimize` leaves it out.
+    """
+    if pytestconfig.option.optimize:
+        yield
+        return
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # for processes that tests start
+        jax.config.update("jax_disable_most_optimizations", True)
+        yield
+    jax.config.update("jax_disable_most_optimizations", False)
+    jax.clear_caches()
+
+
+# --- implementations
+def named_by_hand(metafunc, argument):
+    """Whether the test's own `parametrize` gives values of the argument."""
+    for mark in metafunc.definition.iter_markers("parametrize"):
+        names = mark.args[0] if mark.args else mark.kwargs["argnames"]
+        if argument in (names.replace(",", " ").split() if isinstance(names, str) else names):
+            return True
+    return False
+
+
+def pytest_generate_tests(metafunc):
+    """Gives a test that asks for `implementation` every implementation of an operator.
+
+    Interpret mode takes longest and checks least: where kernels run as machine code, it is a slow test unless the test
+    is marked `interpret`.
+    """
+    if "implementation" not in metafunc.fixturenames or named_by_hand(metafunc, "implementation"):
+        return
+    by_default = metafunc.definition.get_closest_marker("interpret") is not None
+    interpreted = "triton" if by_default else marks.interpreted("triton")
+    machines = cdna.ARCHITECTURES if marks.machine_code_runs() else ()
+    metafunc.parametrize("implementation", ["reference", "xla", interpreted, *machines], indirect=True)
+
+
+@pytest.fixture
 def implementation(request):
     """Every implementation of an operator.
 
     "triton" runs in interpret mode on a CPU; gfx942 and gfx950 are "triton" too, its kernels as machine code of that
     architecture, executed by our interpreter.
     """
-    if not request.param.startswith("gfx"):
-        yield request.param
-        return
-    require_cdna("triton")
-    with cdna.device(request.param):
-        yield "triton"
-
-
-@pytest.fixture
-def fixtures():
-    """The folder of checkpoints and arrays that tests compare with."""
-    return FIXTURES
+    with marks.running(request.param) as name:
+        yield name

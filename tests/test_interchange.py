@@ -201,7 +201,7 @@ ROWS = np.zeros((2, 3, 656), np.uint8)
     "call, message",
     [
         (lambda: kv_from_v32_rows(ROWS.astype(np.int8), dtype=FN), "rows is int8"),
-        (lambda: kv_from_v32_rows(ROWS[0], dtype=FN), "3 axes"),
+        (lambda: kv_from_v32_rows(ROWS[0], dtype=FN), r"expected uint8 \[pages, page_size, bytes\]"),
         (lambda: kv_from_v32_rows(ROWS[..., :655], dtype=FN), "expected 656 bytes"),
         (lambda: kv_from_v32_rows(ROWS, dtype=FN, group_size=100), "group_size is 100"),
         (lambda: kv_from_v32_rows(ROWS, dtype=FN, rope_dim=-1), "rope_dim is -1"),

@@ -201,7 +201,7 @@ TINY: Any = dict(latent_dim=8, rope_dim=2, group_size=4)
     "call, message",
     [
         (lambda: kv_from_v4_blocks(PAGES.astype(np.int8), page_size=2, dtype=FN), "blocks is int8"),
-        (lambda: kv_from_v4_blocks(PAGES[0], page_size=2, dtype=FN), "2 or 3 axes"),
+        (lambda: kv_from_v4_blocks(PAGES[0], page_size=2, dtype=FN), r"expected uint8 \[pages, stride\]"),
         (lambda: kv_from_v4_blocks(PAGES, page_size=3, dtype=FN), "3 tokens of 584 bytes need 1752"),
         (lambda: kv_from_v4_blocks(PAGES.reshape(2, 3, 576), page_size=3, dtype=FN), r"or \[pages, 3, 584\]"),
         (lambda: kv_from_v4_blocks(PAGES, page_size=0, dtype=FN), "page_size is 0"),

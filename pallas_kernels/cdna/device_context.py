@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from jax.experimental.buffer_callback import buffer_callback
 
-from pallas_kernels import _call
+from pallas_kernels import targets
 from pallas_kernels.cdna import compiler, lowering
 from pallas_kernels.cdna.execution import Counts, execute
 from pallas_kernels.cdna.interpreter.control_flow import ORDERS
@@ -105,5 +105,5 @@ def device(arch: str, *, compiler: str = "triton", order: str = "together") -> I
       ToolMissing: the compiler or the disassembler is not installed (while a program is traced).
     """
     chosen = Device(arch, compiler, order)
-    with _call.executor(chosen):
+    with targets.executor(chosen):
         yield chosen

@@ -17,7 +17,7 @@ import ml_dtypes
 import numpy as np
 from jax._src.lib.mlir import ir
 
-from pallas_kernels import _call
+from pallas_kernels import _primitives
 from pallas_kernels.cdna.program import ARCHITECTURES, COMPUTE_UNITS
 
 CUSTOM_CALL = "__gpu$xla.gpu.triton"
@@ -98,7 +98,7 @@ def _array_type(value: ir.Value) -> tuple[tuple[int, ...], np.dtype]:
 
 def _triton_ir(serialized: bytes) -> str:
     """Text of Triton IR, without locations, so that it does not depend on where the source stands."""
-    with _call.ir_context():
+    with _primitives.ir_context():
         return str(ir.Module.parse(serialized).operation.get_asm())
 
 

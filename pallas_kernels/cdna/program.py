@@ -6,14 +6,15 @@ import dataclasses
 
 import numpy as np
 
-# Limits of the two machines: bytes of LDS a workgroup may have, vector registers of one SIMD lane, compute units,
-# peak memory bandwidth in bytes a second, and engine clock in Hz (AMD's data sheets of MI300X and MI355X).
-LDS_BYTES = {"gfx942": 64 * 1024, "gfx950": 160 * 1024}
-COMPUTE_UNITS = {"gfx942": 304, "gfx950": 256}
-BANDWIDTH = {"gfx942": 5.3e12, "gfx950": 8.0e12}
-CLOCK = {"gfx942": 2.1e9, "gfx950": 2.4e9}
-PRODUCT = {"gfx942": "MI300X", "gfx950": "MI355X"}
-ARCHITECTURES = tuple(LDS_BYTES)
+from pallas_kernels.targets import CDNA
+
+# By architecture, from `targets`.
+ARCHITECTURES = tuple(t.name for t in CDNA)
+LDS_BYTES = {t.name: t.lds_bytes for t in CDNA}
+COMPUTE_UNITS = {t.name: t.units for t in CDNA}
+BANDWIDTH = {t.name: t.bandwidth for t in CDNA}
+CLOCK = {t.name: t.clock for t in CDNA}
+PRODUCT = {t.name: t.product for t in CDNA}
 COMPILERS = ("xla", "triton")
 MAX_THREADS = 1024
 

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from typing import Literal
 
-from pallas_kernels._call import CDNA
+from pallas_kernels.targets import CDNA, GFX942, NVIDIA, Target, find
+from pallas_kernels.tiles import power_of_two
 
-# Programs that keep the machines at hand busy (132 to 304 compute units); more splits only add merging.
-TARGET_PROGRAMS = 256
-# Waves of attention that the machines hold, one on each SIMD.
-SIMDS = {"gfx942": 304 * 4, "gfx950": 256 * 4}
 # A split shorter than this costs more in merging than it hides.
 MIN_SPLIT_KEYS = 256
 
@@ -30,12 +28,12 @@ class AttentionPlan:
         an error of 1.7e-3, as much as rounding the result to bfloat16 does.
       num_warps: waves per program.
       num_stages: software pipelining depth.
-      anchored: keys that are not there repeat one that is, so that no key passes through a select.
+      form: the kernel. "fp8" multiplies FP8 keys by FP8 queries, "float16" scaled float16 keys; each runs where it
+        supports the call, "planes" everywhere else. See the files of that name in `pallas_kernels/sparse_attention`.
+      anchored: absent keys repeat a present one, so that no key passes through a select. Of "planes" alone.
       fenced: all of a step's keys are asked for before the first is used, on CDNA, where the compiler would save
-        registers by a wait for memory at every tile.
-      float16: FP8 keys become scaled float16 (sparse_attention_float16), where that form takes the call.
-      native: FP8 keys are multiplied by FP8 queries (sparse_attention_fp8), where that form takes the call.
-      half_parts: these two forms hand on parts of a row as float16 in units of their own, not as float32.
+        registers by a wait for memory at every tile. Of "planes" alone.
+      half_parts: splits of a row are handed on as float16 with a power of two each, not as float32. Not of "planes".
     """
 
     head_block: int = 16
@@ -46,13 +44,14 @@ class AttentionPlan:
     exact_weights: bool = True
     num_warps: int = 4
     num_stages: int = 1
+    form: Literal["planes", "float16", "fp8"] = "planes"
     anchored: bool = False
     fenced: bool = False
-    float16: bool = False
-    native: bool = False
     half_parts: bool = False
 
     def __post_init__(self) -> None:
+        if self.form not in ("planes", "float16", "fp8"):
+            raise ValueError(f"AttentionPlan.form is {self.form!r}; expected 'planes', 'float16' or 'fp8'.")
         for name in ("head_block", "key_block", "tile"):
             n = getattr(self, name)
             if n < 16 or n != power_of_two(n):
@@ -62,11 +61,6 @@ class AttentionPlan:
                 f"AttentionPlan has splits {self.splits}, shares {self.shares} and half_parts {self.half_parts};"
                 " expected splits of at least 1, and shares of more than 0 or half_parts only with more than one."
             )
-
-
-def power_of_two(n: int) -> int:
-    """The smallest power of two that is at least `n`."""
-    return 1 << max(0, n - 1).bit_length()
 
 
 @functools.lru_cache(maxsize=1024)
@@ -80,18 +74,19 @@ def attention_plan(
     native: bool = False,
     key_bytes: int = 0,
     ragged: bool = False,
-    target: str = "gpu",
+    target: Target | str,
 ) -> AttentionPlan:
     """Heuristic plan for `tokens` rows of about `width` keys in all sources; itemsize 4 means float32 products.
 
     native: FP8 keys are such that NVIDIA's units multiply them; key_bytes: what of a key they read.
     """
-    if itemsize == 2 and target == "gpu" and native:
+    target = find(target)
+    if itemsize == 2 and target == NVIDIA and native:
         return _native_plan(tokens, heads, width, ragged, key_bytes)
-    if itemsize == 2 and target == "gpu":
+    if itemsize == 2 and target == NVIDIA:
         return (_float16_plan if fp8 else _bfloat16_plan)(tokens, heads, width, ragged)
     programs = tokens * -(-heads // 16)
-    resident = SIMDS[target] if itemsize == 2 and target in CDNA else TARGET_PROGRAMS
+    resident = target.units * target.simds if itemsize == 2 and target in CDNA else target.programs
     wanted = power_of_two(max(1, resident // max(1, programs)))
     splits = max(1, min(wanted, width // MIN_SPLIT_KEYS, 16))
     if target not in CDNA:
@@ -100,7 +95,7 @@ def attention_plan(
     if itemsize == 4:
         return AttentionPlan(splits=splits, num_warps=2)
     # Words reach the matrix operand's form through LDS unless their tile is narrow.
-    tile = 128 if not fp8 else 16 if target == "gfx942" else 32
+    tile = 128 if not fp8 else 16 if target == GFX942 else 32
     # Selects on keys cost instructions on gfx942, and on gfx950 a register that XLA:ROCm moves, with two sources.
     return AttentionPlan(splits=splits, tile=tile, num_warps=1, anchored=True, fenced=True)
 
@@ -140,7 +135,7 @@ def _native_plan(tokens: int, heads: int, width: int, ragged: bool, key_bytes: i
         num_warps=8 if wide else 4,
         # 5 hold two blocks of keys in shared memory, if two programs have room for that; 3 hold one: as well for few.
         num_stages=5 if not wide and key_bytes <= 576 and blocks >= 2 * splits else 3,
-        native=True,
+        form="fp8",
         # Results of a part of few keys are as much to move as its keys; with many, the compiler makes a worse loop.
         half_parts=splits > 1 and blocks <= 4 * splits,
     )
@@ -154,7 +149,9 @@ def _float16_plan(tokens: int, heads: int, width: int, ragged: bool) -> Attentio
     wide = block == 32 or 4 <= programs <= 8
     resident, key_block = (132, 64) if wide else (264, 32)
     splits = _splits(programs, resident, ragged, width // key_block)
-    return AttentionPlan(head_block=block, key_block=key_block, splits=splits, num_warps=8 if wide else 4, float16=True)
+    return AttentionPlan(
+        head_block=block, key_block=key_block, splits=splits, num_warps=8 if wide else 4, form="float16"
+    )
 
 
 def _bfloat16_plan(tokens: int, heads: int, width: int, ragged: bool) -> AttentionPlan:

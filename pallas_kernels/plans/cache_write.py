@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 
-from pallas_kernels._call import CDNA
-from pallas_kernels.plans.attention import power_of_two
+from pallas_kernels.targets import Target, find
+from pallas_kernels.tiles import power_of_two
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,8 +23,9 @@ class CacheWritePlan:
 
 
 @functools.lru_cache(maxsize=1024)
-def cache_write_plan(*, tokens: int, width: int, target: str = "gpu") -> CacheWritePlan:
+def cache_write_plan(*, tokens: int, width: int, target: Target | str) -> CacheWritePlan:
     """Heuristic plan for tokens whose widest row has `width` values: four to a lane."""
-    wave = 64 if target in CDNA else 32
+    target = find(target)
+    wave = target.wave
     num_warps = max(1, min(4, power_of_two(width) // (4 * wave)))
     return CacheWritePlan(max(16, min(1024, power_of_two(tokens))), num_warps)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 
-from pallas_kernels._call import CDNA
-from pallas_kernels.plans.attention import power_of_two
+from pallas_kernels.targets import Target, find
+from pallas_kernels.tiles import power_of_two
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,12 +23,13 @@ class CompressPlan:
 
 
 @functools.lru_cache(maxsize=1024)
-def compress_plan(*, rows: int, width: int, target: str = "gpu") -> CompressPlan:
+def compress_plan(*, rows: int, width: int, target: Target | str) -> CompressPlan:
     """Heuristic plan for entries of `width` values made of `rows` tokens: two values of each token to a lane.
 
     Few windows close in a decode step, so programs are made quick, not lean: half the lanes would execute a third
     fewer wave-instructions (gfx942, ratio 4) but each wave more.
     """
-    wave = 64 if target in CDNA else 32
+    target = find(target)
+    wave = target.wave
     num_warps = max(1, min(8, power_of_two(width) // (2 * wave)))
     return CompressPlan(16 if rows > 16 else 8, num_warps)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 
-from pallas_kernels._call import CDNA
-from pallas_kernels.plans.attention import TARGET_PROGRAMS, power_of_two
+from pallas_kernels.targets import Target, find
+from pallas_kernels.tiles import power_of_two
 
 # Values of one stream that a lane holds: two 16-byte loads of bfloat16. All of a row is in flight with any number of
 # waves, and every one of them repeats the mixing matrices.
@@ -29,10 +29,11 @@ class HyperConnectionPlan:
 
 
 @functools.lru_cache(maxsize=1024)
-def hyper_connection_plan(*, tokens: int, width: int, target: str = "gpu") -> HyperConnectionPlan:
+def hyper_connection_plan(*, tokens: int, width: int, target: Target | str) -> HyperConnectionPlan:
     """Heuristic plan for `tokens` rows of streams of `width` values."""
-    wave = 64 if target in CDNA else 32
+    target = find(target)
+    wave = target.wave
     num_warps = max(1, min(16, power_of_two(width) // (LANE_VALUES * wave)))
     # More than one where all units have work anyhow.
-    block = max(1, min(MOST_TOKENS, power_of_two(tokens // (4 * TARGET_PROGRAMS))))
+    block = max(1, min(MOST_TOKENS, power_of_two(tokens // (4 * target.programs))))
     return HyperConnectionPlan(block, num_warps)

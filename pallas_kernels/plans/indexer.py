@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 
-from pallas_kernels._call import CDNA
-from pallas_kernels.plans.attention import power_of_two
+from pallas_kernels.targets import CDNA, GFX950, Target, find
+from pallas_kernels.tiles import power_of_two
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,12 +41,13 @@ SHARED_PROGRAMS, PAGED_PROGRAMS = 1024, 2048
 
 @functools.lru_cache(maxsize=1024)
 def indexer_plan(
-    *, tokens: int, heads: int, columns: int, itemsize: int, shared_keys: bool, target: str = "gpu"
+    *, tokens: int, heads: int, columns: int, itemsize: int, shared_keys: bool, target: Target | str
 ) -> IndexerPlan:
     """Heuristic plan; shared_keys: all tokens read the same keys, so a program holds a block for several tokens.
 
     itemsize is that of a factor of the products: 1 where FP8 is multiplied as it is.
     """
+    target = find(target)
     narrow = target in CDNA or itemsize == 4
     key_block = max(16, min(32 if itemsize == 4 else 64, power_of_two(columns)))
     head_block = max(16, min(16 if itemsize == 4 else 64, power_of_two(heads)))
@@ -58,7 +59,7 @@ def indexer_plan(
             token_block=token_block,
             head_block=head_block,
             keys_first=itemsize != 4,
-            num_warps=2 if target == "gfx950" and itemsize != 4 else 4,
+            num_warps=2 if target == GFX950 and itemsize != 4 else 4,
         )
     if not shared_keys:
         steps = max(1, min(16, tokens * -(-columns // key_block) // PAGED_PROGRAMS))

@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 
-from pallas_kernels._call import CDNA
-from pallas_kernels.plans.attention import power_of_two
+from pallas_kernels.targets import CDNA, Target, find
+from pallas_kernels.tiles import power_of_two
 
 # Values of a tile that a lane holds, unless 8 waves are too few: on CDNA more, reductions across waves cost so much.
 LANE_VALUES, CDNA_LANE_VALUES = 8, 32
@@ -30,9 +30,10 @@ class NormRopePlan:
 
 
 @functools.lru_cache(maxsize=1024)
-def norm_rope_plan(*, widest: int, target: str = "gpu") -> NormRopePlan:
+def norm_rope_plan(*, widest: int, target: Target | str) -> NormRopePlan:
     """Heuristic plan for parts whose widest head has `widest` values."""
-    per_wave = 64 * CDNA_LANE_VALUES if target in CDNA else 32 * LANE_VALUES
+    target = find(target)
+    per_wave = target.wave * (CDNA_LANE_VALUES if target in CDNA else LANE_VALUES)
     tile = 1024
     num_warps = max(tile, power_of_two(widest)) // per_wave
     return NormRopePlan(tile, max(1, min(8, num_warps)))

@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 
-from pallas_kernels.plans.attention import TARGET_PROGRAMS, power_of_two
+from pallas_kernels.targets import NVIDIA, Target, find
+from pallas_kernels.tiles import power_of_two
 
 # Sides of a matrix instruction's operands.
 LEAST = 16
@@ -43,14 +44,15 @@ def _step(kept: int, widest: int) -> int:
 
 @functools.lru_cache(maxsize=1024)
 def projection_plan(
-    *, tokens: int, groups: int, columns: int, kept: int, itemsize: int = 2, target: str = "gpu"
+    *, tokens: int, groups: int, columns: int, kept: int, itemsize: int = 2, target: Target | str
 ) -> ProjectionPlan:
     """Heuristic plan for `tokens` tokens, `groups` products of `columns` columns, heads of `kept` unrotated values.
 
     Few tokens: the weights are what is read, by as many programs as there are units. Many: larger tiles read them less.
     """
-    wanted = NVIDIA_PROGRAMS if target == "gpu" else TARGET_PROGRAMS
-    if target == "gpu" and itemsize == 2 and groups * (tokens // 128) * (columns // 256) >= wanted:
+    target = find(target)
+    wanted = NVIDIA_PROGRAMS if target == NVIDIA else target.programs
+    if target == NVIDIA and itemsize == 2 and groups * (tokens // 128) * (columns // 256) >= wanted:
         # One program of two groups of warps fills a multiprocessor.
         return ProjectionPlan(128, 256, _step(kept, 64), num_warps=8, num_stages=3)
     step = _step(kept, 256 // itemsize)
@@ -59,7 +61,7 @@ def projection_plan(
     while width > 2 * LEAST and groups * -(-columns // width) * -(-tokens // block) < wanted:
         width //= 2
     width = max(LEAST, min(width, power_of_two(columns)))
-    if target != "gpu":
+    if target != NVIDIA:
         # Waves without a tile of the result of their own repeat each other's.
         return ProjectionPlan(block, width, step, num_warps=min(4, block * width // LEAST**2))
     # 4 KiB of weights a step and program: several on their way keep the memory busy.

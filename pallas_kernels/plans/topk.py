@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 
-from pallas_kernels._call import CDNA
-from pallas_kernels.plans.attention import power_of_two
+from pallas_kernels.targets import CDNA, Target, find
+from pallas_kernels.tiles import power_of_two
 
 # Columns of a row that stays in registers, and those that a longer row is read by.
 REGISTER_BLOCK = 8192
@@ -41,9 +41,10 @@ class TopKPlan:
 
 
 @functools.lru_cache(maxsize=1024)
-def topk_plan(*, columns: int, k: int, target: str = "gpu") -> TopKPlan:
+def topk_plan(*, columns: int, k: int, target: Target | str) -> TopKPlan:
     """Heuristic plan: as many waves as leave 8 columns to a lane, up to 16."""
-    wave = 64 if target in CDNA else 32
+    target = find(target)
+    wave = target.wave
     block = max(4 * wave, min(REGISTER_BLOCK, power_of_two(columns)))
     if columns > block and (k <= STREAM_BLOCK // 2 or target in CDNA):
         # On CDNA the masks of 8 columns per lane would spill scalar registers.

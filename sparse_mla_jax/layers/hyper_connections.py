@@ -19,23 +19,23 @@ from sparse_mla_jax.ops.hyper_connections import doubly_stochastic, merge, split
 
 __all__ = ["doubly_stochastic", "join_streams", "merge_streams", "split_streams"]
 
-# The product is cut along its inner dimension into so many parts at most, of so many values at least: a few columns of
-# a few tokens would leave a GPU idle, and the sum of the parts would be a launch of its own.
-_PARTS, _PART = 32, 128
+# Most splits of the product's inner dimension, and least values of one. Without splits a few columns of a few tokens
+# leave a GPU idle; the operator adds them up, since their sum would be a launch of its own.
+_MAX_SPLITS, _MIN_SPLIT_SIZE = 32, 128
 
 
-def _product(streams: Array, matrix: Array) -> Array:
-    """Parts float32[S, T, O] of the concatenation of streams[T, n, D] times matrix[n * D, O]."""
+def _multiply_in_splits(streams: Array, matrix: Array) -> Array:
+    """Splits float32[S, T, O] whose sum is the concatenation of streams[T, n, D] times matrix[n * D, O]."""
     tokens, n, width = streams.shape
     require(
         matrix.shape[0] == n * width,
         f"fn has shape {matrix.shape}; streams of {n} x {width} values need {n * width} rows.",
     )
-    parts = _PARTS
-    while parts > 1 and (n * width % parts or n * width < parts * _PART):
-        parts //= 2
-    flat = streams.reshape(tokens, parts, n * width // parts).astype(jnp.float32)
-    matrix = matrix.astype(jnp.float32).reshape(parts, n * width // parts, matrix.shape[1])
+    splits = _MAX_SPLITS
+    while splits > 1 and (n * width % splits or n * width < splits * _MIN_SPLIT_SIZE):
+        splits //= 2
+    flat = streams.reshape(tokens, splits, n * width // splits).astype(jnp.float32)
+    matrix = matrix.astype(jnp.float32).reshape(splits, n * width // splits, matrix.shape[1])
     # Mixing weights steer every later layer: float32 products even where the platform's default is less.
     return jnp.einsum("tsi,sio->sto", flat, matrix, precision=jax.lax.Precision.HIGHEST)
 
@@ -48,7 +48,7 @@ def split_streams(
     norm: Array | None = None,
     implementation: str | None = None,
 ) -> tuple[Array, tuple[Array, Array]]:
-    """What a sub-layer reads, and how its output goes back.
+    """The input of a sub-layer, and the weights by which `join_streams` adds its output.
 
     Args:
       params: fn [n * D, n * (n + 2)], base [n * (n + 2)], scale [3], float32.
@@ -66,7 +66,7 @@ def split_streams(
     """
     joined, writes, mixing = split(
         streams,
-        _product(streams, params["fn"]),
+        _multiply_in_splits(streams, params["fn"]),
         params["base"],
         params["scale"],
         iterations=config.hc_sinkhorn_iters,
@@ -117,7 +117,7 @@ def merge_streams(
     """
     return merge(
         streams,
-        _product(streams, params["fn"]),
+        _multiply_in_splits(streams, params["fn"]),
         params["base"],
         params["scale"],
         eps=config.hc_eps,

@@ -7,7 +7,8 @@ mixes of both are the same call, told apart by the metadata only.
 from __future__ import annotations
 
 import functools
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,19 +17,20 @@ from jax import Array
 
 from sparse_mla_jax._check import require
 from sparse_mla_jax.config import DeepseekV32Config
-from sparse_mla_jax.layers.moe import matmul
 from sparse_mla_jax.layers.norm import INNER_EPS
+from sparse_mla_jax.layers.projections import Path, fuse, place, project
+from sparse_mla_jax.layers.selection import IndexInputs, Queries, select_visible
 from sparse_mla_jax.metadata import StepMetadata
 from sparse_mla_jax.ops.attention import sparse_mla
 from sparse_mla_jax.ops.cache import PagedIndexCache, PagedKVCache, write_token
 from sparse_mla_jax.ops.fp8 import is_fp8
 from sparse_mla_jax.ops.indexer import lightning_indexer
-from sparse_mla_jax.ops.norm_rope import Part, norm_rope
+from sparse_mla_jax.ops.norm_rope import Section, norm_rope
 from sparse_mla_jax.ops.ragged import slots_from_positions
 from sparse_mla_jax.ops.rope import rope_frequencies
 
 
-def _check(
+def _check_call(
     hidden: Array, cache: PagedKVCache, index: PagedIndexCache, meta: StepMetadata, c: DeepseekV32Config
 ) -> None:
     require(
@@ -53,7 +55,14 @@ def _check(
         )
 
 
-# --- projections -----------------------------------------------------------------------------------------------------
+# --- projections
+# The weights that share an input, in order of columns.
+_GROUPS: dict[str, list[Path]] = {
+    "hidden_proj": [("q_a_proj",), ("kv_a_proj_with_mqa",), ("indexer", "wk"), ("indexer", "weights_proj")],
+    "q_latent_proj": [("indexer", "wq_b"), ("q_b_proj",)],
+}
+
+
 def fuse_projections(params: dict[str, Any]) -> dict[str, Any]:
     """One layer's weights with those that multiply the same input side by side: two products fewer, and fewer launches.
 
@@ -64,108 +73,100 @@ def fuse_projections(params: dict[str, Any]) -> dict[str, Any]:
     """
     if "hidden_proj" in params:
         return params
-    indexer, key = params["indexer"], params["kv_b_k"]
+    key = params["kv_b_k"]
     heads, nope, rank = key.shape
     rope = params["q_b_proj"].shape[2] - nope
     absorb = jnp.zeros((heads, nope + rope, rank + rope), key.dtype).at[:, :nope, :rank].set(key)
-    first, second = (jnp.concatenate(_flat(weights), axis=1) for weights in _side_by_side(params))
-    kept = {name: params[name] for name in ("q_a_layernorm", "kv_a_layernorm", "kv_b_v", "o_proj")}
-    return kept | {
-        "hidden_proj": first,
-        "q_latent_proj": second,
-        "q_absorb": absorb.at[:, nope:, rank:].set(jnp.eye(rope, dtype=key.dtype)),
-        "indexer": {"k_norm": indexer["k_norm"]},
-    }
+    fused = fuse({name: weight for name, weight in params.items() if name != "kv_b_k"}, _GROUPS)
+    return fused | {"q_absorb": absorb.at[:, nope:, rank:].set(jnp.eye(rope, dtype=key.dtype))}
 
 
-def _side_by_side(params: dict[str, Any]) -> tuple[list[Array], list[Array]]:
-    """Weights of the products of the hidden state, and of those of the query's low-rank form, in order of columns."""
-    indexer = params["indexer"]
-    hidden = [params["q_a_proj"], params["kv_a_proj_with_mqa"], indexer["wk"], indexer["weights_proj"]]
-    return hidden, [indexer["wq_b"], params["q_b_proj"]]
+class _LatentProjections(NamedTuple):
+    """Products of the hidden state, float32 but the first, which has hidden's type.
 
-
-def _flat(weights: list[Array]) -> list[Array]:
-    """Matrices [D, columns] of weights [D, ...]."""
-    return [w.reshape(w.shape[0], -1) for w in weights]
-
-
-def _products(x: Array, weights: list[Array]) -> Array:
-    """float32[T, columns]: x times each of the weights, side by side."""
-    return jnp.concatenate([matmul(x, w) for w in _flat(weights)], axis=1)
-
-
-def _from_hidden(
-    params: dict[str, Any], hidden: Array, meta: StepMetadata, c: DeepseekV32Config, implementation: str | None
-) -> tuple[Array, ...]:
-    """All that a layer makes of its input, float32 but the first, which has hidden's type.
-
-    The query's low-rank form [T, r_q], which heads and indexer share; what the caches keep: the normed latent [T, R],
-    the rotated shared key [T, dr], the indexer's key [T, Di]; and the indexer's head weights [T, Hi], scales folded in.
+    Attributes:
+      q_latent: [T, r_q], the query's low-rank form, which heads and indexer share.
+      latent: [T, R], normed.
+      rope: [T, dr], the rotated shared key.
+      index_key: [T, Di].
+      index_weights: [T, Hi], the indexer's head weights, scales folded in.
     """
-    fused = "hidden_proj" in params
-    x = matmul(hidden, params["hidden_proj"]) if fused else _products(hidden, _side_by_side(params)[0])
-    norm, part = params["indexer"]["k_norm"], functools.partial(Part, heads=1, dtype="float32")
-    scale = c.index_n_heads**-0.5 * c.index_head_dim**-0.5
-    latent = c.q_lora_rank
-    rope = latent + c.kv_lora_rank
-    key = rope + c.qk_rope_head_dim
-    parts = (
-        part(start=0, width=c.q_lora_rank, weight=params["q_a_layernorm"], dtype=hidden.dtype.name),
-        part(start=latent, width=c.kv_lora_rank, weight=params["kv_a_layernorm"]),
-        part(start=rope, width=c.qk_rope_head_dim, rotated=0, interleaved=True),
-        part(start=key, width=c.index_head_dim, weight=norm["weight"], bias=norm["bias"], rotated=0),
-        part(start=key + c.index_head_dim, width=c.index_n_heads, scale=scale),
+
+    q_latent: Array
+    latent: Array
+    rope: Array
+    index_key: Array
+    index_weights: Array
+
+
+def _project_hidden(
+    params: dict[str, Any], hidden: Array, meta: StepMetadata, c: DeepseekV32Config, implementation: str | None
+) -> _LatentProjections:
+    norm, part = params["indexer"]["k_norm"], functools.partial(Section, 0, 1, dtype="float32")
+    parts = place(
+        [
+            part(c.q_lora_rank, weight=params["q_a_layernorm"], dtype=hidden.dtype.name),
+            part(c.kv_lora_rank, weight=params["kv_a_layernorm"]),
+            part(c.qk_rope_head_dim, rotated=0, interleaved=True),
+            part(c.index_head_dim, weight=norm["weight"], bias=norm["bias"], rotated=0),
+            part(c.index_n_heads, scale=c.index_n_heads**-0.5 * c.index_head_dim**-0.5),
+        ]
     )
-    done = norm_rope(x, parts, meta.positions, _frequencies(c), eps=INNER_EPS, implementation=implementation)
-    return tuple(heads[:, 0] for heads in done)
+    finish = functools.partial(
+        norm_rope,
+        positions=meta.positions,
+        frequencies=_frequencies(c),
+        eps=INNER_EPS,
+        implementation=implementation,
+    )
+    done = project(params, "hidden_proj", hidden, _GROUPS["hidden_proj"], parts, finish)
+    return _LatentProjections(*(heads[:, 0] for heads in done))
 
 
-def _from_q_latent(
+def _project_q_latent(
     params: dict[str, Any],
     q_latent: Array,
     meta: StepMetadata,
     c: DeepseekV32Config,
     implementation: str | None,
     *,
-    indexer: tuple[np.dtype, Array] | None,
-) -> tuple[Array, tuple[Array, Array] | None]:
-    """The queries [T, H, dn + dr] with their last dr values rotated; and what the indexer asks with (`index_query`).
+    index_dtype: Any = None,
+    index_weights: Array | None = None,
+) -> Queries:
+    """The queries [T, H, dn + dr] with their last dr values rotated, and the indexer's if its head weights are given.
 
-    `indexer`: type of the indexer's queries and its head weights [T, Hi]; None if it is not asked.
+    `index_dtype`: type of the indexer's queries, None without head weights.
     """
-    start = 0 if indexer is None else c.index_n_heads * c.index_head_dim
-    if "q_latent_proj" in params:
-        x, start = matmul(q_latent, params["q_latent_proj"]), c.index_n_heads * c.index_head_dim
-    else:
-        # Where the indexer is not asked, its weights are not read.
-        x = _products(q_latent, _side_by_side(params)[1][indexer is None :])
-    parts = [_query_part(start, c, q_latent.dtype)]
-    if indexer is not None:
-        parts.append(_index_part(c, *indexer))
-    x = x.astype(q_latent.dtype)
-    done = norm_rope(x, parts, meta.positions, _frequencies(c), implementation=implementation)
-    if indexer is None:
-        return done[0], None
-    return done[0], done[1] if parts[1].quantized else (done[1], indexer[1])
+    parts = [_query_part(c, q_latent.dtype)]
+    if index_weights is not None:
+        parts.append(_index_part(c, jnp.dtype(index_dtype), index_weights))
+
+    def finish(product: Array, parts: Sequence[Section]) -> list[Any]:
+        product = product.astype(q_latent.dtype)
+        return norm_rope(product, parts, meta.positions, _frequencies(c), implementation=implementation)
+
+    done = project(params, "q_latent_proj", q_latent, _GROUPS["q_latent_proj"], parts, finish)
+    if index_weights is None:
+        return Queries(done[0], None)
+    return Queries(done[0], IndexInputs(*(done[1] if parts[1].quantized else (done[1], index_weights))))
 
 
-def _query_part(start: int, c: DeepseekV32Config, dtype: np.dtype) -> Part:
-    rotated = c.qk_nope_head_dim
-    return Part(start, c.num_attention_heads, c.qk_head_dim, dtype.name, rotated=rotated, interleaved=True)
+def _query_part(c: DeepseekV32Config, dtype: np.dtype) -> Section:
+    start, rotated = c.index_n_heads * c.index_head_dim, c.qk_nope_head_dim
+    return Section(start, c.num_attention_heads, c.qk_head_dim, dtype.name, rotated=rotated, interleaved=True)
 
 
-def _index_part(c: DeepseekV32Config, dtype: np.dtype, weights: Array) -> Part:
+def _index_part(c: DeepseekV32Config, dtype: np.dtype, weights: Array) -> Section:
     """The indexer's convention: half-split rotation of the first dimensions, the others untouched."""
     factor = weights if is_fp8(dtype) else None
-    return Part(0, c.index_n_heads, c.index_head_dim, dtype.name, rotated=0, factor=factor)
+    return Section(0, c.index_n_heads, c.index_head_dim, dtype.name, rotated=0, factor=factor)
 
 
 def _frequencies(c: DeepseekV32Config) -> np.ndarray:
     return rope_frequencies(c.rope, c.qk_rope_head_dim)
 
 
-# --- selection -------------------------------------------------------------------------------------------------------
+# --- selection
 def _index_dtype(index_cache: PagedIndexCache, hidden: Array, c: DeepseekV32Config) -> np.dtype:
     """Type of the indexer's queries: that of its keys where both are to be FP8, else hidden's."""
     return index_cache.dtype if c.quantize_index_query and index_cache.quantized else hidden.dtype
@@ -177,21 +178,28 @@ def index_query(
     metadata: StepMetadata,
     *,
     config: DeepseekV32Config,
+    implementation: str | None = None,
     q_latent: Array | None = None,
     dtype: Any = None,
-) -> tuple[Array, Array]:
-    """What the indexer asks with: (query [T, Hi, Di], head weights float32[T, Hi]), scales folded in.
+) -> IndexInputs:
+    """The indexer's query and head weights: (query [T, Hi, Di], weights float32[T, Hi]), scales folded in.
 
     Arguments as those of `attention_step`, and:
       q_latent: [T, r_q], the query's low-rank form where it is known already.
       dtype: of the query: hidden's (None), or an FP8 type: quantised per token and head, its scales in the weights.
     """
-    dtype = jnp.dtype(hidden.dtype if dtype is None else dtype)
-    known, *_, weights = _from_hidden(params, hidden, metadata, config, None)
-    q_latent = known if q_latent is None else q_latent
-    asked = _from_q_latent(params, q_latent, metadata, config, None, indexer=(dtype, weights))[1]
-    assert asked is not None
-    return asked
+    known = _project_hidden(params, hidden, metadata, config, implementation)
+    inputs = _project_q_latent(
+        params,
+        known.q_latent if q_latent is None else q_latent,
+        metadata,
+        config,
+        implementation,
+        index_dtype=hidden.dtype if dtype is None else dtype,
+        index_weights=known.index_weights,
+    ).index_inputs
+    assert inputs is not None
+    return inputs
 
 
 def select_positions(
@@ -208,31 +216,37 @@ def select_positions(
 
     Arguments as those of `attention_step`; `index_cache` must hold this step's keys already.
     """
-    asked = None
-    if not _takes_all(metadata, config):
-        dtype = _index_dtype(index_cache, hidden, config)
-        asked = index_query(params, hidden, metadata, config=config, q_latent=q_latent, dtype=dtype)
-    return _select(asked, index_cache, metadata, config, implementation)
+    inputs = None
+    if _needs_indexer(metadata, config):
+        inputs = index_query(
+            params,
+            hidden,
+            metadata,
+            config=config,
+            implementation=implementation,
+            q_latent=q_latent,
+            dtype=_index_dtype(index_cache, hidden, config),
+        )
+    return _select(inputs, index_cache, metadata, config, implementation)
 
 
-def _takes_all(meta: StepMetadata, c: DeepseekV32Config) -> bool:
-    """Whether every visible key would be chosen, so that nobody needs to ask."""
-    return meta.max_length <= c.index_topk
+def _needs_indexer(meta: StepMetadata, c: DeepseekV32Config) -> bool:
+    """Whether there can be visible keys that it would not choose."""
+    return meta.max_length > c.index_topk
 
 
 def _select(
-    asked: tuple[Array, Array] | None,
+    inputs: IndexInputs | None,
     index_cache: PagedIndexCache,
     meta: StepMetadata,
     c: DeepseekV32Config,
     implementation: str | None,
 ) -> Array:
     """The result of `select_positions`, from that of `index_query`."""
-    if asked is None:
-        column = jnp.arange(meta.max_length, dtype=jnp.int32)[None, :]
-        return jnp.where(column < meta.lengths[:, None], column, -1)
+    if inputs is None:
+        return select_visible(meta.lengths, meta.max_length)
     return lightning_indexer(
-        *asked,
+        *inputs,
         index_cache,
         meta.page_table,
         meta.request_ids,
@@ -243,21 +257,21 @@ def _select(
     )
 
 
-# --- attention -------------------------------------------------------------------------------------------------------
+# --- attention
 def _per_head(x: Array, weight: Array) -> Array:
     """x[T, H, I] times weight[H, I, O] per head, accumulated and returned in float32."""
     product = functools.partial(jnp.einsum, "thi,hio->tho", preferred_element_type=jnp.float32)
     if x.dtype == weight.dtype == jnp.float32:
         return product(x, weight)
 
-    def widened(x: Array, weight: Array) -> Array:
+    def widen(x: Array, weight: Array) -> Array:
         # XLA:CPU refuses a batched bfloat16 product with a float32 result, and sums one with a bfloat16 result in bf16.
         return product(x.astype(jnp.float32), weight.astype(jnp.float32))
 
-    return jax.lax.platform_dependent(x, weight, cpu=widened, default=product)
+    return jax.lax.platform_dependent(x, weight, cpu=widen, default=product)
 
 
-def _absorbed(params: dict[str, Any], query: Array) -> Array:
+def _absorb(params: dict[str, Any], query: Array) -> Array:
     """Queries [T, H, dn + dr], rotated, as the cache's keys are: [T, H, R + dr] in query's type."""
     if "q_absorb" in params:
         return _per_head(query, params["q_absorb"]).astype(query.dtype)
@@ -276,7 +290,7 @@ def _attend(
 ) -> Array:
     """Absorbed attention: queries are taken into the latent space, results out of it, keys are never expanded."""
     out = sparse_mla(
-        _absorbed(params, query),
+        _absorb(params, query),
         cache,
         rows,
         sm_scale=config.sm_scale,
@@ -302,7 +316,7 @@ def attention_step(
     `hidden` is the RMS-normed input of the sub-layer, and the result is the sub-layer's output without the residual:
     the norm before it and the addition after it are the caller's. New latents, rotary keys and index keys are written
     first, so that a token sees itself and the earlier tokens of its own chunk. Where the page table can not hold more
-    than index_topk tokens the indexer is not asked, but its keys are written all the same. Donate the caches: they
+    than index_topk tokens the indexer does not run, but its keys are written all the same. Donate the caches: they
     are then updated in place. Method: DeepSeek-V3.2 (arXiv:2512.02556), multi-head latent attention in the absorbed
     form of DeepSeek-V2 (arXiv:2405.04434, appendix C).
 
@@ -327,16 +341,22 @@ def attention_step(
     Raises:
       ValueError: shapes of hidden, caches, metadata and config that do not fit together (at trace time).
     """
-    _check(hidden, cache, index_cache, metadata, config)
-    q_latent, latent, rope, index_key, weights = _from_hidden(params, hidden, metadata, config, implementation)
-    cache, index_cache = write_token(
-        cache, index_cache, latent, rope, index_key, metadata.slots, implementation=implementation
+    _check_call(hidden, cache, index_cache, metadata, config)
+    known = _project_hidden(params, hidden, metadata, config, implementation)
+    keys = known.latent, known.rope, known.index_key
+    cache, index_cache = write_token(cache, index_cache, *keys, metadata.slots, implementation=implementation)
+    queries = _project_q_latent(
+        params,
+        known.q_latent,
+        metadata,
+        config,
+        implementation,
+        index_dtype=_index_dtype(index_cache, hidden, config),
+        index_weights=known.index_weights if _needs_indexer(metadata, config) else None,
     )
-    indexer = None if _takes_all(metadata, config) else (_index_dtype(index_cache, hidden, config), weights)
-    query, asked = _from_q_latent(params, q_latent, metadata, config, implementation, indexer=indexer)
-    chosen = _select(asked, index_cache, metadata, config, implementation)
-    # Dense rows: top-k leaves what it does not choose at their ends, and packing them would be five kernels more.
-    # Padding has length 0, and chooses nothing.
+    chosen = _select(queries.index_inputs, index_cache, metadata, config, implementation)
+    # Dense rows: top-k puts -1 at their ends, and packing them would take five more kernels.
+    # Padding has length 0 and selects nothing.
     rows = slots_from_positions(chosen, metadata.request_ids, metadata.page_table, page_size=metadata.page_size)
-    out = _attend(params, query, cache, rows, config, implementation)
+    out = _attend(params, queries.heads, cache, rows, config, implementation)
     return out.astype(hidden.dtype), cache, index_cache

@@ -10,16 +10,14 @@ import jax.numpy as jnp
 from jax import Array
 
 from sparse_mla_jax.config import DeepseekV4Config, DeepseekV32Config
+from sparse_mla_jax.layers.projections import matmul
 from sparse_mla_jax.ops._chunks import varying
 from sparse_mla_jax.ops.router import biased_grouped_topk, hash_route, sqrt_softplus_topk
 
-
-def matmul(x: Array, weight: Array) -> Array:
-    """x[..., D] times weight[D, ...], accumulated and returned in float32."""
-    return jnp.tensordot(x, weight, axes=1, preferred_element_type=jnp.float32)
+__all__ = ["clamped_moe", "matmul", "moe", "moe_v4", "routed_experts", "swiglu"]
 
 
-def _gated(gate: Array, up: Array, limit: float | None) -> Array:
+def _activate(gate: Array, up: Array, limit: float | None) -> Array:
     """silu(gate) * up; with a limit the gate is cut above it and up on both sides, as DeepSeek-V4 does."""
     if limit is not None:
         gate, up = jnp.minimum(gate, limit), jnp.clip(up, -limit, limit)
@@ -40,7 +38,7 @@ def swiglu(
     Returns:
       float32[T, D].
     """
-    inner = _gated(matmul(x, params["gate_proj"]), matmul(x, params["up_proj"]), limit)
+    inner = _activate(matmul(x, params["gate_proj"]), matmul(x, params["up_proj"]), limit)
     if row_weights is not None:
         inner = inner * row_weights[:, None]
     return matmul(inner.astype(x.dtype), params["down_proj"])
@@ -84,7 +82,7 @@ def _grouped(experts: dict[str, Array], x: Array, weights: Array, ids: Array, li
     def product(a: Array, name: str) -> Array:
         return jax.lax.ragged_dot(a, experts[name], sizes, preferred_element_type=jnp.float32)
 
-    inner = _gated(product(rows, "gate_proj"), product(rows, "up_proj"), limit) * weights.reshape(-1)[order][:, None]
+    inner = _activate(product(rows, "gate_proj"), product(rows, "up_proj"), limit) * weights.reshape(-1)[order][:, None]
     out = product(inner.astype(x.dtype), "down_proj")
     # Back to token order by a gather: a scatter-add would sum in no fixed order on a GPU.
     return out[jnp.argsort(order)].reshape(*ids.shape, -1).sum(axis=1)
@@ -155,7 +153,7 @@ def moe(params: dict[str, Any], x: Array, *, config: DeepseekV32Config) -> Array
     return out.astype(x.dtype)
 
 
-def clamped_moe(params: dict[str, Any], x: Array, token_ids: Array, *, config: DeepseekV4Config) -> Array:
+def moe_v4(params: dict[str, Any], x: Array, token_ids: Array, *, config: DeepseekV4Config) -> Array:
     """DeepSeek-V4's mixture of experts: sqrt(softplus) router or a table of token ids, clamped SwiGLU everywhere.
 
     Args:
@@ -181,3 +179,7 @@ def clamped_moe(params: dict[str, Any], x: Array, token_ids: Array, *, config: D
     if config.n_shared_experts:
         out = out + swiglu(params["shared_experts"], x, limit=config.swiglu_limit)
     return out.astype(x.dtype)
+
+
+# The name of release 0.1.
+clamped_moe = moe_v4

@@ -12,7 +12,7 @@ from sparse_mla_jax._check import require
 INNER_EPS = 1e-6
 
 
-def _check(name: str, vector: Array, x: Array) -> None:
+def _check_width(name: str, vector: Array, x: Array) -> None:
     require(
         x.ndim >= 1 and vector.shape == x.shape[-1:],
         f"{name} has shape {vector.shape}; x of shape {x.shape} needs {x.shape[-1:]}. Give the norm of this width.",
@@ -33,7 +33,7 @@ def rms_norm(x: Array, weight: Array, *, eps: float = INNER_EPS) -> Array:
     Raises:
       ValueError: weight is not as wide as x.
     """
-    _check("weight", weight, x)
+    _check_width("weight", weight, x)
     wide = x.astype(jnp.float32)
     scale = jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
     return (wide * scale * weight.astype(jnp.float32)).astype(x.dtype)
@@ -54,8 +54,8 @@ def layer_norm(x: Array, weight: Array, bias: Array, *, eps: float = INNER_EPS) 
     Raises:
       ValueError: weight or bias is not as wide as x.
     """
-    _check("weight", weight, x)
-    _check("bias", bias, x)
+    _check_width("weight", weight, x)
+    _check_width("bias", bias, x)
     wide = x.astype(jnp.float32)
     centred = wide - jnp.mean(wide, axis=-1, keepdims=True)
     scale = jax.lax.rsqrt(jnp.mean(centred * centred, axis=-1, keepdims=True) + eps)

@@ -1,12 +1,8 @@
 """Hugging Face folders (config.json with safetensors, published tensor names) to parameters and back.
 
-This file knows folders, files, types, quantised forms and shards. What the tensors of a model family are called, and
-how our arrays are made of them, is in `published_v32` and `published_v4`, each with these functions:
-
-    published_shapes(config), ignored(name, config)          which tensors there are, and which may be there besides
-    scale_names(name), may_be_fp4(name), is_table(name)      what a quantised matrix and its scales look like
-    param_specs(config, dtype), read_layer(get, number, config), read_rest(get, config)        published to ours
-    publish(params, config), stored_dtype(name, shape, dtype), config_to_json(config, dtype)   and back
+What the tensors of a model family are called, and how our arrays are made of them, is a table in `families`; shapes and
+types follow from the model's own `param_specs` (`tensor_table`). `weight_files` knows folders and files,
+`quantized_weights` FP8 and FP4.
 """
 
 from __future__ import annotations
@@ -16,27 +12,36 @@ import itertools
 import json
 import math
 import os
-import re
 import sys
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
-from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from tqdm import tqdm
 
 from sparse_mla_jax._check import require
-from sparse_mla_jax.config import Config, DeepseekV4Config, load_config
-from sparse_mla_jax.models import published_v4, published_v32
+from sparse_mla_jax.config import Config, load_config
+from sparse_mla_jax.families.registry import published_family
+from sparse_mla_jax.models.family import family_of
+from sparse_mla_jax.models.quantized_weights import FP4_GROUP, dequantize_blocks, dequantize_fp4, scale_shape
+from sparse_mla_jax.models.tensor_table import Keys, Tensor, at, list_tensors, published_shapes
+from sparse_mla_jax.models.weight_files import INDEX, SHARD, SINGLE, WeightFile, open_folder
+
+__all__ = [
+    "config_to_json",
+    "dequantize_blocks",
+    "dequantize_fp4",
+    "load_checkpoint",
+    "published_shapes",
+    "save_checkpoint",
+]
 
 Params = dict[str, Any]
 
-_SINGLE = "model.safetensors"
-_INDEX = "model.safetensors.index.json"
-_SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 # What safetensors files call types, by what a tensor holds.
 _FLOATS: dict[str, Any] = {
     "F64": np.float64,
@@ -48,17 +53,6 @@ _FLOATS: dict[str, Any] = {
 _SCALES: dict[str, Any] = {**_FLOATS, "F8_E8M0": ml_dtypes.float8_e8m0fnu, "U8": ml_dtypes.float8_e8m0fnu}
 _TABLES: dict[str, Any] = {"I64": np.int64, "I32": np.int32, "U32": np.uint32}
 _FP4: dict[str, Any] = {"I8": np.uint8, "U8": np.uint8, "F4": np.uint8}
-_FP4_GROUP = 32
-
-
-def _family(config: Config) -> Any:
-    """The module that knows the published names of this config's family."""
-    return published_v4 if isinstance(config, DeepseekV4Config) else published_v32
-
-
-def published_shapes(config: Config) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor that a folder of this config holds, in the order in which they are written."""
-    return _family(config).published_shapes(config)
 
 
 def config_to_json(config: Config, dtype: Any = jnp.float32) -> dict[str, Any]:
@@ -69,184 +63,80 @@ def config_to_json(config: Config, dtype: Any = jnp.float32) -> dict[str, Any]:
     Raises:
       ValueError: a rotation that the published spelling of DeepSeek-V4 can not say.
     """
-    return _family(config).config_to_json(config, dtype)
+    return published_family(config).write_config(config, dtype)
 
 
-# --- files -----------------------------------------------------------------------------------------------------------
+# --- reading
 
 
-class _File:
-    """One safetensors file, mapped; tensors of every type come as ml_dtypes views of its bytes."""
-
-    def __init__(self, path: str):
-        try:
-            with safe_open(path, framework="numpy"):  # validates header, offsets and total size
-                pass
-            with open(path, "rb") as f:
-                size = int.from_bytes(f.read(8), "little")
-                self.header: dict[str, Any] = json.loads(f.read(size))
-        except (SafetensorError, OSError, ValueError) as error:
-            raise ValueError(
-                f"{path} is truncated or not a safetensors file ({error}); fetch the file again."
-            ) from None
-        self.path, self.header_size = path, 8 + size
-        self.header.pop("__metadata__", None)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self.header[name]["shape"])
-
-    def dtype(self, name: str) -> str:
-        return self.header[name]["dtype"]
-
-    def read(self, name: str, types: dict[str, Any]) -> np.ndarray:
-        """Its bytes as `types` reads them; of F4, two values to a byte, [..., N / 2] bytes."""
-        dtype, shape = types[self.dtype(name)], self.shape(name)
-        if self.dtype(name) == "F4":
-            shape = (*shape[:-1], shape[-1] // 2)
-        start, end = self.header[name]["data_offsets"]
-        if start == end:
-            return np.zeros(shape, dtype)
-        data = np.memmap(self.path, np.uint8, "r", offset=self.header_size + start, shape=(end - start,))
-        return data.view(dtype).reshape(shape)
-
-
-def _read_index(path: str) -> dict[str, str]:
-    try:
-        with open(path, encoding="utf-8") as f:
-            weight_map = json.load(f)["weight_map"]
-        if not all(isinstance(file, str) and os.path.basename(file) == file for file in weight_map.values()):
-            raise ValueError("weight_map names something that is not a file of the folder")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        reason = f"{type(error).__name__}: {error}"
-        raise ValueError(f"{path} is not an index of safetensors files ({reason}); fetch it again.") from None
-    return weight_map
-
-
-def _open_folder(folder: str) -> dict[str, _File]:
-    """Which file holds each tensor of the folder."""
-    single, index = os.path.join(folder, _SINGLE), os.path.join(folder, _INDEX)
-    if os.path.isfile(single):
-        file = _File(single)
-        return dict.fromkeys(file.header, file)
-    require(
-        os.path.isfile(index),
-        f"{folder!r} has neither {_SINGLE} nor {_INDEX}; give a folder with safetensors weights.",
-    )
-    weight_map = _read_index(index)
-    for name in sorted(set(weight_map.values())):
-        require(os.path.isfile(os.path.join(folder, name)), f"{index} names {name}, which is missing; fetch that file.")
-    files = {name: _File(os.path.join(folder, name)) for name in sorted(set(weight_map.values()))}
-    for tensor, name in weight_map.items():
-        require(
-            tensor in files[name].header, f"{index} says that {name} holds {tensor}, but it does not; fetch both again."
-        )
-    return {tensor: files[name] for tensor, name in weight_map.items()}
-
-
-# --- reading ---------------------------------------------------------------------------------------------------------
-
-
-def _some(names: list[str]) -> str:
+def _name_some(names: list[str]) -> str:
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
-def _scale_shape(shape: tuple[int, ...], block: tuple[int, int]) -> tuple[int, ...]:
-    return tuple(-(-size // step) for size, step in zip(shape, block))
+class _Form(NamedTuple):
+    """How a tensor lies in its file: the shape and the types that it may have, and the name of its scales."""
+
+    shape: tuple[int, ...]
+    types: dict[str, Any]
+    scale: str | None = None
 
 
-def _check_tensors(files: dict[str, _File], config: Config, block: tuple[int, int], folder: str) -> dict[str, str]:
-    """Names every tensor that is missing, surplus, or of another shape or type, before anything is read.
+def _form(tensor: Tensor, files: dict[str, WeightFile], config: Config, folder: str) -> _Form:
+    """The form of a tensor that is there."""
+    family, name, shape = published_family(config), tensor.name, tensor.shape
+    kind = files[name].dtype(name)
+    packed = kind in _FP4 and family.fp4_experts and tensor.expert is not None
+    if not (packed or (kind == "F8_E4M3" and len(shape) == 2)):
+        return _Form(shape, _TABLES if tensor.is_table else _FLOATS)
+    names = family.scale_names(name)
+    scale = next((one for one in names if one in files), None)
+    form = "FP4" if packed else "FP8"
+    require(scale is not None, f"{form} tensor {name} has no {' or '.join(names)} in {folder!r}; fetch all files.")
+    if not packed:
+        return _Form(shape, _FLOATS, scale)
+    require(shape[1] % 2 == 0, f"tensor {name} is FP4, two values to a byte, with {shape[1]} to a row.")
+    return _Form(shape if kind == "F4" else (shape[0], shape[1] // 2), _FP4, scale)
 
-    Returns:
-      The quantised matrices, each with the name of its scales.
+
+def _check_tensors(
+    files: dict[str, WeightFile], tensors: list[Tensor], config: Config, block: tuple[int, int], folder: str
+) -> dict[str, _Form]:
+    """The form of every tensor, scales included.
+
+    Raises:
+      ValueError: tensors that are missing, surplus, or of another shape or type, before anything is read.
     """
-    family, wanted = _family(config), published_shapes(config)
-    missing = [name for name in wanted if name not in files]
-    require(not missing, f"{folder!r} lacks tensor {_some(missing)}; config.json promises it. Fetch all files.")
-    types, scales = {}, {}
-    for name, shape in list(wanted.items()):
-        types[name] = _TABLES if family.is_table(name) else _FLOATS
-        kind = files[name].dtype(name)
-        packed = kind in _FP4 and family.may_be_fp4(name)
-        if not (packed or (kind == "F8_E4M3" and len(shape) == 2)):
-            continue
-        names = family.scale_names(name)
-        scale = next((one for one in names if one in files), None)
-        if scale is None:
-            form = "FP4" if packed else "FP8"
-            raise ValueError(f"{form} tensor {name} has no {' or '.join(names)} in {folder!r}; fetch all files.")
-        if packed:
-            require(shape[1] % 2 == 0, f"tensor {name} is FP4, two values to a byte, with {shape[1]} to a row.")
-            types[name] = _FP4
-            wanted[name] = shape if kind == "F4" else (shape[0], shape[1] // 2)
-        scales[name], types[scale] = scale, _SCALES
-        wanted[scale] = _scale_shape(shape, (1, _FP4_GROUP) if packed else block)
-    surplus = sorted(name for name in files if name not in wanted and not family.ignored(name, config))
+    missing = [tensor.name for tensor in tensors if tensor.name not in files]
+    require(not missing, f"{folder!r} lacks tensor {_name_some(missing)}; config.json promises it. Fetch all files.")
+    forms = {tensor.name: _form(tensor, files, config, folder) for tensor in tensors}
+    for tensor in tensors:
+        form = forms[tensor.name]
+        if form.scale is not None:
+            scales = scale_shape(tensor.shape, (1, FP4_GROUP) if form.types is _FP4 else block)
+            forms[form.scale] = _Form(scales, _SCALES)
+    is_ignored = published_family(config).is_ignored
+    surplus = sorted(name for name in files if name not in forms and not is_ignored(name, config))
     require(
         not surplus,
-        f"{folder!r} holds tensor {_some(surplus)}, for which config.json has no place; use the config.json that"
+        f"{folder!r} holds tensor {_name_some(surplus)}, for which config.json has no place; use the config.json that"
         " belongs to these weights.",
     )
-    for name, shape in wanted.items():
+    for name, form in forms.items():
         file = files[name]
         require(
-            file.dtype(name) in types[name],
-            f"tensor {name} in {file.path} has type {file.dtype(name)}; supported are {', '.join(types[name])}. Convert"
+            file.dtype(name) in form.types,
+            f"tensor {name} in {file.path} has type {file.dtype(name)}; supported are {', '.join(form.types)}. Convert"
             " the folder.",
         )
         require(
-            file.shape(name) == shape,
-            f"tensor {name} has shape {list(file.shape(name))}; config.json makes it {list(shape)}. Use the"
+            file.shape(name) == form.shape,
+            f"tensor {name} has shape {list(file.shape(name))}; config.json makes it {list(form.shape)}. Use the"
             " config.json that belongs to these weights.",
         )
-    return scales
+    return forms
 
 
-def dequantize_blocks(values: np.ndarray, scales: np.ndarray, block: tuple[int, int] = (128, 128)) -> np.ndarray:
-    """values[out, in] times the scale of its block, float32; blocks at the edges may be cut.
-
-    Args:
-      values: [out, in], FP8.
-      scales: [ceil(out / block[0]), ceil(in / block[1])], what the checkpoint calls weight_scale_inv.
-      block: rows and columns that share a scale.
-
-    Returns:
-      float32[out, in].
-
-    Raises:
-      ValueError: scales of another shape.
-    """
-    expected = _scale_shape(values.shape, block)
-    require(scales.shape == expected, f"scales has shape {scales.shape}; {values.shape} values need {expected}.")
-    rows, columns = np.arange(values.shape[0]) // block[0], np.arange(values.shape[1]) // block[1]
-    return values.astype(np.float32) * scales.astype(np.float32)[rows][:, columns]
-
-
-def dequantize_fp4(packed: np.ndarray, scales: np.ndarray) -> np.ndarray:
-    """FP4 values, two to a byte, times the scale of every 32 of a row, float32 (exact but for over- and underflow).
-
-    Args:
-      packed: int8 or uint8 [out, in / 2]: e2m1 codes, that of the even column in the low four bits.
-      scales: [out, ceil(in / 32)], E8M0 or any floating type; the last group of a row may be cut.
-
-    Returns:
-      float32[out, in].
-
-    Raises:
-      ValueError: scales of another shape, or packed is not bytes of two axes.
-    """
-    require(
-        packed.dtype in (np.int8, np.uint8) and packed.ndim == 2,
-        f"packed is {packed.dtype}{list(packed.shape)}; expected int8 or uint8 [out, in / 2]. View it as bytes.",
-    )
-    # The sixteen e2m1 codes: sign, two bits of exponent (bias 1), one of mantissa.
-    codes = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
-    data = packed.view(np.uint8)
-    values = codes[np.stack([data & 15, data >> 4], axis=-1)].reshape(data.shape[0], 2 * data.shape[1])
-    return dequantize_blocks(values, scales, (1, _FP4_GROUP))
-
-
-def _block_size(folder: str) -> tuple[int, int]:
+def _read_block_size(folder: str) -> tuple[int, int]:
     with open(os.path.join(folder, "config.json"), encoding="utf-8") as f:
         quantization = json.load(f).get("quantization_config") or {}
     block = quantization.get("weight_block_size") or (128, 128)
@@ -264,14 +154,49 @@ def _check_dtype(dtype: Any) -> Any:
     return known[name]
 
 
+def _check_table(name: str, table: np.ndarray, config: Any) -> None:
+    """Raises ValueError where a table of token ids names an expert that there is not."""
+    if not table.size:
+        return
+    low, high = int(table.min()), int(table.max())
+    require(
+        low >= 0 and high < config.n_routed_experts,
+        f"tensor {name} names experts {low} to {high}; there are {config.n_routed_experts} (n_routed_experts). Fetch"
+        " the file again.",
+    )
+
+
+def _build_params(specs: Any, tensors: list[Tensor], read: Callable[[Tensor], np.ndarray]) -> Params:
+    """The pytree of device arrays like `specs`; a stack of experts is on the host while its tensors are read."""
+    stacks: dict[Keys, np.ndarray] = {}
+    arrays: dict[Keys, jax.Array] = {}
+    for tensor in tensors:
+        values = tensor.layout.read(read(tensor), [spec.shape for spec in tensor.specs])
+        for keys, spec, value in zip(tensor.keys, tensor.specs, values):
+            if tensor.expert is None:
+                # A copy: jax on a CPU would else share memory with the mapped file.
+                arrays[keys] = jnp.array(np.asarray(value, spec.dtype))
+                continue
+            if keys not in stacks:
+                stacks[keys] = np.empty(at(specs, keys).shape, spec.dtype)
+            stacks[keys][tensor.expert] = value
+            if tensor.expert == len(stacks[keys]) - 1:
+                arrays[keys] = jnp.array(stacks.pop(keys))
+    return jax.tree_util.tree_map_with_path(lambda path, spec: arrays[_keys(path)], specs)
+
+
+def _keys(path: Any) -> Keys:
+    return tuple(key.key if isinstance(key, jax.tree_util.DictKey) else key.idx for key in path)
+
+
 def load_checkpoint(
     folder: str | os.PathLike[str], *, dtype: Any = jnp.float32, progress: bool = True
 ) -> tuple[Config, Params]:
     """Reads config.json and the weights beside it, of DeepSeek-V3.2 or DeepSeek-V4.
 
     One model.safetensors, or several with model.safetensors.index.json. FP8 (e4m3fn) matrices are dequantised by their
-    128x128 blocks (`weight_scale_inv`, or V4's `scale`), V4's FP4 experts by their groups of 32; `published_v4` lists
-    its forms. Tensors of multi-token-prediction layers and rotary buffers are skipped.
+    128x128 blocks (`weight_scale_inv`, or V4's `scale`), V4's FP4 experts by their groups of 32; `families.deepseek_v4`
+    lists its forms. Tensors of multi-token-prediction layers and rotary buffers are skipped.
 
     Args:
       folder: a Hugging Face model folder.
@@ -288,39 +213,27 @@ def load_checkpoint(
     """
     folder, dtype = os.fspath(folder), _check_dtype(dtype)
     config = load_config(folder)
-    family, block, files = _family(config), _block_size(folder), _open_folder(folder)
-    scales = _check_tensors(files, config, block, folder)
-    specs = family.param_specs(config, dtype)
+    block, files, tensors = _read_block_size(folder), open_folder(folder), list_tensors(config, dtype)
+    forms = _check_tensors(files, tensors, config, block, folder)
     disable = not progress or not sys.stderr.isatty()
-    with tqdm(total=len(published_shapes(config)), desc="weights", unit="tensor", disable=disable) as bar:
+    with tqdm(total=len(tensors), desc="weights", unit="tensor", disable=disable) as bar:
 
-        def get(name: str) -> np.ndarray:
+        def read(tensor: Tensor) -> np.ndarray:
             bar.update()
-            file, scale = files[name], scales.get(name)
-            if scale is None:
-                return file.read(name, _TABLES if family.is_table(name) else _FLOATS)
-            factors = files[scale].read(scale, _SCALES)
-            if file.dtype(name) in _FP4:
-                return dequantize_fp4(file.read(name, _FP4), factors).astype(dtype)
-            return dequantize_blocks(file.read(name, _FLOATS), factors, block).astype(dtype)
+            name, form = tensor.name, forms[tensor.name]
+            value = files[name].read(name, form.types)
+            if form.scale is None:
+                if tensor.is_table:
+                    _check_table(name, value, config)
+                return value
+            scales = files[form.scale].read(form.scale, _SCALES)
+            wide = dequantize_fp4(value, scales) if form.types is _FP4 else dequantize_blocks(value, scales, block)
+            return wide.astype(dtype)
 
-        def put(spec: Any, value: Any) -> jax.Array:
-            if isinstance(value, list):  # a stack, one of which at a time is converted
-                stack = np.empty(spec.shape, spec.dtype)
-                for number, one in enumerate(value):
-                    stack[number] = one
-                value = stack
-            # A copy: jax on a CPU would else share memory with the mapped file.
-            return jnp.array(np.asarray(value, spec.dtype))
-
-        layers = []
-        for number, layer_specs in enumerate(specs.pop("layers")):
-            layers.append(jax.tree.map(put, layer_specs, family.read_layer(get, number, config)))
-        params = jax.tree.map(put, specs, family.read_rest(get, config))
-    return config, {**params, "layers": layers}
+        return config, _build_params(family_of(config).param_specs(config, dtype), tensors, read)
 
 
-# --- writing ---------------------------------------------------------------------------------------------------------
+# --- writing
 
 
 def _plan_shards(sizes: dict[str, int], max_shard_bytes: int) -> list[list[str]]:
@@ -336,7 +249,7 @@ def _plan_shards(sizes: dict[str, int], max_shard_bytes: int) -> list[list[str]]
 
 
 def _check_params(params: Params, config: Config) -> None:
-    specs = _family(config).param_specs(config)
+    specs = family_of(config).param_specs(config)
     given: Any = jax.tree.structure(params)
     expected: Any = jax.tree.structure(specs)
     require(given == expected, f"params has the structure {given}; config makes it {expected}.")
@@ -345,11 +258,30 @@ def _check_params(params: Params, config: Config) -> None:
         require(value.shape == spec.shape, f"params{name} has shape {value.shape}; config makes it {spec.shape}.")
 
 
+def _publish(params: Params, tensors: list[Tensor]) -> Iterator[tuple[str, np.ndarray]]:
+    """Published names and arrays in the type in which they are written, one at a time."""
+    for tensor in tensors:
+        arrays = [np.asarray(at(params, keys)) for keys in tensor.keys]
+        if tensor.expert is not None:
+            arrays = [stack[tensor.expert] for stack in arrays]
+        yield tensor.name, np.ascontiguousarray(tensor.layout.write(arrays), tensor.stored_dtype)
+
+
 def _replace_json(path: str, data: dict[str, Any]) -> None:
     with open(path + ".part", "w", encoding="utf-8") as f:
         json.dump(data, f, indent=1, sort_keys=True)
         f.write("\n")
     os.replace(path + ".part", path)
+
+
+def _replace_weights(folder: str, files: list[str]) -> None:
+    """Puts the written files in the place of those that lie there."""
+    for old in os.listdir(folder):
+        if old in (SINGLE, INDEX) or SHARD.fullmatch(old):
+            with contextlib.suppress(FileNotFoundError):
+                os.remove(os.path.join(folder, old))
+    for file in files:
+        os.replace(os.path.join(folder, file + ".part"), os.path.join(folder, file))
 
 
 def save_checkpoint(
@@ -384,27 +316,19 @@ def save_checkpoint(
     folder, dtype = os.fspath(folder), _check_dtype(params["embed_tokens"].dtype if dtype is None else dtype)
     os.makedirs(folder, exist_ok=True)
 
-    family, shapes = _family(config), published_shapes(config)
-    stored = {name: family.stored_dtype(name, shape, dtype) for name, shape in shapes.items()}
-    sizes = {name: math.prod(shape) * stored[name].itemsize for name, shape in shapes.items()}
+    tensors = list_tensors(config, dtype)
+    sizes = {tensor.name: math.prod(tensor.shape) * tensor.stored_dtype.itemsize for tensor in tensors}
     shards = _plan_shards(sizes, max_shard_bytes)
     single = len(shards) == 1
-    files = [_SINGLE if single else f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
-    tensors = family.publish(params, config)
+    files = [SINGLE if single else f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+    written = _publish(params, tensors)
     disable = not progress or not sys.stderr.isatty()
     for file, names in zip(tqdm(files, desc="writing", unit="file", disable=disable), shards):
-        held = {
-            name: np.ascontiguousarray(value, stored[name]) for name, value in itertools.islice(tensors, len(names))
-        }
+        held = dict(itertools.islice(written, len(names)))
         save_file(held, os.path.join(folder, file + ".part"), metadata={"format": "pt"})
-    for old in os.listdir(folder):
-        if old in (_SINGLE, _INDEX) or _SHARD.fullmatch(old):
-            with contextlib.suppress(FileNotFoundError):
-                os.remove(os.path.join(folder, old))
-    for file in files:
-        os.replace(os.path.join(folder, file + ".part"), os.path.join(folder, file))
+    _replace_weights(folder, files)
     if not single:
         weight_map = {name: file for file, names in zip(files, shards) for name in names}
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
-        _replace_json(os.path.join(folder, _INDEX), index)
+        _replace_json(os.path.join(folder, INDEX), index)
     _replace_json(os.path.join(folder, "config.json"), {**config_to_json(config, dtype), **(extra or {})})

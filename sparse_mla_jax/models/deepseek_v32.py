@@ -1,19 +1,13 @@
 """DeepSeek-V3.2 as pure functions of (params, tokens, caches, metadata), with prefill and decode steps on top.
 
-Parameters are a plain pytree of arrays, matrices stored input-first ([D_in, ...]) so that a product reads `x @ w`:
-
-    embed_tokens [V, D], norm [D], lm_head [D, V] (absent when tied), layers: one dict per layer with
-      input_layernorm [D], post_attention_layernorm [D], self_attn (see `layers.mla.attention_step`), mlp: SwiGLU
-      {gate_proj [D, I], up_proj [D, I], down_proj [I, D]} or a mixture (see `layers.moe.moe`).
+Parameters: see `models.params_v32`.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
 
 from sparse_mla_jax._check import require
@@ -23,125 +17,31 @@ from sparse_mla_jax.layers.mla import attention_step
 from sparse_mla_jax.layers.moe import moe, swiglu
 from sparse_mla_jax.layers.norm import rms_norm
 from sparse_mla_jax.metadata import StepMetadata, build_metadata, decode_metadata
-from sparse_mla_jax.models.step_ends import check_prompt, check_step, embed, logits
+from sparse_mla_jax.models.common import Family, check_page_size, check_prompt, check_step, embed, logits
+from sparse_mla_jax.models.params_v32 import Params, init_params, param_specs
 from sparse_mla_jax.ops.cache import PagedIndexCache, PagedKVCache
 
-Params = dict[str, Any]
+__all__ = [
+    "FAMILY",
+    "Caches",
+    "Params",
+    "attention_input",
+    "bytes_per_request",
+    "bytes_per_token",
+    "create_caches",
+    "decode",
+    "decoder_layer",
+    "default_page_size",
+    "embed",
+    "forward",
+    "fuse_projections",
+    "init_params",
+    "logits",
+    "param_specs",
+    "prefill",
+]
+
 Caches = tuple[tuple[PagedKVCache, PagedIndexCache], ...]
-
-# Kept in float32 whatever the type of the matrices: small, and rounding them is felt.
-_FLOAT32_NAMES = frozenset(
-    {
-        "norm",
-        "input_layernorm",
-        "post_attention_layernorm",
-        "q_a_layernorm",
-        "kv_a_layernorm",
-        "k_norm",
-        "e_score_correction_bias",
-    }
-)
-
-
-def _attention_shapes(c: DeepseekV32Config) -> Params:
-    return {
-        "q_a_proj": (c.hidden_size, c.q_lora_rank),
-        "q_a_layernorm": (c.q_lora_rank,),
-        "q_b_proj": (c.q_lora_rank, c.num_attention_heads, c.qk_head_dim),
-        "kv_a_proj_with_mqa": (c.hidden_size, c.kv_lora_rank + c.qk_rope_head_dim),
-        "kv_a_layernorm": (c.kv_lora_rank,),
-        "kv_b_k": (c.num_attention_heads, c.qk_nope_head_dim, c.kv_lora_rank),
-        "kv_b_v": (c.num_attention_heads, c.kv_lora_rank, c.v_head_dim),
-        "o_proj": (c.num_attention_heads, c.v_head_dim, c.hidden_size),
-        "indexer": {
-            "wq_b": (c.q_lora_rank, c.index_n_heads, c.index_head_dim),
-            "wk": (c.hidden_size, c.index_head_dim),
-            "k_norm": {"weight": (c.index_head_dim,), "bias": (c.index_head_dim,)},
-            "weights_proj": (c.hidden_size, c.index_n_heads),
-        },
-    }
-
-
-def _swiglu_shapes(*stack: int, hidden: int, inner: int) -> Params:
-    return {
-        "gate_proj": (*stack, hidden, inner),
-        "up_proj": (*stack, hidden, inner),
-        "down_proj": (*stack, inner, hidden),
-    }
-
-
-def _mlp_shapes(c: DeepseekV32Config, layer: int) -> Params:
-    if not c.is_moe_layer(layer):
-        return _swiglu_shapes(hidden=c.hidden_size, inner=c.intermediate_size)
-    shapes = {
-        "gate": {"weight": (c.hidden_size, c.n_routed_experts), "e_score_correction_bias": (c.n_routed_experts,)},
-        "experts": _swiglu_shapes(c.n_routed_experts, hidden=c.hidden_size, inner=c.moe_intermediate_size),
-    }
-    if c.n_shared_experts:
-        inner = c.moe_intermediate_size * c.n_shared_experts
-        shapes["shared_experts"] = _swiglu_shapes(hidden=c.hidden_size, inner=inner)
-    return shapes
-
-
-def param_specs(config: DeepseekV32Config, dtype: Any = jnp.float32) -> Params:
-    """The parameters' pytree with a `jax.ShapeDtypeStruct` in place of every array.
-
-    Args:
-      config: the model's shapes.
-      dtype: float32 or bfloat16, of the matrices; norms and the router's bias are float32 always.
-
-    Returns:
-      A pytree like that of `init_params`.
-    """
-    shapes: Params = {
-        "embed_tokens": (config.vocab_size, config.hidden_size),
-        "layers": [
-            {
-                "input_layernorm": (config.hidden_size,),
-                "self_attn": _attention_shapes(config),
-                "post_attention_layernorm": (config.hidden_size,),
-                "mlp": _mlp_shapes(config, layer),
-            }
-            for layer in range(config.num_hidden_layers)
-        ],
-        "norm": (config.hidden_size,),
-    }
-    if not config.tie_word_embeddings:
-        shapes["lm_head"] = (config.hidden_size, config.vocab_size)
-
-    def spec(path: tuple, shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:
-        wide = any(getattr(key, "key", None) in _FLOAT32_NAMES for key in path)
-        return jax.ShapeDtypeStruct(shape, jnp.float32 if wide else dtype)
-
-    return jax.tree_util.tree_map_with_path(spec, shapes, is_leaf=lambda node: isinstance(node, tuple))
-
-
-def init_params(key: Array, config: DeepseekV32Config, dtype: Any = jnp.float32) -> Params:
-    """Random weights: matrices normal with variance 1 / inputs, norms 1, biases 0.
-
-    Args:
-      key: a `jax.random.key`.
-      config: the model's shapes.
-      dtype: float32 or bfloat16, of the matrices.
-
-    Returns:
-      The parameters' pytree.
-    """
-    leaves, tree = jax.tree_util.tree_flatten_with_path(param_specs(config, dtype))
-    # The axes that a product sums over, where it is not the axis before the last one.
-    inputs = {"q_b_proj": (0,), "wq_b": (0,), "kv_b_k": (2,), "o_proj": (0, 1), "embed_tokens": (1,)}
-
-    def init(number: int, path: tuple, spec: jax.ShapeDtypeStruct) -> Array:
-        name = path[-1].key
-        if "bias" in name:
-            return jnp.zeros(spec.shape, spec.dtype)
-        if len(spec.shape) == 1:
-            return jnp.ones(spec.shape, spec.dtype)
-        fan_in = int(np.prod([spec.shape[axis] for axis in inputs.get(name, (-2,))]))
-        values = jax.random.normal(jax.random.fold_in(key, number), spec.shape, jnp.float32)
-        return (values * fan_in**-0.5).astype(spec.dtype)
-
-    return jax.tree_util.tree_unflatten(tree, [init(i, path, spec) for i, (path, spec) in enumerate(leaves)])
 
 
 def fuse_projections(params: Params) -> Params:
@@ -154,8 +54,19 @@ def fuse_projections(params: Params) -> Params:
     return {**params, "layers": layers}
 
 
+def default_page_size(config: DeepseekV32Config) -> int:
+    """Tokens per page that suit the model: 64."""
+    return 64
+
+
 def create_caches(
-    config: DeepseekV32Config, num_pages: int, page_size: int, *, dtype: Any = jnp.float8_e4m3fnuz
+    config: DeepseekV32Config,
+    num_pages: int,
+    page_size: int,
+    *,
+    num_requests: int = 1,
+    max_query_len: int = 1,
+    dtype: Any = jnp.float8_e4m3fnuz,
 ) -> Caches:
     """Empty paged caches, one pair of arrays structs per layer, all addressed by the same slots.
 
@@ -163,6 +74,7 @@ def create_caches(
       config: the model's shapes.
       num_pages: pages of each cache.
       page_size: tokens per page.
+      num_requests, max_query_len: of no effect; this model keeps nothing per request.
       dtype: float8_e4m3fnuz, float8_e4m3fn, bfloat16 or float32, of latents and index keys.
 
     Returns:
@@ -186,6 +98,22 @@ def create_caches(
     return tuple(create() for _ in range(config.num_hidden_layers))
 
 
+def _page_size(caches: Caches) -> int:
+    """Tokens per page."""
+    require(len(caches) > 0, "caches is empty; make one pair per layer with create_caches.")
+    return caches[0][0].page_size
+
+
+def bytes_per_token(caches: Caches, page_size: int) -> float:
+    """Cache bytes that one more token of context costs over all layers, whatever the page size."""
+    return sum(cache.bytes_per_token + index.bytes_per_token for cache, index in caches)
+
+
+def bytes_per_request(caches: Caches) -> int:
+    """Bytes that a running request holds besides: none."""
+    return 0
+
+
 def forward(
     params: Params,
     token_ids: Array,
@@ -193,16 +121,18 @@ def forward(
     metadata: StepMetadata,
     *,
     config: DeepseekV32Config,
+    state_ids: Array | None = None,
     implementation: str | None = None,
 ) -> tuple[Array, Caches]:
     """One step through all layers, for decode tokens and prefill chunks in any mix.
 
     Args:
-      params: see the module's docstring.
+      params: see `models.params_v32`.
       token_ids: int[T]; ids outside the vocabulary, and those of padding, are clamped into it.
       caches: from `create_caches`; donate them to update in place.
       metadata: of this step.
       config: the model's shapes (static).
+      state_ids: of no effect; this model keeps nothing per request.
       implementation: None, "triton", "xla" or "reference", for every operator.
 
     Returns:
@@ -259,19 +189,19 @@ def prefill(
     page_table: Array,
     *,
     config: DeepseekV32Config,
+    page_size: int | None = None,
+    state_ids: Array | None = None,
     implementation: str | None = None,
 ) -> tuple[Array, Caches]:
     """One step over prompts, chunks of prompts, or a mix with decode tokens; see `build_metadata` for the layout.
 
     Args:
-      params: see the module's docstring.
-      token_ids: int[T] tokens of all requests one after the other, padded behind, T >= 1.
-      caches: from `create_caches`.
+      params, token_ids, caches, config, state_ids, implementation: as in `forward`; token_ids of all requests one after
+        the other, padded behind, at least one.
       seq_lens: int[B] tokens of each request, those of this step included.
       query_lens: int[B] tokens of each request in this step.
       page_table: int[B, P].
-      config: the model's shapes (static).
-      implementation: None, "triton", "xla" or "reference".
+      page_size: tokens per page (static); the caches know it, so it may be left out.
 
     Returns:
       (float32[B, V] logits after each request's last token; meaningless for requests without tokens, caches).
@@ -280,10 +210,11 @@ def prefill(
       ValueError: arguments that do not fit together (at trace time).
     """
     check_prompt(token_ids)
-    metadata = build_metadata(
-        seq_lens, query_lens, page_table, num_tokens=token_ids.shape[0], page_size=_page_size(caches)
+    page_size = check_page_size(page_size, _page_size(caches))
+    metadata = build_metadata(seq_lens, query_lens, page_table, num_tokens=token_ids.shape[0], page_size=page_size)
+    hidden, caches = forward(
+        params, token_ids, caches, metadata, config=config, state_ids=state_ids, implementation=implementation
     )
-    hidden, caches = forward(params, token_ids, caches, metadata, config=config, implementation=implementation)
     return logits(params, hidden[metadata.last_token], config), caches
 
 
@@ -295,30 +226,34 @@ def decode(
     page_table: Array,
     *,
     config: DeepseekV32Config,
+    page_size: int | None = None,
+    state_ids: Array | None = None,
     implementation: str | None = None,
 ) -> tuple[Array, Caches]:
     """One token of every request; row b belongs to request b, and rows with seq_lens[b] <= 0 are padding.
 
-    Args:
-      params: see the module's docstring.
-      token_ids: int[B] the newest token of each request.
-      caches: from `create_caches`.
-      seq_lens: int[B] tokens of each request, the newest included.
-      page_table: int[B, P].
-      config: the model's shapes (static).
-      implementation: None, "triton", "xla" or "reference".
+    Arguments as in `prefill`, but token_ids int[B], the newest token of each request, and no query_lens.
 
     Returns:
       (float32[B, V] logits, caches).
-
-    Raises:
-      ValueError: arguments that do not fit together (at trace time).
     """
-    metadata = decode_metadata(seq_lens, page_table, page_size=_page_size(caches))
-    hidden, caches = forward(params, token_ids, caches, metadata, config=config, implementation=implementation)
+    metadata = decode_metadata(seq_lens, page_table, page_size=check_page_size(page_size, _page_size(caches)))
+    hidden, caches = forward(
+        params, token_ids, caches, metadata, config=config, state_ids=state_ids, implementation=implementation
+    )
     return logits(params, hidden, config), caches
 
 
-def _page_size(caches: Caches) -> int:
-    require(len(caches) > 0, "caches is empty; make one pair per layer with create_caches.")
-    return caches[0][0].page_size
+FAMILY = Family(
+    forward=forward,
+    prefill=prefill,
+    decode=decode,
+    logits=logits,
+    param_specs=param_specs,
+    init_params=init_params,
+    fuse_projections=fuse_projections,
+    create_caches=create_caches,
+    default_page_size=default_page_size,
+    bytes_per_token=bytes_per_token,
+    bytes_per_request=bytes_per_request,
+)

@@ -1,33 +1,41 @@
 """DeepSeek-V4 as pure functions of (params, tokens, caches, metadata), with prefill and decode steps on top.
 
 The residual stream is n streams wide (`layers.hyper_connections`); every layer attends to a sliding window and, most of
-them, to compressed entries (`layers.compressed_attention`). Parameters: see `models.v4_params`.
+them, to compressed entries (`layers.compressed_attention`). Parameters: see `models.params_v4`.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import jax.numpy as jnp
 from jax import Array
 
+from sparse_mla_jax._check import require, size
 from sparse_mla_jax.config import DeepseekV4Config
 from sparse_mla_jax.layers import compressed_attention
 from sparse_mla_jax.layers.compressed_attention import LayerCaches, compressed_attention_step
 from sparse_mla_jax.layers.hyper_connections import join_streams, merge_streams, split_streams
 from sparse_mla_jax.layers.moe import clamped_moe
 from sparse_mla_jax.metadata import StepMetadata, build_metadata, decode_metadata
-from sparse_mla_jax.models.step_ends import check_prompt, check_step, embed, logits
-from sparse_mla_jax.models.v4_params import Params, init_params, param_specs
+from sparse_mla_jax.models.common import Family, check_page_size, check_prompt, check_step, embed, logits
+from sparse_mla_jax.models.params_v4 import Params, init_params, param_specs
 from sparse_mla_jax.ops.cache import PagedIndexCache, PagedKVCache
 from sparse_mla_jax.ops.compressor import CompressorState, entry_pages
 from sparse_mla_jax.ops.window import ring_size
 
 __all__ = [
+    "FAMILY",
     "Caches",
     "Params",
+    "bytes_per_request",
+    "bytes_per_token",
     "create_caches",
     "decode",
+    "decoder_layer",
+    "default_page_size",
+    "embed",
     "forward",
     "fuse_projections",
     "init_params",
@@ -48,6 +56,11 @@ def fuse_projections(params: Params) -> Params:
     fuse = compressed_attention.fuse_projections
     layers = [{**layer, "self_attn": fuse(layer["self_attn"])} for layer in params["layers"]]
     return {**params, "layers": layers}
+
+
+def default_page_size(config: DeepseekV4Config) -> int:
+    """Tokens per page that suit the model: a multiple of 256 and of every compress ratio."""
+    return math.lcm(256, *(config.compress_ratio(layer) or 1 for layer in range(config.num_hidden_layers)))
 
 
 def create_caches(
@@ -78,12 +91,12 @@ def create_caches(
     Raises:
       ValueError: sizes or a type that the caches do not support.
     """
-    ring = ring_size(config.sliding_window, max_query_len)
+    ring, page_size = ring_size(config.sliding_window, max_query_len), size("page_size", page_size)
 
-    def keys(pages: int, size: int) -> PagedKVCache:
+    def keys(pages: int, length: int) -> PagedKVCache:
         return PagedKVCache.create(
             pages,
-            size,
+            length,
             latent_dim=config.nope_dim,
             rope_dim=config.qk_rope_head_dim,
             group_size=config.kv_group_size,
@@ -94,12 +107,12 @@ def create_caches(
     def create(layer: int) -> LayerCaches:
         ratio, window = config.compress_ratio(layer), keys(num_requests, ring)
         if not ratio:
-            return LayerCaches(window)
+            return LayerCaches(window, page_size=page_size)
         overlap = config.compressor_overlap(ratio)
         _, entries = entry_pages(jnp.zeros((0, 0), jnp.int32), page_size=page_size, ratio=ratio)
         state = CompressorState.create(num_requests, ratio=ratio, dim=config.head_dim, overlap=overlap)
         if not config.has_indexer(layer):
-            return LayerCaches(window, keys(num_pages, entries), state)
+            return LayerCaches(window, keys(num_pages, entries), state, page_size=page_size)
         dim = config.index_head_dim
         return LayerCaches(
             window,
@@ -107,9 +120,16 @@ def create_caches(
             state,
             PagedIndexCache.create(num_pages, entries, dim=dim, dtype=dtype),
             CompressorState.create(num_requests, ratio=ratio, dim=dim, overlap=overlap),
+            page_size,
         )
 
     return tuple(create(layer) for layer in range(config.num_hidden_layers))
+
+
+def _page_size(caches: Caches) -> int | None:
+    """Tokens per page; None where the caches do not say it."""
+    require(len(caches) > 0, "caches is empty; make one per layer with create_caches.")
+    return caches[0].page_size
 
 
 def bytes_per_token(caches: Caches, page_size: int) -> float:
@@ -146,7 +166,7 @@ def forward(
     """One step through all layers, for decode tokens and prefill chunks in any mix.
 
     Args:
-      params: see `models.v4_params`.
+      params: see `models.params_v4`.
       token_ids: int[T]; ids outside the vocabulary, and those of padding, are clamped into it.
       caches: from `create_caches`; donate them to update in place.
       metadata: of this step.
@@ -225,23 +245,19 @@ def prefill(
     page_table: Array,
     *,
     config: DeepseekV4Config,
-    page_size: int,
+    page_size: int | None = None,
     state_ids: Array | None = None,
     implementation: str | None = None,
 ) -> tuple[Array, Caches]:
     """One step over prompts, chunks of prompts, or a mix with decode tokens; see `build_metadata` for the layout.
 
     Args:
-      params: see `models.v4_params`.
-      token_ids: int[T] tokens of all requests one after the other, padded behind, T >= 1.
-      caches: from `create_caches`.
+      params, token_ids, caches, config, state_ids, implementation: as in `forward`; token_ids of all requests one after
+        the other, padded behind, at least one.
       seq_lens: int[B] tokens of each request, those of this step included.
       query_lens: int[B] tokens of each request in this step.
       page_table: int[B, P].
-      config: the model's shapes (static).
-      page_size: tokens per page, as given to `create_caches` (static).
-      state_ids: int[B], the ring and state of each request; None: row b's is b.
-      implementation: None, "triton", "xla" or "reference".
+      page_size: tokens per page (static); the caches know it, so it may be left out.
 
     Returns:
       (float32[B, V] logits after each request's last token; meaningless for requests without tokens, caches).
@@ -250,9 +266,11 @@ def prefill(
       ValueError: arguments that do not fit together (at trace time).
     """
     check_prompt(token_ids)
+    page_size = check_page_size(page_size, _page_size(caches))
     metadata = build_metadata(seq_lens, query_lens, page_table, num_tokens=token_ids.shape[0], page_size=page_size)
-    options: dict[str, Any] = {"config": config, "state_ids": state_ids, "implementation": implementation}
-    hidden, caches = forward(params, token_ids, caches, metadata, **options)
+    hidden, caches = forward(
+        params, token_ids, caches, metadata, config=config, state_ids=state_ids, implementation=implementation
+    )
     return logits(params, hidden[metadata.last_token], config), caches
 
 
@@ -264,30 +282,34 @@ def decode(
     page_table: Array,
     *,
     config: DeepseekV4Config,
-    page_size: int,
+    page_size: int | None = None,
     state_ids: Array | None = None,
     implementation: str | None = None,
 ) -> tuple[Array, Caches]:
     """One token of every request; row b belongs to request b, and rows with seq_lens[b] <= 0 are padding.
 
-    Args:
-      params: see `models.v4_params`.
-      token_ids: int[B] the newest token of each request.
-      caches: from `create_caches`.
-      seq_lens: int[B] tokens of each request, the newest included.
-      page_table: int[B, P].
-      config: the model's shapes (static).
-      page_size: tokens per page, as given to `create_caches` (static).
-      state_ids: int[B], the ring and state of each request; None: row b's is b.
-      implementation: None, "triton", "xla" or "reference".
+    Arguments as in `prefill`, but token_ids int[B], the newest token of each request, and no query_lens.
 
     Returns:
       (float32[B, V] logits, caches).
-
-    Raises:
-      ValueError: arguments that do not fit together (at trace time).
     """
-    metadata = decode_metadata(seq_lens, page_table, page_size=page_size)
-    options: dict[str, Any] = {"config": config, "state_ids": state_ids, "implementation": implementation}
-    hidden, caches = forward(params, token_ids, caches, metadata, **options)
+    metadata = decode_metadata(seq_lens, page_table, page_size=check_page_size(page_size, _page_size(caches)))
+    hidden, caches = forward(
+        params, token_ids, caches, metadata, config=config, state_ids=state_ids, implementation=implementation
+    )
     return logits(params, hidden, config), caches
+
+
+FAMILY = Family(
+    forward=forward,
+    prefill=prefill,
+    decode=decode,
+    logits=logits,
+    param_specs=param_specs,
+    init_params=init_params,
+    fuse_projections=fuse_projections,
+    create_caches=create_caches,
+    default_page_size=default_page_size,
+    bytes_per_token=bytes_per_token,
+    bytes_per_request=bytes_per_request,
+)

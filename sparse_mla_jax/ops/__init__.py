@@ -1,1 +1,20 @@
 """Operators in the order in which data flows: fp8, cache, indexer, topk, ragged, attention; then router, rope."""
+
+# Operators that have kernels, by the names that they give to `dispatch`; lightning_indexer is two of them in turn.
+KERNEL_OPERATORS = (
+    "top_k",
+    "indexer_scores",
+    "paged_indexer_scores",
+    "lightning_indexer",
+    "sparse_mla",
+    "write",
+    "write_index",
+    "write_token",
+    "norm_rope",
+    "compress",
+    "split_streams",
+    "merge_streams",
+    "rotated_projection",
+)
+# Operators that are plain XLA everywhere.
+XLA_OPERATORS = ("gather", "rotate", "biased_grouped_topk", "sqrt_softplus_topk", "hash_route", "merge")

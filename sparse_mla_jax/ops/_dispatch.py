@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import jax
-
-IMPLEMENTATIONS = ("triton", "xla", "reference")
+from pallas_kernels.targets import traced_gpu
+from sparse_mla_jax._choices import IMPLEMENTATIONS
 
 
 def preferred() -> tuple[str, ...]:
-    """The order in which `implementation=None` tries, for the backend that jit will compile for."""
-    return ("triton", "xla") if jax.default_backend() in ("gpu", "cuda", "rocm") else ("xla",)
+    """The order in which `implementation=None` tries, for the device that is traced for."""
+    return ("xla",) if traced_gpu() is None else ("triton", "xla")
 
 
 def check_implementation(implementation: str | None) -> None:
@@ -22,21 +21,32 @@ def check_implementation(implementation: str | None) -> None:
         raise ValueError(f"implementation is {implementation!r}; expected None or one of {names}.")
 
 
-def with_config(implementation: str | None, config: Any, kind: type) -> str | None:
-    """The implementation to ask for: a config is a plan of the kernel, so it asks for "triton".
+def with_plan[Plan](
+    implementation: str | None, plan: Plan | None, config: Plan | None, kind: type[Plan]
+) -> tuple[str | None, Plan | None]:
+    """The implementation to ask for, and the plan: a plan is one of the kernel, so it asks for "triton".
+
+    Args:
+      implementation: as the caller passed it.
+      plan: as the caller passed it.
+      config: the same argument under its former name.
+      kind: the operator's plan class.
 
     Raises:
-      ValueError: a config that is no `kind`, or another implementation beside it.
+      ValueError: both names, a plan that is no `kind`, or another implementation beside it.
     """
-    if config is None:
-        return implementation
-    if not isinstance(config, kind):
-        raise ValueError(f"config is {type(config).__name__}; expected None or a {kind.__module__}.{kind.__name__}.")
+    if plan is not None and config is not None:
+        raise ValueError("plan and config are two names of one argument; pass plan alone.")
+    name, given = ("plan", plan) if config is None else ("config", config)
+    if given is None:
+        return implementation, None
+    if not isinstance(given, kind):
+        raise ValueError(f"{name} is {type(given).__name__}; expected None or a {kind.__module__}.{kind.__name__}.")
     if implementation not in (None, "triton"):
         raise ValueError(
-            f"config is a plan of the kernel and implementation is {implementation!r}; pass 'triton' or None with it."
+            f"{name} is a plan of the kernel and implementation is {implementation!r}; pass 'triton' or None with it."
         )
-    return "triton"
+    return "triton", given
 
 
 def dispatch(operator: str, implementation: str | None, bodies: Mapping[str, Callable[[], Any]]) -> Any:

@@ -17,17 +17,19 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from pallas_kernels import fp8_bits
+from pallas_kernels import fp8_bits, sparse_attention
 from pallas_kernels.plans.attention import AttentionPlan
-from sparse_mla_jax import reference
-from sparse_mla_jax._check import require
+from sparse_mla_jax import _check, reference
+from sparse_mla_jax._check import describe, require
 from sparse_mla_jax.ops._chunks import map_row_chunks, rows_from, varying
-from sparse_mla_jax.ops._dispatch import dispatch, with_config
+from sparse_mla_jax.ops._dispatch import dispatch, with_plan
 from sparse_mla_jax.ops.cache import PagedKVCache
 from sparse_mla_jax.ops.ragged import DenseRows, Ragged
 
 # Slots of every query, in the forms that sparse_mla takes.
 Rows = Ragged | DenseRows | Array
+# Keys and the rows that name them, checked; a plain array of slots is DenseRows without lengths.
+_Source = tuple[PagedKVCache | Array, Ragged | DenseRows]
 
 HIGHEST = jax.lax.Precision.HIGHEST
 # Temporaries of one chunk of the XLA body: larger chunks leave the CPU's cache and gain nothing (measured).
@@ -36,7 +38,7 @@ CHUNK_BYTES = 4 << 20
 MAX_BLOCK = 2048
 
 
-# --- public ----------------------------------------------------------------------------------------------------------
+# --- public
 def sparse_mla(
     q: Array,
     kv: PagedKVCache | Array,
@@ -48,6 +50,7 @@ def sparse_mla(
     extra: tuple[PagedKVCache | Array, Rows] | None = None,
     return_lse: bool = False,
     implementation: str | None = None,
+    plan: AttentionPlan | None = None,
     config: AttentionPlan | None = None,
 ) -> Any:
     """Attention of every query token over the slots that its row names.
@@ -69,19 +72,25 @@ def sparse_mla(
       extra: (kv, rows) of a second source under the same softmax.
       return_lse: also return the log-sum-exp.
       implementation: None for the best that runs here, or "triton", "xla", "reference".
-      config: a plan of the kernel in place of the heuristic one (static); implies "triton".
+      plan: block sizes and warps of the kernel (static) in place of the heuristic ones; implies "triton".
+      config: the former name of `plan`.
 
     Returns:
       out [T, H, value_dim] in q's dtype; with `return_lse`, (out, lse float32 [T, H]): natural log, without the sink.
 
     Raises:
-      ValueError: shapes or types that do not fit, or an implementation that does not serve the case.
+      ValueError: shapes or types that do not fit, or an implementation that does not support the case.
     """
-    implementation = with_config(implementation, config, AttentionPlan)
-    sources = [(kv, rows)] if extra is None else [(kv, rows), _pair(extra)]
-    scale = _check(q, sources, sm_scale, value_dim, sinks)
-    sources = [(kv, _int32(rows)) for kv, rows in sources]
-    sinks = None if sinks is None else jnp.asarray(sinks).astype(jnp.float32)
+    implementation, plan = with_plan(implementation, plan, config, AttentionPlan)
+    q = _check.array("q", q, (jnp.bfloat16, jnp.float32), "T", "H", "D", hint="Cast or reshape it.")
+    require(q.shape[1] * q.shape[2] > 0, f"q is {describe(q)}; expected H and D of at least 1.")
+    sources = [_check_source("kv", kv, rows, q)]
+    if extra is not None:
+        sources.append(_check_source("extra", *_pair(extra), q))
+    scale = _check_scale(sm_scale)
+    hint = f"At most D = {q.shape[2]}: latent_dim for DeepSeek-V3.2."
+    value_dim = _check.size("value_dim", value_dim, 1, q.shape[2], hint=hint)
+    sinks = None if sinks is None else _check_sinks(sinks, q.shape[1])
     if q.shape[0] == 0:
         out, lse = jnp.zeros((0, q.shape[1], value_dim), q.dtype), jnp.zeros((0, q.shape[1]), jnp.float32)
     else:
@@ -89,7 +98,7 @@ def sparse_mla(
             "sparse_mla",
             implementation,
             {
-                "triton": lambda: _triton(q, sources, scale, value_dim, sinks, config),
+                "triton": lambda: _triton(q, sources, scale, value_dim, sinks, plan),
                 "xla": lambda: _xla(q, sources, scale, value_dim, sinks),
                 "reference": lambda: _reference(q, sources, scale, value_dim, sinks),
             },
@@ -106,7 +115,7 @@ def merge(outs: Array, lses: Array) -> tuple[Array, Array]:
     """
     require(
         outs.ndim == 4 and lses.shape == outs.shape[:3],
-        f"outs has shape {outs.shape} and lses {lses.shape}; expected [S, T, H, V] and [S, T, H]: stack the parts.",
+        f"outs is {describe(outs)} and lses {describe(lses)}; expected [S, T, H, V] and [S, T, H]: stack the parts.",
     )
     lses = lses.astype(jnp.float32)
     top = jnp.max(lses, axis=0, initial=-jnp.inf)
@@ -125,14 +134,14 @@ def apply_sinks(out: Array, lse: Array, sinks: Array) -> Array:
     """
     require(
         out.ndim == 3 and lse.shape == out.shape[:2] and sinks.shape == out.shape[1:2],
-        f"out has shape {out.shape}, lse {lse.shape}, sinks {sinks.shape}; expected [T, H, V], [T, H] and [H].",
+        f"out is {describe(out)}, lse {describe(lse)}, sinks {describe(sinks)}; expected [T, H, V], [T, H] and [H].",
     )
     lse, sinks = lse.astype(jnp.float32), sinks.astype(jnp.float32)
     share = jnp.where(jnp.isneginf(lse), 0.0, 1.0 / (1.0 + jnp.exp(sinks[None, :] - lse)))
     return (out.astype(jnp.float32) * share[..., None]).astype(out.dtype)
 
 
-# --- validation ------------------------------------------------------------------------------------------------------
+# --- validation
 def _pair(extra: Any) -> tuple[Any, Any]:
     require(
         isinstance(extra, tuple | list) and len(extra) == 2,
@@ -146,73 +155,39 @@ def key_dim(kv: PagedKVCache | Array) -> int:
     return (kv.latent_dim + kv.rope_dim) if isinstance(kv, PagedKVCache) else kv.shape[1]
 
 
-def _check_source(name: str, kv: Any, rows: Any, tokens: int, dim: int) -> None:
+def _check_source(name: str, kv: Any, rows: Any, q: Array) -> _Source:
+    """A source whose rows are int32, one for each token of q."""
     if not isinstance(kv, PagedKVCache):
         require(
             hasattr(kv, "ndim") and kv.ndim == 2 and jnp.issubdtype(kv.dtype, jnp.floating) and kv.dtype.itemsize > 1,
-            f"{name} is {getattr(kv, 'dtype', type(kv).__name__)}{getattr(kv, 'shape', '')}; expected a PagedKVCache or"
-            " a float array [N, D]. Quantised rows belong into a PagedKVCache.",
+            f"{name} is {describe(kv)}; expected a PagedKVCache or a float array [N, D]. Quantised rows belong into a"
+            " PagedKVCache.",
         )
     require(
-        key_dim(kv) == dim,
-        f"{name} has keys of {key_dim(kv)} dimensions and q of {dim}; they must agree (latent_dim + rope_dim).",
+        key_dim(kv) == q.shape[2],
+        f"{name} has keys of {key_dim(kv)} dimensions and q of {q.shape[2]}; they must agree (latent_dim + rope_dim).",
     )
-    ints = rows.values if isinstance(rows, Ragged | DenseRows) else rows
-    require(
-        hasattr(ints, "dtype") and jnp.issubdtype(ints.dtype, jnp.integer),
-        f"rows of {name} is {getattr(ints, 'dtype', type(ints).__name__)}; expected int32 slots.",
-    )
-    if isinstance(rows, Ragged):
-        require(rows.rows == tokens, f"rows of {name} holds {rows.rows} rows; q has {tokens} tokens: one row for each.")
-        return
-    require(
-        ints.ndim == 2 and ints.shape[0] == tokens,
-        f"rows of {name} has shape {ints.shape}; expected [T, W] with T = {tokens}, or a Ragged.",
-    )
-    if isinstance(rows, DenseRows):
-        lengths = rows.lengths
-        require(
-            lengths.shape == (tokens,) and jnp.issubdtype(lengths.dtype, jnp.integer),
-            f"lengths of rows of {name} is {lengths.dtype}{lengths.shape}; expected int32 [T] with T = {tokens}.",
-        )
+    if not isinstance(rows, Ragged | DenseRows):
+        require(hasattr(rows, "dtype"), f"rows of {name} is {type(rows).__name__}; expected int32 slots [T, W].")
+        rows = DenseRows(rows)
+    return kv, rows.check(f"rows of {name}", q.shape[0])
 
 
-def _check(q: Any, sources: list[tuple[Any, Any]], sm_scale: Any, value_dim: Any, sinks: Any) -> float:
-    """Raises ValueError for what does not fit; returns sm_scale as a float."""
-    require(
-        q.ndim == 3 and q.dtype in (jnp.bfloat16, jnp.float32) and q.shape[1] > 0 and q.shape[2] > 0,
-        f"q is {q.dtype}{q.shape}; expected bfloat16 or float32 [T, H, D]. Cast or reshape it.",
-    )
-    for name, (kv, rows) in zip(("kv", "extra"), sources):
-        _check_source(name, kv, rows, q.shape[0], q.shape[2])
+def _check_scale(sm_scale: Any) -> float:
     require(
         isinstance(sm_scale, numbers.Real | np.number) and math.isfinite(sm_scale),
         f"sm_scale is {sm_scale!r}; expected a finite Python number (it is a constant of the compiled program).",
     )
-    require(
-        isinstance(value_dim, int) and 1 <= value_dim <= q.shape[2],
-        f"value_dim is {value_dim!r}; expected an int from 1 to D = {q.shape[2]} (latent_dim for DeepSeek-V3.2).",
-    )
-    shape = getattr(sinks, "shape", type(sinks).__name__)
-    require(
-        sinks is None or shape == (q.shape[1],),
-        f"sinks has shape {shape}; expected [{q.shape[1]}], one logit per head.",
-    )
     return float(sm_scale)
 
 
-def _int32(rows: Rows) -> Rows:
-    if isinstance(rows, Ragged):
-        return Ragged(values=rows.values.astype(jnp.int32), indptr=rows.indptr.astype(jnp.int32))
-    if isinstance(rows, DenseRows):
-        # Every body clamps lengths itself; here only what int32 does not hold, so that nothing is launched for others.
-        wide = rows.lengths.dtype.itemsize > 4
-        lengths = jnp.clip(rows.lengths, 0, rows.values.shape[1]) if wide else rows.lengths
-        return DenseRows(values=rows.values.astype(jnp.int32), lengths=lengths.astype(jnp.int32))
-    return jnp.asarray(rows).astype(jnp.int32)
+def _check_sinks(sinks: Any, heads: int) -> Array:
+    shape = getattr(sinks, "shape", None)
+    require(shape == (heads,), f"sinks is {describe(sinks)}; expected [{heads}], one logit per head.")
+    return jnp.asarray(sinks).astype(jnp.float32)
 
 
-# --- keys ------------------------------------------------------------------------------------------------------------
+# --- keys
 def num_slots(kv: PagedKVCache | Array) -> int:
     """N of a source: slots 0..N-1 exist."""
     return kv.num_slots if isinstance(kv, PagedKVCache) else kv.shape[0]
@@ -257,7 +232,7 @@ def _keys(kv: PagedKVCache | Array, slots: Array) -> tuple[list[Array], Array]:
     return [jnp.where(valid[..., None], part, 0.0) for part in parts], valid
 
 
-# --- XLA body --------------------------------------------------------------------------------------------------------
+# --- XLA body
 def _dot(spec: str, a: Array, b: Array) -> Array:
     return jnp.einsum(spec, a, b, precision=HIGHEST, preferred_element_type=jnp.float32)
 
@@ -287,45 +262,26 @@ def _attend(q: Array, keys: list[Array], valid: Array, value_dim: int, state):
     return top, total, acc
 
 
-def _row_width(rows: Rows) -> int:
-    """Keys per row and step: the dense width, or a ragged row's even share of the capacity."""
-    if isinstance(rows, Ragged):
-        width = -(-rows.capacity // rows.rows)
-    else:
-        width = (rows.values if isinstance(rows, DenseRows) else rows).shape[1]
-    return max(1, min(MAX_BLOCK, width))
-
-
-def _over_source(q: Array, kv, rows: Rows, first: Array, value_dim: int, state):
-    """The state after one source: rows first..first+T-1 of `rows`, a block of keys at a time."""
-    tokens, width = q.shape[0], _row_width(rows)
-    if not isinstance(rows, Ragged):
-        mine = jax.tree.map(lambda x: rows_from(x, first, tokens), rows)
-        slots = mine.values if isinstance(mine, DenseRows) else mine
-        if slots.shape[1] <= width:
-            slots = mine.masked() if isinstance(mine, DenseRows) else slots
-            return _attend(q, *_keys(kv, slots), value_dim, state) if slots.shape[1] else state
-        starts, lengths = jnp.arange(tokens, dtype=jnp.int32) * slots.shape[1], jnp.full((tokens,), slots.shape[1])
-        lengths = jnp.clip(mine.lengths, 0, slots.shape[1]) if isinstance(mine, DenseRows) else lengths
-        values, blocks = slots.reshape(-1), (jnp.max(lengths) + width - 1) // width
-    else:
-        if rows.capacity == 0:
-            return state
-        bounds = jnp.clip(jax.lax.dynamic_slice_in_dim(rows.indptr, first, tokens + 1, 0), 0, rows.capacity)
-        starts, lengths, values = bounds[:-1], bounds[1:] - bounds[:-1], rows.values
-        blocks = (jnp.max(lengths) + width - 1) // width
+def _over_source(q: Array, source: _Source, width: int, value_dim: int, state: Any) -> Any:
+    """The state after one source whose rows are q's: `width` keys of every row at a time."""
+    kv, rows = source
+    if rows.longest == 0:
+        return state
+    if rows.longest <= width:
+        return _attend(q, *_keys(kv, rows.masked()), value_dim, state)
+    values, starts, lengths = rows.flatten()
     if state is None:
         zero = jnp.zeros(q.shape[:2], jnp.float32)
         state = (zero - jnp.inf, zero, jnp.zeros((*q.shape[:2], value_dim), jnp.float32))
     state = varying(state, q, kv, rows)
 
-    def step(i, state):
+    def step(i: Array, state: Any) -> Any:
         offset = i * width + jnp.arange(width, dtype=jnp.int32)[None, :]
         at = jnp.minimum(starts[:, None] + offset, values.shape[0] - 1)
         slots = jnp.where(offset < lengths[:, None], _take(values, at), -1)
         return _attend(q, *_keys(kv, slots), value_dim, state)
 
-    return jax.lax.fori_loop(0, blocks, step, state)
+    return jax.lax.fori_loop(0, (jnp.max(lengths) + width - 1) // width, step, state)
 
 
 def _finish(state, q: Array, value_dim: int, sinks: Array | None) -> tuple[Array, Array]:
@@ -333,30 +289,30 @@ def _finish(state, q: Array, value_dim: int, sinks: Array | None) -> tuple[Array
         zero = varying(jnp.zeros(q.shape[:2], jnp.float32), q)
         return jnp.broadcast_to(zero[..., None], (*zero.shape, value_dim)), zero - jnp.inf
     top, total, acc = state
-    some = total > 0
-    out = acc / jnp.where(some, total, 1.0)[..., None]
-    lse = jnp.where(some, top + jnp.log(jnp.where(some, total, 1.0)), -jnp.inf)
+    safe = jnp.where(total > 0, total, 1.0)
+    out = acc / safe[..., None]
+    lse = jnp.where(total > 0, top + jnp.log(safe), -jnp.inf)
     return (out if sinks is None else apply_sinks(out, lse, sinks)), lse
 
 
-def _xla(q, sources, sm_scale: float, value_dim: int, sinks) -> tuple[Array, Array]:
+def _xla(q: Array, sources: list[_Source], sm_scale: float, value_dim: int, sinks: Array | None) -> tuple[Array, Array]:
     """Gathers the keys of a chunk of rows once, dequantises them, two matrix products; longer rows block by block."""
     tokens, heads, dim = q.shape
-    row_bytes = 4 * (2 * dim + 2 * heads) * max(_row_width(rows) for _, rows in sources)
-    chunk = max(1, min(tokens, CHUNK_BYTES // row_bytes))
+    widths = [max(1, min(MAX_BLOCK, rows.width)) for _, rows in sources]
+    chunk = max(1, min(tokens, CHUNK_BYTES // (4 * (2 * dim + 2 * heads) * max(widths))))
 
-    def body(first):
-        mine = rows_from(q, first, chunk).astype(jnp.float32) * sm_scale
+    def body(first: Array) -> tuple[Array, Array]:
+        queries = rows_from(q, first, chunk).astype(jnp.float32) * sm_scale
         state = None
-        for kv, rows in sources:
-            state = _over_source(mine, kv, rows, first, value_dim, state)
-        out, lse = _finish(state, mine, value_dim, sinks)
+        for (kv, rows), width in zip(sources, widths):
+            state = _over_source(queries, (kv, rows.take(first, chunk)), width, value_dim, state)
+        out, lse = _finish(state, queries, value_dim, sinks)
         return out.astype(q.dtype), lse
 
     return map_row_chunks(body, tokens, chunk, like=(q, sources, sinks))
 
 
-# --- reference and kernel bodies -------------------------------------------------------------------------------------
+# --- reference and kernel bodies
 def dense_rows(kv: PagedKVCache | Array) -> Array:
     """Every slot of a source as float32 [N, D], dequantised."""
     if not isinstance(kv, PagedKVCache):
@@ -369,30 +325,27 @@ def dense_rows(kv: PagedKVCache | Array) -> Array:
     return jnp.concatenate([reference.dequantize(values, scales, group_size=kv.group_size), rope], axis=-1)
 
 
-def _reference(q, sources, sm_scale: float, value_dim: int, sinks) -> tuple[Array, Array]:
-    def plain(rows: Rows) -> Array:
-        if isinstance(rows, Ragged):
-            return rows.to_dense(max(1, rows.capacity))
-        return rows.masked() if isinstance(rows, DenseRows) else rows
-
-    dense = [(dense_rows(kv), plain(rows)) for kv, rows in sources]
+def _reference(
+    q: Array, sources: list[_Source], sm_scale: float, value_dim: int, sinks: Array | None
+) -> tuple[Array, Array]:
+    dense = [(dense_rows(kv), rows.masked()) for kv, rows in sources]
     return reference.sparse_mla(q, dense, sm_scale=sm_scale, value_dim=value_dim, sinks=sinks)
 
 
-def _triton(q, sources, sm_scale: float, value_dim: int, sinks, plan: AttentionPlan | None) -> tuple[Array, Array]:
-    from pallas_kernels import sparse_attention
+def _kernel_keys(kv: PagedKVCache | Array) -> dict[str, Any]:
+    """The fields of a kernel's source that say where keys lie."""
+    if isinstance(kv, PagedKVCache):
+        return {name: getattr(kv, name) for name in ("latent", "scale", "rope", "dtype", "group_size")}
+    return {"latent": kv, "scale": None, "rope": None, "dtype": kv.dtype, "group_size": 0}
 
-    tables = [
-        sparse_attention.Source(
-            **(
-                dict(latent=kv.latent, scale=kv.scale, rope=kv.rope, dtype=kv.dtype, group_size=kv.group_size)
-                if isinstance(kv, PagedKVCache)
-                else dict(latent=kv, scale=None, rope=None, dtype=kv.dtype, group_size=0)
-            ),
-            values=rows.values if isinstance(rows, Ragged | DenseRows) else rows,
-            indptr=rows.indptr if isinstance(rows, Ragged) else None,
-            lengths=rows.lengths if isinstance(rows, DenseRows) else None,
-        )
-        for kv, rows in sources
-    ]
+
+def _triton(
+    q: Array,
+    sources: list[_Source],
+    sm_scale: float,
+    value_dim: int,
+    sinks: Array | None,
+    plan: AttentionPlan | None,
+) -> tuple[Array, Array]:
+    tables = [sparse_attention.Source(**_kernel_keys(kv), **rows.kernel_arguments()) for kv, rows in sources]
     return sparse_attention.sparse_attention(q, tables, sm_scale=sm_scale, value_dim=value_dim, sinks=sinks, plan=plan)

@@ -11,7 +11,6 @@ for fnuz, Noune et al., "8-bit numerical formats for deep neural networks" (arXi
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -19,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
+from sparse_mla_jax import _check
 from sparse_mla_jax._check import require
 
 E4M3FN = jnp.dtype(jnp.float8_e4m3fn)
@@ -82,11 +82,7 @@ def quantize_codes(x: Array, *, group_size: int, dtype: Any, scale_dtype: Any = 
     For scatters: XLA:CPU converts a whole FP8 array to float16 to move a single row of it; bytes it moves in place.
     """
     bias, largest = _flavour(dtype)
-    x = jnp.asarray(x)
-    require(
-        x.ndim >= 1 and jnp.issubdtype(x.dtype, jnp.floating),
-        f"x is {x.dtype}{list(x.shape)}; expected floating values [..., D]. Cast or reshape it first.",
-    )
+    x = _check.array("x", x, jnp.floating, ..., "D", hint="Cast or reshape it first.")
     groups = check_groups(x.shape[-1], group_size, "x's last axis")
     check_scale_dtype(scale_dtype)
     x = x.astype(jnp.float32)
@@ -100,8 +96,8 @@ def quantize_codes(x: Array, *, group_size: int, dtype: Any, scale_dtype: Any = 
         scale = lax.bitcast_convert_type(exponent << 23, jnp.float32)
         scales = lax.bitcast_convert_type(exponent.astype(jnp.uint8), E8M0)
     else:
-        # Always true: XLA, under jit only, would multiply by the rounded reciprocal of a divisor that it can see.
-        scales = scale = _divide(amax, jnp.where(amax > 0, float(largest), 1.0))
+        # The condition is always true and hides the divisor: under jit, XLA would multiply by its rounded reciprocal.
+        scales = scale = _divide(amax, jnp.where(amax > 0, np.float32(largest), np.float32(1)))
     codes = _encode(_divide(x, scale[..., None]), bias, largest)
     return codes.reshape(*codes.shape[:-2], groups * group_size), scales
 
@@ -131,10 +127,8 @@ def dequantize(values: Array, scales: Array, *, group_size: int, dtype: Any = jn
 
 def dequantize_codes(codes: Array, scales: Array, flavour: Any, *, group_size: int, dtype: Any) -> Array:
     """`dequantize` of bytes uint8[..., D] that stand for values of type `flavour`."""
-    require(
-        codes.ndim >= 1 and jnp.issubdtype(jnp.dtype(dtype), jnp.floating),
-        f"values have shape {list(codes.shape)}, dtype is {jnp.dtype(dtype)}; expected [..., D] and a floating type.",
-    )
+    require(codes.ndim >= 1, "values have shape []; expected [..., D].")
+    dtype = _check.dtype("dtype", dtype, jnp.floating)
     groups = check_groups(codes.shape[-1], group_size, "values' last axis")
     expected = (*codes.shape[:-1], groups)
     require(
@@ -206,7 +200,7 @@ def unpack_words(words: Array, dtype: Any) -> Array:
     Raises:
       ValueError: words are not uint32, or another dtype.
     """
-    require(words.dtype == jnp.uint32, f"words are {words.dtype}; expected uint32 (see pack_words).")
+    require(words.dtype == jnp.uint32, f"words are {_check.describe(words)}; expected uint32 (see pack_words).")
     codes = lax.bitcast_convert_type(words, jnp.uint8).reshape(*words.shape[:-1], words.shape[-1] * 4)
     if jnp.dtype(dtype) == jnp.uint8:
         return codes
@@ -239,11 +233,8 @@ def scales_to_float32(scales: Array) -> Array:
 
 
 def check_scale_dtype(scale_dtype: Any) -> None:
-    """Raises ValueError unless `scale_dtype` is float32 or float8_e8m0fnu."""
-    require(
-        jnp.dtype(scale_dtype) in (FLOAT32, E8M0),
-        f"scale_dtype is {jnp.dtype(scale_dtype)}; expected float32 or float8_e8m0fnu (powers of two).",
-    )
+    """Raises ValueError unless `scale_dtype` is float32 or float8_e8m0fnu (powers of two)."""
+    _check.dtype("scale_dtype", scale_dtype, (FLOAT32, E8M0))
 
 
 def check_groups(width: int, group_size: int, what: str) -> int:
@@ -252,14 +243,8 @@ def check_groups(width: int, group_size: int, what: str) -> int:
     Raises:
       ValueError: group_size is not an integer, below 1, or does not divide width.
     """
-    try:
-        size = operator.index(group_size)
-    except TypeError:
-        size = 0
-    require(
-        size >= 1 and width % max(size, 1) == 0,
-        f"group_size is {group_size!r}; expected an integer of at least 1 that divides {what} ({width} entries).",
-    )
+    size = _check.size("group_size", group_size, hint=f"It must divide {what} ({width} entries).")
+    require(width % size == 0, f"group_size is {size}; expected a divisor of {what} ({width} entries).")
     return width // size
 
 
@@ -292,7 +277,7 @@ def divide_bits(a: Array, b: Array, divide: Callable[[Array, Array], Array]) -> 
     less = (m < n).astype(jnp.int32)
     near = divide((m << less).astype(jnp.float32), n.astype(jnp.float32))
     near = (near * np.float32(2.0**23)).astype(jnp.int32)
-    # What is left of the numerator is small: 32 bits of the difference of longer products are all of it.
+    # The remainder is small: 32 bits hold it exactly, although the two products do not fit.
     twice = 2 * ((m << (23 + less)) - near * n)
     for odd in (1, 3, 5, 7):
         near += (twice > odd * n).astype(jnp.int32) - (twice < -odd * n).astype(jnp.int32)

@@ -15,9 +15,9 @@ from jax import Array
 
 from pallas_kernels import hyper_connections as kernel
 from pallas_kernels.plans.hyper_connections import HyperConnectionPlan
-from sparse_mla_jax import reference
-from sparse_mla_jax._check import require
-from sparse_mla_jax.ops._dispatch import check_implementation, dispatch, with_config
+from sparse_mla_jax import _check, reference
+from sparse_mla_jax._check import describe, require
+from sparse_mla_jax.ops._dispatch import check_implementation, dispatch, with_plan
 
 
 def split(
@@ -31,6 +31,7 @@ def split(
     norm_eps: float = 1e-6,
     norm: Array | None = None,
     implementation: str | None = None,
+    plan: HyperConnectionPlan | None = None,
     config: HyperConnectionPlan | None = None,
 ) -> tuple[Array, Array, Array]:
     """What a sub-layer reads, the weights with which its output goes back, and how the streams are mixed meanwhile.
@@ -51,35 +52,36 @@ def split(
       norm_eps: added to mean squares, here and in `norm`.
       norm: [D] weight of an RMS norm of what the sub-layer reads, before it is rounded; None for none.
       implementation: None for the best that runs here, or "triton", "xla", "reference".
-      config: a plan of the kernel in place of the heuristic one (static); implies "triton".
+      plan: block sizes and warps of the kernel (static) in place of the heuristic ones; implies "triton".
+      config: the former name of `plan`.
 
     Returns:
       (input [T, D] in streams.dtype, weights float32 [T, n], mixing float32 [T, n, n]).
 
     Raises:
-      ValueError: types or shapes other than these, iterations below 1, or an implementation that does not serve the
-        case.
+      ValueError: types or shapes other than these, iterations below 1, or an implementation that does not support
+        the case.
     """
-    implementation = with_config(implementation, config, HyperConnectionPlan)
-    streams, product, base, scale, norm = _checked(streams, product, base, scale, norm, matrices=True)
-    require(iterations >= 1, f"iterations is {iterations}; the first division by columns is one, so pass at least 1.")
+    implementation, plan = with_plan(implementation, plan, config, HyperConnectionPlan)
+    streams, product, base, scale, norm = _as_arrays(streams, product, base, scale, norm, matrices=True)
+    iterations = _check.size("iterations", iterations, hint="The first division by columns is one, so pass at least 1.")
     tokens, n, width = streams.shape
     if tokens == 0:
         check_implementation(implementation)
         return jnp.zeros((0, width), streams.dtype), jnp.zeros((0, n)), jnp.zeros((0, n, n))
-    how: dict[str, Any] = {"iterations": iterations, "eps": eps, "norm_eps": norm_eps}
+    constants: dict[str, Any] = {"iterations": iterations, "eps": eps, "norm_eps": norm_eps}
 
-    def slow() -> tuple[Array, Array, Array]:
-        joined, writes, mixing = reference.split_streams(streams, product.sum(0), base, scale, norm, **how)
+    def reference_body() -> tuple[Array, Array, Array]:
+        joined, writes, mixing = reference.split_streams(streams, product.sum(0), base, scale, norm, **constants)
         return joined.astype(streams.dtype), writes, mixing
 
     joined, writes, mixing = dispatch(
-        "hyper_connections.split",
+        "split_streams",
         implementation,
         {
-            "triton": lambda: kernel.split(streams, product, base, scale, norm, plan=config, **how),
-            "xla": lambda: _xla_split(streams, product, base, scale, norm, **how),
-            "reference": slow,
+            "triton": lambda: kernel.split(streams, product, base, scale, norm, plan=plan, **constants),
+            "xla": lambda: _xla_split(streams, product, base, scale, norm, **constants),
+            "reference": reference_body,
         },
     )
     return joined, writes, mixing
@@ -95,6 +97,7 @@ def merge(
     norm_eps: float = 1e-6,
     norm: Array | None = None,
     implementation: str | None = None,
+    plan: HyperConnectionPlan | None = None,
     config: HyperConnectionPlan | None = None,
 ) -> Array:
     """The weighted sum of the streams alone, as the output head reads it: `split` without weights and matrices.
@@ -104,31 +107,34 @@ def merge(
       product: float32 [T, n] or [S, T, n], see `split`.
       base: floating [n].
       scale: floating [1].
-      eps, norm_eps, norm, implementation, config: as in `split`.
+      eps, norm_eps, norm, implementation, plan, config: as in `split`.
 
     Returns:
       [T, D] in streams.dtype.
 
     Raises:
-      ValueError: types or shapes other than these, or an implementation that does not serve the case.
+      ValueError: types or shapes other than these, or an implementation that does not support the case.
     """
-    implementation = with_config(implementation, config, HyperConnectionPlan)
-    streams, product, base, scale, norm = _checked(streams, product, base, scale, norm, matrices=False)
+    implementation, plan = with_plan(implementation, plan, config, HyperConnectionPlan)
+    streams, product, base, scale, norm = _as_arrays(streams, product, base, scale, norm, matrices=False)
     if streams.shape[0] == 0:
         check_implementation(implementation)
         return jnp.zeros((0, streams.shape[2]), streams.dtype)
-    how: dict[str, Any] = {"eps": eps, "norm_eps": norm_eps}
+    constants: dict[str, Any] = {"eps": eps, "norm_eps": norm_eps}
 
-    def slow() -> Array:
-        return reference.merge_streams(streams, product.sum(0), base, scale, norm, **how).astype(streams.dtype)
+    def kernel_body() -> Array:
+        return kernel.split(streams, product, base, scale, norm, iterations=None, plan=plan, **constants)[0]
+
+    def reference_body() -> Array:
+        return reference.merge_streams(streams, product.sum(0), base, scale, norm, **constants).astype(streams.dtype)
 
     return dispatch(
-        "hyper_connections.merge",
+        "merge_streams",
         implementation,
         {
-            "triton": lambda: kernel.split(streams, product, base, scale, norm, iterations=None, plan=config, **how)[0],
-            "xla": lambda: _read(streams, _normed(streams, product, norm_eps), base, scale[0], norm, **how),
-            "reference": slow,
+            "triton": kernel_body,
+            "xla": lambda: _read(streams, _normed(streams, product, norm_eps), base, scale[0], norm, **constants),
+            "reference": reference_body,
         },
     )
 
@@ -143,7 +149,15 @@ def doubly_stochastic(logits: Array, *, iterations: int, eps: float) -> Array:
 
     Returns:
       float32[..., n, n]; columns sum to 1 (up to eps), rows nearly.
+
+    Raises:
+      ValueError: iterations below 1, or logits whose last two axes differ.
     """
+    iterations = _check.size("iterations", iterations)
+    require(
+        logits.ndim >= 2 and logits.shape[-1] == logits.shape[-2],
+        f"logits is {describe(logits)}; expected [..., n, n].",
+    )
     mixing = jax.nn.softmax(logits.astype(jnp.float32), axis=-1) + eps
     mixing = mixing / (mixing.sum(axis=-2, keepdims=True) + eps)
 
@@ -151,41 +165,34 @@ def doubly_stochastic(logits: Array, *, iterations: int, eps: float) -> Array:
         mixing = mixing / (mixing.sum(axis=-1, keepdims=True) + eps)
         return mixing / (mixing.sum(axis=-2, keepdims=True) + eps)
 
-    # Not unrolled: XLA takes half a minute to compile one fusion of it.
+    # A loop: unrolled, XLA takes half a minute to compile the one fusion that it makes of it.
     return jax.lax.fori_loop(0, iterations - 1, once, mixing)
 
 
-# --- validation ------------------------------------------------------------------------------------------------------
-def _checked(
+# --- validation
+def _as_arrays(
     streams: Array, product: Array, base: Array, scale: Array, norm: Array | None, *, matrices: bool
 ) -> tuple[Array, Array, Array, Array, Array | None]:
     """The arguments as arrays that fit together, product as [S, T, O], what is small as float32."""
-    streams, product, base, scale = (jnp.asarray(x) for x in (streams, product, base, scale))
-    require(
-        streams.ndim == 3 and jnp.issubdtype(streams.dtype, jnp.floating) and min(streams.shape[1:]) >= 1,
-        f"streams is {streams.dtype}{list(streams.shape)}; expected floating [T, n, D], n and D at least 1.",
-    )
+    streams, product = _check.array("streams", streams, jnp.floating, "T", "n", "D"), jnp.asarray(product)
     tokens, n, width = streams.shape
+    require(min(n, width) >= 1, f"streams is {describe(streams)}; expected n and D of at least 1.")
     columns, factors = (n * (n + 2), 3) if matrices else (n, 1)
     fits = product.shape == (tokens, columns) or (product.ndim == 3 and product.shape[1:] == (tokens, columns))
     fits = fits and (product.ndim == 2 or product.shape[0] >= 1)
     require(
         fits and product.dtype == jnp.float32,
-        f"product is {product.dtype}{list(product.shape)}; streams {list(streams.shape)} need"
+        f"product is {describe(product)}; streams {list(streams.shape)} need"
         f" float32[{tokens}, {columns}], or parts [S, {tokens}, {columns}]: flat(streams) @ fn in float32.",
     )
-    norm = None if norm is None else jnp.asarray(norm)
-    for name, array, size in (("base", base, columns), ("scale", scale, factors), ("norm", norm, width)):
-        require(
-            array is None or (array.shape == (size,) and jnp.issubdtype(array.dtype, jnp.floating)),
-            f"{name} is {getattr(array, 'dtype', None)}{list(getattr(array, 'shape', []))}; streams"
-            f" {list(streams.shape)} need floating [{size}]. Give the weights of this sub-layer.",
-        )
-    parts = product if product.ndim == 3 else product[None]
-    return streams, parts, base.astype(jnp.float32), scale.astype(jnp.float32), norm
+    hint = f"Give the weights of this sub-layer, whose streams are {list(streams.shape)}."
+    base = _check.floats("base", base, columns, hint=hint)
+    scale = _check.floats("scale", scale, factors, hint=hint)
+    norm = None if norm is None else _check.array("norm", norm, jnp.floating, width, hint=hint)
+    return streams, product if product.ndim == 3 else product[None], base, scale, norm
 
 
-# --- XLA body --------------------------------------------------------------------------------------------------------
+# --- XLA body
 def _normed(streams: Array, product: Array, norm_eps: float) -> Array:
     """float32 [T, O]: the product of the root-mean-square-normed streams."""
     wide = streams.astype(jnp.float32)

@@ -8,6 +8,7 @@ DeepSeek-V3.2-Exp's technical report (arXiv:2512.02556), section 2.1.
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -15,22 +16,23 @@ import jax.numpy as jnp
 from jax import Array
 
 from pallas_kernels import fp8_bits
+from pallas_kernels import indexer_logits as kernel
 from pallas_kernels.plans.indexer import IndexerPlan
-from sparse_mla_jax import reference
-from sparse_mla_jax._check import require
+from sparse_mla_jax import _check, reference
+from sparse_mla_jax._check import describe, require
 from sparse_mla_jax.ops import fp8, topk
 from sparse_mla_jax.ops._chunks import map_row_chunks, rows_from, varying
-from sparse_mla_jax.ops._dispatch import check_implementation, dispatch, with_config
+from sparse_mla_jax.ops._dispatch import check_implementation, dispatch, with_plan
 from sparse_mla_jax.ops.cache import PagedIndexCache
 
 HIGHEST = jax.lax.Precision.HIGHEST
 # Per-head products of one step of the XLA body: more leaves the CPU's cache and gains nothing (measured).
 STEP_BYTES = 512 << 10
-# Scores that lightning_indexer holds at a time unless told otherwise.
+# Bytes of scores that lightning_indexer holds at a time by default.
 MEMORY_LIMIT = 512 << 20
 
 
-# --- public ----------------------------------------------------------------------------------------------------------
+# --- public
 def indexer_scores(
     q: Array,
     keys: Array,
@@ -40,39 +42,39 @@ def indexer_scores(
     row_starts: Array,
     row_lengths: Array,
     implementation: str | None = None,
+    plan: IndexerPlan | None = None,
     config: IndexerPlan | None = None,
 ) -> Array:
     """Scores of contiguous keys (prefill): row t scores columns row_starts[t] .. row_starts[t] + row_lengths[t] - 1.
 
     Args:
       q: [T, H, D] bfloat16, float32 or FP8 (taken at face value, its scale belongs into `weights`; with FP8 keys of
-        their flavour, so that NVIDIA's matrix units multiply them as they are; there +-240 of e4m3fnuz, which this
+        their flavour, so that NVIDIA's tensor cores multiply them as they are; there +-240 of e4m3fnuz, which this
         library never stores, counts as +-224).
       keys: [N, D] FP8, bfloat16 or float32.
       key_scales: float32 [N] or [N, 1], positive; None when keys are not quantised.
       weights: float32 [T, H], any sign.
       row_starts, row_lengths: int32 [T] in columns; clamped to the array, negative lengths are 0.
       implementation: None for the best that runs here, or "triton", "xla", "reference".
-      config: a plan of the kernel in place of the heuristic one (static); implies "triton".
+      plan: block sizes and warps of the kernel (static) in place of the heuristic ones; implies "triton".
+      config: the former name of `plan`.
 
     Returns:
       float32 [T, N], -inf outside the row's columns. Sums are float32; float32 q is multiplied at highest precision.
 
     Raises:
-      ValueError: shapes or types that do not fit, or an implementation that does not serve the case.
+      ValueError: shapes or types that do not fit, or an implementation that does not support the case.
     """
-    implementation = with_config(implementation, config, IndexerPlan)
+    implementation, plan = with_plan(implementation, plan, config, IndexerPlan)
     weights = _check_queries(q, weights, keys.dtype)
     _check_keys("keys", keys, q.shape[2])
     if key_scales is not None:
         require(
             key_scales.size == keys.shape[0],
-            f"key_scales has shape {key_scales.shape}; expected [N] with N = {keys.shape[0]}, one scale per key.",
+            f"key_scales is {describe(key_scales)}; expected [N] with N = {keys.shape[0]}, one scale per key.",
         )
         key_scales = key_scales.reshape(-1).astype(jnp.float32)
-    starts = _ints("row_starts", row_starts, q.shape[0])
-    ends = jnp.clip(starts + jnp.maximum(_ints("row_lengths", row_lengths, q.shape[0]), 0), 0, keys.shape[0])
-    starts = jnp.clip(starts, 0, keys.shape[0])
+    starts, ends = _clamp_rows(row_starts, row_lengths, q.shape[0], keys.shape[0])
     if q.shape[0] == 0 or keys.shape[0] == 0:
         check_implementation(implementation)
         return jnp.zeros((q.shape[0], keys.shape[0]), jnp.float32)
@@ -80,10 +82,10 @@ def indexer_scores(
         "indexer_scores",
         implementation,
         {
-            "triton": lambda: _triton_ragged(q, keys, key_scales, weights, starts, ends, config),
-            "xla": lambda: _xla_ragged(_wide(q), keys, key_scales, weights, starts, ends, STEP_BYTES),
+            "triton": lambda: kernel.ragged(q, _stored(keys), keys.dtype, key_scales, weights, starts, ends, plan=plan),
+            "xla": lambda: _xla_ragged(_widen(q), keys, key_scales, weights, starts, ends),
             "reference": lambda: reference.indexer_scores(
-                _wide(q), keys, key_scales, weights, row_starts=starts, row_lengths=ends - starts
+                _widen(q), keys, key_scales, weights, row_starts=starts, row_lengths=ends - starts
             ),
         },
     )
@@ -99,6 +101,7 @@ def paged_indexer_scores(
     *,
     max_length: int,
     implementation: str | None = None,
+    plan: IndexerPlan | None = None,
     config: IndexerPlan | None = None,
 ) -> Array:
     """Scores of the keys of each token's own request, read through its page table (decode, prefill and mixed steps).
@@ -112,28 +115,29 @@ def paged_indexer_scores(
       lengths: int32 [T], how many positions the token sees (its own included).
       max_length: columns of the result, at most P * page_size.
       implementation: None for the best that runs here, or "triton", "xla", "reference".
-      config: a plan of the kernel in place of the heuristic one (static); implies "triton".
+      plan: block sizes and warps of the kernel (static) in place of the heuristic ones; implies "triton".
+      config: the former name of `plan`.
 
     Returns:
       float32 [T, max_length]; column = position in the request; -inf at columns >= lengths[t] and where the page table
       names no page of the cache.
 
     Raises:
-      ValueError: shapes or types that do not fit, or an implementation that does not serve the case.
+      ValueError: shapes or types that do not fit, or an implementation that does not support the case.
     """
-    implementation = with_config(implementation, config, IndexerPlan)
+    implementation, plan = with_plan(implementation, plan, config, IndexerPlan)
     weights = _check_queries(q, weights, getattr(cache, "dtype", None))
-    pages, requests, lengths = _check_paged(q, cache, page_table, request_ids, lengths, max_length)
-    if 0 in (q.shape[0], page_table.shape[0], cache.num_slots):
+    keys = _check_paged(q, cache, page_table, request_ids, lengths, max_length)
+    if 0 in (q.shape[0], keys.pages.shape[0], cache.num_slots):
         check_implementation(implementation)
-        return jnp.full((q.shape[0], max_length), -jnp.inf)
+        return jnp.full((q.shape[0], keys.columns), -jnp.inf, jnp.float32)
     return dispatch(
         "paged_indexer_scores",
         implementation,
         {
-            "triton": lambda: _triton_paged(q, weights, cache, pages, requests, lengths, max_length, config),
-            "xla": lambda: _xla_paged(_wide(q), weights, cache, pages, requests, lengths, max_length, STEP_BYTES),
-            "reference": lambda: _reference_paged(_wide(q), weights, cache, pages, requests, lengths, max_length),
+            "triton": lambda: _triton_paged(q, weights, keys, plan),
+            "xla": lambda: _xla_paged(_widen(q), weights, keys),
+            "reference": lambda: _reference_paged(_widen(q), weights, keys),
         },
     )
 
@@ -165,88 +169,102 @@ def lightning_indexer(
       ValueError: as above; k below 1; a memory_limit that does not hold one row of scores.
     """
     weights = _check_queries(q, weights, getattr(cache, "dtype", None))
-    pages, requests, lengths = _check_paged(q, cache, page_table, request_ids, lengths, max_length)
-    require(isinstance(k, int) and k >= 1, f"k is {k!r}; expected an int of at least 1.")
+    keys = _check_paged(q, cache, page_table, request_ids, lengths, max_length)
+    k, tokens, columns = topk.check_k(k), q.shape[0], keys.columns
     check_implementation(implementation)
-    tokens = q.shape[0]
-    if max_length <= k or tokens == 0:
+    if columns <= k or tokens == 0:
         positions = jnp.arange(k, dtype=jnp.int32)[None, :]
-        return jnp.where(positions < lengths[:, None], positions, -1)
-    require(
-        memory_limit >= 4 * max_length,
-        f"memory_limit is {memory_limit} bytes; one row of {max_length} scores needs {4 * max_length}. Raise it.",
-    )
-    chunk = min(tokens, memory_limit // (4 * max_length))
+        return jnp.where(positions < keys.lengths[:, None], positions, -1)
+    hint = f"One row of {columns} scores needs {4 * columns} bytes."
+    memory_limit = _check.size("memory_limit", memory_limit, 4 * columns, hint=hint)
+    chunk = min(tokens, memory_limit // (4 * columns))
 
     def body(first: Array) -> Array:
-        mine = [rows_from(x, first, chunk) for x in (q, weights, requests, lengths)]
-        scores = paged_indexer_scores(
-            mine[0], mine[1], cache, pages, mine[2], mine[3], max_length=max_length, implementation=implementation
+        queries, head_weights, requests, seen = (
+            rows_from(x, first, chunk) for x in (q, weights, keys.requests, keys.lengths)
         )
-        return topk.top_k(scores, k, mine[3], implementation=implementation)
+        where = cache, keys.pages, requests, seen
+        scores = paged_indexer_scores(queries, head_weights, *where, max_length=columns, implementation=implementation)
+        return topk.top_k(scores, k, seen, implementation=implementation)
 
-    return map_row_chunks(body, tokens, chunk, like=(q, weights, cache, pages, requests, lengths))
+    return map_row_chunks(body, tokens, chunk, like=(q, weights, keys))
 
 
-# --- validation ------------------------------------------------------------------------------------------------------
+# --- validation
 def _check_queries(q: Any, weights: Any, key_dtype: Any) -> Array:
     """Raises ValueError for what does not fit; returns weights as float32."""
     require(
         q.ndim == 3 and (q.dtype in (jnp.bfloat16, jnp.float32) or fp8.is_fp8(q.dtype)) and q.shape[1] * q.shape[2] > 0,
-        f"q is {q.dtype}{q.shape}; expected bfloat16, float32 or FP8 [T, H, D].",
+        f"q is {describe(q)}; expected bfloat16, float32 or FP8 [T, H, D].",
     )
-    require(
-        tuple(weights.shape) == tuple(q.shape[:2]) and jnp.issubdtype(weights.dtype, jnp.floating),
-        f"weights is {weights.dtype}{weights.shape}; expected float32 [T, H] = {q.shape[:2]}, one per query head.",
-    )
+    weights = _check.floats("weights", weights, *q.shape[:2], hint="One per query head.")
     require(
         not (fp8.is_fp8(q.dtype) and key_dtype is not None and fp8.is_fp8(key_dtype)) or q.dtype == key_dtype,
         f"q is {q.dtype} and the keys are {key_dtype}; FP8 queries of FP8 keys must have their flavour. Quantise q to"
         f" {key_dtype}, or pass it as bfloat16.",
     )
-    return weights.astype(jnp.float32)
+    return weights
 
 
 def _check_keys(name: str, keys: Any, dim: int) -> None:
     require(
         keys.ndim == 2 and (keys.dtype in (jnp.bfloat16, jnp.float32) or fp8.is_fp8(keys.dtype)),
-        f"{name} is {keys.dtype}{keys.shape}; expected FP8, bfloat16 or float32 [N, D].",
+        f"{name} is {describe(keys)}; expected FP8, bfloat16 or float32 [N, D].",
     )
     require(keys.shape[1] == dim, f"{name} has {keys.shape[1]} dimensions and q {dim}; they must agree.")
 
 
-def _ints(name: str, x: Any, tokens: int) -> Array:
-    require(
-        jnp.shape(x) == (tokens,) and jnp.issubdtype(jnp.result_type(x), jnp.integer),
-        f"{name} is {jnp.result_type(x)}{jnp.shape(x)}; expected int32 [T] with T = {tokens}.",
-    )
-    return jnp.asarray(x).astype(jnp.int32)
+def _clamp_rows(row_starts: Any, row_lengths: Any, tokens: int, columns: int) -> tuple[Array, Array]:
+    """First column of every row and the one behind its last, int32 [T], both from 0 to `columns`."""
+    starts = _check.int32("row_starts", row_starts, tokens, hint="One per token.")
+    lengths = _check.int32("row_lengths", row_lengths, tokens, hint="One per token.")
+    first = jnp.clip(starts, 0, columns)
+    # What a start before column 0 takes off, then what fits: no sum exceeds int32.
+    seen = jnp.maximum(lengths, 0) - jnp.maximum(-jnp.maximum(starts, -(2**31) + 1), 0)
+    return first, first + jnp.clip(seen, 0, columns - first)
 
 
-def _check_paged(q, cache, page_table, request_ids, lengths, max_length) -> tuple[Array, Array, Array]:
-    """Raises ValueError for what does not fit; returns page_table, request ids and lengths, cleared of nonsense."""
-    require(
-        isinstance(cache, PagedIndexCache), f"cache is {type(cache).__name__}; expected a PagedIndexCache (see create)."
-    )
-    require(
-        cache.dim == q.shape[2], f"cache has keys of {cache.dim} dimensions and q of {q.shape[2]}; they must agree."
-    )
-    require(
-        page_table.ndim == 2 and jnp.issubdtype(page_table.dtype, jnp.integer),
-        f"page_table is {page_table.dtype}{page_table.shape}; expected int32 [B, P], the pages of every request.",
-    )
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class _PagedKeys:
+    """The keys that each token sees: the first positions of its request.
+
+    Attributes:
+      cache: the index cache.
+      pages: int32 [B, P], pages of every request; -1, or any other number that is no page, for none.
+      requests: int32 [T]; not in [0, B) only where the length is 0.
+      lengths: int32 [T], from 0 to `columns`.
+      columns: static, positions that are scored.
+    """
+
+    cache: PagedIndexCache
+    pages: Array
+    requests: Array
+    lengths: Array
+    columns: int = dataclasses.field(metadata={"static": True})
+
+
+def _check_paged(q: Any, cache: Any, page_table: Any, request_ids: Any, lengths: Any, max_length: Any) -> _PagedKeys:
+    """Raises ValueError for what does not fit."""
+    is_cache = isinstance(cache, PagedIndexCache)
+    require(is_cache, f"cache is {type(cache).__name__}; expected a PagedIndexCache (see create).")
+    width = q.shape[2]
+    require(cache.dim == width, f"cache has keys of {cache.dim} dimensions and q of {width}; they must agree.")
+    page_table = _check.int32("page_table", page_table, "B", "P", hint="The pages of every request.")
     room = page_table.shape[1] * cache.page_size
-    require(
-        isinstance(max_length, int) and 1 <= max_length <= room,
-        f"max_length is {max_length!r}; expected an int from 1 to P * page_size = {room}. Widen the page_table.",
+    hint = f"The page_table has room for P * page_size = {room} columns: widen it for more."
+    max_length = _check.size("max_length", max_length, 1, room, hint=hint)
+    requests, lengths = (
+        _check.int32(name, x, q.shape[0], hint="One per token.")
+        for name, x in (("request_ids", request_ids), ("lengths", lengths))
     )
-    requests, lengths = _ints("request_ids", request_ids, q.shape[0]), _ints("lengths", lengths, q.shape[0])
-    known = (requests >= 0) & (requests < page_table.shape[0])
-    return page_table.astype(jnp.int32), requests, jnp.where(known, jnp.clip(lengths, 0, max_length), 0)
+    is_known = (requests >= 0) & (requests < page_table.shape[0])
+    lengths = jnp.where(is_known, jnp.clip(lengths, 0, max_length), 0)
+    return _PagedKeys(cache, page_table, requests, lengths, max_length)
 
 
-# --- XLA bodies ------------------------------------------------------------------------------------------------------
-def _wide(q: Array) -> Array:
+# --- XLA bodies
+def _widen(q: Array) -> Array:
     """FP8 queries as bfloat16, exact."""
     return q.astype(jnp.bfloat16) if fp8.is_fp8(q.dtype) else q
 
@@ -269,9 +287,9 @@ def _score(q: Array, keys: Array, scales: Array | None, weights: Array) -> Array
     return scores if scales is None else scores * scales
 
 
-def _block(per_column: int, columns: int, budget: int) -> int:
-    """Columns per step, so that `per_column` bytes each stay within `budget`; at least 128 of them."""
-    return max(1, min(columns, max(128, budget // per_column // 128 * 128)))
+def _block(per_column: int, columns: int) -> int:
+    """Columns per step, so that `per_column` bytes each stay within STEP_BYTES; at least 128 of them."""
+    return max(1, min(columns, max(128, STEP_BYTES // per_column // 128 * 128)))
 
 
 def _over_columns(out: Array, last: Array, block: int, score) -> Array:
@@ -285,101 +303,97 @@ def _over_columns(out: Array, last: Array, block: int, score) -> Array:
     return jax.lax.fori_loop(0, (jnp.minimum(last, columns) + block - 1) // block, step, out)
 
 
-def _xla_ragged(q, keys, scales, weights, starts, ends, budget: int) -> Array:
+def _xla_ragged(q: Array, keys: Array, scales: Array | None, weights: Array, starts: Array, ends: Array) -> Array:
     """Chunks of rows times blocks of columns; blocks past a chunk's last visible column are not computed."""
     tokens, heads, _ = q.shape
     dtype, keys = keys.dtype, _stored(keys)
     chunk = min(tokens, 64)
-    block = _block(4 * chunk * heads, keys.shape[0], budget)
+    block = _block(4 * chunk * heads, keys.shape[0])
 
-    def body(first):
-        mine, weight, start, end = (rows_from(x, first, chunk) for x in (q, weights, starts, ends))
-        out = varying(jnp.full((chunk, keys.shape[0]), -jnp.inf), q, keys, scales, weights, starts, ends)
+    def body(first: Array) -> Array:
+        queries, head_weights, start, end = (rows_from(x, first, chunk) for x in (q, weights, starts, ends))
+        out = varying(jnp.full((chunk, keys.shape[0]), -jnp.inf, jnp.float32), q, keys, scales, weights, starts, ends)
 
-        def score(at, _):
-            some = _float32(jax.lax.dynamic_slice_in_dim(keys, at, block, 0), dtype)
+        def score(at: Array, _: Array) -> Array:
+            columns = _float32(jax.lax.dynamic_slice_in_dim(keys, at, block, 0), dtype)
             scale = None if scales is None else jax.lax.dynamic_slice_in_dim(scales, at, block, 0)
             column = at + jnp.arange(block)[None, :]
-            inside = (column >= start[:, None]) & (column < end[:, None])
-            return jnp.where(inside, _score(mine, some, scale, weight), -jnp.inf)
+            is_visible = (column >= start[:, None]) & (column < end[:, None])
+            return jnp.where(is_visible, _score(queries, columns, scale, head_weights), -jnp.inf)
 
         return _over_columns(out, jnp.max(jnp.where(end > start, end, 0)), block, score)
 
     return map_row_chunks(body, tokens, chunk, like=(q, keys, scales, weights, starts, ends))
 
 
-def _slots(pages: Array, page_size: int, num_pages: int, columns: Array) -> Array:
+def _slots(pages: Array, cache: PagedIndexCache, columns: Array) -> Array:
     """Slots of positions `columns`[n] in page rows `pages`[..., P]: int32 [..., n], -1 where there is no such page."""
-    page = jnp.take(pages, columns // page_size, axis=-1, mode="clip")
-    return jnp.where((page >= 0) & (page < num_pages), page * page_size + columns % page_size, -1)
+    page = jnp.take(pages, columns // cache.page_size, axis=-1, mode="clip")
+    is_page = (page >= 0) & (page < cache.num_pages)
+    return jnp.where(is_page, page * cache.page_size + columns % cache.page_size, -1)
 
 
-def _gather(cache: PagedIndexCache, slots: Array) -> tuple[Array, Array | None, Array]:
-    """Keys float32 [..., D], scales [...] and validity of `slots`; invalid ones read slot 0 and are masked later."""
-    valid = slots >= 0
-    safe = jnp.where(valid, slots, 0)
+def _gather(cache: PagedIndexCache, slots: Array) -> tuple[Array, Array | None]:
+    """Keys float32 [..., D] and scales [...] of `slots`; those of -1 are slot 0's, and are masked by the caller."""
+    safe = jnp.maximum(slots, 0)
     keys = _float32(cache.data.reshape(cache.num_slots, -1).at[safe].get(mode="promise_in_bounds"), cache.dtype)
     if cache.scale is None:
-        return keys, None, valid
-    return keys, cache.scale.reshape(-1).at[safe].get(mode="promise_in_bounds"), valid
+        return keys, None
+    return keys, cache.scale.reshape(-1).at[safe].get(mode="promise_in_bounds")
 
 
-def _xla_paged(q, weights, cache, pages, requests, lengths, max_length: int, budget: int) -> Array:
+def _xla_paged(q: Array, weights: Array, keys: _PagedKeys) -> Array:
     """Few tokens per request: keys are gathered for every token. Many: once per request and chunk of tokens."""
     tokens, heads, dim = q.shape
-    alone = tokens <= 4 * pages.shape[0]
-    chunk = min(tokens, 32 if alone else 64)
-    block = _block(4 * chunk * (heads + dim if alone else heads), max_length, budget)
-    like = (q, weights, cache, pages, requests, lengths)
+    by_token = tokens <= 4 * keys.pages.shape[0]
+    chunk = min(tokens, 32 if by_token else 64)
+    block = _block(4 * chunk * (heads + dim if by_token else heads), keys.columns)
 
-    def body(first):
-        mine, weight, request, length = (rows_from(x, first, chunk) for x in (q, weights, requests, lengths))
-        out = varying(jnp.full((chunk, max_length), -jnp.inf), like)
+    def body(first: Array) -> Array:
+        queries, head_weights, requests, lengths = (
+            rows_from(x, first, chunk) for x in (q, weights, keys.requests, keys.lengths)
+        )
+        out = varying(jnp.full((chunk, keys.columns), -jnp.inf, jnp.float32), q, weights, keys)
 
-        def score(at, old, one=None):
-            columns = at + jnp.arange(block, dtype=jnp.int32)
-            own = pages.at[request].get(mode="clip") if one is None else pages.at[one].get(mode="clip")
-            keys, scales, valid = _gather(cache, _slots(own, cache.page_size, cache.num_pages, columns))
-            inside = valid & (columns[None, :] < length[:, None])
-            rest = jnp.full((), -jnp.inf)
-            if one is not None:
-                inside = inside & (request == one)[:, None]
-                rest = jax.lax.dynamic_slice_in_dim(old, at, block, 1)
-            return jnp.where(inside, _score(mine, keys, scales, weight), rest)
+        def score(start: Array, request: Array) -> tuple[Array, Array]:
+            """Scores of `block` columns of one request, or of each token's, and which of them lie before its length."""
+            columns = start + jnp.arange(block, dtype=jnp.int32)
+            slots = _slots(keys.pages.at[request].get(mode="clip"), keys.cache, columns)
+            is_visible = (slots >= 0) & (columns[None, :] < lengths[:, None])
+            return _score(queries, *_gather(keys.cache, slots), head_weights), is_visible
 
-        if alone:
-            return _over_columns(out, jnp.max(length), block, score)
+        def score_own(start: Array, _: Array) -> Array:
+            scores, is_visible = score(start, requests)
+            return jnp.where(is_visible, scores, -jnp.inf)
 
-        def one_request(one, out):
-            last = jnp.max(jnp.where(request == one, length, 0))
-            return _over_columns(out, last, block, lambda at, old: score(at, old, one))
+        def score_request(request: Array, out: Array) -> Array:
+            def replace(start: Array, out: Array) -> Array:
+                scores, is_visible = score(start, request)
+                is_visible &= (requests == request)[:, None]
+                return jnp.where(is_visible, scores, jax.lax.dynamic_slice_in_dim(out, start, block, 1))
 
-        seen = length > 0
-        low = jnp.min(jnp.where(seen, request, pages.shape[0]))
-        return jax.lax.fori_loop(low, jnp.max(jnp.where(seen, request, -1)) + 1, one_request, out)
+            return _over_columns(out, jnp.max(jnp.where(requests == request, lengths, 0)), block, replace)
 
-    return map_row_chunks(body, tokens, chunk, like=like)
+        if by_token:
+            return _over_columns(out, jnp.max(lengths), block, score_own)
+        is_scored = lengths > 0
+        low = jnp.min(jnp.where(is_scored, requests, keys.pages.shape[0]))
+        return jax.lax.fori_loop(low, jnp.max(jnp.where(is_scored, requests, -1)) + 1, score_request, out)
+
+    return map_row_chunks(body, tokens, chunk, like=(q, weights, keys))
 
 
-# --- reference and kernel bodies -------------------------------------------------------------------------------------
-def _reference_paged(q, weights, cache, pages, requests, lengths, max_length: int) -> Array:
-    columns = jnp.arange(max_length, dtype=jnp.int32)
-    slots = _slots(jnp.take(pages, requests, axis=0, mode="clip"), cache.page_size, cache.num_pages, columns)
-    slots = jnp.where(columns[None, :] < lengths[:, None], slots, -1)
-    keys = cache.key.reshape(cache.num_slots, -1)
+# --- reference and kernel bodies
+def _reference_paged(q: Array, weights: Array, keys: _PagedKeys) -> Array:
+    cache, columns = keys.cache, jnp.arange(keys.columns, dtype=jnp.int32)
+    slots = _slots(jnp.take(keys.pages, keys.requests, axis=0, mode="clip"), cache, columns)
+    slots = jnp.where(columns[None, :] < keys.lengths[:, None], slots, -1)
+    values = cache.key.reshape(cache.num_slots, -1)
     scales = None if cache.scale is None else cache.scale.reshape(-1)
-    return reference.paged_indexer_scores(q, keys, scales, weights, slots)
+    return reference.paged_indexer_scores(q, values, scales, weights, slots)
 
 
-def _triton_ragged(q, keys, scales, weights, starts, ends, plan: IndexerPlan | None) -> Array:
-    from pallas_kernels import indexer_logits
-
-    return indexer_logits.ragged(q, _stored(keys), keys.dtype, scales, weights, starts, ends, plan=plan)
-
-
-def _triton_paged(q, weights, cache, pages, requests, lengths, max_length: int, plan: IndexerPlan | None) -> Array:
-    from pallas_kernels import indexer_logits
-
-    return indexer_logits.paged(
-        q, cache.data, cache.dtype, cache.scale, weights, pages, requests, lengths, max_length=max_length, plan=plan
-    )
+def _triton_paged(q: Array, weights: Array, keys: _PagedKeys, plan: IndexerPlan | None) -> Array:
+    stored = keys.cache.data, keys.cache.dtype, keys.cache.scale
+    where = keys.pages, keys.requests, keys.lengths
+    return kernel.paged(q, *stored, weights, *where, max_length=keys.columns, plan=plan)

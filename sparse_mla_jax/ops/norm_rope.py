@@ -1,12 +1,13 @@
-"""Norm, rotation, scale and cast of the parts of a projection: what stands between the products of an attention layer.
+"""Norm, rotation, scale and cast of the parts of a projection: the work between the products of an attention layer.
 
-One product gives what several parts of a layer need, side by side. Each part is normalised over its heads, rotated,
-scaled and cast, or quantised to FP8 with one scale per token and head: one launch on a GPU where XLA makes one or two
-of every part.
+One product gives the inputs of several parts of a layer, side by side. Each part is normalised over its heads, rotated,
+scaled and cast, or quantised to FP8 with one scale per token and head: one launch on a GPU, where XLA makes one or two
+per part.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,39 +15,46 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from pallas_kernels import norm_rope as kernel
-from pallas_kernels.norm_rope import Part
+from pallas_kernels.norm_rope import Section
 from pallas_kernels.plans.norm_rope import NormRopePlan
-from sparse_mla_jax import reference
-from sparse_mla_jax._check import require
+from sparse_mla_jax import _check, reference
+from sparse_mla_jax._check import describe, require
 from sparse_mla_jax.ops import fp8
-from sparse_mla_jax.ops._dispatch import check_implementation, dispatch, with_config
+from sparse_mla_jax.ops._dispatch import check_implementation, dispatch, with_plan
 from sparse_mla_jax.ops.rope import rotate
 
-__all__ = ["Part", "norm_rope"]
+__all__ = ["Section", "norm_rope"]
 
+# The sizes of a part, and the least that each may be.
+_SIZES = {"start": 0, "heads": 1, "width": 1}
 _TYPES = (jnp.dtype(jnp.bfloat16), fp8.FLOAT32, fp8.E4M3FN, fp8.E4M3FNUZ)
+
+# The name of a release before.
+Part = Section
 
 
 def norm_rope(
     x: Array,
-    parts: Sequence[Part],
+    parts: Sequence[Section],
     positions: Array,
     frequencies: Any,
     *,
     eps: float = 1e-6,
     implementation: str | None = None,
+    plan: NormRopePlan | None = None,
     config: NormRopePlan | None = None,
 ) -> list[Any]:
     """Finishes parts of a projection: norm over each head, rotation, scale, cast.
 
     Args:
       x: bfloat16 or float32 [T, W]; whatever it is, arithmetic is float32, rounded once at the end.
-      parts: columns of x and what becomes of them, in any order; they may leave columns out.
+      parts: columns of x and how they are finished, in any order; they may leave columns out.
       positions: integer [T].
       frequencies: [pairs] radians per position of the rotated pairs, from `rope_frequencies`.
       eps: of the norms, added to the mean square.
       implementation: None for the best that runs here, or "triton", "xla", "reference".
-      config: a plan of the kernel in place of the heuristic one (static); implies "triton".
+      plan: block sizes and warps of the kernel (static) in place of the heuristic ones; implies "triton".
+      config: the former name of `plan`.
 
     Returns:
       Of each part [T, heads, width] in its dtype; of an FP8 part a pair of it and its scales float32 [T, heads], which
@@ -55,11 +63,12 @@ def norm_rope(
     Raises:
       ValueError: types, shapes or columns that do not fit.
     """
-    implementation = with_config(implementation, config, NormRopePlan)
-    x, positions, frequencies = jnp.asarray(x), jnp.asarray(positions), jnp.asarray(frequencies, jnp.float32)
-    _check(x, positions, frequencies)
-    for number, part in enumerate(parts):
-        _check_part(f"parts[{number}]", part, x, frequencies.shape[0])
+    implementation, plan = with_plan(implementation, plan, config, NormRopePlan)
+    x = _check.array("x", x, (jnp.bfloat16, jnp.float32), "T", "W")
+    positions = _check.integers("positions", positions, x.shape[0], hint="One per row of x.")
+    frequencies = jnp.asarray(frequencies, jnp.float32)
+    require(frequencies.ndim == 1, f"frequencies has shape {list(frequencies.shape)}; expected [pairs].")
+    parts = [_check_part(f"parts[{i}]", part, x, frequencies.shape[0]) for i, part in enumerate(parts)]
     if x.shape[0] == 0 or not parts:
         check_implementation(implementation)
         return [_shaped(part, [jnp.zeros((0, part.columns), jnp.uint8), jnp.zeros((0, 1))]) for part in parts]
@@ -67,30 +76,22 @@ def norm_rope(
         "norm_rope",
         implementation,
         {
-            "triton": lambda: _triton(x, parts, positions, frequencies, eps, config),
+            "triton": lambda: _triton(x, parts, positions, frequencies, eps, plan),
             "xla": lambda: [_xla(x, part, positions, frequencies, eps) for part in parts],
             "reference": lambda: [_reference(x, part, positions, frequencies, eps) for part in parts],
         },
     )
 
 
-# --- validation ------------------------------------------------------------------------------------------------------
-def _check(x: Array, positions: Array, frequencies: Array) -> None:
+# --- validation
+def _check_part(name: str, part: Section, x: Array, pairs: int) -> Section:
+    """`part` with its sizes as ints."""
+    sizes: dict[str, Any] = {key: _check.size(f"{name}.{key}", getattr(part, key), low) for key, low in _SIZES.items()}
+    if part.rotated is not None:
+        sizes["rotated"] = _check.size(f"{name}.rotated", part.rotated, 0)
+    part = dataclasses.replace(part, **sizes)
     require(
-        x.ndim == 2 and x.dtype in (jnp.bfloat16, jnp.float32),
-        f"x is {x.dtype}{list(x.shape)}; expected bfloat16 or float32 [T, W].",
-    )
-    require(
-        positions.shape == x.shape[:1] and jnp.issubdtype(positions.dtype, jnp.integer),
-        f"positions is {positions.dtype}{list(positions.shape)}; expected integers [{x.shape[0]}], one per row of x.",
-    )
-    require(frequencies.ndim == 1, f"frequencies has shape {list(frequencies.shape)}; expected [pairs].")
-
-
-def _check_part(name: str, part: Part, x: Array, pairs: int) -> None:
-    inside = part.start >= 0 and min(part.heads, part.width) >= 1 and part.start + part.columns <= x.shape[1]
-    require(
-        inside,
+        part.start + part.columns <= x.shape[1],
         f"{name} takes {part.heads} heads of {part.width} columns from {part.start} on; x has {x.shape[1]} columns.",
     )
     require(
@@ -98,24 +99,25 @@ def _check_part(name: str, part: Part, x: Array, pairs: int) -> None:
         f"{name} is to be {part.dtype}; expected one of {', '.join(t.name for t in _TYPES)}.",
     )
     require(
-        part.rotated is None or 0 <= part.rotated <= part.width - 2 * pairs,
+        part.rotated is None or part.rotated <= part.width - 2 * pairs,
         f"{name} is rotated from column {part.rotated} on; {pairs} frequencies turn {2 * pairs} of {part.width}.",
     )
     require(part.bias is None or part.weight is not None, f"{name} has a bias and no weight; a layer norm has both.")
     for what, array in (("weight", part.weight), ("bias", part.bias)):
         require(
             array is None or array.shape == (part.width,),
-            f"{name} has a {what} of shape {getattr(array, 'shape', None)}; expected [{part.width}], as its heads.",
+            f"{name} has a {what} {describe(array)}; expected [{part.width}], as its heads.",
         )
     require(
         part.factor is None or (part.quantized and part.factor.shape == (x.shape[0], part.heads)),
-        f"{name} is {part.dtype} with a factor of shape {getattr(part.factor, 'shape', None)}; a factor belongs to the"
-        f" scales of an FP8 part, [T, heads] = {[x.shape[0], part.heads]}.",
+        f"{name} is {part.dtype} with a factor {describe(part.factor)}; a factor belongs to the scales of an FP8 part,"
+        f" [T, heads] = {[x.shape[0], part.heads]}.",
     )
+    return part
 
 
-# --- bodies ----------------------------------------------------------------------------------------------------------
-def _shaped(part: Part, arrays: Sequence[Array]) -> Any:
+# --- bodies
+def _shaped(part: Section, arrays: Sequence[Array]) -> Any:
     """Results [T, heads * width] (and scales) as the caller gets them."""
     heads = arrays[0].reshape(-1, part.heads, part.width)
     if not part.quantized:
@@ -123,13 +125,13 @@ def _shaped(part: Part, arrays: Sequence[Array]) -> Any:
     return lax.bitcast_convert_type(heads, jnp.dtype(part.dtype)), arrays[1].reshape(-1, part.heads)
 
 
-def _heads(x: Array, part: Part) -> Array:
+def _heads(x: Array, part: Section) -> Array:
     """The part of x as float32 [T, heads, width]."""
-    mine = x[:, part.start : part.start + part.columns]
-    return mine.reshape(-1, part.heads, part.width).astype(jnp.float32)
+    columns = x[:, part.start : part.start + part.columns]
+    return columns.reshape(-1, part.heads, part.width).astype(jnp.float32)
 
 
-def _xla(x: Array, part: Part, positions: Array, frequencies: Array, eps: float) -> Any:
+def _xla(x: Array, part: Section, positions: Array, frequencies: Array, eps: float) -> Any:
     values = _heads(x, part)
     if part.weight is not None:
         if part.bias is not None:
@@ -140,8 +142,8 @@ def _xla(x: Array, part: Part, positions: Array, frequencies: Array, eps: float)
             values = values + part.bias.astype(jnp.float32)
     if part.rotated is not None:
         first, end = part.rotated, part.rotated + 2 * frequencies.shape[0]
-        turned = rotate(values[..., first:end], positions, frequencies, interleaved=part.interleaved)
-        values = jnp.concatenate([values[..., :first], turned, values[..., end:]], axis=-1)
+        rotated = rotate(values[..., first:end], positions, frequencies, interleaved=part.interleaved)
+        values = jnp.concatenate([values[..., :first], rotated, values[..., end:]], axis=-1)
     if part.scale != 1.0:
         values = values * part.scale
     if not part.quantized:
@@ -151,7 +153,7 @@ def _xla(x: Array, part: Part, positions: Array, frequencies: Array, eps: float)
     return codes, scales if part.factor is None else scales * part.factor
 
 
-def _reference(x: Array, part: Part, positions: Array, frequencies: Array, eps: float) -> Any:
+def _reference(x: Array, part: Section, positions: Array, frequencies: Array, eps: float) -> Any:
     values = reference.norm_rope(
         _heads(x, part),
         part.weight,
@@ -170,9 +172,9 @@ def _reference(x: Array, part: Part, positions: Array, frequencies: Array, eps: 
 
 
 def _triton(
-    x: Array, parts: Sequence[Part], positions: Array, frequencies: Array, eps: float, plan: NormRopePlan | None
+    x: Array, parts: Sequence[Section], positions: Array, frequencies: Array, eps: float, plan: NormRopePlan | None
 ) -> list[Any]:
-    # Once for all parts, and under one jit once for all layers of a step.
+    # Computed once for all parts; under one jit, XLA also shares it between the layers of a step.
     angles = positions.astype(jnp.float32)[:, None] * frequencies
     cos, sin = jnp.cos(angles), jnp.sin(angles)
     finished = kernel.norm_rope(x, parts, cos, sin, eps=eps, plan=plan)

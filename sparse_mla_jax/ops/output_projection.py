@@ -1,7 +1,7 @@
-"""The first half of DeepSeek-V4's output projection: attention's result turned back, and a product per group of heads.
+"""The first half of DeepSeek-V4's output projection: attention's result rotated back, and a product per group of heads.
 
-Values carry the rotation of their own positions, so the sum over them is turned back by the query's, on its way into
-the product: one launch on a GPU.
+Values carry the rotation of their own positions. The sum over them is rotated back by the query's position inside the
+product: one launch on a GPU.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from jax import Array
 
 from pallas_kernels import output_projection as kernel
 from pallas_kernels.plans.output_projection import ProjectionPlan
-from sparse_mla_jax import reference
+from sparse_mla_jax import _check, reference
 from sparse_mla_jax._check import require
-from sparse_mla_jax.ops._dispatch import check_implementation, dispatch, with_config
+from sparse_mla_jax.ops._dispatch import check_implementation, dispatch, with_plan
 from sparse_mla_jax.ops.rope import rotate
 
 
@@ -28,9 +28,10 @@ def rotated_projection(
     frequencies: Any,
     *,
     implementation: str | None = None,
+    plan: ProjectionPlan | None = None,
     config: ProjectionPlan | None = None,
 ) -> Array:
-    """low[t, g] = turned(out[t])[g-th H // g heads, one after the other] @ weight[g].
+    """low[t, g] = rotated(out[t])[g-th H // g heads, one after the other] @ weight[g].
 
     The last r values of every head are rotated by -position * frequency in interleaved pairs, in float32, and rounded
     to out.dtype; products of bfloat16 are summed in float32, those of float32 at the platform's highest precision.
@@ -41,18 +42,21 @@ def rotated_projection(
       positions: integer [T].
       frequencies: [r / 2] radians per position, from `rope_frequencies`; r at most d.
       implementation: None for the best that runs here, or "triton", "xla", "reference".
-      config: a plan of the kernel in place of the heuristic one (static); implies "triton".
+      plan: block sizes and warps of the kernel (static) in place of the heuristic ones; implies "triton".
+      config: the former name of `plan`.
 
     Returns:
       [T, g, O] in out.dtype.
 
     Raises:
-      ValueError: types or shapes other than these, or an implementation that does not serve the case.
+      ValueError: types or shapes other than these, or an implementation that does not support the case.
     """
-    implementation = with_config(implementation, config, ProjectionPlan)
-    out, weight, positions = (jnp.asarray(x) for x in (out, weight, positions))
+    implementation, plan = with_plan(implementation, plan, config, ProjectionPlan)
+    out = _check.array("out", out, jnp.floating, "T", "H", "d")
+    weight = _check.array("weight", weight, jnp.floating, "g", "H // g * d", "O")
+    positions = _check.integers("positions", positions, out.shape[0], hint="One per row of out.")
     frequencies = jnp.asarray(frequencies, jnp.float32)
-    _check(out, weight, positions, frequencies)
+    _check_widths(out, weight, frequencies)
     if 0 in (out.shape[0], weight.shape[0], weight.shape[2]):
         check_implementation(implementation)
         return jnp.zeros((out.shape[0], weight.shape[0], weight.shape[2]), out.dtype)
@@ -60,7 +64,7 @@ def rotated_projection(
         "rotated_projection",
         implementation,
         {
-            "triton": lambda: _triton(out, weight, positions, frequencies, config),
+            "triton": lambda: _triton(out, weight, positions, frequencies, plan),
             "xla": lambda: _xla(out, weight, positions, frequencies),
             "reference": lambda: reference.rotated_projection(
                 out, weight, positions.astype(jnp.float32)[:, None] * frequencies
@@ -69,25 +73,13 @@ def rotated_projection(
     )
 
 
-def _check(out: Array, weight: Array, positions: Array, frequencies: Array) -> None:
-    require(
-        out.ndim == 3 and jnp.issubdtype(out.dtype, jnp.floating),
-        f"out is {out.dtype}{list(out.shape)}; expected floating [T, H, d].",
-    )
-    tokens, heads, width = out.shape
-    require(
-        weight.ndim == 3 and jnp.issubdtype(weight.dtype, jnp.floating),
-        f"weight is {weight.dtype}{list(weight.shape)}; expected floating [g, H // g * d, O].",
-    )
+def _check_widths(out: Array, weight: Array, frequencies: Array) -> None:
+    _, heads, width = out.shape
     groups = max(1, weight.shape[0])
     require(
         heads % groups == 0 and weight.shape[1] == heads // groups * width,
         f"weight has shape {list(weight.shape)}; {heads} heads of {width} values in {weight.shape[0]} groups need"
         f" [{weight.shape[0]}, {heads} // {weight.shape[0]} * {width}, O]: g must divide H.",
-    )
-    require(
-        positions.shape == (tokens,) and jnp.issubdtype(positions.dtype, jnp.integer),
-        f"positions is {positions.dtype}{list(positions.shape)}; expected integers [{tokens}], one per row of out.",
     )
     require(
         frequencies.ndim == 1 and 2 * frequencies.shape[0] <= width,
@@ -96,15 +88,15 @@ def _check(out: Array, weight: Array, positions: Array, frequencies: Array) -> N
 
 
 def _triton(out: Array, weight: Array, positions: Array, frequencies: Array, plan: ProjectionPlan | None) -> Array:
-    # Under one jit once for all layers of a step that turn alike.
+    # Under one jit, XLA computes these once for all layers of a step with the same frequencies.
     angles = positions.astype(jnp.float32)[:, None] * frequencies
     return kernel.rotated_projection(out, weight, jnp.cos(angles), jnp.sin(angles), plan=plan)
 
 
 def _xla(out: Array, weight: Array, positions: Array, frequencies: Array) -> Array:
     kept = out.shape[2] - 2 * frequencies.shape[0]
-    turned = rotate(out[..., kept:], positions, frequencies, interleaved=True, inverse=True)
-    rows = jnp.concatenate([out[..., :kept], turned], axis=-1).reshape(out.shape[0], *weight.shape[:2])
+    rotated = rotate(out[..., kept:], positions, frequencies, interleaved=True, inverse=True)
+    rows = jnp.concatenate([out[..., :kept], rotated], axis=-1).reshape(out.shape[0], *weight.shape[:2])
     return _by_group(rows, weight).astype(out.dtype)
 
 
@@ -112,10 +104,10 @@ def _by_group(x: Array, weight: Array) -> Array:
     """x[T, g, I] times weight[g, I, O] per group, accumulated and returned in float32."""
     product = functools.partial(jnp.einsum, "tgi,gio->tgo", preferred_element_type=jnp.float32)
 
-    def widened(x: Array, weight: Array) -> Array:
+    def widen(x: Array, weight: Array) -> Array:
         # XLA:CPU refuses a batched bfloat16 product with a float32 result.
         return product(x.astype(jnp.float32), weight.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST)
 
     if jnp.float32 in (x.dtype, weight.dtype):
-        return widened(x, weight)
-    return jax.lax.platform_dependent(x, weight, cpu=widened, default=product)
+        return widen(x, weight)
+    return jax.lax.platform_dependent(x, weight, cpu=widen, default=product)

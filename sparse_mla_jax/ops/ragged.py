@@ -8,15 +8,26 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
+from sparse_mla_jax import _check
 from sparse_mla_jax._check import require
+from sparse_mla_jax.ops._chunks import rows_from
 
 INT32_MAX = 2**31 - 1
+
+
+class FlatRows(NamedTuple):
+    """Rows as intervals of one array: row r is values[starts[r] : starts[r] + lengths[r]]."""
+
+    values: Array
+    starts: Array
+    lengths: Array
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["values", "indptr"], meta_fields=[])
@@ -42,13 +53,50 @@ class Ragged:
         """Entries that `values` has room for."""
         return self.values.shape[0]
 
+    @property
+    def longest(self) -> int:
+        """Static: no row has more entries."""
+        return self.capacity
+
+    @property
+    def width(self) -> int:
+        """Static: a row's even share of the capacity, rounded up."""
+        return -(-self.capacity // max(1, self.rows))
+
+    def check(self, name: str, rows: int) -> Ragged:
+        """The same rows in int32.
+
+        Raises:
+          ValueError: other types, or another number of rows; `name` is the argument's name in the message.
+        """
+        require(self.rows == rows, f"{name} holds {self.rows} rows; q has {rows} tokens: one row for each.")
+        values = _check.int32(f"{name}, values", self.values, "capacity")
+        return Ragged(values, _check.int32(f"{name}, indptr", self.indptr, rows + 1))
+
+    def take(self, first: Array, count: int) -> Ragged:
+        """Rows first..first+count-1, for use inside `map_row_chunks`."""
+        return Ragged(self.values, rows_from(self.indptr, first, count + 1))
+
+    def flatten(self) -> FlatRows:
+        """The rows as intervals, indptr clamped to capacity."""
+        bounds = jnp.clip(self.indptr, 0, self.capacity)
+        return FlatRows(self.values, bounds[:-1], bounds[1:] - bounds[:-1])
+
+    def masked(self) -> Array:
+        """int32[rows, capacity] (at least one column) with -1 behind every row."""
+        return self.to_dense(max(1, self.capacity))
+
+    def kernel_arguments(self) -> dict[str, Any]:
+        """The fields of a kernel's source that say which rows there are."""
+        return {"values": self.values, "indptr": self.indptr, "lengths": None}
+
     def to_dense(self, width: int, fill: int = -1) -> Array:
         """int32[rows, width]: each row from the left, then `fill`; longer rows are cut off, indptr clamped to capacity.
 
         Raises:
-          ValueError: width is negative.
+          ValueError: width is negative, or fill does not fit int32.
         """
-        require(width >= 0, f"width is {width}; expected at least 0.")
+        width, fill = _check.size("width", width, 0), _check.size("fill", fill, -INT32_MAX - 1, INT32_MAX)
         column = jnp.arange(width, dtype=jnp.int32)[None, :]
         if self.capacity == 0:
             return jnp.full((self.rows, width), fill, jnp.int32)
@@ -67,22 +115,61 @@ class DenseRows:
     Cheaper to make than `Ragged` where entries are in front already, and attention over them costs by length alike.
 
     Attributes:
-      values: int32[rows, width]; what lies from lengths[r] on has no meaning and is not read.
-      lengths: int32[rows], clamped to 0..width.
+      values: int32[rows, width]; whatever lies from lengths[r] on has no meaning and is not read.
+      lengths: int32[rows], clamped to 0..width; None means that all entries count.
     """
 
     values: Array
-    lengths: Array
+    lengths: Array | None = None
 
     @property
     def rows(self) -> int:
         """Number of rows."""
         return self.values.shape[0]
 
+    @property
+    def width(self) -> int:
+        """Entries of a row."""
+        return self.values.shape[1]
+
+    @property
+    def longest(self) -> int:
+        """As `width`: no row has more entries."""
+        return self.width
+
+    def check(self, name: str, rows: int) -> DenseRows:
+        """The same rows in int32.
+
+        Raises:
+          ValueError: other types or shapes; `name` is the argument's name in the message.
+        """
+        values = _check.int32(name, self.values, rows, "W", hint="One row of slots per token of q, or a Ragged.")
+        if self.lengths is None:
+            return DenseRows(values)
+        # Clamps 64-bit lengths only (a cast would wrap). Others are clamped in the kernels, which saves a launch.
+        return DenseRows(values, _check.int32(f"lengths of {name}", self.lengths, rows))
+
+    def take(self, first: Array, count: int) -> DenseRows:
+        """Rows first..first+count-1, for use inside `map_row_chunks`."""
+        return jax.tree.map(lambda x: rows_from(x, first, count), self)
+
+    def flatten(self) -> FlatRows:
+        """The rows as intervals, lengths clamped."""
+        starts = jnp.arange(self.rows, dtype=jnp.int32) * self.width
+        whole = jnp.full((self.rows,), self.width, jnp.int32)
+        lengths = whole if self.lengths is None else jnp.clip(self.lengths, 0, self.width)
+        return FlatRows(self.values.reshape(-1), starts, lengths)
+
     def masked(self) -> Array:
         """int32[rows, width] with -1 behind every row."""
-        column = jnp.arange(self.values.shape[1], dtype=jnp.int32)[None, :]
+        if self.lengths is None:
+            return self.values
+        column = jnp.arange(self.width, dtype=jnp.int32)[None, :]
         return jnp.where(column < self.lengths[:, None], self.values, -1)
+
+    def kernel_arguments(self) -> dict[str, Any]:
+        """The fields of a kernel's source that say which rows there are."""
+        return {"values": self.values, "indptr": None, "lengths": self.lengths}
 
 
 def indptr_from_lengths(lengths: Array) -> Array:
@@ -91,7 +178,7 @@ def indptr_from_lengths(lengths: Array) -> Array:
     Raises:
       ValueError: lengths are not integers of one axis.
     """
-    lengths = _integers("lengths", lengths, 1)
+    lengths = _check.int32("lengths", lengths, "R")
     ends = jnp.cumsum(jnp.maximum(lengths, 0), dtype=jnp.int32)
     return jnp.concatenate([jnp.zeros((1,), jnp.int32), ends])
 
@@ -112,31 +199,25 @@ def pack_rows(indices: Array, lengths: Array | None = None, *, limit: int | Arra
     Raises:
       ValueError: other types or shapes, or R * W >= 2**31.
     """
-    indices = _integers("indices", indices, 2)
+    indices = _check.int32("indices", indices, "R", "W")
     rows, width = indices.shape
     capacity = rows * width
     require(
         capacity <= INT32_MAX,
-        f"indices have shape [{rows}, {width}], at least 2**31 entries, which int32 offsets can not address."
+        f"indices is int32[{rows}, {width}], at least 2**31 entries, which int32 offsets can not address."
         " Work in chunks of rows.",
     )
     valid = indices >= 0
     if limit is not None:
-        valid &= indices < limit
+        valid &= indices < _check.int32("limit", limit)
     if lengths is not None:
-        lengths = _integers("lengths", lengths, 1)
-        require(
-            lengths.shape[0] == rows,
-            f"lengths have shape {list(lengths.shape)}; expected [{rows}], one per row of indices.",
-        )
+        lengths = _check.int32("lengths", lengths, rows, hint="One per row of indices.")
         valid &= jnp.arange(width, dtype=jnp.int32)[None, :] < lengths[:, None]
     count = jnp.cumsum(valid, axis=1, dtype=jnp.int32)
     indptr = indptr_from_lengths(valid.sum(axis=1, dtype=jnp.int32))
     at = jnp.where(valid, indptr[:-1, None] + count - 1, capacity)
     values = jnp.full((capacity,), -1, jnp.int32)
-    values = values.at[at.reshape(-1)].set(
-        indices.reshape(-1).astype(jnp.int32), mode="drop", wrap_negative_indices=False
-    )
+    values = values.at[at.reshape(-1)].set(indices.reshape(-1), mode="drop", wrap_negative_indices=False)
     return Ragged(values, indptr)
 
 
@@ -158,28 +239,23 @@ def slots_from_positions(positions: Array, request_ids: Array, page_table: Array
     Raises:
       ValueError: other types or shapes.
     """
-    positions = _integers("positions", positions, 1, 2)
-    request_ids = _integers("request_ids", request_ids, 1)
-    page_table = _integers("page_table", page_table, 2)
-    require(
-        request_ids.shape[0] == positions.shape[0],
-        f"request_ids have shape {list(request_ids.shape)}; expected [{positions.shape[0]}], one per row of positions.",
-    )
-    require(
-        not isinstance(page_size, bool) and isinstance(page_size, int) and page_size >= 1,
-        f"page_size is {page_size!r}; expected an integer of at least 1.",
-    )
+    # Wide types stay wide up to the end: what int32 does not hold is no position, page or request.
+    positions = _check.integers("positions", positions, *(("T",) if np.ndim(positions) == 1 else ("T", "W")))
+    hint = "One per row of positions."
+    request_ids = _check.integers("request_ids", request_ids, positions.shape[0], hint=hint)
+    page_table = _check.integers("page_table", page_table, "B", "P")
+    page_size = _check.size("page_size", page_size)
     requests, pages = page_table.shape
     require(
         page_table.size <= INT32_MAX,
-        f"page_table has shape [{requests}, {pages}], at least 2**31 entries; use larger pages or fewer requests.",
+        f"page_table is int32[{requests}, {pages}], at least 2**31 entries; use larger pages or fewer requests.",
     )
     if page_table.size == 0:
         return jnp.full(positions.shape, -1, jnp.int32)
     row = request_ids.reshape(-1, *[1] * (positions.ndim - 1))
     column = positions // page_size
     valid = (positions >= 0) & (column < pages) & (row >= 0) & (row < requests)
-    # Of one axis: XLA makes a gather of two coordinates a launch of its own.
+    # Gather along one axis: XLA launches a gather of two coordinates separately.
     at = jnp.where(valid, row * pages + column, 0)
     page = page_table.reshape(-1).at[at].get(mode="promise_in_bounds")
     valid &= (page >= 0) & (page <= (INT32_MAX - page_size + 1) // page_size)
@@ -205,10 +281,11 @@ def select_to_ragged(
     Raises:
       ValueError: other types or shapes.
     """
-    positions = _integers("positions", positions, 2)
+    positions = _check.integers("positions", positions, "T", "W")
     slots = slots_from_positions(positions, request_ids, page_table, page_size=page_size)
     if valid is not None:
-        slots = jnp.where(_row_mask(valid, positions.shape[0])[:, None], slots, -1)
+        valid = _check.booleans("valid", valid, positions.shape[0], hint="One per row of positions.")
+        slots = jnp.where(valid[:, None], slots, -1)
     return pack_rows(slots)
 
 
@@ -243,24 +320,14 @@ def combine_with_window(
     Raises:
       ValueError: other types or shapes, or a window below 1.
     """
-    positions, query_positions = _integers("positions", positions, 2), _integers("query_positions", query_positions, 1)
-    tokens = query_positions.shape[0]
-    require(
-        positions.shape[0] == tokens,
-        f"positions have shape {list(positions.shape)}; expected [{tokens}, W], one row per query position.",
-    )
-    require(
-        not isinstance(window, bool) and isinstance(window, int) and window >= 1,
-        f"window is {window!r}; expected an integer of at least 1.",
-    )
+    query_positions = _check.int32("query_positions", query_positions, "T")
+    tokens, window = query_positions.shape[0], _check.size("window", window)
+    positions = _check.int32("positions", positions, tokens, "W", hint="One row per query position.")
 
     def column(name: str, value: Array | int) -> Array:
-        value = jnp.asarray(value)
-        require(
-            value.shape in ((), (tokens,)) and jnp.issubdtype(value.dtype, jnp.integer),
-            f"{name} is {value.dtype}{list(value.shape)}; expected an integer or integers [{tokens}].",
-        )
-        return jnp.broadcast_to(value.astype(jnp.int32), (tokens,))[:, None]
+        axes = (tokens,) if np.ndim(value) else ()
+        value = _check.int32(name, value, *axes, hint="Pass one integer, or one per token.")
+        return jnp.broadcast_to(value, (tokens,))[:, None]
 
     first = column("first_position", first_position)
     seen = jnp.maximum(query_positions - (window - 1), 0)[:, None] + jnp.arange(window, dtype=jnp.int32)
@@ -269,26 +336,6 @@ def combine_with_window(
     far = jnp.where(positions >= 0, column("compressed_start", compressed_start) + positions, -1)
     rows = jnp.concatenate([far, near], axis=1)
     if valid is not None:
-        rows = jnp.where(_row_mask(valid, tokens)[:, None], rows, -1)
+        valid = _check.booleans("valid", valid, tokens, hint="One per row of positions.")
+        rows = jnp.where(valid[:, None], rows, -1)
     return pack_rows(rows)
-
-
-def _row_mask(valid: Any, rows: int) -> Array:
-    valid = jnp.asarray(valid)
-    require(
-        valid.shape == (rows,) and valid.dtype == jnp.bool_,
-        f"valid is {valid.dtype}{list(valid.shape)}; expected bool[{rows}], one per row.",
-    )
-    return valid
-
-
-def _integers(name: str, array: Any, *ndims: int) -> Array:
-    """`array` as an integer array of at least 32 bits; ValueError for another type or number of axes."""
-    array = jnp.asarray(array)
-    axes = " or ".join(str(n) for n in ndims)
-    require(
-        jnp.issubdtype(array.dtype, jnp.integer) and array.ndim in ndims,
-        f"{name} is {array.dtype}{list(array.shape)}; expected an integer array of {axes} axes.",
-    )
-    # Sizes must be expressible where they are compared.
-    return array.astype(jnp.int32) if array.dtype.itemsize < 4 else array

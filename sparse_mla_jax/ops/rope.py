@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from sparse_mla_jax import _check
 from sparse_mla_jax._check import require
 from sparse_mla_jax.config import RopeConfig
 
@@ -48,8 +49,9 @@ def rope_frequencies(rope: RopeConfig, dim: int) -> np.ndarray:
     Raises:
       ValueError: `dim` is odd or below 2.
     """
-    require(dim >= 2 and dim % 2 == 0, f"dim is {dim}; rotation works on pairs, so pass an even number of dimensions.")
-    return _frequencies(rope, int(dim)).astype(np.float32)
+    dim = _check.size("dim", dim, 2)
+    require(dim % 2 == 0, f"dim is {dim}; rotation works on pairs, so pass an even number of dimensions.")
+    return _frequencies(rope, dim).astype(np.float32)
 
 
 def rotate(x: Array, positions: Array, frequencies: Any, *, interleaved: bool, inverse: bool = False) -> Array:
@@ -57,7 +59,7 @@ def rotate(x: Array, positions: Array, frequencies: Any, *, interleaved: bool, i
 
     Args:
       x: [..., dim], any floating type.
-      positions: integers whose axes are the first axes of x: [T] serves x[T, dim] and x[T, H, dim].
+      positions: integers whose axes are the first axes of x: [T] fits x[T, dim] and x[T, H, dim].
       frequencies: [dim // 2] radians per position, from `rope_frequencies`.
       interleaved: pairs are (x_2i, x_2i+1), and stay in place; otherwise (x_i, x_{i + dim/2}).
       inverse: rotate back.
@@ -68,26 +70,20 @@ def rotate(x: Array, positions: Array, frequencies: Any, *, interleaved: bool, i
     Raises:
       ValueError: `frequencies` is not half as long as the last axis, or `positions` does not fit the first axes.
     """
-    x, positions, frequencies = jnp.asarray(x), jnp.asarray(positions), jnp.asarray(frequencies)
-    require(
-        x.ndim >= 1 and jnp.issubdtype(x.dtype, jnp.floating),
-        f"x is {x.dtype}{x.shape}; expected a floating type [..., dim].",
-    )
+    x, frequencies = _check.array("x", x, jnp.floating, ..., "dim"), jnp.asarray(frequencies)
     require(
         frequencies.ndim == 1 and 2 * frequencies.shape[0] == x.shape[-1],
-        f"frequencies has shape {frequencies.shape}; expected [dim // 2] for x of last axis {x.shape[-1]}."
+        f"frequencies is {_check.describe(frequencies)}; expected [dim // 2] for x of last axis {x.shape[-1]}."
         " Cut x to the rotated dimensions, or call rope_frequencies with their number.",
     )
-    require(
-        jnp.issubdtype(positions.dtype, jnp.integer) and x.shape[:-1][: positions.ndim] == positions.shape,
-        f"positions is {positions.dtype}{positions.shape}; expected integers with the first axes of x {x.shape}.",
-    )
+    hint = f"Its axes are the first ones of x {list(x.shape)}."
+    positions = _check.integers("positions", positions, *x.shape[:-1][: np.ndim(positions)], hint=hint)
     spread = positions.reshape(positions.shape + (1,) * (x.ndim - positions.ndim))
     angle = spread.astype(jnp.float32) * frequencies.astype(jnp.float32)
     cos, sin = jnp.cos(angle), jnp.sin(-angle if inverse else angle)
     wide = x.astype(jnp.float32)
     half = frequencies.shape[0]
     first, second = (wide[..., 0::2], wide[..., 1::2]) if interleaved else (wide[..., :half], wide[..., half:])
-    turned = (first * cos - second * sin, second * cos + first * sin)
-    out = jnp.stack(turned, axis=-1).reshape(x.shape) if interleaved else jnp.concatenate(turned, axis=-1)
+    rotated = (first * cos - second * sin, second * cos + first * sin)
+    out = jnp.stack(rotated, axis=-1).reshape(x.shape) if interleaved else jnp.concatenate(rotated, axis=-1)
     return out.astype(x.dtype)

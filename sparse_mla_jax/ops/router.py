@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from sparse_mla_jax import _check
 from sparse_mla_jax._check import require
 
 
@@ -44,20 +45,18 @@ def biased_grouped_topk(
     Raises:
       ValueError: shapes, types or counts that do not fit.
     """
-    logits, bias = jnp.asarray(logits), jnp.asarray(bias)
-    _check_logits(logits)
-    _check_bias(logits, bias)
-    _check_groups(logits.shape[1], num_groups, groups_kept, k)
+    logits = _check_logits(logits)
+    bias = _check_bias(bias, logits.shape[1])
+    num_groups, groups_kept, k = _check_groups(logits.shape[1], num_groups, groups_kept, k)
     tokens, experts = logits.shape
     size = experts // num_groups
-    wide = logits.astype(jnp.float32)
-    score = jax.nn.sigmoid(jnp.where(jnp.isnan(wide), -jnp.inf, wide))
+    score = jax.nn.sigmoid(jnp.where(jnp.isnan(logits), -jnp.inf, logits))
     choice = (score + bias).reshape(tokens, num_groups, size)
     # lax.top_k puts the lower index first among equals.
     group_score = jax.lax.top_k(choice, min(2, size))[0].sum(axis=-1)
     kept = jax.lax.top_k(group_score, groups_kept)[1]
-    alive = (kept[:, :, None] == jnp.arange(num_groups)).any(axis=1)
-    masked = jnp.where(alive[:, :, None], choice, -jnp.inf).reshape(tokens, experts)
+    is_kept = (kept[:, :, None] == jnp.arange(num_groups)).any(axis=1)
+    masked = jnp.where(is_kept[:, :, None], choice, -jnp.inf).reshape(tokens, experts)
     ids = jax.lax.top_k(masked, k)[1].astype(jnp.int32)
     return _weights(score, ids, scale, renormalize), ids
 
@@ -82,10 +81,9 @@ def sqrt_softplus_topk(
     Raises:
       ValueError: shapes, types or counts that do not fit.
     """
-    logits, bias = jnp.asarray(logits), jnp.asarray(bias)
-    _check_logits(logits)
-    _check_bias(logits, bias)
-    _check_groups(logits.shape[1], 1, 1, k)
+    logits = _check_logits(logits)
+    bias = _check_bias(bias, logits.shape[1])
+    _, _, k = _check_groups(logits.shape[1], 1, 1, k)
     score = _sqrt_softplus(logits)
     ids = jax.lax.top_k(score + bias, k)[1].astype(jnp.int32)
     return _weights(score, ids, scale, renormalize), ids
@@ -109,27 +107,19 @@ def hash_route(
     Raises:
       ValueError: shapes or types that do not fit.
     """
-    logits, token_ids, table = jnp.asarray(logits), jnp.asarray(token_ids), jnp.asarray(table)
-    _check_logits(logits)
-    require(
-        token_ids.shape == logits.shape[:1] and jnp.issubdtype(token_ids.dtype, jnp.integer),
-        f"token_ids is {token_ids.dtype}{token_ids.shape}; expected integers [T] = {logits.shape[:1]}, one per row of"
-        " logits.",
-    )
-    require(
-        table.ndim == 2 and 0 not in table.shape and jnp.issubdtype(table.dtype, jnp.integer),
-        f"table is {table.dtype}{table.shape}; expected integers [V, k]: the experts of every token id.",
-    )
+    logits = _check_logits(logits)
+    token_ids = _check.int32("token_ids", token_ids, logits.shape[0], hint="One per row of logits.")
+    table = _check.int32("table", table, "V", "k", hint="The experts of every token id.")
+    require(table.size > 0, f"table is {_check.describe(table)}; expected an expert at least of a token id at least.")
     chosen = table.at[jnp.clip(token_ids, 0, table.shape[0] - 1)].get(mode="promise_in_bounds")
-    ids = jnp.clip(chosen, 0, logits.shape[1] - 1).astype(jnp.int32)
+    ids = jnp.clip(chosen, 0, logits.shape[1] - 1)
     return _weights(_sqrt_softplus(logits), ids, scale, renormalize), ids
 
 
 def _sqrt_softplus(logits: Array) -> Array:
-    """float32 scores of finite size."""
-    wide = logits.astype(jnp.float32)
+    """float32 scores of finite size from float32 logits."""
     largest = jnp.finfo(jnp.float32).max
-    return jnp.sqrt(jax.nn.softplus(jnp.clip(jnp.where(jnp.isnan(wide), -jnp.inf, wide), None, largest)))
+    return jnp.sqrt(jax.nn.softplus(jnp.clip(jnp.where(jnp.isnan(logits), -jnp.inf, logits), None, largest)))
 
 
 def _weights(score: Array, ids: Array, scale: float, renormalize: bool) -> Array:
@@ -141,30 +131,25 @@ def _weights(score: Array, ids: Array, scale: float, renormalize: bool) -> Array
     return weights * jnp.float32(scale)
 
 
-def _check_logits(logits: Array) -> None:
+def _check_logits(logits: Array) -> Array:
+    """float32 [T, E]."""
+    logits = _check.floats("logits", logits, "T", "E")
+    require(logits.shape[1] > 0, f"logits is {_check.describe(logits)}; expected at least one expert.")
+    return logits
+
+
+def _check_bias(bias: Array, experts: int) -> Array:
+    hint = "Keep the router's bias in float32, as the checkpoint has it."
+    return _check.array("bias", bias, (jnp.float32,), experts, hint=hint)
+
+
+def _check_groups(experts: int, num_groups: int, groups_kept: int, k: int) -> tuple[int, int, int]:
+    """The three counts as ints that fit together."""
+    num_groups = _check.size("num_groups", num_groups)
     require(
-        logits.ndim == 2 and logits.shape[1] > 0 and jnp.issubdtype(logits.dtype, jnp.floating),
-        f"logits is {logits.dtype}{logits.shape}; expected float32 or bfloat16 [T, E] with at least one expert.",
-    )
-
-
-def _check_bias(logits: Array, bias: Array) -> None:
-    experts = logits.shape[1]
-    require(
-        bias.shape == (experts,) and bias.dtype == jnp.float32,
-        f"bias is {bias.dtype}{bias.shape}; expected float32 [E] = ({experts},). Keep the router's bias in float32, as"
-        " the checkpoint has it.",
-    )
-
-
-def _check_groups(experts: int, num_groups: int, groups_kept: int, k: int) -> None:
-    require(
-        num_groups >= 1 and experts % num_groups == 0,
+        experts % num_groups == 0,
         f"num_groups is {num_groups}; expected a divisor of the number of experts ({experts}); 1 means no groups.",
     )
-    require(
-        1 <= groups_kept <= num_groups,
-        f"groups_kept is {groups_kept}; expected 1 to num_groups ({num_groups}).",
-    )
+    groups_kept = _check.size("groups_kept", groups_kept, 1, num_groups)
     reachable = groups_kept * (experts // num_groups)
-    require(1 <= k <= reachable, f"k is {k}; expected 1 to {reachable}, the experts in groups_kept groups.")
+    return num_groups, groups_kept, _check.size("k", k, 1, reachable, hint="So many experts are in groups_kept groups.")

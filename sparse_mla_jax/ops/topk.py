@@ -5,7 +5,7 @@ Contract, for each row: among columns start <= c < start + length, the k largest
 are never selected, whatever they hold.
 
 Method of the XLA body: floats become integers of the same order, the k-th largest of a row is found bit by bit, each
-bit one count, and what is above it (and the first of its equals) is written to its place by a running count. Measured
+bit one count, and what is above it (and the first of its equals) is written where a running count says. Measured
 on 2 CPU cores against lax.top_k and a sort: equal at [8, 2048] with k 128 (0.3 ms), 1.2 times faster at [512, 2048]
 (15 ms), 1.7 times at [64, 20000] with k 2048 (25 ms); and rows that start anywhere need no gather.
 """
@@ -16,22 +16,21 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
 
 from pallas_kernels import topk as kernel
 from pallas_kernels.plans.topk import TopKPlan
-from sparse_mla_jax import reference
+from sparse_mla_jax import _check, reference
 from sparse_mla_jax._check import require
 from sparse_mla_jax.ops._chunks import map_row_chunks, rows_from, varying
-from sparse_mla_jax.ops._dispatch import check_implementation, dispatch, with_config
+from sparse_mla_jax.ops._dispatch import check_implementation, dispatch, with_plan
 
 OUTSIDE = -(2**31)
 # Rows at a time on a CPU: 32 counts over a chunk stay in its cache (16 was best of 4 to 512, by up to 1.7 times).
 CPU_ROWS = 16
 
 
-# --- public ----------------------------------------------------------------------------------------------------------
+# --- public
 def top_k(
     scores: Array,
     k: int,
@@ -40,6 +39,7 @@ def top_k(
     row_starts: Array | None = None,
     return_scores: bool = False,
     implementation: str | None = None,
+    plan: TopKPlan | None = None,
     config: TopKPlan | None = None,
 ) -> Any:
     """Row-local columns of the k largest scores of each row, in ascending order, then -1 (see the module's contract).
@@ -52,17 +52,19 @@ def top_k(
       row_starts: int32 [R], a row's first column, clamped to [0, N]; None means 0.
       return_scores: also return the selected scores.
       implementation: None for the best that runs here, or "triton", "xla", "reference".
-      config: a plan of the kernel in place of the heuristic one (static); implies "triton".
+      plan: block sizes and warps of the kernel (static) in place of the heuristic ones; implies "triton".
+      config: the former name of `plan`.
 
     Returns:
       int32 [R, k]; with return_scores a pair of it and float32 [R, k]: the scores of these columns, -inf for a NaN and
       where the index is -1.
 
     Raises:
-      ValueError: shapes or types that do not fit, k below 1, or an implementation that does not serve the case.
+      ValueError: shapes or types that do not fit, k below 1, or an implementation that does not support the case.
     """
-    scores, implementation = _scores(scores), with_config(implementation, config, TopKPlan)
-    _check_k(k)
+    scores = _scores(scores)
+    implementation, plan = with_plan(implementation, plan, config, TopKPlan)
+    k = check_k(k)
     rows, columns = scores.shape
     starts = jnp.zeros((rows,), jnp.int32) if row_starts is None else _ints("row_starts", row_starts, rows, columns)
     room = columns - starts
@@ -76,7 +78,7 @@ def top_k(
             implementation,
             {
                 "triton": lambda: kernel.top_k(
-                    scores, k, _narrow(row_starts, starts), _narrow(row_lengths, lengths), plan=config
+                    scores, k, _narrow(row_starts, starts), _narrow(row_lengths, lengths), plan=plan
                 ),
                 "xla": lambda: _xla(scores, k, starts, lengths),
                 "reference": lambda: reference.top_k(scores, k, starts, lengths),
@@ -121,67 +123,50 @@ def top_k_decode(scores: Array, k: int, *, seq_lens: Array, next_n: int, impleme
     """
     scores, seq_lens = _scores(scores), jnp.asarray(seq_lens)
     rows, columns = scores.shape
-    require(_is_int(next_n) and next_n >= 1, f"next_n is {next_n!r}; expected a Python int of at least 1.")
+    next_n = _check.size("next_n", next_n)
     require(
         rows % next_n == 0 and seq_lens.shape in ((rows // next_n,), (rows // next_n, next_n)),
-        f"seq_lens has shape {seq_lens.shape} for scores {scores.shape} and next_n {next_n}; expected [B] or"
-        " [B, next_n] with B * next_n rows of scores.",
+        f"seq_lens has shape {list(seq_lens.shape)} for scores {list(scores.shape)} and next_n {next_n}; expected [B]"
+        " or [B, next_n] with B * next_n rows of scores.",
     )
     if seq_lens.ndim == 2:
         return top_k(scores, k, seq_lens.reshape(-1), implementation=implementation)
-    # Bounded before the subtraction, which could wrap; a bound of N would cut the earlier tokens of a long request.
+    # Clamp before the subtraction, which could wrap. A limit of N alone would cut the earlier tokens of a long request.
     bounded = _ints("seq_lens", seq_lens, rows // next_n, columns + next_n)
     seen = bounded[:, None] - (next_n - 1) + jnp.arange(next_n, dtype=jnp.int32)
     return top_k(scores, k, seen.reshape(-1), implementation=implementation)
 
 
-# --- validation ------------------------------------------------------------------------------------------------------
-def _is_int(x: Any) -> bool:
-    return isinstance(x, int | np.integer) and not isinstance(x, bool)
-
-
-def _check_k(k: Any) -> None:
-    require(
-        _is_int(k) and 1 <= k < 2**31,
-        f"k is {k!r}; expected a Python int of at least 1 (it is a shape: mark it static under jit).",
-    )
+# --- validation
+def check_k(k: Any) -> int:
+    """`k` as an int from 1 to what int32 indices can count."""
+    return _check.size("k", k, 1, 2**31 - 1, hint="It is a shape: mark it static under jit.")
 
 
 def _scores(scores: Any) -> Array:
-    scores = jnp.asarray(scores)
-    require(
-        scores.ndim == 2 and scores.dtype in (jnp.float32, jnp.bfloat16),
-        f"scores is {scores.dtype}{scores.shape}; expected float32 or bfloat16 [R, N]. Cast or reshape it.",
-    )
+    scores = _check.array("scores", scores, (jnp.float32, jnp.bfloat16), "R", "N", hint="Cast or reshape it.")
     return scores.astype(jnp.float32)
 
 
 def _ints(name: str, x: Any, rows: int, high: int) -> Array:
     """int32 [rows], clamped to [0, high]."""
-    x = jnp.asarray(x)
-    require(
-        x.shape == (rows,) and jnp.issubdtype(x.dtype, jnp.integer),
-        f"{name} is {x.dtype}{x.shape}; expected int32 [R] = ({rows},), one per row of scores.",
-    )
-    # Narrow types could not hold `high`, wide ones are clamped before they are narrowed.
-    wide = x.astype(jnp.int32) if x.dtype.itemsize < 4 else x
-    return jnp.clip(wide, 0, high).astype(jnp.int32)
+    return jnp.clip(_check.int32(name, x, rows, hint="One per row of scores."), 0, high)
 
 
 def _narrow(given: Any, clamped: Array) -> Array | None:
-    """What the kernel clamps by itself: int32 as given, wider and narrower types clamped, None for none."""
+    """int32 as given, which the kernel clamps itself; wider and narrower types clamped; None for none."""
     if given is None:
         return None
     given = jnp.asarray(given)
     return given if given.dtype == jnp.int32 else clamped
 
 
-# --- arithmetic ------------------------------------------------------------------------------------------------------
+# --- arithmetic
 def _threshold(keys: Array, wanted: Array) -> Array:
     """Per row the largest t with at least wanted[R, 1] of keys[R, N] at or above it: int32 [R, 1], bit by bit."""
 
     def one_bit(i, t):
-        # Counted up from the most negative integer: the first bit is the sign, which flips.
+        # t starts at the most negative integer: the first bit is the sign, and setting it flips the sign.
         candidate = t ^ jnp.left_shift(jnp.int32(1), 31 - i)
         enough = (keys >= candidate).sum(axis=1, keepdims=True, dtype=jnp.int32) >= wanted
         return jnp.where(enough, candidate, t)
@@ -214,17 +199,17 @@ def _bisect(scores: Array, k: int, starts: Array, lengths: Array) -> Array:
     keys = jnp.where(inside, kernel.monotone_keys(scores), OUTSIDE)
     wanted = jnp.minimum(lengths, k)[:, None]
     threshold = _threshold(keys, wanted)
-    # A row that is taken whole, or empty, has a threshold of no meaning: `inside` decides there.
+    # The threshold of an empty row, or of one selected whole, means nothing: `inside` decides there.
     above = inside & (keys > threshold)
     equal = inside & (keys == threshold)
     ties = wanted - above.sum(axis=1, keepdims=True, dtype=jnp.int32)
     above_so_far = jnp.cumsum(above, axis=1, dtype=jnp.int32)
     equal_so_far = jnp.cumsum(equal, axis=1, dtype=jnp.int32)
     chosen = above | (equal & (equal_so_far <= ties))
-    place = jnp.where(chosen, above_so_far + jnp.minimum(equal_so_far, ties) - 1, k)
+    target = jnp.where(chosen, above_so_far + jnp.minimum(equal_so_far, ties) - 1, k)
     row = jnp.arange(rows, dtype=jnp.int32)[:, None]
     out = varying(jnp.full((rows, k), -1, jnp.int32), scores, starts, lengths)
-    return out.at[row, place].set(column - starts[:, None], mode="drop", wrap_negative_indices=False)
+    return out.at[row, target].set(column - starts[:, None], mode="drop", wrap_negative_indices=False)
 
 
 def _selected(scores: Array, local: Array, starts: Array) -> Array:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import jax.numpy as jnp
 from jax import Array
 
-from sparse_mla_jax._check import require
+from sparse_mla_jax import _check
 
 
 def ring_size(window: int, max_query_len: int) -> int:
@@ -19,9 +19,7 @@ def ring_size(window: int, max_query_len: int) -> int:
     Raises:
       ValueError: sizes below 1.
     """
-    for name, value in (("window", window), ("max_query_len", max_query_len)):
-        _check_size(name, value)
-    return window - 1 + max_query_len
+    return _check.size("window", window) - 1 + _check.size("max_query_len", max_query_len)
 
 
 def ring_slots(positions: Array, states: Array, *, ring: int) -> Array:
@@ -30,10 +28,10 @@ def ring_slots(positions: Array, states: Array, *, ring: int) -> Array:
     Raises:
       ValueError: other types or shapes, or a ring below 1.
     """
-    positions, states = _check(positions, states)
-    _check_size("ring", ring)
-    there = (positions >= 0) & (states >= 0)
-    return jnp.where(there, states * ring + jnp.where(there, positions, 0) % ring, -1)
+    positions, states = _check_tokens(positions, states)
+    ring = _check.size("ring", ring)
+    is_valid = (positions >= 0) & (states >= 0)
+    return jnp.where(is_valid, states * ring + jnp.where(is_valid, positions, 0) % ring, -1)
 
 
 def window_slots(positions: Array, states: Array, *, window: int, ring: int) -> Array:
@@ -48,33 +46,15 @@ def window_slots(positions: Array, states: Array, *, window: int, ring: int) -> 
     Raises:
       ValueError: other types or shapes, a window below 1 or above the ring.
     """
-    positions, states = _check(positions, states)
-    _check_size("window", window)
-    require(
-        isinstance(ring, int) and ring >= window,
-        f"ring is {ring!r}; a window of {window} positions needs at least as many slots. Use ring_size.",
-    )
+    positions, states = _check_tokens(positions, states)
+    window = _check.size("window", window)
+    ring = _check.size("ring", ring, window, hint=f"A window of {window} positions needs as many slots: use ring_size.")
     seen = jnp.maximum(positions - (window - 1), 0)[:, None] + jnp.arange(window, dtype=jnp.int32)
-    there = (seen <= positions[:, None]) & (states >= 0)[:, None]
-    return jnp.where(there, states[:, None] * ring + seen % ring, -1)
+    is_valid = (seen <= positions[:, None]) & (states >= 0)[:, None]
+    return jnp.where(is_valid, states[:, None] * ring + seen % ring, -1)
 
 
-def _check_size(name: str, value: int) -> None:
-    require(
-        isinstance(value, int) and not isinstance(value, bool) and value >= 1,
-        f"{name} is {value!r}; a positive int is expected.",
-    )
-
-
-def _check(positions: Array, states: Array) -> tuple[Array, Array]:
-    positions, states = jnp.asarray(positions), jnp.asarray(states)
-    for name, array in (("positions", positions), ("states", states)):
-        require(
-            array.ndim == 1 and jnp.issubdtype(array.dtype, jnp.integer),
-            f"{name} is {array.dtype}{list(array.shape)}; integers [T], one per token, are expected.",
-        )
-    require(
-        positions.shape == states.shape,
-        f"positions has shape {list(positions.shape)} and states {list(states.shape)}; one of each per token.",
-    )
-    return positions.astype(jnp.int32), states.astype(jnp.int32)
+def _check_tokens(positions: Array, states: Array) -> tuple[Array, Array]:
+    """Both as int32 [T]."""
+    positions = _check.int32("positions", positions, "T")
+    return positions, _check.int32("states", states, positions.shape[0], hint="One per token, as positions.")

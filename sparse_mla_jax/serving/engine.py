@@ -10,24 +10,23 @@ from __future__ import annotations
 
 import functools
 import math
-import numbers
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
+from sparse_mla_jax import _check
 from sparse_mla_jax._check import require
-from sparse_mla_jax._options import CACHE_DTYPES, check_params, check_size, matmul_precision, parse_dtype
+from sparse_mla_jax._choices import CACHE_DTYPES
 from sparse_mla_jax.config import Config
 from sparse_mla_jax.metadata import bucket_for, buckets, build_metadata
-from sparse_mla_jax.models import family
+from sparse_mla_jax.models.family import check_params, family_of, matmul_precision
 from sparse_mla_jax.ops._dispatch import check_implementation
 from sparse_mla_jax.serving.pages import PageAllocator
+from sparse_mla_jax.serving.requests import Prompt, check_request
 from sparse_mla_jax.serving.sampling import sample
 from sparse_mla_jax.serving.scheduler import Request, Scheduled, Scheduler
-
-Prompt = str | bytes | Sequence[int] | np.ndarray
 
 
 class StepInputs(NamedTuple):
@@ -72,7 +71,7 @@ def model_step(
             num_tokens=inputs.token_ids.shape[0],
             page_size=page_size,
         )
-        hidden, caches = family.forward(
+        hidden, caches = family_of(config).forward(
             params,
             inputs.token_ids,
             caches,
@@ -81,7 +80,7 @@ def model_step(
             state_ids=inputs.state_ids,
             implementation=implementation,
         )
-        scores = family.logits(params, hidden[metadata.last_token], config)
+        scores = family_of(config).logits(params, hidden[metadata.last_token], config)
         # The sampled token's position is the length before it: the same however the tokens before it were computed.
         tokens = sample(scores, inputs.temperature, inputs.top_p, inputs.seeds, metadata.seq_lens)
     return tokens, caches
@@ -100,69 +99,6 @@ def default_buckets(max_batch: int, token_budget: int) -> tuple[int, ...]:
     """
     ladder = buckets(token_budget, min_size=max_batch)
     return tuple(sorted({ladder[0], *ladder[::-1][::2]}))
-
-
-def encode(name: str, text: Prompt, vocab_size: int) -> tuple[int, ...]:
-    """Token ids of a prompt or stop sequence: bytes (text as UTF-8) are their own ids, ids are checked.
-
-    Raises:
-      ValueError: not text, bytes or integers; an id outside the vocabulary.
-    """
-    if isinstance(text, str):
-        text = text.encode("utf-8", "surrogateescape")
-    if isinstance(text, (bytes, bytearray)):
-        ids: tuple[int, ...] = tuple(text)
-    else:
-        array = np.asarray(text)
-        require(
-            array.ndim == 1 and (array.size == 0 or np.issubdtype(array.dtype, np.integer)),
-            f"{name} is {array.dtype}{list(array.shape)}; text, bytes or a flat sequence of integer ids is expected.",
-        )
-        ids = tuple(array.tolist())
-    wrong = next((token for token in ids if not 0 <= token < vocab_size), None)
-    require(
-        wrong is None,
-        f"{name} holds token id {wrong}; the model's vocabulary is 0..{vocab_size - 1}. Give ids of this model.",
-    )
-    return ids
-
-
-def check_request(
-    config: Config,
-    prompt: Prompt,
-    *,
-    max_tokens: int,
-    temperature: float,
-    top_p: float,
-    seed: int,
-    stop: Prompt | Sequence[Prompt | int],
-) -> Request:
-    """A request that no scheduler knows yet.
-
-    Raises:
-      ValueError: an argument that is not as `Engine.submit` describes it.
-    """
-    vocabulary = config.vocab_size
-    if isinstance(stop, (str, bytes, bytearray)):
-        stop = (stop,)
-    stops = tuple(encode("stop", [int(s)] if isinstance(s, (int, np.integer)) else s, vocabulary) for s in stop)
-    require(all(stops), "stop holds an empty sequence; it would end every request at once. Leave it out.")
-    for name, value in (("temperature", temperature), ("top_p", top_p)):
-        require(isinstance(value, numbers.Real), f"{name} is {value!r}; a number is expected.")
-    require(
-        math.isfinite(temperature) and temperature >= 0,
-        f"temperature is {temperature}; a finite number of at least 0 is expected (0 is greedy).",
-    )
-    require(0 < top_p <= 1, f"top_p is {top_p}; a number above 0 and at most 1 is expected (1 keeps every token).")
-    require(check_size("seed", seed, 0) < 2**32, f"seed is {seed}; below 2**32 is expected.")
-    return Request(
-        prompt=encode("prompt", prompt, vocabulary),
-        max_tokens=check_size("max_tokens", max_tokens),
-        temperature=float(temperature),
-        top_p=float(top_p),
-        seed=int(seed),
-        stop=stops,
-    )
 
 
 class Engine:
@@ -227,21 +163,22 @@ class Engine:
           ValueError: a size, type or name that is not as described, or params that do not fit the config.
         """
         check_implementation(implementation)
-        cache_type = parse_dtype("cache_dtype", cache_dtype, CACHE_DTYPES)
-        page_size = family.default_page_size(config) if page_size is None else check_size("page_size", page_size)
-        max_batch = check_size("max_batch", max_batch)
+        cache_type = _check.dtype("cache_dtype", cache_dtype, CACHE_DTYPES)
+        family = family_of(config)
+        page_size = family.default_page_size(config) if page_size is None else _check.size("page_size", page_size)
+        max_batch = _check.size("max_batch", max_batch)
         limit = config.max_position_embeddings
-        max_context = check_size("max_context", min(limit, 4096) if max_context is None else max_context, 2)
+        max_context = _check.size("max_context", min(limit, 4096) if max_context is None else max_context, 2)
         require(
             max_context <= limit,
             f"max_context is {max_context}; the model's positions end at {limit} (max_position_embeddings).",
         )
-        token_budget = max(check_size("prefill_chunk", prefill_chunk), max_batch)
+        token_budget = max(_check.size("prefill_chunk", prefill_chunk), max_batch)
         width = math.ceil(max_context / page_size)
-        num_pages = max_batch * width if num_pages is None else check_size("num_pages", num_pages)
+        num_pages = max_batch * width if num_pages is None else _check.size("num_pages", num_pages)
         if token_buckets is None:
             token_buckets = default_buckets(max_batch, token_budget)
-        self.token_buckets = tuple(sorted({check_size("token_buckets", size) for size in token_buckets}))
+        self.token_buckets = tuple(sorted({_check.size("token_buckets", size) for size in token_buckets}))
         require(
             bool(self.token_buckets) and self.token_buckets[-1] >= token_budget,
             f"token_buckets is {self.token_buckets}; the largest must hold a whole step of {token_budget} tokens.",
@@ -269,12 +206,12 @@ class Engine:
     @property
     def bytes_per_token(self) -> float:
         """Cache bytes that one more token of context costs over all layers."""
-        return family.bytes_per_token(self.config, self.caches, self.scheduler.page_size)
+        return family_of(self.config).bytes_per_token(self.caches, self.scheduler.page_size)
 
     @property
     def bytes_per_request(self) -> int:
         """Cache bytes that a running request costs besides, whatever its length: windows, open compressions."""
-        return family.bytes_per_request(self.config, self.caches)
+        return family_of(self.config).bytes_per_request(self.caches)
 
     @property
     def failed(self) -> bool:

@@ -20,7 +20,7 @@ import numpy as np
 from pallas_kernels.cdna.interpreter.assembly import Instruction, Operand
 from pallas_kernels.cdna.interpreter.machine import LANE, LANES, Waves
 from pallas_kernels.cdna.interpreter.operands import Step, raw_reader
-from pallas_kernels.cdna.interpreter.vector_alu import FP8
+from pallas_kernels.cdna.interpreter.vector_arithmetic import FP8
 
 _NAME = re.compile(r"v_mfma_(?:(scale)_)?(f32|i32)_(\d+)x(\d+)x(\d+)(?:_(\d+)b)?_(\w+)")
 _NARROW: dict[str, Any] = {

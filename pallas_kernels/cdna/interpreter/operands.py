@@ -13,7 +13,7 @@ import ml_dtypes
 import numpy as np
 
 from pallas_kernels.cdna.interpreter.assembly import Instruction, Operand
-from pallas_kernels.cdna.interpreter.cross_lane import dpp_sources
+from pallas_kernels.cdna.interpreter.dpp import dpp_sources
 from pallas_kernels.cdna.interpreter.machine import LANES, LOW, Waves
 
 TYPES: dict[str, Any] = {

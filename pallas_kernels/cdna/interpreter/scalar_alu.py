@@ -11,7 +11,7 @@ import numpy as np
 from pallas_kernels.cdna.interpreter.assembly import Instruction, Operand
 from pallas_kernels.cdna.interpreter.machine import Waves
 from pallas_kernels.cdna.interpreter.operands import Step, constant
-from pallas_kernels.cdna.interpreter.vector_alu import (
+from pallas_kernels.cdna.interpreter.vector_arithmetic import (
     bits_extracted,
     leading_zeros,
     low32,

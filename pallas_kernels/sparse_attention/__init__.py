@@ -1,0 +1,7 @@
+"""Sparse latent attention: `launch` tries the forms (`fp8`, `float16`, `planes`), runs one and merges splits."""
+
+from pallas_kernels.sparse_attention.launch import sparse_attention
+from pallas_kernels.sparse_attention.planes import Tile, layout
+from pallas_kernels.sparse_attention.rows import Source
+
+__all__ = ["Source", "Tile", "layout", "sparse_attention"]

@@ -1,0 +1,155 @@
+"""Cases of hyper-connections: splitting and merging residual streams."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from sparse_mla_jax import reference
+from sparse_mla_jax.cases.answers import (
+    relative,
+)
+from sparse_mla_jax.cases.case import Case, KernelCase, KernelProblem, Work
+from sparse_mla_jax.cases.inputs import (
+    nbytes,
+    sample,
+    seed,
+    take,
+)
+from sparse_mla_jax.cases.projections import _DECODE, _PREFILL, EXACT, FLASH, ROUNDED, _wide, _work, _worst
+from sparse_mla_jax.layers.hyper_connections import join_streams, split_streams
+from sparse_mla_jax.ops import hyper_connections
+
+_SPLIT: dict[str, Any] = {"iterations": FLASH.hc_sinkhorn_iters, "eps": FLASH.hc_eps, "norm_eps": FLASH.rms_norm_eps}
+
+
+_MERGE: dict[str, Any] = {"eps": FLASH.hc_eps, "norm_eps": FLASH.rms_norm_eps}
+
+
+def _mixing_inputs(sizes: Mapping[str, int], number: int, columns: int) -> tuple[Array, ...]:
+    """(streams bfloat16 [T, n, D], base [columns], scale [3 or 1], weight of the norm [D])."""
+    n = sizes["streams"]
+    streams = jax.random.normal(seed(30, number), (sizes["tokens"], n, sizes["hidden"]), jnp.bfloat16)
+    vectors = columns, 3 if columns > n else 1, sizes["hidden"]
+    base, scale, norm = (jax.random.normal(seed(31 + i, number), (size,)) for i, size in enumerate(vectors))
+    return streams, base, scale, 1 + 0.1 * norm
+
+
+def _streams(sizes: Mapping[str, int], flavour: str, query: str, *, split: bool) -> Work:
+    """The kernel: streams and their product with `fn`, in 32 parts as the layer leaves it, to what a sub-layer reads.
+
+    `split` also gives the weights and matrices with which the sub-layer's output goes back.
+    """
+    del flavour, query
+    tokens, n = sizes["tokens"], sizes["streams"]
+    columns = n * (n + 2) if split else n
+
+    def each(number):
+        streams, *rest = _mixing_inputs(sizes, number, columns)
+        return streams, jax.random.normal(seed(34, number), (32, tokens, columns)) / np.sqrt(32), *rest
+
+    def fn(streams, product, base, scale, norm, *, implementation=None):
+        op, how = (hyper_connections.split, _SPLIT) if split else (hyper_connections.merge, _MERGE)
+        return op(streams, product, base, scale, norm=norm, implementation=implementation, **how)
+
+    def error(arguments, got):
+        streams, product, base, scale, norm = arguments
+        some = sample(tokens)
+        wide = _wide(take(streams, some), np.asarray(product)[:, some].astype(np.float64).sum(0), base, scale, norm)
+        with jax.enable_x64(True):
+            inputs = [jnp.asarray(x) for x in wide]
+            if not split:
+                joined = reference.merge_streams(*inputs, **_MERGE, dtype=jnp.float64)
+                return relative(take(got, some), joined) / ROUNDED
+            want = reference.split_streams(*inputs, **_SPLIT, dtype=jnp.float64)
+            return _worst([take(x, some) for x in got], want, (ROUNDED, EXACT, EXACT))
+
+    return _work(fn, each, 0, error, 1.0)
+
+
+def _around(sizes: Mapping[str, int], flavour: str, query: str) -> Work:
+    """All of a sub-layer's hyper-connection: the product, what the sub-layer reads, its output into mixed streams."""
+    del flavour, query
+    tokens, n, hidden = sizes["tokens"], sizes["streams"], sizes["hidden"]
+    columns = n * (n + 2)
+
+    def each(number):
+        streams, base, scale, norm = _mixing_inputs(sizes, number, columns)
+        matrix = jax.random.normal(seed(35, number), (n * hidden, columns)) / np.sqrt(n * hidden)
+        out = jax.random.normal(seed(36, number), (tokens, hidden), jnp.bfloat16)
+        return {"fn": matrix, "base": base, "scale": scale}, streams, out, norm
+
+    def fn(params, streams, out, norm, *, implementation=None):
+        joined, weights = split_streams(params, streams, config=FLASH, norm=norm, implementation=implementation)
+        return joined, join_streams(streams, out, weights)
+
+    def error(arguments, got):
+        params, streams, out, norm = arguments
+        some = sample(tokens)
+        matrix, base, scale, norm, wide, out = _wide(
+            *(params[name] for name in ("fn", "base", "scale")), norm, *(take(x, some) for x in (streams, out))
+        )
+        with jax.enable_x64(True):
+            inputs = (jnp.asarray(x) for x in (wide, wide.reshape(len(some), -1) @ matrix, base, scale, norm))
+            joined, writes, mixing = map(np.asarray, reference.split_streams(*inputs, **_SPLIT, dtype=jnp.float64))
+        mixed = writes[:, :, None] * out[:, None] + np.einsum("tij,tid->tjd", mixing, wide)
+        return _worst([take(x, some) for x in got], (joined, mixed), (ROUNDED, ROUNDED))
+
+    return _work(fn, each, 2 * tokens * n * hidden * columns, error, 1.0)
+
+
+def streams_cases() -> Iterator[Case]:
+    """Hyper-connections: the kernel by itself, all that surrounds a sub-layer, the sum that the output head reads."""
+    forms: dict[str, Any] = {
+        "split": functools.partial(_streams, split=True),
+        "sublayer": _around,
+        "merge": functools.partial(_streams, split=False),
+    }
+    for form, make in forms.items():
+        for tokens in (1, *_DECODE, _PREFILL):
+            sizes = {"tokens": tokens, "streams": FLASH.hc_mult, "hidden": FLASH.hidden_size}
+            yield Case(f"streams-{form}-t{tokens}", "streams", sizes, make, ("",))
+
+
+def _kernel_split_streams(kind: str, heads: int | None) -> KernelProblem:
+    """Two tokens of Flash's four streams of 4096, bfloat16, the product in 32 parts as the layer gives it."""
+    del kind, heads
+    rng = np.random.default_rng(6)
+    shapes = (2, 4, 4096), (32, 2, 24), (24,), (3,), (4096,)
+    streams, product, base, scale, norm = (jnp.asarray(rng.standard_normal(x), jnp.float32) for x in shapes)
+    args = (streams.astype(jnp.bfloat16), product / math.sqrt(32), base, scale, norm)
+    constants: Any = dict(iterations=20, eps=1e-6, norm_eps=1e-6)
+    with jax.enable_x64(True):
+        wide, parts, *weights = (jnp.asarray(np.asarray(x, np.float64)) for x in args)
+        results = reference.split_streams(wide, parts.sum(0), *weights, **constants, dtype=jnp.float64)
+        want = [np.asarray(x) for x in results]
+
+    def fn(streams, product, base, scale, norm, *, implementation="triton", plan=None):
+        return hyper_connections.split(
+            streams, product, base, scale, norm=norm, implementation=implementation, plan=plan, **constants
+        )
+
+    def error(got):
+        """Of each result over what its type explains."""
+        allowed = 2e-3, 1e-6, 1e-6
+        return max(relative(a, b) / most for a, b, most in zip(got, want, allowed))
+
+    return KernelProblem(fn, args, error, 1.0, nbytes(args) + 2 * (2 * 4096 + 4 * 20))
+
+
+# --- small enough for an interpreter
+KERNEL_CASES = (
+    KernelCase(
+        "split_streams",
+        "DeepSeek-V4: 2 tokens of 4 streams of 4096, product in 32 parts, 20 iterations, norm",
+        _kernel_split_streams,
+        kinds=(),
+    ),
+)

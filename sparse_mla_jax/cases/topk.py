@@ -1,0 +1,149 @@
+"""Cases of exact top-k."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from sparse_mla_jax._check import require
+from sparse_mla_jax.cases.answers import (
+    selected,
+)
+from sparse_mla_jax.cases.case import Case, KernelCase, KernelProblem, Work
+from sparse_mla_jax.cases.inputs import (
+    distinct,
+    sample,
+    seed,
+    take,
+)
+from sparse_mla_jax.ops.topk import top_k
+
+# Scores of a row: independent normals, or what is hard for a radix selection.
+ROWS = ("random", "equal", "narrow", "up", "down", "plateau")
+
+
+def _scores(kind: str, key: Array, rows: int, columns: int, k: int) -> Array:
+    """float32 [rows, columns]."""
+    shape = (rows, columns)
+    if kind == "random":
+        return jax.random.normal(key, shape)
+    if kind == "equal":
+        return jnp.full(shape, 1.5)
+    if kind == "narrow":
+        # Equal in all but the last ten bits.
+        return 1 + jax.random.randint(key, shape, 0, 1 << 10).astype(jnp.float32) * 2.0**-23
+    if kind in ("up", "down"):
+        column = jnp.arange(columns, dtype=jnp.float32)
+        return jnp.broadcast_to(column if kind == "up" else columns - column, shape)
+    require(kind == "plateau", f"scores are {kind!r}; expected one of {', '.join(ROWS)}.")
+    winners = distinct(key, rows, min(100, k // 2), columns)
+    row = jnp.arange(rows, dtype=jnp.int32)[:, None]
+    return jnp.zeros(shape).at[row, winners].set(1 + jax.random.uniform(key, winners.shape))
+
+
+def _topk(sizes: Mapping[str, int], flavour: str, query: str, *, kind: str = "random") -> Work:
+    del flavour, query
+    rows, columns, k = sizes["rows"], sizes["columns"], sizes["k"]
+    length = min(sizes.get("length", columns), columns)
+
+    def each(number):
+        scores = _scores(kind, seed(2, number), rows, columns, k)
+        return (scores, jnp.full((rows,), length, jnp.int32)) if "length" in sizes else (scores,)
+
+    def fn(scores, lengths=None, *, implementation=None):
+        return top_k(scores, k, lengths, implementation=implementation)
+
+    def error(arguments, got):
+        # All rows, as long as that is quick.
+        checked = np.arange(rows) if rows * length <= 1 << 24 else sample(rows)
+        wrong = 0
+        for row, mine in zip(take(arguments[0], checked), take(got, checked)):
+            want = np.full(k, -1, np.int32)
+            chosen_columns = selected(row[:length], k)
+            want[: chosen_columns.size] = chosen_columns
+            wrong += int((mine != want).sum())
+        return float(wrong)
+
+    return Work(fn, each, 4 * rows * (length + k), 0, error, 0.0)
+
+
+# rows, columns: the best CUDA figure, microseconds; k 2048.
+_TOPK_BEST = {
+    (1, 8192): 4.7,
+    (1, 32768): 9.8,
+    (1, 131072): 13.0,
+    (32, 8192): 5.2,
+    (32, 32768): 17.7,
+    (32, 131072): 29.7,
+    (64, 131072): 29.9,
+    (128, 8192): 5.2,
+    (128, 32768): 15.6,
+    (128, 131072): 30.8,
+    (256, 131072): 59.5,
+    (1024, 8192): 30.8,
+    (1024, 32768): 102.0,
+    (4096, 16384): 202.0,
+    (2048, 131072): 664.0,
+}
+
+
+def _topk_case(rows: int, columns: int, k: int = 2048, *, kind: str = "random", suffix: str = "", **given: Any) -> Case:
+    sizes = {"rows": rows, "columns": columns, "k": k} | ({"length": given.pop("length")} if "length" in given else {})
+    make = functools.partial(_topk, kind=kind)
+    return Case(f"topk-{rows}x{columns}{suffix}", "topk", sizes, make, ("",), **given)
+
+
+def topk_cases() -> Iterator[Case]:
+    """Exact top-k of rows of scores."""
+    for (rows, columns), best in _TOPK_BEST.items():
+        yield _topk_case(rows, columns, reach=best, floor=best * (1.6 if rows <= 256 else 1.0))
+    for k in (512, 1024):
+        yield _topk_case(32, 32768, k, suffix=f"-k{k}")
+    yield _topk_case(64, 131072, suffix="-length4096", length=4096)
+    yield _topk_case(64, 65536)
+    yield _topk_case(64, 32768)
+    for kind in ROWS[1:]:
+        yield _topk_case(64, 32768, kind=kind, suffix=f"-{kind}", at_most=(3.0, "topk-64x32768"))
+
+
+def _kernel_top_k(kind: str, heads: int | None, *, columns: int, k: int) -> KernelProblem:
+    del kind, heads
+    rng = np.random.default_rng(3)
+    scores = rng.standard_normal((2, columns)).astype(np.float32)
+    # The second row has ties across the threshold.
+    scores[1] = np.round(scores[1], 2)
+    want = np.sort(np.argsort(-scores, axis=1, kind="stable")[:, :k], axis=1)
+
+    def fn(scores, *, implementation="triton", plan=None):
+        return top_k(scores, k, implementation=implementation, plan=plan)
+
+    return KernelProblem(
+        fn,
+        (jnp.asarray(scores),),
+        lambda got: float((np.asarray(got) != want).sum()),
+        0.0,
+        scores.nbytes + want.size * 4,
+    )
+
+
+# --- small enough for an interpreter
+KERNEL_CASES = (
+    KernelCase(
+        "top_k",
+        "2 rows of 2048 columns, k 512, one block",
+        functools.partial(_kernel_top_k, columns=2048, k=512),
+        kinds=(),
+    ),
+    KernelCase(
+        "top_k_long",
+        "2 rows of 16384 columns, k 2048, several blocks",
+        functools.partial(_kernel_top_k, columns=16384, k=2048),
+        kinds=(),
+    ),
+)

@@ -1,0 +1,148 @@
+"""DeepSeek-V3.2: the keys of its config.json and the names of its tensors."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import jax.numpy as jnp
+
+from sparse_mla_jax.families.fields import (
+    COMMON_FIELDS,
+    read_field,
+    read_plain_fields,
+    read_rope,
+    write_plain_fields,
+    write_yarn,
+)
+from sparse_mla_jax.families.published import (
+    KEYS_AND_VALUES,
+    SAME,
+    Places,
+    PublishedFamily,
+    PublishedTensor,
+    table_rows,
+    transposed,
+)
+from sparse_mla_jax.shapes import DeepseekV32Config
+
+# --- config.json
+
+
+def read_config(data: dict[str, Any]) -> DeepseekV32Config:
+    """`rope_parameters` (new spelling), or `rope_scaling` with `rope_theta` (the published file's spelling)."""
+    parameters = read_field(data, "rope_parameters", dict) or read_field(data, "rope_scaling", dict, {})
+    rope = read_rope(parameters, data.get("rope_theta", 10000.0))
+    return DeepseekV32Config(**read_plain_fields(data, DeepseekV32Config), rope=rope)
+
+
+def write_config(config: DeepseekV32Config, dtype: Any = jnp.float32) -> dict[str, Any]:
+    """The fields of a config.json that Hugging Face transformers (5.23) and `read_config` both read."""
+    c = config
+    rope: dict[str, Any] = {"rope_theta": c.rope.theta, "rope_type": "default"}
+    if c.rope.factor != 1.0:
+        rope |= {
+            "rope_type": "yarn",
+            **write_yarn(c.rope),
+            "mscale": c.rope.mscale_all_dim,
+            "mscale_all_dim": c.rope.mscale_all_dim,
+            # Cosines and sines carry no amplitude; said outright, because without mscale the reader would add one.
+            "attention_factor": 1.0,
+        }
+    return {
+        "architectures": ["DeepseekV32ForCausalLM"],
+        "model_type": "deepseek_v32",
+        "dtype": str(jnp.dtype(dtype)),
+        **write_plain_fields(c),
+        "num_key_value_heads": c.num_attention_heads,
+        "head_dim": c.qk_rope_head_dim,
+        "qk_head_dim": c.qk_head_dim,
+        "layer_types": ["indexed_attention"] * c.num_hidden_layers,
+        "mlp_layer_types": ["sparse" if c.is_moe_layer(layer) else "dense" for layer in range(c.num_hidden_layers)],
+        "rope_parameters": rope,
+        **COMMON_FIELDS,
+        "mlp_bias": False,
+        "pad_token_id": None,
+    }
+
+
+# --- tensors
+
+_LAYER: Places = {"input_layernorm.weight": "input_layernorm"}
+_ATTENTION: Places = {
+    "q_a_proj.weight": "q_a_proj",
+    "q_a_layernorm.weight": "q_a_layernorm",
+    "q_b_proj.weight": "q_b_proj",
+    "kv_a_proj_with_mqa.weight": "kv_a_proj_with_mqa",
+    "kv_a_layernorm.weight": "kv_a_layernorm",
+    "kv_b_proj.weight": ("kv_b_k kv_b_v", KEYS_AND_VALUES),
+    "o_proj.weight": ("o_proj", transposed(inputs=2)),
+    "indexer.wq_b.weight": "indexer.wq_b",
+    "indexer.wk.weight": "indexer.wk",
+    "indexer.k_norm.weight": "indexer.k_norm.weight",
+    "indexer.k_norm.bias": "indexer.k_norm.bias",
+    "indexer.weights_proj.weight": "indexer.weights_proj",
+}
+_AFTER_ATTENTION: Places = {"post_attention_layernorm.weight": "post_attention_layernorm"}
+_GATE: Places = {
+    "gate.weight": "gate.weight",
+    "gate.e_score_correction_bias": "gate.e_score_correction_bias",
+}
+_SWIGLU = ("gate_proj", "up_proj", "down_proj")
+
+
+def _swiglu(name: str, place: str, expert: str = "") -> Iterator[PublishedTensor]:
+    return table_rows({f"{part}.weight": part + expert for part in _SWIGLU}, name, place)
+
+
+def _mlp(c: DeepseekV32Config, layer: int, name: str, place: str) -> Iterator[PublishedTensor]:
+    if not c.is_moe_layer(layer):
+        yield from _swiglu(name, place)
+        return
+    yield from table_rows(_GATE, name, place)
+    for expert in range(c.n_routed_experts):
+        yield from _swiglu(f"{name}experts.{expert}.", place + "experts.", f".{expert}")
+    if c.n_shared_experts:
+        yield from _swiglu(name + "shared_experts.", place + "shared_experts.")
+
+
+def tensors(config: DeepseekV32Config) -> Iterator[PublishedTensor]:
+    """Every tensor of a folder of this config, in the order in which they are written."""
+    yield from table_rows({"embed_tokens.weight": ("embed_tokens", SAME)}, "model.", "")
+    for layer in range(config.num_hidden_layers):
+        name, place = f"model.layers.{layer}.", f"layers.{layer}."
+        yield from table_rows(_LAYER, name, place)
+        yield from table_rows(_ATTENTION, name + "self_attn.", place + "self_attn.")
+        yield from table_rows(_AFTER_ATTENTION, name, place)
+        yield from _mlp(config, layer, name + "mlp.", place + "mlp.")
+    yield from table_rows({"norm.weight": "norm"}, "model.", "")
+    if not config.tie_word_embeddings:
+        yield from table_rows({"lm_head.weight": "lm_head"}, "", "")
+
+
+def is_ignored(name: str, config: DeepseekV32Config) -> bool:
+    """Published tensors that this model has no use for: multi-token-prediction layers, derived buffers, tied heads."""
+    layer = re.match(r"model\.layers\.(\d+)\.", name)
+    return (
+        (layer is not None and int(layer.group(1)) >= config.num_hidden_layers)
+        or name.endswith("rotary_emb.inv_freq")
+        or (config.tie_word_embeddings and name == "lm_head.weight")
+    )
+
+
+def scale_names(name: str) -> tuple[str, ...]:
+    """What the scales of an FP8 matrix may be called."""
+    return (name + "_scale_inv",)
+
+
+FAMILY = PublishedFamily(
+    model_types=("deepseek_v32", "deepseek_v3_2"),
+    config_type=DeepseekV32Config,
+    read_config=read_config,
+    write_config=write_config,
+    tensors=tensors,
+    is_ignored=is_ignored,
+    scale_names=scale_names,
+    fp4_experts=False,
+)

@@ -1,0 +1,38 @@
+"""What both families need to select keys: the indexer's inputs, and the selection where it has nothing to choose."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jax import Array
+
+
+class IndexInputs(NamedTuple):
+    """What the indexer scores keys with.
+
+    Attributes:
+      query: [T, Hi, Di], floating or FP8.
+      weights: float32[T, Hi], one per head, scales folded in.
+    """
+
+    query: Array
+    weights: Array
+
+
+class Queries(NamedTuple):
+    """Products of the query's low-rank form.
+
+    Attributes:
+      heads: [T, H, d], rotated.
+      index_inputs: None where the indexer is not needed.
+    """
+
+    heads: Array
+    index_inputs: IndexInputs | None
+
+
+def select_visible(lengths: Array, width: int) -> Array:
+    """All that a token sees: int32[T, width], 0 to lengths[t] - 1, then -1."""
+    column = jnp.arange(width, dtype=jnp.int32)[None, :]
+    return jnp.where(column < lengths[:, None], column, -1)

@@ -1,0 +1,87 @@
+"""Shared by all models: what a model module exports, argument checks, embedding, logits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jax import Array
+
+from sparse_mla_jax._check import require, size
+from sparse_mla_jax.config import Config
+from sparse_mla_jax.layers.moe import matmul
+from sparse_mla_jax.metadata import StepMetadata
+
+
+class Family(NamedTuple):
+    """What a model module exports as FAMILY: its functions, with the same arguments in every module.
+
+    Attributes:
+      forward, prefill, decode: the steps.
+      logits: scores of the next token from what `forward` gives.
+      param_specs, init_params, fuse_projections: parameters.
+      create_caches, default_page_size: caches, and tokens per page that suit the model.
+      bytes_per_token, bytes_per_request: what caches cost, per token of context and per running request.
+    """
+
+    forward: Callable[..., tuple[Array, Any]]
+    prefill: Callable[..., tuple[Array, Any]]
+    decode: Callable[..., tuple[Array, Any]]
+    logits: Callable[..., Array]
+    param_specs: Callable[..., Any]
+    init_params: Callable[..., Any]
+    fuse_projections: Callable[[Any], Any]
+    create_caches: Callable[..., Any]
+    default_page_size: Callable[[Any], int]
+    bytes_per_token: Callable[[Any, int], float]
+    bytes_per_request: Callable[[Any], int]
+
+
+def check_step(token_ids: Array, caches: tuple[Any, ...], metadata: StepMetadata, config: Config) -> None:
+    """Raises ValueError unless there is a token id for every token of `metadata` and a cache for every layer."""
+    require(
+        token_ids.shape == (metadata.num_tokens,) and jnp.issubdtype(token_ids.dtype, jnp.integer),
+        f"token_ids is {token_ids.dtype}{list(token_ids.shape)}; metadata needs int32[{metadata.num_tokens}].",
+    )
+    require(
+        len(caches) == config.num_hidden_layers,
+        f"caches has {len(caches)} layers, config {config.num_hidden_layers}; make them with create_caches.",
+    )
+
+
+def check_prompt(token_ids: Array) -> None:
+    """Raises ValueError unless token_ids has one axis and at least one token."""
+    require(
+        token_ids.ndim == 1 and token_ids.shape[0] >= 1,
+        f"token_ids has shape {token_ids.shape}; int32[T] with at least one token is expected.",
+    )
+
+
+def check_page_size(page_size: int | None, of_caches: int | None) -> int:
+    """Tokens per page, from the caches where they say it.
+
+    Raises:
+      ValueError: `page_size` is given and says otherwise, or neither says it.
+    """
+    if of_caches is None:
+        return size("page_size", page_size, hint="These caches do not say it; make them with create_caches.")
+    require(
+        page_size is None or page_size == of_caches,
+        f"page_size is {page_size!r}; the caches have pages of {of_caches} tokens. Leave it out, or make the caches"
+        " with it.",
+    )
+    return of_caches
+
+
+def embed(params: dict[str, Any], token_ids: Array) -> Array:
+    """Embeddings [T, D] of token_ids int[T]; ids outside the vocabulary are clamped into it."""
+    table = params["embed_tokens"]
+    return table[jnp.clip(token_ids, 0, table.shape[0] - 1)]
+
+
+def logits(params: dict[str, Any], hidden: Array, config: Config) -> Array:
+    """Scores of the next token, float32[..., V], from final-normed hidden [..., D]; ask only for rows that you need."""
+    if config.tie_word_embeddings:
+        return jnp.einsum("...d,vd->...v", hidden, params["embed_tokens"], preferred_element_type=jnp.float32)
+    return matmul(hidden, params["lm_head"])

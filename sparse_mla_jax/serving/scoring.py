@@ -1,0 +1,165 @@
+"""Logits at every position of given sequences, through the same step, caches and kernels that serve requests."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+
+from sparse_mla_jax import _check
+from sparse_mla_jax._check import require
+from sparse_mla_jax._choices import CACHE_DTYPES
+from sparse_mla_jax.config import Config
+from sparse_mla_jax.metadata import build_metadata
+from sparse_mla_jax.models.family import check_params, family_of, matmul_precision
+from sparse_mla_jax.ops._dispatch import check_implementation
+
+
+@functools.partial(jax.jit, static_argnames=("config", "page_size", "implementation"), donate_argnames=("caches",))
+def _score_step(
+    params: Any,
+    caches: Any,
+    token_ids: jax.Array,
+    seq_lens: jax.Array,
+    query_lens: jax.Array,
+    page_table: jax.Array,
+    *,
+    config: Config,
+    page_size: int,
+    implementation: str | None,
+) -> tuple[jax.Array, Any]:
+    """Logits after every one of token_ids [T]: (float32 [T, V], caches)."""
+    with matmul_precision(params):
+        metadata = build_metadata(seq_lens, query_lens, page_table, num_tokens=token_ids.shape[0], page_size=page_size)
+        rows = jnp.arange(seq_lens.shape[0], dtype=jnp.int32)
+        hidden, caches = family_of(config).forward(
+            params, token_ids, caches, metadata, config=config, state_ids=rows, implementation=implementation
+        )
+        return family_of(config).logits(params, hidden, config), caches
+
+
+def check_token_ids(token_ids: Any, vocab_size: int) -> np.ndarray:
+    """Returns `token_ids` as int32 [B, L].
+
+    Raises:
+      ValueError: not integers, not [B, L] with at least one token, or an id outside the vocabulary.
+    """
+    array = np.asarray(token_ids)
+    require(
+        array.ndim == 2 and np.issubdtype(array.dtype, np.integer),
+        f"token_ids is {array.dtype}{list(array.shape)}; integer token ids [B, L] are expected, one sequence per row.",
+    )
+    require(array.size > 0, f"token_ids is empty, shape {array.shape}; give at least one sequence of one token.")
+    low, high = int(array.min()), int(array.max())
+    require(
+        low >= 0 and high < vocab_size,
+        f"token_ids holds ids from {low} to {high}; the model's vocabulary is 0..{vocab_size - 1}. "
+        "Give ids of this model.",
+    )
+    return array.astype(np.int32)
+
+
+def check_arguments(
+    config: Config, token_ids: Any, *, prompt_length: int | None, chunk: int | None, page_size: int | None
+) -> tuple[np.ndarray, int, int, int]:
+    """The arguments of `score` that need no weights, defaults filled in: (int32 [B, L], prompt length, chunk, page).
+
+    Raises:
+      ValueError: an argument that is not as `score` describes it.
+    """
+    tokens = check_token_ids(token_ids, config.vocab_size)
+    length = tokens.shape[1]
+    require(
+        length <= config.max_position_embeddings,
+        f"token_ids has {length} tokens a row; the model's positions end at {config.max_position_embeddings} "
+        "(max_position_embeddings). Give shorter sequences.",
+    )
+    prompt_length = length if prompt_length is None else _check.size("prompt_length", prompt_length, 0)
+    require(
+        prompt_length <= length,
+        f"prompt_length is {prompt_length}; token_ids has {length} tokens a row, so at most {length} is expected.",
+    )
+    longest = max(prompt_length, 1)
+    chunk = longest if chunk is None else min(_check.size("chunk", chunk), longest)
+    page_size = (
+        family_of(config).default_page_size(config) if page_size is None else _check.size("page_size", page_size)
+    )
+    return tokens, prompt_length, chunk, page_size
+
+
+def score(
+    params: Any,
+    config: Config,
+    token_ids: Any,
+    *,
+    prompt_length: int | None = None,
+    chunk: int | None = None,
+    cache_dtype: Any = "float8_e4m3fnuz",
+    page_size: int | None = None,
+    implementation: str | None = None,
+    progress: bool = False,
+) -> np.ndarray:
+    """Teacher-forced logits: entry [b, i] scores the token that follows token_ids[b, : i + 1].
+
+    The first `prompt_length` tokens of all sequences go through prefill, `chunk` at a time; the rest one by one through
+    the decode step. Float32 models multiply in full float32 precision. At most two programs are compiled: one for
+    B * chunk tokens, one for B.
+
+    Args:
+      params: from `init_params` or `load_checkpoint`; their type is the type of the computation.
+      config: the model's shapes.
+      token_ids: integers [B, L].
+      prompt_length: 0..L; None: L, so prefill only. 0 decodes from an empty cache.
+      chunk: tokens per sequence and prefill step; None: the whole prompt at once.
+      cache_dtype: float8_e4m3fnuz, float8_e4m3fn, bfloat16 or float32.
+      page_size: tokens per page; None: 64, of DeepSeek-V4 256 (a multiple or a divisor of every compress ratio).
+      implementation: None, "triton", "xla" or "reference".
+      progress: whether a bar on stderr counts the tokens.
+
+    Returns:
+      float32 [B, L, V] on the host.
+
+    Raises:
+      ValueError: an argument that is not as described.
+    """
+    check_implementation(implementation)
+    cache_type = _check.dtype("cache_dtype", cache_dtype, CACHE_DTYPES)
+    tokens, prompt_length, chunk, page_size = check_arguments(
+        config, token_ids, prompt_length=prompt_length, chunk=chunk, page_size=page_size
+    )
+    batch, length = tokens.shape
+    params = check_params(params, config)
+    width = -(-length // page_size)
+    caches = family_of(config).create_caches(
+        config, batch * width, page_size, num_requests=batch, max_query_len=chunk, dtype=cache_type
+    )
+    page_table = jnp.arange(batch * width, dtype=jnp.int32).reshape(batch, width)
+    logits = np.empty((batch, length, config.vocab_size), np.float32)
+
+    start = 0
+    with tqdm(total=length, desc="scoring", unit="token", disable=None if progress else True, leave=False) as bar:
+        while start < length:
+            size = chunk if start < prompt_length else 1
+            end = min(start + size, prompt_length) if start < prompt_length else start + 1
+            flat = np.zeros(batch * size, np.int32)  # the last chunk is padded: its program exists already
+            flat[: batch * (end - start)] = tokens[:, start:end].reshape(-1)
+            scores, caches = _score_step(
+                params,
+                caches,
+                flat,
+                np.full(batch, end, np.int32),
+                np.full(batch, end - start, np.int32),
+                page_table,
+                config=config,
+                page_size=page_size,
+                implementation=implementation,
+            )
+            rows = np.asarray(scores)[: batch * (end - start)]
+            logits[:, start:end] = rows.reshape(batch, end - start, -1)
+            bar.update(end - start)
+            start = end
+    return logits

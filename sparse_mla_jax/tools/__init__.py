@@ -1,0 +1,1 @@
+"""What people run: the demo, generation, benchmarks, inspection of kernels and steps."""

@@ -1,0 +1,1 @@
+"""Times kernels and models: `run` the cases, `model` a checkpoint, `report` tables, `device_timing`."""

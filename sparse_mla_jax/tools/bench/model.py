@@ -1,0 +1,138 @@
+"""`python -m sparse_mla_jax bench MODEL_DIR`: decode throughput of a model, through the engine."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from typing import TYPE_CHECKING, Any
+
+from sparse_mla_jax._check import require
+from sparse_mla_jax.config import load_config
+from sparse_mla_jax.tools.info import check_backend, describe_device, implementation, print_report
+from sparse_mla_jax.tools.options import check_writable
+
+if TYPE_CHECKING:
+    from sparse_mla_jax.serving.engine import Engine
+
+# Options of `bench MODEL_DIR` alone, and what they are unless given.
+MODEL_BENCH = {
+    "batch": 8,
+    "context": 2048,
+    "steps": 32,
+    "prefill_chunk": 512,
+    "page_size": None,
+    "cache_dtype": "float8_e4m3fnuz",
+    "dtype": "float32",
+}
+
+
+def measure_decode(engine: Engine, *, context: int, steps: int, seed: int = 0) -> dict[str, Any]:
+    """Times decode steps of a full batch on random prompts, prefilled by the engine itself.
+
+    Args:
+      engine: fresh; its max_context at least `context`.
+      context: no sequence is longer; they are nearly that long while timed.
+      steps: timed steps.
+      seed: of the prompts.
+
+    Returns:
+      Tokens per second of decode and of prefill, milliseconds per step (mean and median).
+
+    Raises:
+      ValueError: `context` has no room for the steps.
+    """
+    import numpy as np
+
+    batch, budget, warm = engine.scheduler.max_batch, engine.scheduler.token_budget, 2
+    # Whoever is prefilled first decodes while the others prefill: that, too, must fit into the context.
+    prompt_length = context - steps - warm - 2 * (-(-batch * context // budget)) - 1
+    require(
+        prompt_length >= 1,
+        f"context is {context}; {steps} steps and the prefill of {batch} prompts, {budget} tokens a step, do not fit. "
+        "Raise --context or lower --steps.",
+    )
+    pages = engine.scheduler.allocator.num_pages
+    require(
+        pages >= batch * -(-context // engine.scheduler.page_size),
+        f"the engine has {pages} pages; {batch} sequences of {context} tokens need more.",
+    )
+    prompts = np.random.default_rng(seed).integers(0, engine.config.vocab_size, (batch, prompt_length))
+    engine.warm_up(progress=True)
+    requests = [engine.submit(prompt, max_tokens=context) for prompt in prompts]
+    start = time.perf_counter()
+    while engine.has_work() and not all(request.prefilled for request in requests):
+        engine.step()
+    prefill = time.perf_counter() - start
+    for _ in range(warm):
+        engine.step()
+    times = []
+    for _ in range(steps):
+        start = time.perf_counter()
+        events = engine.step()
+        times.append(time.perf_counter() - start)
+        assert len(events) == batch
+    for request in requests:
+        engine.cancel(request)
+    return {
+        "decode_tokens_per_second": batch * steps / sum(times),
+        "milliseconds_per_step": 1e3 * sum(times) / steps,
+        "median_milliseconds_per_step": 1e3 * float(np.median(times)),
+        "prefill_tokens_per_second": batch * prompt_length / prefill,
+        "prompt_length": prompt_length,
+    }
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """The command `bench MODEL_DIR`."""
+    config = load_config(arguments.model_dir)
+    if arguments.json:
+        check_writable("--json", arguments.json)
+    for name in ("batch", "context", "steps", "prefill_chunk", "page_size"):
+        value = getattr(arguments, name)
+        require(value is None or value >= 1, f"--{name.replace('_', '-')} is {value}; at least 1 is expected.")
+    require(
+        arguments.context <= config.max_position_embeddings,
+        f"--context is {arguments.context}; the model's context is {config.max_position_embeddings}.",
+    )
+    check_backend()
+    report = _measure(arguments)
+    if arguments.json:
+        with open(arguments.json, "w") as file:
+            file.write(json.dumps(report) + "\n")
+    print_report(report, arguments.json == "")
+    return 0
+
+
+def _measure(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The fields of the report."""
+    from sparse_mla_jax.models.checkpoint import load_checkpoint
+    from sparse_mla_jax.serving.engine import Engine
+
+    config, params = load_checkpoint(arguments.model_dir, dtype=arguments.dtype)
+    engine = Engine(
+        params,
+        config,
+        cache_dtype=arguments.cache_dtype,
+        page_size=arguments.page_size,
+        max_batch=arguments.batch,
+        max_context=arguments.context,
+        prefill_chunk=arguments.prefill_chunk,
+        implementation=arguments.implementation,
+    )
+    measured = measure_decode(engine, context=arguments.context, steps=arguments.steps)
+    device = describe_device()
+    return {
+        "batch": arguments.batch,
+        "context": arguments.context,
+        "steps": arguments.steps,
+        **{name: round(value, 3) for name, value in measured.items()},
+        "cache_bytes_per_token": engine.bytes_per_token,
+        "dtype": arguments.dtype,
+        "cache_dtype": arguments.cache_dtype,
+        "page_size": engine.scheduler.page_size,
+        "implementation": arguments.implementation or implementation(),
+        "backend": device["backend"],
+        "device": device["device"],
+        "jax": device["jax"],
+    }

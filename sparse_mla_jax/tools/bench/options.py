@@ -1,0 +1,64 @@
+"""Options of `bench`: those of both forms, those of a model, and those of the kernels."""
+
+from __future__ import annotations
+
+import argparse
+
+from sparse_mla_jax._check import require
+from sparse_mla_jax._choices import CACHE_DTYPES, DTYPES, IMPLEMENTATIONS
+from sparse_mla_jax.tools.bench.model import MODEL_BENCH
+
+_MODEL_SIZES = {
+    "batch": "sequences",
+    "context": "tokens at the end",
+    "steps": "timed decode steps",
+    "prefill_chunk": "tokens per step",
+    "page_size": "tokens per cache page",
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of both forms; None unless given, so that each form can refuse the other's."""
+    from sparse_mla_jax.tools.bench import run
+
+    parser.add_argument(
+        "target",
+        nargs="?",
+        metavar="AREA | MODEL_DIR",
+        help="topk, indexer, decode, prefill, cache, projection, streams or step; or a Hugging Face folder"
+        " (default: all areas)",
+    )
+    parser.add_argument(
+        "--json",
+        nargs="?",
+        const="",
+        metavar="FILE",
+        help="write JSON to FILE; without FILE one line of it is printed instead of a table (put it last then)",
+    )
+    parser.add_argument(
+        "--implementation", choices=IMPLEMENTATIONS, help="of every operator (default: the best that runs here)"
+    )
+    model = parser.add_argument_group("a model (bench MODEL_DIR)")
+    for name, what in _MODEL_SIZES.items():
+        option = f"--{name.replace('_', '-')}"
+        default = MODEL_BENCH[name] or "the model's own"
+        model.add_argument(option, type=int, metavar="N", help=f"{what} (default {default})")
+    model.add_argument(
+        "--cache-dtype", choices=CACHE_DTYPES, help=f"type of the caches (default {MODEL_BENCH['cache_dtype']})"
+    )
+    model.add_argument(
+        "--dtype", choices=DTYPES, help=f"type of weights and activations (default {MODEL_BENCH['dtype']})"
+    )
+    run.add_arguments(parser)
+
+
+def check_form(arguments: argparse.Namespace, kernels: bool) -> None:
+    """Refuses options of the other form of `bench`."""
+    from sparse_mla_jax.tools.bench import run
+
+    here, other = ("[AREA]", "MODEL_DIR") if kernels else ("MODEL_DIR", "[AREA]")
+    for name in MODEL_BENCH if kernels else run.OPTIONS:
+        require(
+            getattr(arguments, name) is None,
+            f"--{name.replace('_', '-')} belongs to `bench {other}`, not to `bench {here}`; leave it out.",
+        )

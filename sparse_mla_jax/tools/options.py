@@ -1,0 +1,59 @@
+"""Options and files that several commands share."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from typing import TYPE_CHECKING
+
+from sparse_mla_jax._choices import CACHE_DTYPES, DTYPES, IMPLEMENTATIONS
+
+if TYPE_CHECKING:
+    import numpy as np
+
+
+def add_model_options(parser: argparse.ArgumentParser, *, cache_dtype: str) -> None:
+    """The options that every command with a model has."""
+    parser.add_argument("model_dir", metavar="MODEL_DIR", help="Hugging Face folder: config.json and safetensors")
+    parser.add_argument(
+        "--cache-dtype", choices=CACHE_DTYPES, default=cache_dtype, help="type of the caches (default %(default)s)"
+    )
+    parser.add_argument(
+        "--dtype", choices=DTYPES, default="float32", help="type of weights and activations (default %(default)s)"
+    )
+    parser.add_argument(
+        "--page-size", type=int, metavar="N", help="tokens per cache page (default 64, of DeepSeek-V4 256)"
+    )
+    parser.add_argument(
+        "--implementation", choices=IMPLEMENTATIONS, help="of every operator (default: the best that runs here)"
+    )
+
+
+def load_array(path: str, name: str) -> np.ndarray:
+    """Reads one array of a .npy file."""
+    import numpy as np
+
+    from sparse_mla_jax._check import require
+
+    require(os.path.isfile(path), f"{name} {path!r} is not a file; give a .npy file (numpy.save).")
+    try:
+        array = np.load(path, allow_pickle=False)
+    except (ValueError, OSError, EOFError) as error:
+        raise ValueError(f"{name} {path!r} is not a readable .npy file ({error}); write it with numpy.save.") from None
+    require(isinstance(array, np.ndarray), f"{name} {path!r} holds several arrays; give a .npy file with one.")
+    return array
+
+
+def check_writable(name: str, path: str) -> None:
+    """Refuses an output path before any work is done for it; `name` is the option's.
+
+    Raises:
+      ValueError: a folder, in a folder that does not exist, or not writable.
+    """
+    from sparse_mla_jax._check import require
+
+    folder = os.path.dirname(os.path.abspath(path))
+    require(os.path.isdir(folder), f"{name} {path!r}: folder {folder!r} does not exist; make it first.")
+    require(not os.path.isdir(path), f"{name} {path!r} is a folder; give the name of a file.")
+    target = path if os.path.exists(path) else folder
+    require(os.access(target, os.W_OK), f"{name} {path!r} is not writable; choose another place.")

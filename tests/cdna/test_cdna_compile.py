@@ -1,0 +1,811 @@
+"""Compiling without a GPU: programs and what is known about them, caches, worker processes, missing tools, devices.
+
+Kernels compute with whole numbers, so that results do not depend on the order of a sum.
+"""
+
+import concurrent.futures
+import ctypes
+import dataclasses
+import functools
+import gc
+import os
+import pathlib
+import pickle
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import tomllib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cdna_support import require_cdna
+from jax.experimental import pallas as pl
+from support import containers as files
+
+from pallas_kernels import _call, _primitives, cdna, targets
+from pallas_kernels.cdna import (
+    code_object,
+    compiler,
+    container,
+    disk_cache,
+    execution,
+    lowering,
+    rocm_stubs,
+    toolchain,
+    worker,
+)
+from pallas_kernels.cdna.program import LDS_BYTES, MAX_THREADS, Argument
+
+COMPILED = [(arch, made_by) for made_by in cdna.COMPILERS for arch in cdna.ARCHITECTURES]
+ARCH = cdna.ARCHITECTURES[0]
+COLUMNS = 512
+
+
+def floats(*shape):
+    return jax.ShapeDtypeStruct(shape, jnp.float32)
+
+
+def whole(*shape):
+    return np.random.default_rng(shape).integers(-9, 9, shape).astype(np.float32)
+
+
+# --- programs under test ---------------------------------------------------------------------------------------------
+def launch(kernel, x, out=None, **how):
+    """One Pallas kernel on whichever target the program is lowered for."""
+
+    def body(target, x):
+        out_shape = jax.ShapeDtypeStruct(x.shape, x.dtype) if out is None else out
+        return _call.call(kernel, x, **{"out_shape": out_shape, "grid": (1,), "name": "kernel", **how}, target=target)
+
+    return targets.by_target(body, x)
+
+
+def row_minus_sum(x, o):
+    """A sum over four waves, which needs LDS."""
+    at = pl.program_id(0) * COLUMNS + jnp.arange(COLUMNS)
+    row = _call.load(x.at[at])
+    _call.store(o.at[at], row - jnp.sum(row))
+
+
+def centred(x, name="row_minus_sum", num_warps=4, num_stages=1):
+    how = {"num_warps": num_warps, "num_stages": num_stages, "grid": (x.size // COLUMNS,)}
+    return launch(row_minus_sum, x, name=name, **how)
+
+
+def surrounded(x, y):
+    """A kernel between fusions of XLA, which can not be moved to its other side."""
+    middle = centred(jnp.cos(x) + y)
+    return jnp.sin(middle) * y, middle.sum()
+
+
+SIZES = (floats(3 * COLUMNS), floats(3 * COLUMNS))
+
+
+def times(factor):
+    """Kernels of equal names and different code."""
+
+    def kernel(x, o):
+        at = pl.program_id(0) * 64 + jnp.arange(64)
+        _call.store(o.at[at], _call.load(x.at[at]) * factor)
+
+    return kernel
+
+
+def namesakes(x, y):
+    return tuple(
+        launch(times(f), v, name="same", num_warps=1, grid=(v.size // 64,)) for f, v in ((2.0, x), (3.0, y), (5.0, x))
+    )
+
+
+def first_half(x, o):
+    at = jnp.arange(64)
+    _call.store(o.at[at], _call.load(x.at[at]) + 1.0)
+
+
+def in_place(x):
+    return launch(first_half, x, name="first_half", num_warps=1, input_output_aliases={0: 0})
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+    """`compile` with a cache of this module's own; what it returned is remembered."""
+    cache = tmp_path_factory.mktemp("compiled")
+
+    @functools.cache
+    def made(fn, *args, arch=ARCH, compiler="triton", **how):
+        require_cdna(compiler)
+        return cdna.compile(fn, *args, arch=arch, compiler=compiler, cache=cache, **how)
+
+    return made
+
+
+@pytest.fixture
+def fresh():
+    """Forgets what is kept in memory, so that the folder counts."""
+    compiler._in_memory.cache_clear()
+    yield
+    compiler._in_memory.cache_clear()
+
+
+# --- programs --------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(("arch", "made_by"), COMPILED)
+def test_a_kernel_between_fusions(compiled, arch, made_by):
+    program = compiled(surrounded, *SIZES, arch=arch, compiler=made_by)
+    assert (program.arch, program.compiler) == (arch, toolchain.compiler_name(made_by))
+    (ours,) = program.pallas_kernels
+    assert (ours.name, ours.grid, ours.block, ours.threads) == ("row_minus_sum", (3, 1, 1), (256, 1, 1), 256)
+    array = ((3 * COLUMNS,), np.dtype("float32"))
+    assert ours.arguments == (Argument(*array, "input"), Argument(*array, "output"))
+    assert ours.arguments[0].nbytes == 4 * 3 * COLUMNS
+    assert ours.resources.lds >= 4 * 4  # a partial sum of each wave
+    for kernel in program.kernels:
+        assert kernel.arch == arch and kernel.compiler == program.compiler
+        assert kernel.code_object[:4] == b"\x7fELF" and kernel.name in code_object.descriptors(kernel.code_object)
+        assert f"amdhsa--{arch}" in kernel.assembly and f"\n{kernel.name}:\n" in kernel.assembly
+        assert "s_endpgm" in kernel.assembly and kernel.threads <= MAX_THREADS and kernel.threads % 64 == 0
+        r = kernel.resources
+        assert 0 < r.vgprs <= 512 and 0 <= r.agprs <= r.vgprs and 0 < r.sgprs <= 112 and 1 <= r.occupancy <= 8
+        assert r.lds <= LDS_BYTES[arch] and (r.vgpr_spills, r.sgpr_spills, r.scratch) == (0, 0, 0)
+    if made_by == "triton":
+        assert program.kernels == (ours,) and program.hlo == ""
+        assert program.temporary_bytes is program.in_place is program.copies is None
+        return
+    origins = [k.origin for k in program.kernels]
+    assert origins[0] == origins[-1] == "xla" and origins.count("pallas") == 1
+    # The intermediate array that the kernel reads, and no more than what it writes beside it.
+    assert 4 * 3 * COLUMNS <= program.temporary_bytes <= 3 * 4 * 3 * COLUMNS
+    assert (program.in_place, program.copies, program.library_calls) == ((), (), ())
+    assert "row_minus_sum" in program.hlo and lowering.CUSTOM_CALL in program.hlo
+
+
+@pytest.mark.parametrize("arch", cdna.ARCHITECTURES)
+def test_both_compilers_compute_the_same(compiled, arch):
+    x = whole(3 * COLUMNS)
+    expected = (x.reshape(3, -1) - x.reshape(3, -1).sum(1, keepdims=True)).ravel()
+    for made_by in cdna.COMPILERS:
+        (kernel,) = compiled(surrounded, *SIZES, arch=arch, compiler=made_by).pallas_kernels
+        result = cdna.execute(kernel, [x])
+        np.testing.assert_array_equal(result.outputs[0], expected, err_msg=made_by)
+        assert result.counts.by_opcode()["s_endpgm"] == 3 * 4  # three workgroups of four waves
+
+
+@pytest.mark.parametrize(("arch", "made_by"), COMPILED)
+def test_kernels_of_the_same_name(compiled, arch, made_by):
+    program = compiled(namesakes, floats(128), floats(256), arch=arch, compiler=made_by)
+    found = []
+    for kernel in program.kernels:
+        (size,) = kernel.arguments[0].shape
+        assert kernel.origin == "pallas" and kernel.name.startswith("same") and kernel.grid == (size // 64, 1, 1)
+        found.append((size, float(cdna.execute(kernel, [np.ones(size, np.float32)]).outputs[0][size - 1])))
+    # What does not depend on one another is launched in the order that XLA likes.
+    expected = [(128, 2.0), (256, 3.0), (128, 5.0)]
+    assert found == expected if made_by == "triton" else sorted(found) == sorted(expected)
+
+
+@pytest.mark.parametrize("donated", [(), 0, (0,)])
+def test_in_place_or_a_copy(compiled, donated):
+    """The input is only taken over when it was given away; else XLA copies it before the kernel."""
+    program = compiled(in_place, floats(128), compiler="xla", donate_argnums=donated)
+    assert [a.in_place_of for a in program.kernels[0].arguments] == [None, 0]
+    copied = [(size, what.split(":")[0]) for size, what in program.copies]
+    assert (program.in_place, copied) == (((), [(512, "device to device")]) if donated == () else ((0,), []))
+
+
+def test_which_of_the_inputs_is_taken_over(tmp_path):
+    """Inputs are numbered as leaves of the arguments, whether they are used or not."""
+
+    def fn(first, second):
+        return first["used"] + 1.0, in_place(second)
+
+    require_cdna("xla")
+    first = {"never used": SIZES[0], "used": SIZES[0]}
+    program = cdna.compile(fn, first, floats(128), arch=ARCH, donate_argnums=1, cache=tmp_path)
+    assert program.in_place == (2,)
+
+
+def test_what_is_not_a_kernel(compiled):
+    """Products are Triton kernels of XLA's or calls of a library; solves and transforms are always the latter."""
+    program = compiled(lambda a, b: a @ b, floats(256, 256), floats(256, 256), compiler="xla")
+    assert not program.pallas_kernels
+    assert program.library_calls or any("gemm" in k.name for k in program.kernels)
+
+    def solve(a, b):
+        return jax.scipy.linalg.solve_triangular(a, b), jnp.fft.fft(b)
+
+    calls = compiled(solve, floats(64, 64), floats(64, 64), compiler="xla").library_calls
+    assert {call.split(":")[0] for call in calls} == {"triangular solve", "fft"}
+
+
+@pytest.mark.parametrize("inside", ["loop", "branch"])
+def test_steps_inside_steps(compiled, inside):
+    """Loop bodies and branches count once."""
+
+    def loop(x):
+        return jax.lax.fori_loop(0, 5, lambda i, a: centred(a), x)
+
+    def branch(x):
+        return jax.lax.cond(x[0] > 0, centred, lambda a: centred(a, "other"), x)
+
+    program = compiled({"loop": loop, "branch": branch}[inside], SIZES[0], compiler="xla")
+    names = sorted(k.name for k in program.pallas_kernels)
+    assert names == (["row_minus_sum"] if inside == "loop" else ["other", "row_minus_sum"])
+
+
+def test_arguments_may_be_arrays_in_trees(compiled, tmp_path):
+    require_cdna("triton")
+    trees = {"x": np.zeros(3 * COLUMNS, np.float32), "y": [jnp.zeros(3 * COLUMNS)]}
+    program = cdna.compile(
+        jax.jit(lambda t: surrounded(t["x"], t["y"][0])), trees, arch=ARCH, compiler="triton", cache=tmp_path
+    )
+    (kernel,), (expected,) = program.kernels, compiled(surrounded, *SIZES).kernels
+    # The wheel writes the name of a temporary file into the code object.
+    assert dataclasses.replace(kernel, code_object=expected.code_object) == expected
+
+
+# --- refusals --------------------------------------------------------------------------------------------------------
+def bad_assembly(x, o):
+    at = jnp.arange(64)
+    _call.store(o.at[at], _primitives.assembly("v_no_such $0, $1", "=v,v", _call.load(x.at[at]), dtype=jnp.float32))
+
+
+def no_such_conversion(x, o):
+    at = jnp.arange(64)
+    _call.store(o.at[at], _call.load(x.at[at]).astype(jnp.float8_e4m3fn).astype(jnp.float8_e5m2).astype(jnp.float32))
+
+
+def too_much_lds(x, o):
+    at = jnp.arange(256)[:, None] * 256 + jnp.arange(256)
+    square = _call.load(x.at[at])
+    _call.store(o.at[at], square @ square)
+
+
+def odd_size(x, o):
+    _call.store(o.at[jnp.arange(48)], _call.load(x.at[jnp.arange(48)]))
+
+
+REFUSED = [
+    (bad_assembly, 64, "triton", RuntimeError, "invalid instruction.*v_no_such"),
+    (no_such_conversion, 64, "triton", RuntimeError, "PassManager::run failed / "),
+    (no_such_conversion, 64, "xla", RuntimeError, "Failed to compile Triton kernel"),
+    (too_much_lds, 256 * 256, "xla", RuntimeError, "requested 262144, available: 65536"),
+    (odd_size, 64, "triton", ValueError, "power of 2"),
+]
+
+
+@pytest.mark.parametrize(("kernel", "size", "made_by", "error", "why"), REFUSED)
+def test_refused_programs(compiled, kernel, size, made_by, error, why):
+    """The reason reaches the caller, and the compiler's process lives on."""
+    require_cdna(made_by)
+    with pytest.raises(error, match=why):
+        compiled(lambda x: launch(kernel, x), floats(size), compiler=made_by)
+    before = worker._workers.get((ARCH, made_by))
+    with pytest.raises(error, match=why):
+        compiled(lambda x: launch(kernel, x), floats(size), compiler=made_by)
+    assert worker._workers.get((ARCH, made_by)) is before
+
+
+def test_more_lds_than_there_is(compiled):
+    """Triton alone does not refuse it; nothing of it fits on a SIMD."""
+    small = LDS_BYTES["gfx942"]
+    code = code_object.KernelCode("k", "", {"vgpr_count": 64})
+    assert [code.resources("gfx942", 256, lds).occupancy for lds in (0, small // 4, small, small + 1)] == [8, 4, 1, 0]
+    assert code.resources("gfx950", 256, small + 1).occupancy == 2
+
+
+@pytest.mark.parametrize(
+    ("arch", "made_by", "message"),
+    [
+        ("gfx90a", "xla", "arch is 'gfx90a'; expected one of gfx942, gfx950"),
+        ("", "triton", "arch is ''; expected"),
+        (ARCH, "llvm", "compiler is 'llvm'; expected one of xla, triton"),
+        (ARCH, "", "compiler is ''; expected"),
+    ],
+)
+def test_unknown_choices(compiled, arch, made_by, message):
+    call = lowering.pallas_calls(centred, SIZES[0], arch=ARCH)[0]
+    for attempt in (
+        lambda: cdna.compile(surrounded, *SIZES, arch=arch, compiler=made_by),
+        lambda: compiler.compile_kernel(call, arch, made_by),
+    ):
+        with pytest.raises(ValueError, match=message):
+            attempt()
+
+
+def test_one_kernel_of_many_is_not_compiled_by_xla(tmp_path):
+    require_cdna("xla")
+    call = lowering.pallas_calls(namesakes, floats(128), floats(256), arch=ARCH)[0]
+    with pytest.raises(ValueError, match="kernel same holds 3 Pallas kernels; 1 was expected"):
+        compiler.compile_kernel(call, ARCH, "xla", cache=tmp_path)
+
+
+def executable(*thunks):
+    """A serialized executable with these steps."""
+    inner = files.split("xla.gpu.GpuExecutableProto", (b"", b"".join(files.field(13, t) for t in thunks)))
+    return b"\0" + files.split("xla.ExecutableAndOptionsProto", (files.path(1), inner))
+
+
+def step(kind, body=b""):
+    return files.field(1, files.field(1, b"where")) + files.field(kind, body)
+
+
+def test_steps_of_other_kinds():
+    """What is not known is named, not left out; layouts of other versions are refused."""
+    thunks = [step(9), step(19), step(99), step(2, files.field(1, step(27)))]
+    made = {"executable": executable(*thunks), "hlo": "", "temporary_bytes": 5}
+    program = compiler.read_executable(made, ARCH, "XLA")
+    assert program.library_calls == ("gemm: where", "fill with zeros: where", "step of kind 99: where", "fft: where")
+    assert (program.kernels, program.temporary_bytes, program.in_place) == ((), 5, ())
+    with pytest.raises(ValueError, match="kernel symbol has its code elsewhere"):
+        compiler.read_executable({**made, "executable": executable(step(8, files.field(3, b"symbol")))}, ARCH, "XLA")
+    with pytest.raises(ValueError, match="not a 64-bit ELF file: 0 bytes"):
+        compiler.read_executable({**made, "executable": executable(step(36))}, ARCH, "XLA")
+    with pytest.raises(ValueError, match="element type 99"):
+        compiler._array(container.Message.parse(files.field(2, files.field(2, 99))))
+
+
+def test_no_code_object(compiled):
+    elf = compiled(surrounded, *SIZES).kernels[0].code_object
+    for bad in (b"", b"\x7fELF", b"\x7fELF\x01" + elf[5:], elf[:64], elf[: len(elf) // 2], elf[:-1], b"#!/bin/sh" * 99):
+        with pytest.raises(ValueError, match="ELF"):
+            code_object.kernels(bad, ARCH)
+
+
+# --- cache -----------------------------------------------------------------------------------------------------------
+@pytest.fixture
+def cached(compiled, tmp_path, monkeypatch, fresh):
+    """(compile, the file that it keeps, requests to workers); a worker answers with what it made before."""
+
+    def prepare(made_by):
+        require_cdna(made_by)
+        requests, answers = [], {}
+        real = worker.request
+
+        def request(*what):
+            requests.append(what[:3])
+            if what[:2] not in answers:
+                answers[what[:2]] = real(*what)
+            return answers[what[:2]]
+
+        monkeypatch.setattr(worker, "request", request)
+
+        def run(**how):
+            compiler._in_memory.cache_clear()
+            return cdna.compile(surrounded, *SIZES, arch=ARCH, compiler=made_by, cache=tmp_path, **how)
+
+        run()
+        (file,) = (tmp_path / "code").iterdir()
+        assert len(requests) == 1
+        return run, file, requests
+
+    return prepare
+
+
+@pytest.mark.parametrize("made_by", cdna.COMPILERS)
+def test_the_second_time_nothing_is_compiled(cached, made_by):
+    run, file, requests = cached(made_by)
+    stamp = file.stat().st_mtime_ns
+    assert run() == run()
+    assert len(requests) == 1 and file.stat().st_mtime_ns == stamp
+    (what,) = requests
+    assert what == (ARCH, made_by, {"triton": "ir", "xla": "module"}[made_by])
+
+
+def test_another_process_compiles_nothing(cached, tmp_path):
+    """The key does not depend on anything of this process: hashes of strings, addresses, where the code stands."""
+    cached("triton")
+    script = f"""
+import pathlib, sys
+sys.path[:0] = {[str(p) for p in pathlib.Path(__file__).parents[:3]]!r}
+import test_cdna_compile as t
+t.worker.request = None
+p = t.cdna.compile(t.surrounded, *t.SIZES, arch={ARCH!r}, compiler="triton", cache=pathlib.Path({str(tmp_path)!r}))
+print(p.kernels[0].name)
+"""
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONHASHSEED": "7"}
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment)
+    assert done.stdout.strip() == "row_minus_sum", done.stderr
+
+
+DAMAGE = {
+    "empty": lambda good: b"",
+    "cut": lambda good: good[: len(good) // 2],
+    "last byte missing": lambda good: good[:-1],
+    "garbage": lambda good: b"\x80\x05garbage" * 99,
+    "of another key": lambda good: pickle.dumps(("0" * 64, pickle.loads(good)[1])),
+    "of another shape": lambda good: pickle.dumps(17),
+    "without a key": lambda good: pickle.dumps(pickle.loads(good)[1]),
+    "of a class that is gone": lambda good: b"cpallas_kernels.cdna.program\nNoSuchClass\n.",
+}
+
+
+@pytest.mark.parametrize("made_by", cdna.COMPILERS)
+@pytest.mark.parametrize("name", DAMAGE)
+def test_damaged_files_are_made_again(cached, name, made_by):
+    run, file, requests = cached(made_by)
+    good = file.read_bytes()
+    program = run()
+    file.write_bytes(DAMAGE[name](good))
+    assert run() == program and len(requests) == 2
+    assert run() == program and len(requests) == 2
+    assert list(file.parent.iterdir()) == [file]  # no temporary files
+
+
+def test_a_folder_that_can_not_be_written(cached, tmp_path):
+    run, _, requests = cached("triton")
+    blocked = tmp_path / "file" / "folder"
+    blocked.parent.write_bytes(b"")
+    compiler._in_memory.cache_clear()
+    how = {"arch": ARCH, "compiler": "triton", "cache": blocked}
+    assert cdna.compile(surrounded, *SIZES, **how) == run()
+    assert len(requests) == 2
+    assert cdna.compile(surrounded, *SIZES, **how) == run() and len(requests) == 3  # run() forgets what is in memory
+
+
+VERSIONS = {
+    toolchain.TRITON: ("triton", lambda patch: patch(toolchain, "version_of", lambda name: "9.9")),
+    "format": ("triton", lambda patch: patch(disk_cache, "FORMAT", 999)),
+    "llvm": ("triton", lambda patch: patch(toolchain, "LLVM", "23")),
+    "llvm for xla": ("xla", lambda patch: patch(toolchain, "LLVM", "23")),
+    "plugin": ("xla", lambda patch: patch(toolchain, "version_of", lambda name: "9.9")),
+    "jax": ("xla", lambda patch: patch(jax, "__version__", "9.9")),
+}
+
+
+def test_keys(compiled, monkeypatch, fresh):
+    """Everything that the code depends on gives another key, and nothing else does."""
+    stored, keys = {}, []
+    for made_by in cdna.COMPILERS:
+        require_cdna(made_by)
+        kernel = compiled(centred, SIZES[0], compiler=made_by).kernels[0]
+        code = code_object.KernelCode(kernel.name, kernel.assembly, {})
+        stored[made_by] = (kernel.code_object, 0, code) if made_by == "triton" else compiled(centred, *SIZES[:1])
+    compiler._in_memory.cache_clear()
+    monkeypatch.setattr(compiler, "_check", lambda *_: None)
+    monkeypatch.setattr(disk_cache, "read", lambda key, folder: keys.append(key) or stored[made_by])
+
+    def key(made_by_, arch=ARCH, fn=centred, size=SIZES[0], **how):
+        nonlocal made_by
+        made_by = made_by_
+        compiler._in_memory.cache_clear()
+        cdna.compile(lambda x: fn(x, **how), size, arch=arch, compiler=made_by)
+        return keys[-1]
+
+    usual = {c: key(c) for c in cdna.COMPILERS}
+    assert usual == {c: key(c) for c in cdna.COMPILERS}
+    others = list(usual.values())
+    for c in cdna.COMPILERS:
+        others += [key(c, "gfx950"), key(c, num_warps=2), key(c, num_stages=2), key(c, name="other")]
+    # The grid is no part of a kernel's code, but of XLA's program.
+    assert key("triton", size=floats(COLUMNS * 3)) == usual["triton"]
+    others.append(key("xla", size=floats(COLUMNS * 4)))
+    for c, change in VERSIONS.values():
+        with monkeypatch.context() as patched:
+            change(patched.setattr)
+            others.append(key(c))
+    assert len(set(others)) == len(others)
+
+
+# --- workers ---------------------------------------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def small_ir():
+    """Triton IR that compiles quickly."""
+    (call,) = lowering.pallas_calls(in_place, floats(128), arch=ARCH)
+    return call.ir, call.num_warps, call.num_stages
+
+
+def test_one_process_for_each_architecture(small_ir):
+    require_cdna("triton")
+    for _ in range(2):
+        for arch in cdna.ARCHITECTURES:
+            assert worker.request(arch, "triton", "ir", *small_ir)[0][:4] == b"\x7fELF"
+    processes = {key: w.process.pid for key, w in worker._workers.items()}
+    assert len(set(processes.values())) == len(processes) and os.getpid() not in processes.values()
+    assert all(w.process.args[-2:] == list(key) for key, w in worker._workers.items())
+    for arch in cdna.ARCHITECTURES:
+        worker.request(arch, "triton", "ir", *small_ir)
+    assert processes == {key: w.process.pid for key, w in worker._workers.items()}
+
+
+def test_a_killed_process(small_ir):
+    """Killed at work: RuntimeError; at rest: nobody notices. The next request works, and nothing is left open."""
+    require_cdna("triton")
+
+    def compiles():
+        return worker.request(ARCH, "triton", "ir", *small_ir)[0][:4] == b"\x7fELF"
+
+    assert compiles()
+    busy = worker._workers[ARCH, "triton"]
+    os.kill(busy.process.pid, signal.SIGSTOP)
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        waiting = pool.submit(worker.request, ARCH, "triton", "ir", *small_ir)
+        while not busy.lock.locked():
+            time.sleep(0.001)
+        busy.process.kill()
+        with pytest.raises(RuntimeError, match="the compiler's process died: exit code -9"):
+            waiting.result(timeout=30)
+    with pytest.raises(RuntimeError, match="died during another request"):
+        busy.request("ir", *small_ir)
+    assert compiles()
+    idle = worker._workers[ARCH, "triton"]
+    assert idle is not busy
+    idle.process.kill()
+    idle.process.wait()
+    assert compiles()
+    assert worker._workers[ARCH, "triton"] not in (busy, idle)
+    for gone in (busy, idle):
+        assert gone.errors.closed and gone.process.stdin.closed and gone.process.stdout.closed
+    del busy, idle, gone
+    gc.collect()  # ResourceWarning is an error here
+
+
+def test_an_unknown_request():
+    with pytest.raises(RuntimeError, match="KeyError: 'nonsense'"):
+        worker.request(ARCH, "triton", "nonsense")
+
+
+# --- tools -----------------------------------------------------------------------------------------------------------
+@pytest.fixture
+def forgotten():
+    """Finders that look again."""
+    toolchain.find_llvm.cache_clear()
+    yield
+    toolchain.find_llvm.cache_clear()
+
+
+def without(*names):
+    """A machine without some programs."""
+    which = shutil.which
+
+    def change(patch):
+        patch(
+            toolchain.shutil,
+            "which",
+            lambda p, **how: None if pathlib.Path(p).name.startswith(names) else which(p, **how),
+        )
+
+    return change
+
+
+def installed(**versions):
+    """A machine on which distributions have other versions, or are absent."""
+    real = toolchain.version_of
+
+    def change(patch):
+        patch(toolchain, "version_of", lambda name: versions.get(name.replace("-", "_"), real(name)))
+
+    return change
+
+
+def only_old_llvm(patch):
+    patch(toolchain.shutil, "which", lambda name, **how: f"/usr/bin/{name}" if name == "llvm-objdump" else None)
+    patch(toolchain, "_major", lambda path: 18)
+
+
+def no_cramjam(patch):
+    real = toolchain.importlib.util.find_spec
+    patch(toolchain.importlib.util, "find_spec", lambda name: None if name == "cramjam" else real(name))
+
+
+def plugin_of(*names):
+    return lambda patch: patch(toolchain.importlib.metadata, "files", lambda name: [pathlib.PurePath(n) for n in names])
+
+
+EXTRA = "pip install 'sparse-mla-jax[cdna]'" + ("" if jax.__version__ == "0.11.2" else " 'jax==0.11.2'")
+MISSING = {
+    "objdump": (without("llvm-objdump"), "triton", "llvm-objdump-22 is not installed: apt-get install llvm-22"),
+    "readelf": (without("llvm-readelf"), "xla", "llvm-readelf-22 is not installed: apt-get install llvm-22"),
+    "old llvm": (only_old_llvm, "triton", "llvm-objdump-22 is not installed: apt-get install llvm-22"),
+    "triton": (installed(triton=None), "triton", f"triton is not installed: {EXTRA}"),
+    "plugin": (installed(jax_rocm7_pjrt=None), "xla", f"jax-rocm7-pjrt is not installed: {EXTRA}"),
+    "other plugin": (
+        installed(jax_rocm7_pjrt="0.1.2"),
+        "xla",
+        f"jax-rocm7-pjrt 0.1.2 does not match jax {jax.__version__}: pip install jax-rocm7-pjrt=={jax.__version__}",
+    ),
+    "empty plugin": (
+        plugin_of("README.md"),
+        "xla",
+        f"jax-rocm7-pjrt holds no xla_rocm_plugin.so: pip install --force-reinstall jax-rocm7-pjrt=={jax.__version__}",
+    ),
+    "gcc": (without("gcc"), "xla", "gcc is not installed: apt-get install gcc"),
+    "nm": (without("nm"), "xla", "nm is not installed: apt-get install binutils"),
+    "binutils": (without("readelf"), "xla", "readelf is not installed: apt-get install binutils"),
+    "cramjam": (no_cramjam, "xla", f"cramjam is not installed: {EXTRA}"),
+}
+
+
+@pytest.mark.parametrize("name", MISSING)
+def test_missing_tools(name, monkeypatch, forgotten, tmp_path):
+    """One line that says what to install, from `available` and from `compile`, before anything is compiled."""
+    change, made_by, line = MISSING[name]
+    require_cdna(made_by)
+    change(monkeypatch.setattr)
+    monkeypatch.setattr(worker, "request", None)
+    toolchain.find_llvm.cache_clear()
+    assert toolchain.available(made_by) == line
+    with pytest.raises(cdna.ToolMissing) as caught:
+        cdna.compile(surrounded, *SIZES, arch=ARCH, compiler=made_by, cache=tmp_path)
+    assert str(caught.value) == line and "\n" not in line
+
+
+def test_the_extra_of_another_jax(monkeypatch):
+    monkeypatch.setattr(jax, "__version__", "0.99.0")
+    assert toolchain.extra() == "pip install 'sparse-mla-jax[cdna]' 'jax==0.11.2'"
+    pins = tomllib.loads((pathlib.Path(__file__).parents[2] / "pyproject.toml").read_text())
+    assert f"jax-rocm7-pjrt=={toolchain.JAX}" in pins["project"]["optional-dependencies"]["cdna"]
+
+
+def test_what_the_other_compiler_needs_is_not_asked_for(monkeypatch, forgotten):
+    require_cdna("triton")
+    for change in (installed(jax_rocm7_pjrt=None), without("gcc", "nm", "readelf"), no_cramjam):
+        with monkeypatch.context() as patched:
+            change(patched.setattr)
+            assert toolchain.available("triton") is None
+
+
+# --- stubs -----------------------------------------------------------------------------------------------------------
+def stamps(paths):
+    return [(p.stat().st_ino, p.stat().st_mtime_ns) for p in paths]
+
+
+def test_stubs_are_built_once(tmp_path, monkeypatch):
+    require_cdna("xla")
+    plugin = toolchain.plugin_library()
+    with concurrent.futures.ThreadPoolExecutor() as pool:  # as two processes would
+        first, second = pool.map(lambda _: rocm_stubs.build(plugin, tmp_path), range(2))
+    assert first == second and [p.name for p in first] == rocm_stubs.needed_libraries(plugin)
+    (folder,) = tmp_path.iterdir()
+    assert sorted(folder.iterdir()) == sorted(first)
+    good, before = [p.read_bytes() for p in first], stamps(first)
+    assert rocm_stubs.build(plugin, tmp_path) == first and stamps(first) == before
+    runtime = next(p for p in first if p.name.startswith("libamdhip64"))
+    count = ctypes.c_int(7)
+    assert ctypes.CDLL(str(runtime)).hipGetDeviceCount(ctypes.byref(count)) == 100 and count.value == 0
+    # The library stays mapped, so another one is damaged.
+    victim = next(p for p in first if p.name.startswith("librocblas"))
+    for damage in (None, b"", b"\x7fELF", good[0][:100], victim.read_bytes()[:-1], b"garbage" * 999):
+        victim.unlink()
+        if damage is not None:
+            victim.write_bytes(damage)
+        assert rocm_stubs.build(plugin, tmp_path) == first
+        assert [p.read_bytes() for p in first] == good
+    # Without gcc what is there still works, and what is not says so.
+    without("gcc")(monkeypatch.setattr)
+    assert rocm_stubs.build(plugin, tmp_path) == first
+    victim.unlink()
+    with pytest.raises(cdna.ToolMissing, match="^gcc is not installed: apt-get install gcc$"):
+        rocm_stubs.build(plugin, tmp_path)
+
+
+# --- execution -------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [
+        ([], r"holds 0 arrays; kernel row_minus_sum reads 1"),
+        ([whole(3 * COLUMNS)] * 2, "holds 2 arrays"),
+        ([whole(2 * COLUMNS)], r"arrays\[0\] is float32\[1024\]; kernel row_minus_sum expects float32\[1536\]"),
+        ([whole(3, COLUMNS)], r"is float32\[3, 512\]"),
+        ([whole(3 * COLUMNS).astype(np.float64)], r"is float64\[1536\]"),
+        ([whole(3 * COLUMNS).view(np.int32)], r"is int32\[1536\]"),
+    ],
+    ids=lambda v: v if isinstance(v, str) else "",
+)
+def test_arrays_that_do_not_fit(compiled, arrays, message):
+    (kernel,) = compiled(surrounded, *SIZES).kernels
+    with pytest.raises(ValueError, match=message):
+        cdna.execute(kernel, arrays)
+
+
+def test_a_kernel_whose_arguments_are_not_known(compiled):
+    (kernel,) = compiled(surrounded, *SIZES).kernels
+    with pytest.raises(ValueError, match="reads 0"):
+        cdna.execute(dataclasses.replace(kernel, arguments=()), [])
+
+
+def test_an_unknown_order(compiled):
+    (kernel,) = compiled(surrounded, *SIZES).kernels
+    with pytest.raises(ValueError, match="order"):
+        cdna.execute(kernel, [whole(3 * COLUMNS)], order="backwards")
+
+
+@pytest.mark.parametrize("made_by", cdna.COMPILERS)
+@pytest.mark.parametrize("aliased", [True, False])
+def test_what_a_kernel_does_not_write(compiled, made_by, aliased):
+    """In place it is the input, which itself does not change; else it is poison."""
+
+    def elsewhere(x):
+        return launch(first_half, x, name="first_half", num_warps=1)
+
+    (kernel,) = compiled(in_place if aliased else elsewhere, floats(128), compiler=made_by).pallas_kernels
+    x = whole(128)
+    given = x.copy()
+    (out,) = cdna.execute(kernel, [given]).outputs
+    np.testing.assert_array_equal(out[:64], x[:64] + 1)
+    np.testing.assert_array_equal(out[64:], x[64:] if aliased else np.full(256, 0xA5, np.uint8).view(np.float32))
+    np.testing.assert_array_equal(given, x)
+
+
+# --- devices ---------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("arch", "how", "message"),
+    [
+        ("gfx906", {}, "arch is 'gfx906'; expected one of gfx942, gfx950"),
+        (ARCH, {"compiler": "gcc"}, "compiler is 'gcc'; expected one of xla, triton"),
+        (ARCH, {"order": "random"}, "order is 'random'; expected one of .*together"),
+    ],
+)
+def test_unknown_devices(arch, how, message):
+    with pytest.raises(ValueError, match=message), cdna.device(arch, **how):
+        raise AssertionError("entered")
+    assert targets.executor.value is None
+
+
+@pytest.fixture
+def traced():
+    """A jitted program of one kernel, and how often it was traced."""
+    require_cdna("triton")
+    traces = []
+    # The first kernel in interpret mode imports what changes every key, once.
+    jax.jit(centred)(whole(COLUMNS))
+
+    @jax.jit
+    def fn(x):
+        traces.append(1)
+        return centred(x)
+
+    return fn, traces
+
+
+def test_devices_trace_and_record_for_themselves(traced):
+    fn, traces = traced
+    x = whole(COLUMNS)
+    expected = x - x.sum()
+
+    def run(device, launches, total):
+        np.testing.assert_array_equal(fn(x), expected)
+        assert len(traces) == total and (device is None or len(device.launches) == launches)
+
+    run(None, 0, 1)
+    with cdna.device("gfx942") as outer:
+        run(outer, 1, 2)
+        run(outer, 2, 2)  # jit keeps the trace
+        with cdna.device("gfx950", order="reverse") as inner:
+            run(inner, 1, 3)
+            assert len(outer.launches) == 2
+        run(outer, 3, 3)
+        assert len(inner.launches) == 1
+    run(None, 0, 3)
+    with cdna.device("gfx942") as again:
+        run(again, 1, 4)  # a new device, even of the same kind, has launches of its own
+    with pytest.raises(ZeroDivisionError), cdna.device("gfx942"):
+        _ = 1 // 0
+    assert targets.executor.value is None
+    run(None, 0, 4)
+    assert [len(d.launches) for d in (outer, inner, again)] == [3, 1, 1]
+    for device, arch in ((outer, "gfx942"), (inner, "gfx950")):
+        for record in device.launches:
+            assert (record.kernel.name, record.kernel.arch) == ("row_minus_sum", arch)
+            assert record.counts.by_opcode()["s_endpgm"] == 4
+
+
+def test_the_device_decides_how_waves_take_turns(traced, monkeypatch):
+    fn, _ = traced
+    orders = []
+    real = execution.control_flow.run
+    monkeypatch.setattr(execution.control_flow, "run", lambda *a, **how: orders.append(how["order"]) or real(*a, **how))
+    for order in ("together", "forward", "reverse"):
+        with cdna.device(ARCH, order=order):
+            fn(whole(COLUMNS)).block_until_ready()
+    assert orders == ["together", "forward", "reverse"]
+
+
+def test_a_device_without_a_compiler(traced, monkeypatch, forgotten):
+    """Known when a program is traced, in the same line."""
+    fn, _ = traced
+    installed(triton=None)(monkeypatch.setattr)
+    with cdna.device(ARCH), pytest.raises(cdna.ToolMissing, match="^triton is not installed: "):
+        fn(whole(COLUMNS))
