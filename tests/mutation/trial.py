@@ -139,6 +139,9 @@ def _pytest(copy: pathlib.Path, arguments: list[str], watch: _Watch) -> tuple[in
     command = [sys.executable, "-m", "pytest", "-x", "-v", "-m", "not slow", "--tb=line", "--no-header"]
     command += ["-p", "no:cacheprovider", *PLUGIN_OPTIONS, *arguments]
     environment = os.environ | {"PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1", "COLUMNS": "200"}
+    if "JAX_COMPILATION_CACHE_DIR" in (copy / "tests" / "conftest.py").read_text():
+        # Most programs are those of the fault before.
+        environment.setdefault("JAX_COMPILATION_CACHE_DIR", str(copy.parent / "programs"))
     with log.open("w") as out:
         process = subprocess.Popen(
             command, cwd=copy, env=environment, stdout=out, stderr=subprocess.STDOUT, start_new_session=True
