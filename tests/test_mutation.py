@@ -233,6 +233,7 @@ def test_who_notices(tmp_path, monkeypatch, capsys):
     tree(tmp_path / "tree", text=TINY)
     tree(tmp_path / "tree", "tests/test_tiny.py", TINY_TEST)
     tree(tmp_path / "tree", "sparse_mla_jax/__init__.py", "")
+    tree(tmp_path / "tree", "tests/conftest.py", "")
     # Plugins take longer to start than all of this.
     monkeypatch.setattr(trial, "PLUGIN_OPTIONS", ())
     monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")

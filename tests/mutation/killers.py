@@ -22,9 +22,10 @@ _BY_STEM = {
     "router": "router mla v4_model",
     "topk": "topk lowering_topk mla",
     "window": "window compressed_attention",
-    "_chunks": "topk indexer norm_rope attention",
-    "_dispatch": "topk norm_rope fp8 plans",
-    "_check": "ragged window topk cache indexer compressor",
+    "chunks": "topk indexer norm_rope attention",
+    "dispatch": "operators targets topk norm_rope fp8 plans",
+    "check": "ragged window topk cache indexer compressor",
+    "slot_parts": "cache window interchange mla",
     # layers
     "mla": "mla model cdna_kernels",
     "compressed_attention": "compressed_attention v4_model",
@@ -33,6 +34,13 @@ _BY_STEM = {
     "norm": "mla model hyper_connections",
     "projections": "mla compressed_attention output_projection",
     # models
+    "shapes": "config model v4_model",
+    "fields": "config",
+    "registry": "config family",
+    "published": "config",
+    "tensor_table": "checkpoint checkpoint_v4",
+    "weight_files": "checkpoint checkpoint_v4",
+    "quantized_weights": "checkpoint checkpoint_v4",
     "config": "config checkpoint checkpoint_v4 model v4_model",
     "checkpoint": "checkpoint checkpoint_v4 model",
     "published_v32": "checkpoint model",
@@ -63,8 +71,8 @@ _BY_STEM = {
     "indexer_logits": "indexer plans",
     "merge_splits": "attention plans",
     "online_softmax": "attention",
-    "_call": "topk cache indexer attention cdna_kernels cdna_compile lowering_attention",
-    "_primitives": "topk cache indexer attention cdna_kernels cdna_compile",
+    "call": "topk cache indexer attention cdna_kernels cdna_compile lowering_attention",
+    "primitives": "topk cache indexer attention cdna_kernels cdna_compile",
     "targets": "targets cache topk cdna_compile lowering_attention lowering_topk plans",
     "tiles": "topk attention indexer output_projection",
 }
@@ -91,13 +99,14 @@ def selections(site: Site) -> list[str]:
 
 def _names(site: Site) -> list[str]:
     """Names of test modules, the likeliest first, without repeats."""
-    stem = pathlib.PurePath(site.path).stem
-    attention = "sparse_attention" in site.path or stem == "attention_source"
-    # topk_row is tested with topk.
-    family = max((key for key in _BY_STEM if stem == key or stem.startswith(key + "_")), key=len, default="")
-    known = [family, *(_ATTENTION if attention else _BY_STEM.get(family, "")).split()]
-    own = [] if attention else [stem.strip("_")]
-    return [name for name in dict.fromkeys([*own, *known, *_BY_ROOM[site.room].split()]) if name]
+    stem = pathlib.PurePath(site.path).stem.strip("_")
+    room = _BY_ROOM[site.room].split()
+    if "sparse_attention" in site.path or stem == "attention_source":
+        return list(dict.fromkeys([*_ATTENTION.split(), *room]))
+    # topk_row is tested with topk, and a family's config before its model.
+    family = max((key for key in _BY_STEM if stem == key or stem.startswith(key + "_")), key=len, default=stem)
+    known = ["config"] if "/families/" in site.path else [stem, family]
+    return list(dict.fromkeys([*known, *_BY_STEM.get(family, "").split(), *room]))
 
 
 def modules(tree: pathlib.Path, site: Site) -> list[str]:

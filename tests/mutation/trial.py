@@ -25,6 +25,8 @@ PLUGIN_OPTIONS = ("-n", "0", "--hypothesis-seed=0")
 _PASSED, _FAILED, _INTERRUPTED, _NOTHING = 0, 1, 2, 5
 # A test that waits and takes no processor time is given this many times as much time by the clock.
 _PATIENCE = 10
+# Seconds.
+_BETWEEN_LOOKS = 1.0
 # Seconds of processor time before the first test begins.
 _COLLECTION = 120.0
 
@@ -107,21 +109,24 @@ def _last_test(log: str) -> str:
 
 @dataclasses.dataclass
 class _Watch:
-    """Decides when to stop: who runs now, and what had been used when it began."""
+    """Decides when to stop: the test that runs now, what had been used when it began, for how long it has run."""
 
     limits: Limits
     spent: float
     test: str = ""
     began: float = 0.0
-    clock: float = dataclasses.field(default_factory=time.monotonic)
+    waited: float = 0.0
+    looked: float = dataclasses.field(default_factory=time.monotonic)
 
     def verdict(self, test: str, used: float) -> str:
-        """ "" to go on, "hang" or "unfinished"."""
+        """Why to stop, "hang" or "unfinished"; an empty string to go on."""
         if test != self.test:
-            self.test, self.began, self.clock = test, used, time.monotonic()
-        waited = time.monotonic() - self.clock
+            self.test, self.began, self.waited = test, used, 0.0
+        now = time.monotonic()
+        # A long time between two looks is one in which this process itself did not run.
+        self.waited, self.looked = self.waited + min(now - self.looked, _BETWEEN_LOOKS), now
         limit = self.limits.test if "::" in test else max(self.limits.test, _COLLECTION)
-        if used - self.began > limit or waited > _PATIENCE * limit:
+        if used - self.began > limit or self.waited > _PATIENCE * limit:
             return "hang"
         return "unfinished" if self.spent + used > self.limits.fault else ""
 
@@ -134,6 +139,9 @@ def _pytest(copy: pathlib.Path, arguments: list[str], watch: _Watch) -> tuple[in
     command = [sys.executable, "-m", "pytest", "-x", "-v", "-m", "not slow", "--tb=line", "--no-header"]
     command += ["-p", "no:cacheprovider", *PLUGIN_OPTIONS, *arguments]
     environment = os.environ | {"PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1", "COLUMNS": "200"}
+    if "JAX_COMPILATION_CACHE_DIR" in (copy / "tests" / "conftest.py").read_text():
+        # Most programs are those of the fault before.
+        environment.setdefault("JAX_COMPILATION_CACHE_DIR", str(copy.parent / "programs"))
     with log.open("w") as out:
         process = subprocess.Popen(
             command, cwd=copy, env=environment, stdout=out, stderr=subprocess.STDOUT, start_new_session=True
@@ -141,7 +149,7 @@ def _pytest(copy: pathlib.Path, arguments: list[str], watch: _Watch) -> tuple[in
         used, why, pause = 0.0, "", 0.05
         while process.poll() is None and not why and not STOP.is_set():
             time.sleep(pause)
-            pause = min(2 * pause, 1.0)
+            pause = min(2 * pause, _BETWEEN_LOOKS)
             used = max(used, _processor_time(process.pid))
             why = watch.verdict(_last_test(log.read_text(errors="replace")), used)
         with contextlib.suppress(ProcessLookupError):
