@@ -364,8 +364,11 @@ def test_sources_of_different_layouts():
         ({"kv": jnp.zeros((3, 40), jnp.int8)}, "kv is int8"),
         ({"kv": jnp.zeros((3, 40), jnp.float8_e4m3fn)}, "PagedKVCache"),
         ({"kv": "cache"}, "kv is str"),
-        ({"rows": jnp.zeros((3, 4))}, "expected int32 slots"),
-        ({"rows": jnp.zeros((4, 4), jnp.int32)}, "T = 3"),
+        ({"rows": jnp.zeros((3, 4))}, r"rows of kv is float32\[3, 4\]; expected integers \[3, W\]"),
+        (
+            {"rows": jnp.zeros((4, 4), jnp.int32)},
+            r"int32\[4, 4\]; expected integers \[3, W\]. One row of slots per token of q",
+        ),
         ({"rows": Ragged(values=jnp.zeros((4,), jnp.int32), indptr=jnp.zeros((3,), jnp.int32))}, "2 rows"),
         ({"rows": [[1], [2], [3]]}, "rows of kv is list"),
         ({"sm_scale": float("nan")}, "sm_scale"),
