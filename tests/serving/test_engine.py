@@ -327,9 +327,9 @@ BAD_ENGINES = [
     ({"prefill_chunk": 0}, "prefill_chunk is 0"),
     ({"token_buckets": (4, 8)}, "must hold a whole step of 16 tokens"),
     ({"token_buckets": ()}, "must hold a whole step"),
-    ({"cache_dtype": "int8"}, "cache_dtype is 'int8'; expected one of"),
-    ({"cache_dtype": "nonsense"}, "cache_dtype is 'nonsense'; expected one of"),
-    ({"dtype": "float16"}, "dtype is 'float16'; expected one of float32, bfloat16"),
+    ({"cache_dtype": "int8"}, "cache_dtype is int8; expected float32, bfloat16, float8_e4m3fnuz or float8_e4m3fn"),
+    ({"cache_dtype": "nonsense"}, "cache_dtype is 'nonsense'; expected float32, bfloat16"),
+    ({"dtype": "float16"}, "dtype is float16; expected float32 or bfloat16"),
     ({"implementation": "cuda"}, "implementation is 'cuda'"),
 ]
 
