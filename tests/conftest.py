@@ -33,7 +33,7 @@ import pytest  # noqa: E402
 # Before the first import of it: assertions in what test modules share are explained like their own.
 pytest.register_assert_rewrite("support")
 
-from support import distribution, marks, shards  # noqa: E402
+from support import distribution, long_tests, marks, shards  # noqa: E402
 from support.fixtures import fixtures as fixtures  # noqa: E402
 
 from pallas_kernels import cdna  # noqa: E402
@@ -44,6 +44,8 @@ def pytest_addoption(parser, pluginmanager):
     parser.addoption("--optimize", action="store_true", help="compile every program as well as XLA:CPU can")
     pluginmanager.register(shards)
     pluginmanager.register(distribution)
+    # The last that is registered comes first.
+    pluginmanager.register(long_tests)
 
 
 # Every program that XLA:CPU compiles maps memory, and Linux gives a process 65530 mappings: at more than these, all

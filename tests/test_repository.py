@@ -3,10 +3,12 @@
 import ast
 import collections
 import pathlib
+import re
 import subprocess
 import sys
 
 import pytest
+from support import long_tests
 
 ROOT = next(p for p in pathlib.Path(__file__).parents if (p / "pyproject.toml").exists())
 SOURCES = sorted([*ROOT.glob("sparse_mla_jax/**/*.py"), *ROOT.glob("pallas_kernels/**/*.py")])
@@ -162,6 +164,15 @@ def test_test_modules_import_no_test_module():
         for node in ast.walk(ast.parse(path.read_text())):
             named = {name.rpartition(".")[0] or name for name in imported(node)}
             assert not [name for name in named if name.rpartition(".")[2].startswith("test_")], path.name
+
+
+@pytest.mark.parametrize("pattern", long_tests.LONG)
+def test_long_tests_exist(pattern):
+    """A pattern that names no test would mark none."""
+    path, _, name = pattern.partition("::")
+    tree = ast.parse((ROOT / "tests" / path).read_text())
+    tests = [node.name for node in tree.body if isinstance(node, ast.FunctionDef)]
+    assert any(re.fullmatch(name.partition("\\[")[0], test) for test in tests)
 
 
 def test_both_packages_are_typed():

@@ -160,7 +160,8 @@ def _v4_caches(config: DeepseekV4Config, kind: int, flavour: str, batch: int, pa
     def random(part: Any) -> Any:
         if isinstance(part, CompressorState):
             return CompressorState(*(jax.random.normal(seed(51 + i), part.kv.shape) for i in range(2)))
-        return filled(part)
+        # The size of a page is a number, not an array.
+        return part if isinstance(part, int) else filled(part)
 
     parts = {field.name: getattr(caches, field.name) for field in dataclasses.fields(caches)}
     return dataclasses.replace(caches, **{name: random(part) for name, part in parts.items() if part is not None})

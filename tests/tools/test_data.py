@@ -17,8 +17,8 @@ def test_held_out_modules_are_read_whole_and_in_order():
     sources = text.stdlib_sources(held_out=True)
     assert [name for name, _ in sources] == [f"{module}.py" for module in text.HELD_OUT]
     root = pathlib.Path(sysconfig.get_paths()["stdlib"])
-    assert all(text == (root / name).read_bytes() for name, text in sources)
-    assert sum(len(text) // 2048 for _, text in sources) >= 20
+    assert all(source == (root / name).read_bytes() for name, source in sources)
+    assert sum(len(source) // 2048 for _, source in sources) >= 20
 
 
 def test_training_text_holds_no_held_out_module(training):
@@ -26,10 +26,10 @@ def test_training_text_holds_no_held_out_module(training):
     assert names == sorted(names, key=pathlib.PurePosixPath) and len(set(names)) == len(names) > 100
     assert not [name for name in names if text.is_held_out(name) or "-packages" in name]
     assert "argparse.py" in names
-    text = b"\0".join(text for _, text in training)
+    everything = b"\0".join(source for _, source in training)
     for name, source in text.stdlib_sources(held_out=True):
         middle = len(source) // 2
-        assert source[middle : middle + 200] not in text, f"the middle of {name} is in the training text"
+        assert source[middle : middle + 200] not in everything, f"the middle of {name} is in the training text"
 
 
 @pytest.mark.parametrize(
