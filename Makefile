@@ -83,6 +83,7 @@ notebook: $(VENV)/.ready llvm
 	for name in decode_step cdna_kernels deepseek_v4; do \
 	  $(BIN)/python -c "import sys, jupytext, nbformat, nbclient; path = 'examples/' + sys.argv[1]; n = jupytext.read(path + '.py'); \
 	  nbclient.NotebookClient(n, record_timing=False, resources={'metadata': {'path': 'examples'}}).execute(); \
+	  [c.update(outputs=[o for o in c.outputs if o.get('name') != 'stderr']) for c in n.cells if c.cell_type == 'code']; \
 	  nbformat.write(n, path + '.ipynb')" $$name || exit 1; \
 	done
 
