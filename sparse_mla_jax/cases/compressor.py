@@ -12,10 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sparse_mla_jax import reference
-from sparse_mla_jax.cases.answers import (
-    entries_error,
-    relative,
-)
+from sparse_mla_jax.cases.answers import entries_error, relative
 from sparse_mla_jax.cases.case import KernelCase, KernelProblem, Work
 from sparse_mla_jax.cases.inputs import (
     COMPRESSOR_FREQUENCIES,

@@ -1,6 +1,7 @@
 """`python -m sparse_mla_jax bench [AREA]`: every kernel timed, checked and held against its targets, in one run.
 
-The shapes are those of `bench_cases`; times are the device's own (see `device_timing`), ceilings are measured first.
+The shapes are those of `sparse_mla_jax.cases`. Times are the device's own (see `device_timing`); ceilings are measured
+first.
 """
 
 from __future__ import annotations
