@@ -27,13 +27,16 @@ def share_compiled_programs():
 
 share_compiled_programs()
 
+# XLA:CPU's older way to make loops of fusions takes 60 % of the time that the newer one takes.
+QUICK_FUSIONS = "--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters"
+
 import jax  # noqa: E402
 import pytest  # noqa: E402
 
 # Before the first import of it: assertions in what test modules share are explained like their own.
 pytest.register_assert_rewrite("support")
 
-from support import distribution, long_tests, marks, shards  # noqa: E402
+from support import distribution, long_tests, marks, shards, turns  # noqa: E402
 from support.fixtures import fixtures as fixtures  # noqa: E402
 
 from pallas_kernels import cdna  # noqa: E402
@@ -45,7 +48,23 @@ def pytest_addoption(parser, pluginmanager):
     pluginmanager.register(shards)
     pluginmanager.register(distribution)
     # The last that is registered comes first.
+    pluginmanager.register(turns)
     pluginmanager.register(long_tests)
+
+
+def pytest_configure(config):
+    """XLA:CPU optimises little, in workers and in processes that tests start too: half the time to compile.
+
+    Tests ask what programs compute, with bounds that hold however they are compiled. `--optimize` has them compiled as
+    users have them.
+    """
+    if config.option.optimize:
+        return
+    jax.config.update("jax_disable_most_optimizations", True)
+    os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
+    # Workers inherit it, and set it again.
+    if QUICK_FUSIONS not in os.environ.get("XLA_FLAGS", ""):
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {QUICK_FUSIONS}".strip()
 
 
 # Every program that XLA:CPU compiles maps memory, and Linux gives a process 65530 mappings: at more than these, all
@@ -65,23 +84,6 @@ def drop_compiled_programs():
         gc.collect()
 
 
-@pytest.fixture(scope="module")
-def quick_compile(pytestconfig):
-    """XLA:CPU optimises the programs of a module little, which takes a third of the time.
-
-    For tests of what programs compute, with bounds that hold however they are compiled. `--optimize` leaves it out.
-    """
-    if pytestconfig.option.optimize:
-        yield
-        return
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # for processes that tests start
-        jax.config.update("jax_disable_most_optimizations", True)
-        yield
-    jax.config.update("jax_disable_most_optimizations", False)
-    jax.clear_caches()
-
-
 # --- implementations
 def named_by_hand(metafunc, argument):
     """Whether the test's own `parametrize` gives values of the argument."""
@@ -96,7 +98,7 @@ def pytest_generate_tests(metafunc):
     """Gives a test that asks for `implementation` every implementation of an operator.
 
     Interpret mode takes longest and checks least: where kernels run as machine code, it is a slow test unless the test
-    is marked `interpret`.
+    is marked `interpret`. Machines take turns, see tests/support/turns.py.
     """
     if "implementation" not in metafunc.fixturenames or named_by_hand(metafunc, "implementation"):
         return

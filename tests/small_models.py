@@ -54,6 +54,22 @@ def write_folder(folder, config, tensors=None, seed=0, **extra):
     return tensors
 
 
+def random_params(specs, experts=0, seed=0):
+    """Parameters of a tree of shapes and types, by numpy: `init_params` compiles a program for each shape.
+
+    Integers are tables of `experts`: different ones in a row.
+    """
+    rng = np.random.default_rng(seed)
+
+    def draw(spec):
+        if np.issubdtype(spec.dtype, np.integer):
+            tokens, chosen = spec.shape
+            return jnp.asarray(rng.random((tokens, experts)).argsort(axis=1)[:, :chosen], spec.dtype)
+        return jnp.asarray((rng.standard_normal(spec.shape) * spec.shape[0] ** -0.5).astype(spec.dtype))
+
+    return jax.tree.map(draw, specs)
+
+
 def check_in_place(decode, params, create_caches):
     """A compiled step gives donated caches back where they lay, and what it needs besides does not grow with them.
 

@@ -37,19 +37,20 @@ def random_bytes(shape, seed=0):
     return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
 
 
+def normal(shape, seed=0):
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
 def filled(pages, page, latent, rope, group, dtype) -> Any:
-    keys = jax.random.split(jax.random.key(0))
     cache = PagedKVCache.create(pages, page, latent_dim=latent, rope_dim=rope, group_size=group, dtype=dtype)
     n = cache.num_slots
-    return jax.jit(write)(
-        cache, jax.random.normal(keys[0], (n, latent)), jax.random.normal(keys[1], (n, rope)), np.arange(n)
-    )
+    return jax.jit(write)(cache, normal((n, latent), 0), normal((n, rope), 1), np.arange(n))
 
 
 def filled_index(pages, page, dim, dtype) -> Any:
     cache = PagedIndexCache.create(pages, page, dim=dim, dtype=dtype)
     n = cache.num_slots
-    return jax.jit(write_index)(cache, jax.random.normal(jax.random.key(1), (n, dim)), np.arange(n))
+    return jax.jit(write_index)(cache, normal((n, dim), 2), np.arange(n))
 
 
 def same_bits(a, b):
@@ -175,7 +176,7 @@ def test_power_of_two_scales_become_float32(dtype):
     cache = PagedKVCache.create(
         1, 2, latent_dim=8, rope_dim=2, group_size=4, dtype=dtype, scale_dtype=jnp.float8_e8m0fnu
     )
-    cache = jax.jit(write)(cache, jax.random.normal(jax.random.key(0), (2, 8)), jnp.ones((2, 2)), np.arange(2))
+    cache = jax.jit(write)(cache, normal((2, 8)), jnp.ones((2, 2)), np.arange(2))
     back = kv_from_v32_rows(kv_to_v32_rows(cache), dtype=dtype, latent_dim=8, rope_dim=2, group_size=4)
     assert back.scale is not None and back.scale.dtype == jnp.float32
     np.testing.assert_array_equal(rows_of(back), rows_of(cache))

@@ -40,10 +40,10 @@ def widths(size) -> dict[str, Any]:
 
 def filled(size, dtype) -> Any:
     cache = PagedKVCache.create(*size[:2], **widths(size), dtype=dtype, scale_dtype=E8M0)
-    keys, n = jax.random.split(jax.random.key(0), 3), cache.num_slots
-    spread = jnp.exp2(jax.random.randint(keys[2], (n, 1), -9, 9).astype(jnp.float32))
-    latent = jax.random.normal(keys[0], (n, size[2])) * spread
-    return jax.jit(write)(cache, latent, jax.random.normal(keys[1], (n, size[3])), np.arange(n))
+    rng, n = np.random.default_rng(0), cache.num_slots
+    latent = rng.standard_normal((n, size[2])) * np.exp2(rng.integers(-9, 9, (n, 1)))
+    rope = rng.standard_normal((n, size[3])).astype(np.float32)
+    return jax.jit(write)(cache, latent.astype(np.float32), rope, np.arange(n))
 
 
 def rows_of(cache):

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from cdna_support import require_cdna
-from small_models import SMALL
+from small_models import SMALL, random_params
 
 from sparse_mla_jax.config import DeepseekV4Config
 from sparse_mla_jax.models import deepseek_v4, deepseek_v32
@@ -21,10 +21,10 @@ def test_the_layer_called_from_a_users_own_jit():
     assert len(code.strip().splitlines()) <= 12
     names = {}
     exec(code, names)
-    params = deepseek_v32.init_params(jax.random.key(0), SMALL)["layers"][0]["self_attn"]
+    params = random_params(deepseek_v32.param_specs(SMALL))["layers"][0]["self_attn"]
     (cache, index_cache), _ = deepseek_v32.create_caches(SMALL, 4, 8)
     given = cache.latent
-    hidden = jax.random.normal(jax.random.key(1), (3, SMALL.hidden_size))
+    hidden = jnp.asarray(np.random.default_rng(1).standard_normal((3, SMALL.hidden_size)), jnp.float32)
     lengths = np.array([5, 0, 3]), np.array([2, 0, 1])  # a chunk of two tokens, a padded request, a decode token
     table = jnp.array([[2, -1], [-1, -1], [0, -1]])
     out, cache, index_cache = names["decode"](params, hidden, cache, index_cache, *lengths, table, config=SMALL)
@@ -54,7 +54,8 @@ def test_a_decode_step_of_v4():
         hc_sinkhorn_iters=2,
         compress_ratios=(0, 128),
     )
-    names = dict(jax=jax, config=config, num_pages=3, params=deepseek_v4.init_params(jax.random.key(0), config))
+    params = random_params(deepseek_v4.param_specs(config), config.n_routed_experts)
+    names = dict(jax=jax, config=config, num_pages=3, params=params)
     names |= dict(token_ids=np.array([3, 5]), seq_lens=np.array([1, 0]), page_table=np.array([[2], [-1]]))
     names |= dict(rows=np.array([60, -1]))
     exec(CODE[1], names)

@@ -10,7 +10,6 @@ import pytest
 from support import published
 
 from sparse_mla_jax.cases import catalogue
-from sparse_mla_jax.tools.inspect.kernels import NATIVE
 
 SCRIPT = pathlib.Path(__file__).parents[2] / "benchmarks" / "cdna_counts.py"
 counts = runpy.run_path(str(SCRIPT))
@@ -21,10 +20,15 @@ def test_the_list_is_complete():
     assert set(STORED) == {counts["key"](*case) for case in counts["cases"]()}
 
 
-@pytest.mark.parametrize(
-    "case",
-    [pytest.param(case, id=counts["key"](*case), marks=published.group(case[0])) for case in counts["cases"]()],
-)
+def cases():
+    """All of the file; in the other FP8 type than the machine's own as slow tests."""
+    for name, kind, arch in counts["cases"]():
+        own = kind == published.native(catalogue.kernel_case(name), arch)
+        marks = [published.group(name), *([] if own else [pytest.mark.slow])]
+        yield pytest.param((name, kind, arch), id=counts["key"](name, kind, arch), marks=marks)
+
+
+@pytest.mark.parametrize("case", list(cases()))
 def test_counts_are_as_stored(case):
     measurement = published.measured(*case, counts["COMPILER"]).measurement
     assert counts["kept"](measurement) == STORED[counts["key"](*case)]
@@ -49,5 +53,5 @@ def test_what_candidates_were_weighed_against_is_what_ships():
     tables = re.findall(r"^### (\w+) on (\w+) .*?^\| \*\*shipped\*\* \|(.*?)$", text, re.MULTILINE | re.DOTALL)
     assert len(tables) >= 2 * 12
     for name, arch, row in tables:
-        kind = NATIVE[arch] if NATIVE[arch] in catalogue.kernel_case(name).kinds else ""
+        kind = published.native(catalogue.kernel_case(name), arch)
         assert int(row.split("|")[5]) == STORED[counts["key"](name, kind, arch)]["wave_instructions"], (name, arch)

@@ -31,7 +31,7 @@ from sparse_mla_jax.ops.output_projection import rotated_projection
 from sparse_mla_jax.ops.topk import top_k
 
 # Kernels in interpret mode, of which is asked what they compute.
-pytestmark = [pytest.mark.usefixtures("quick_compile"), pytest.mark.xdist_group("plans")]
+pytestmark = pytest.mark.xdist_group("plans")
 
 RNG = np.random.default_rng(0)
 KEYS = jnp.asarray(RNG.standard_normal((96, 32)), jnp.float32)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from deepseek_v32_oracle import random_tensors
 from safetensors.numpy import load_file
-from small_models import SMALL, write_folder
+from small_models import SMALL, random_params, write_folder
 
 from sparse_mla_jax.config import DEEPSEEK_V4_FLASH, DEEPSEEK_V32, RopeConfig, from_hf, load_config
 from sparse_mla_jax.models import deepseek_v32 as model
@@ -162,7 +162,7 @@ def test_fp8_folder(tmp_path, tensors, block):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_round_trip(tmp_path, name, dtype):
     config = VARIANTS[name]
-    params = model.init_params(jax.random.key(1), config, dtype)
+    params = random_params(model.param_specs(config, dtype))
     for target, shard_bytes in (("one", 10**9), ("many", 2000), ("each", 1)):
         save_checkpoint(tmp_path / target, config, params, max_shard_bytes=shard_bytes)
         loaded, again = load_checkpoint(tmp_path / target, dtype=dtype)
@@ -191,7 +191,7 @@ def test_fixture_round_trip(tmp_path, fixtures):
 
 
 def test_saving_replaces_what_was_there(tmp_path):
-    params = model.init_params(jax.random.key(1), CONFIG)
+    params = random_params(model.param_specs(CONFIG))
     save_checkpoint(tmp_path, CONFIG, params, max_shard_bytes=2000)
     save_checkpoint(tmp_path, CONFIG, params, dtype=jnp.bfloat16, extra={"eos_token_id": 7})
     assert sorted(p.name for p in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
@@ -205,7 +205,7 @@ def test_saving_replaces_what_was_there(tmp_path):
 def test_choices_of_the_run_are_not_written(tmp_path):
     """How index queries are held is no field of a published config.json: a folder says what the model is."""
     quantized = dataclasses.replace(CONFIG, quantize_index_query=True)
-    save_checkpoint(tmp_path, quantized, model.init_params(jax.random.key(0), CONFIG))
+    save_checkpoint(tmp_path, quantized, random_params(model.param_specs(CONFIG)))
     written = json.loads((tmp_path / "config.json").read_text())
     assert written == config_to_json(CONFIG) and "quantize_index_query" not in written
     assert load_config(tmp_path) == CONFIG
@@ -287,7 +287,7 @@ def test_folders_that_are_none(tmp_path, folder):
 
 
 def test_bad_index(tmp_path):
-    save_checkpoint(tmp_path, CONFIG, model.init_params(jax.random.key(0), CONFIG), max_shard_bytes=8000)
+    save_checkpoint(tmp_path, CONFIG, random_params(model.param_specs(CONFIG)), max_shard_bytes=8000)
     index = tmp_path / "model.safetensors.index.json"
     good = json.loads(index.read_text())
     first = good["weight_map"][GATE]
@@ -310,7 +310,7 @@ def test_bad_index(tmp_path):
 def test_bad_arguments(tmp_path, folder):
     with pytest.raises(ValueError, match="dtype is float16"):
         load_checkpoint(folder, dtype=jnp.float16)
-    params = model.init_params(jax.random.key(0), CONFIG)
+    params = random_params(model.param_specs(CONFIG))
     with pytest.raises(ValueError, match="max_shard_bytes is 0"):
         save_checkpoint(tmp_path / "out", CONFIG, params, max_shard_bytes=0)
     with pytest.raises(ValueError, match=r"params\['embed_tokens'\] has shape \(11, 20\)"):

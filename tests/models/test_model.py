@@ -15,7 +15,7 @@ from sparse_mla_jax.metadata import build_metadata, decode_metadata
 from sparse_mla_jax.models import deepseek_v32 as model
 from sparse_mla_jax.models.checkpoint import load_checkpoint
 
-pytestmark = [pytest.mark.xdist_group("model"), pytest.mark.usefixtures("quick_compile")]
+pytestmark = pytest.mark.xdist_group("model")
 
 
 @functools.partial(jax.jit, static_argnames=("config", "implementation"), donate_argnames="caches")

@@ -24,7 +24,7 @@ import tiny_model
 import tiny_training
 import train_tiny
 
-pytestmark = [pytest.mark.xdist_group("train_tiny"), pytest.mark.usefixtures("quick_compile")]
+pytestmark = pytest.mark.xdist_group("train_tiny")
 BIAS = "e_score_correction_bias"
 
 

@@ -19,7 +19,7 @@ from sparse_mla_jax.models import deepseek_v4 as model
 from sparse_mla_jax.models.checkpoint import load_checkpoint, published_shapes
 from sparse_mla_jax.ops.window import ring_size
 
-pytestmark = [pytest.mark.xdist_group("v4 model"), pytest.mark.usefixtures("quick_compile")]
+pytestmark = pytest.mark.xdist_group("v4 model")
 
 # Six heads in three groups, rope a third of the head, a window that wraps, a ratio of 128, two layers of token tables.
 ODD = DeepseekV4Config(

@@ -16,7 +16,7 @@ from sparse_mla_jax.serving import engine as engine_module
 from sparse_mla_jax.serving.engine import Engine, default_buckets
 from sparse_mla_jax.serving.scoring import score
 
-pytestmark = [pytest.mark.xdist_group("engine"), pytest.mark.usefixtures("quick_compile")]
+pytestmark = pytest.mark.xdist_group("engine")
 
 CONFIG = DeepseekV32Config(
     vocab_size=64,

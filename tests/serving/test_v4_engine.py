@@ -10,7 +10,7 @@ from sparse_mla_jax.serving import engine as engine_module
 from sparse_mla_jax.serving.engine import Engine
 from sparse_mla_jax.serving.scoring import score
 
-pytestmark = [pytest.mark.xdist_group("v4 engine"), pytest.mark.usefixtures("quick_compile")]
+pytestmark = pytest.mark.xdist_group("v4 engine")
 
 CONFIG = DeepseekV4Config(
     vocab_size=64,

@@ -17,7 +17,7 @@ from pallas_kernels.cdna.device_context import Launch
 from pallas_kernels.cdna.interpreter.machine import LANES
 from sparse_mla_jax.cases import catalogue
 from sparse_mla_jax.cases.case import FP8, KernelCase, KernelProblem
-from sparse_mla_jax.tools.inspect.kernels import Measurement, measure
+from sparse_mla_jax.tools.inspect.kernels import NATIVE, Measurement, measure
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +36,14 @@ class Executed:
 def kinds(case: KernelCase) -> list[str]:
     """Types of cache in which the kernel is measured: both FP8 flavours where it has a cache."""
     return [kind for kind in FP8 if kind in case.kinds] or [""]
+
+
+def native(case: KernelCase, arch: str) -> str:
+    """The type of cache whose matrix instructions `arch` has, or "" for a kernel without a cache.
+
+    By default a case runs in this one; `make test-all` has every type on every machine.
+    """
+    return NATIVE[arch] if NATIVE[arch] in case.kinds else ""
 
 
 def group(name: str) -> pytest.MarkDecorator:

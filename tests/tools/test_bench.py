@@ -22,7 +22,6 @@ from sparse_mla_jax.cases.catalogue import AREAS, CASES
 from sparse_mla_jax.tools.bench import device_timing, report
 from sparse_mla_jax.tools.bench import run as bench
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
 
 SCRIPT = pathlib.Path(__file__).parents[2] / "benchmarks" / "readme_table.py"
 SETTINGS = bench.Settings(

@@ -22,7 +22,7 @@ from sparse_mla_jax.serving.engine import Engine
 from sparse_mla_jax.serving.scoring import score
 from sparse_mla_jax.tools.info import fp8_flavour
 
-pytestmark = [pytest.mark.xdist_group("command line"), pytest.mark.usefixtures("quick_compile")]
+pytestmark = pytest.mark.xdist_group("command line")
 
 ROOT = pathlib.Path(__file__).parents[2]
 CONFIG = DeepseekV32Config(
