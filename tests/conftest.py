@@ -1,6 +1,7 @@
 """What every test module shares: the implementations under test, where fixtures lie, and how tests are distributed."""
 
 import atexit
+import collections
 import gc
 import itertools
 import os
@@ -67,19 +68,38 @@ def pytest_configure(config):
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {QUICK_FUSIONS}".strip()
 
 
-# Every program that XLA:CPU compiles maps memory, and Linux gives a process 65530 mappings: at more than these, all
-# compiled programs are dropped between two tests.
+# jax forgets the oldest of 2048 traces, and a test that counts traces would see one twice. Every program that XLA:CPU
+# compiles maps memory, and Linux gives a process 65530 mappings. Well before either, everything is dropped.
+MOST_TRACES = 1000
 MOST_MAPPINGS = 30_000
 TESTS_BETWEEN_LOOKS = 20
+_traces = collections.Counter()
 _looks = itertools.count(1)
+
+
+def count_trace(event, duration, **kwargs):
+    """Counts what this process traces."""
+    del duration, kwargs
+    _traces[event] += 1
+
+
+jax.monitoring.register_event_duration_secs_listener(count_trace)
+
+
+def too_many():
+    """Whether a worker that runs thousands of tests comes near one of the limits."""
+    if _traces["/jax/core/compile/jaxpr_trace_duration"] > MOST_TRACES:
+        return True
+    maps = pathlib.Path("/proc/self/maps")
+    return next(_looks) % TESTS_BETWEEN_LOOKS == 0 and maps.exists() and maps.read_bytes().count(b"\n") > MOST_MAPPINGS
 
 
 @pytest.fixture(autouse=True)
 def drop_compiled_programs():
-    """Keeps a worker that runs thousands of tests below the kernel's limit of mappings."""
+    """Between two tests, drops what has been traced and compiled where that is too much."""
     yield
-    maps = pathlib.Path("/proc/self/maps")
-    if next(_looks) % TESTS_BETWEEN_LOOKS == 0 and maps.exists() and maps.read_bytes().count(b"\n") > MOST_MAPPINGS:
+    if too_many():
+        _traces.clear()
         jax.clear_caches()
         gc.collect()
 

@@ -8,6 +8,7 @@ import sys
 import pytest
 import run_shards
 from support.shards import deal, parse
+from support.turns import resting
 
 TESTS = pathlib.Path(__file__).parent
 PYTEST = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
@@ -103,6 +104,30 @@ def test_a_deadline_skips_and_names_the_rest(tree):
     assert "test_it.py::test_quick: 7" in done.stdout and "18 skipped" in done.stdout.splitlines()[-1]
 
 
+# --- workers
+GROUPS = """
+import os, pathlib, pytest
+
+@pytest.mark.xdist_group("one")
+@pytest.mark.parametrize("n", range(6))
+def test_of_a_group(n):
+    (pathlib.Path(__file__).parent / f"{os.environ['PYTEST_XDIST_WORKER']} {n}").touch()
+
+@pytest.mark.parametrize("n", range(6))
+def test_of_no_group(n): ...
+"""
+
+
+def test_a_group_runs_in_one_worker(tree):
+    """Two seconds: versions of pytest and pytest-xdist that do not fit ignore groups, and then all is made twice."""
+    (tree / "test_it.py").write_text(GROUPS)
+    command = [*PYTEST, "-n", "2", "--dist", "loadgroup", "--no-loadscope-reorder"]
+    done = subprocess.run(command, cwd=tree, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and "12 passed" in done.stdout
+    workers = [path.name.split() for path in tree.glob("gw*")]
+    assert sorted(n for _, n in workers) == [*"012345"] and len({worker for worker, _ in workers}) == 1
+
+
 # --- what has passed
 def test_what_passed_is_not_run_again(tree, capfd):
     suites = {"one": PYTEST, "two, quick": [*PYTEST, "-m", "not slow"]}
@@ -194,3 +219,16 @@ def test_the_command(tree, monkeypatch, capfd):
     for wrong in (["all", "--shard", "4/3", "--suite", "a=b"], ["all", "--suite", "nothing"], ["all"]):
         with pytest.raises(SystemExit):
             run_shards.main(wrong)
+
+
+def test_machines_take_turns():
+    """One machine of each case that both could run, half of the cases each; what one machine alone runs stays."""
+    both = [(function, f"{n}", arch) for function in ("a", "b") for n in range(6) for arch in ("gfx942", "gfx950")]
+    cases = [*both, ("a", "alone", "gfx942"), ("c", "alone", "gfx950")]
+    kept = [case for number, case in enumerate(cases) if number not in resting(cases)]
+    assert kept[-2:] == cases[-2:]
+    for function in ("a", "b"):
+        mine = [case for case in kept[:-2] if case[0] == function]
+        assert [n for _, n, _ in mine] == [*"012345"]
+        machines = [arch for *_, arch in mine]
+        assert machines[0] != machines[1] and machines == machines[:2] * 3

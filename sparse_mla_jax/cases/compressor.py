@@ -47,10 +47,10 @@ def _compress(sizes: Mapping[str, int], flavour: str, query: str) -> Work:
         table = permutation(seed(21, number), batch * pages).reshape(batch, pages)
         kv, gate = (jax.random.normal(seed(22 + i, number), (batch, channels)) for i in range(2))
         bias = jax.random.normal(seed(24, number), (ratio, channels))
-        return kv, gate, bias, jnp.ones(dim), positions, table
+        # Of the step, made once for all layers: not timed.
+        return kv, gate, bias, jnp.ones(dim), decode_metadata(positions + 1, table, page_size=page_size)
 
-    def fn(cache, state, kv, gate, bias, norm, positions, table, *, implementation=None):
-        metadata = decode_metadata(positions + 1, table, page_size=page_size)
+    def fn(cache, state, kv, gate, bias, norm, metadata, *, implementation=None):
         weights = CompressorWeights(bias, norm, jnp.full((ROPE // 2,), 0.01))
         return compress(cache, state, kv, gate, weights, metadata, implementation=implementation)
 

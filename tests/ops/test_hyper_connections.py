@@ -12,7 +12,7 @@ from cdna_support import require_cdna
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import lowering
-from support.equivalence import QUICK_COMPILE, Close, Operator, assert_leaves, assert_same_bits
+from support.equivalence import OPTIMIZED, QUICK_COMPILE, Close, Operator, assert_leaves, assert_same_bits
 from support.marks import interpreted, slow
 
 from pallas_kernels import cdna
@@ -180,8 +180,9 @@ def test_tokens_do_not_see_each_other(implementation):
 )
 def test_plans_change_no_bit_of_a_token(block, warps, arch):
     arguments, constants = problem(5, 3, 20, parts=2), dict(CONSTANTS, iterations=20)
-    # Optimised: compiled quickly, XLA:CPU rounds interpreted blocks of other sizes otherwise.
-    run = jax.jit(lambda plan, *x: kernel.split(*x, plan=plan, **constants), static_argnums=0)
+    # Compiled quickly, XLA:CPU rounds interpreted blocks of other sizes otherwise.
+    how = dict(static_argnums=0, compiler_options=OPTIMIZED)
+    run = jax.jit(lambda plan, *x: kernel.split(*x, plan=plan, **constants), **how)
     if arch:
         require_cdna("triton")
     with cdna.device(arch) if arch else contextlib.nullcontext():

@@ -22,7 +22,6 @@ from sparse_mla_jax.cases.catalogue import AREAS, CASES
 from sparse_mla_jax.tools.bench import device_timing, report
 from sparse_mla_jax.tools.bench import run as bench
 
-
 SCRIPT = pathlib.Path(__file__).parents[2] / "benchmarks" / "readme_table.py"
 SETTINGS = bench.Settings(
     repeats=2, shrink=True, peers=False, implementation=None, ceilings=device_timing.Ceilings(100.0, 1.0)
