@@ -121,7 +121,7 @@ def test_of_no_group(n): ...
 def test_a_group_runs_in_one_worker(tree):
     """Two seconds: versions of pytest and pytest-xdist that do not fit ignore groups, and then all is made twice."""
     (tree / "test_it.py").write_text(GROUPS)
-    command = [*PYTEST, "-n", "2", "--dist", "loadgroup", "--no-loadscope-reorder"]
+    command = [*PYTEST, "-p", "xdist", "-n", "2", "--dist", "loadgroup", "--no-loadscope-reorder"]
     done = subprocess.run(command, cwd=tree, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0 and "12 passed" in done.stdout
     workers = [path.name.split() for path in tree.glob("gw*")]

@@ -9,7 +9,9 @@ import types
 import pytest
 from support import published
 
+from pallas_kernels import cdna
 from sparse_mla_jax.cases import catalogue
+from sparse_mla_jax.cases.case import FP8
 
 SCRIPT = pathlib.Path(__file__).parents[2] / "benchmarks" / "cdna_counts.py"
 counts = runpy.run_path(str(SCRIPT))
@@ -55,3 +57,21 @@ def test_what_candidates_were_weighed_against_is_what_ships():
     for name, arch, row in tables:
         kind = published.native(catalogue.kernel_case(name), arch)
         assert int(row.split("|")[5]) == STORED[counts["key"](name, kind, arch)]["wave_instructions"], (name, arch)
+
+
+# Wave-instructions of vLLM's one-pass decode kernel on the case `sparse_mla_v4`: Triton 3.6.0, 8 warps, 16 keys a step.
+PEER = {"gfx942": 118_848, "gfx950": 88_352}
+
+
+@pytest.mark.parametrize("arch", cdna.ARCHITECTURES)
+def test_cost_against_the_peer(arch):
+    """Of 16 heads, as the peer's; gfx942 converts e4m3fnuz by itself, on gfx950 that is the foreign flavour."""
+    fnuz, fn = (STORED[counts["key"]("sparse_mla_v4", kind, arch)]["wave_instructions"] for kind in FP8)
+    assert fn <= 0.6 * PEER[arch]
+    if arch == "gfx942":
+        assert fnuz <= fn
+
+
+@published.group("sparse_mla_v4")
+def test_the_peer_has_as_many_heads():
+    assert published.problem("sparse_mla_v4", FP8[0], None).args[0].shape[1] == 16

@@ -10,8 +10,6 @@ import pytest
 
 # Path below tests/, test, and the beginning of the variant; what still shows the same by default.
 LONG = (
-    # One head and 64 (33 s): 6 (padded), 16 and 128 stay.
-    r"cdna/test_cdna_kernels.py::test_attention_heads\[.*-(1|64)-",
     # The notebook as a whole (51 s): its kernels are those of test_cdna_counts.
     r"tools/test_notebook.py::test_kernels_as_machine_code",
     # Training in both phases (85 s): each loss has a test of its own.

@@ -8,6 +8,8 @@ import pytest
 from cdna_support import require_cdna
 from nbclient import NotebookClient
 
+# The longest test: a group goes first, so that no worker waits for it at the end.
+pytestmark = pytest.mark.xdist_group("notebook")
 EXAMPLES = pathlib.Path(__file__).parents[2] / "examples"
 
 
