@@ -103,6 +103,22 @@ def test_forms_for_nvidia(form, kind, scale_dtype, splits, shares, half_parts, v
     check(got, oracle(q, plain, value_dim, sinks), *FLOAT16_BOUND[scale_dtype])
 
 
+@pytest.mark.parametrize("form", [sparse_attention.float16, sparse_attention.fp8], ids=["float16", "fp8"])
+def test_what_a_form_takes(form):
+    """Keys without a rotated part too; of mixed types, or with a rotated part that is no bfloat16, none."""
+    rng = np.random.default_rng(0)
+    kinds = "float8_e4m3fn", "float8_e4m3fnuz", "bfloat16"
+    first, other, wide = (source(make_cache(rng, kind, 64, 16, 32)[0], np.zeros((2, 4), np.int32)) for kind in kinds)
+    q = jnp.zeros((2, 6, 80), jnp.bfloat16)
+    bare = dataclasses.replace(first, rope=None)
+    assert form.supports(q, [first, first], 64) and form.supports(q[..., :64], [bare, bare], 64)
+    assert not form.supports(q, [first, bare], 64)
+    assert not form.supports(q, [first, other], 64)
+    assert not form.supports(q, [dataclasses.replace(first, rope=first.rope.astype(jnp.float32))], 64)
+    assert not form.supports(q.astype(jnp.float32), [first], 64)
+    assert not form.supports(q, [wide], 64)
+
+
 SIZES = {"v32": (np.float32, 64, 64), "v4": (jnp.float8_e8m0fnu, 96, 112)}
 NAN_LAYOUTS = [
     (1, 0, False, 32, as_ragged),

@@ -243,6 +243,7 @@ def test_abstract_and_vmap():
         (lambda: fp8.quantize(jnp.ones((2, 6)), group_size=2, scale_dtype=jnp.bfloat16), "scale_dtype is bfloat16"),
         (lambda: fp8.dequantize(jnp.ones((2, 4)), jnp.ones((2, 1)), group_size=4), "values are float32"),
         (lambda: fp8.dequantize(jnp.ones((2, 4), FLAVOURS[0]), jnp.ones((2, 2)), group_size=4), "scales have shape"),
+        (lambda: fp8.scales_to_float32(jnp.ones((4,), jnp.bfloat16)), "scale_dtype is bfloat16"),
         (lambda: fp8.reinterpret(jnp.ones((4,), FLAVOURS[0]), jnp.ones((1,)), jnp.int8), "int8"),
         (lambda: fp8.pack_words(jnp.ones((6,), FLAVOURS[0])), "multiple of 4"),
         (lambda: fp8.unpack_words(jnp.ones((6,), jnp.int32), FLAVOURS[0]), "words are int32"),
@@ -265,6 +266,9 @@ def test_division_corrects_two_units(off):
     a[:1000], b[:1000] = near.astype(np.int32).view(np.float32)
     a[1000:2000] = 3 * b[1000:2000]
     a[2000:2003] = 0, -0.0, 1e-45
+    # Quotients at the lower end of the normal range.
+    a[2003:2006], b[2003:2006] = np.float32([1, -1.5, 0.75]) * np.float32(2.0**-126) * 4, 4
+    a[2006:2008], b[2006:2008] = np.float32(2.0**-125) * np.float32([1, 3]), 2
     want = a / b
     want = np.where(np.abs(want) < 2.0**-126, np.copysign(np.float32(0), want), want)
 
