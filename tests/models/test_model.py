@@ -176,11 +176,14 @@ def test_prefill_gives_the_last_tokens(small):
     ids = np.random.default_rng(3).integers(0, SMALL.vocab_size, (4, 9)).astype(np.int32)
     expected = run(SMALL, small, ids, prompt=8, **SHARED)
     table, pages = scattered_pages(2, 9, 4)
-    tokens = np.concatenate([ids[0, :9], ids[1, :5], [0, 0]])
-    lens = np.array([9, 5], np.int32)
     caches = model.create_caches(SMALL, pages, 4, dtype=jnp.float32)
-    out, _ = jax.jit(model.prefill, static_argnames="config")(small, tokens, caches, lens, lens, table, config=SMALL)
-    np.testing.assert_allclose(out, [expected[0, 8], expected[1, 4]], atol=2e-5)
+    prefill = jax.jit(model.prefill, static_argnames="config")
+    # Two chunks: the second one's requests have tokens in the caches.
+    for before, after in (([0, 0], [6, 3]), ([6, 3], [9, 5])):
+        tokens = np.concatenate([*(ids[b, i:j] for b, (i, j) in enumerate(zip(before, after))), np.zeros(11, int)])[:11]
+        lens = np.array(after, np.int32), np.subtract(after, before).astype(np.int32)
+        out, caches = prefill(small, tokens.astype(np.int32), caches, *lens, table, config=SMALL)
+        np.testing.assert_allclose(out, [expected[0, after[0] - 1], expected[1, after[1] - 1]], atol=2e-5)
 
 
 # --- types -----------------------------------------------------------------------------------------------------------

@@ -1,3 +1,5 @@
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -77,11 +79,15 @@ def test_fp8_is_quantised_per_token_and_head(dtype, heads, implementation):
     rng = np.random.default_rng(1)
     x, factor = jnp.asarray(rng.normal(size=(3, heads * 12 + 4)), jnp.bfloat16), vector(rng, 3, heads)
     part = Section(4, heads, 12, dtype, rotated=0, factor=factor)
-    ((values, scales),) = run(x, [part], POSITIONS, implementation=implementation)
+    # Both in one call: the scales by themselves, and with a factor.
+    both = run(x, [part, dataclasses.replace(part, factor=None)], POSITIONS, implementation=implementation)
+    ((values, scales), (same_values, plain)) = both
+    assert_same_bits(same_values, values)
     assert values.dtype == dtype and values.shape == (3, heads, 12) and scales.shape == (3, heads)
     want = expected(x.astype(jnp.float32), part, POSITIONS)
     _, want_scales = fp8.quantize(jnp.asarray(want, jnp.float32), group_size=12, dtype=dtype)
     assert_leaves(scales, want_scales[..., 0] * factor, Close(rtol=1e-6), "scales")
+    assert_leaves(plain, want_scales[..., 0], Close(rtol=1e-6), "scales without a factor")
     got = np.asarray(values.astype(jnp.float32)) * np.asarray(scales / factor)[..., None]
     # Half a unit of three bits of mantissa, or of the smallest subnormal.
     assert_leaves(got, want, Close(atol=np.abs(want) / 15 + 2.0**-10 * np.asarray(want_scales)), "values")
