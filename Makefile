@@ -1,24 +1,27 @@
 # `make demo` and `make test` set up .venv by themselves; nothing else has to be installed by hand.
-JAX ?= 0.11.2
-JAX_NEXT ?= 0.12.0
+# The release that jax[rocm7-local] resolves to; `make test-all` runs the tests under two others.
+JAX ?= 0.12.0
+PLUGIN ?= jax-rocm7-pjrt
 JOBS ?= 2
 VENV ?= .venv
 BIN = $(VENV)/bin
 # Tests that share compiled programs run in one worker, see tests/support/distribution.py.
 PYTEST = -m pytest -q -n $(JOBS) --dist loadgroup --no-loadscope-reorder
-NEXT = .venv-jax-$(JAX_NEXT)
+# Other versions of jax that are supported; the newest one with the plugin of ROCm 10.
+OLDER = 0.11.2
+NEWER = 0.12.0.1
 # Slices of the long tests: each is to take less than 5 minutes on 2 cores, and all are to be run within 24 commits.
 SLICES = 24
-# The offline compilers for AMD GPUs belong to one version of jax.
-CDNA = $(if $(filter 0.11.2,$(JAX)),$(comma)cdna)
-comma = ,
+# The offline compilers for AMD GPUs: those of the extra `cdna`, of this release of jax.
+RELEASE = $(shell echo $(JAX) | cut -d. -f1-3)
+CDNA = 'triton==3.6.0' 'cramjam>=2.9' '$(PLUGIN)==$(RELEASE)'
 
 .PHONY: help demo test test-all test-slice mutants lint bench counts notebook clean
 
 help:
 	@echo "make demo      serve the small trained model on real text"
 	@echo "make test      set up and run the tests (CPU only)"
-	@echo "make test-all  the long sweeps too, and the tests again under jax $(JAX_NEXT): what has not passed yet, in shards;"
+	@echo "make test-all  the long sweeps too, and the tests again under jax $(OLDER) and $(NEWER): what has not passed yet, in shards;"
 	@echo "               make test-all SHARD=3/8 runs one"
 	@echo "make mutants   break the library in 60 seeded ways and report which of them the tests notice"
 	@echo "make lint      ruff, formatting, types"
@@ -33,7 +36,7 @@ $(VENV)/.ready: pyproject.toml
 	if [ -z "$$found" ]; then echo "sparse_mla_jax needs Python 3.12 or newer: install it (pyenv install 3.12) or run make PYTHON=/path/to/python3.12" >&2; exit 1; fi; \
 	echo "setting up $(VENV) with $$found and jax $(JAX) (a few minutes the first time)"; \
 	"$$found" -m venv --clear $(VENV)
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[test,plot$(CDNA)]' 'jax==$(JAX)' 'jaxlib==$(JAX)'
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[test,plot,docs]' 'jax==$(JAX)' 'jaxlib==$(JAX)' $(CDNA)
 	@touch $@
 
 # LLVM's tools read the machine code of gfx942 and gfx950; tests that need them skip with a line where they are missing.
@@ -53,10 +56,12 @@ test: $(VENV)/.ready llvm
 	$(BIN)/python $(PYTEST) -m "not slow"
 
 test-all: $(VENV)/.ready llvm
-	$(MAKE) VENV=$(NEXT) JAX=$(JAX_NEXT) $(NEXT)/.ready
+	$(MAKE) VENV=.venv-jax-$(OLDER) JAX=$(OLDER) .venv-jax-$(OLDER)/.ready
+	$(MAKE) VENV=.venv-jax-$(NEWER) JAX=$(NEWER) PLUGIN=jax-rocm10-pjrt .venv-jax-$(NEWER)/.ready
 	@$(BIN)/python tests/run_shards.py all $(if $(SHARD),--shard $(SHARD)) \
 	  --suite "jax $(JAX)=$(BIN)/python $(PYTEST) --optimize" \
-	  --suite "jax $(JAX_NEXT) without long tests=$(NEXT)/bin/python $(PYTEST) -m 'not slow'"
+	  --suite "jax $(OLDER) without long tests=.venv-jax-$(OLDER)/bin/python $(PYTEST) -m 'not slow'" \
+	  --suite "jax $(NEWER) without long tests=.venv-jax-$(NEWER)/bin/python $(PYTEST) -m 'not slow'"
 
 # One slice of the long tests, another one after each commit; 30 of its 300 s are left for the test that runs then.
 test-slice: $(VENV)/.ready llvm

@@ -8,6 +8,7 @@ every operator answers with its XLA body.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -46,6 +47,17 @@ def store_masked(ref, index: Sequence[jax.Array], value: jax.Array, mask: jax.Ar
     if mask is not None and target == HOST:
         index = (*index[:-1], jax.numpy.where(mask, index[-1], ref.shape[-1]))
     store(ref.at[tuple(index)], value, mask=mask)
+
+
+def sum_in_order(x: jax.Array, axis: int, target: Target) -> jax.Array:
+    """The sum over a short axis, with bits that do not depend on the other axes.
+
+    XLA:CPU adds in an order that follows from the whole shape: in interpret mode the addends are added one by one.
+    """
+    if target != HOST:
+        return jax.numpy.sum(x, axis=axis)
+    slices = [jax.lax.index_in_dim(x, i, axis, keepdims=False) for i in range(x.shape[axis])]
+    return functools.reduce(jax.numpy.add, slices)
 
 
 def barrier(target: Target) -> None:

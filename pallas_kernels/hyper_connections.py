@@ -17,7 +17,7 @@ import numpy as np
 from jax import Array, lax
 from jax.experimental import pallas as pl
 
-from pallas_kernels._call import call, load, store_masked
+from pallas_kernels._call import call, load, store_masked, sum_in_order
 from pallas_kernels.plans import choose_plan
 from pallas_kernels.plans.hyper_connections import HyperConnectionPlan, hyper_connection_plan
 from pallas_kernels.targets import Target, by_target
@@ -60,20 +60,21 @@ def _entries(ref, sizes: _Sizes, token: Array, column: Array) -> Array:
     return functools.reduce(jnp.add, parts)
 
 
-def _sinkhorn(logits: Array, exists: Array, column: Array, iterations: int, eps: float) -> Array:
+def _sinkhorn(logits: Array, exists: Array, column: Array, iterations: int, eps: float, target: Target) -> Array:
     """exp(logits)[b, rows, columns] scaled to rows and columns of sum 1; 0 where not `exists`.
 
     Entries of rows that do not exist are finite; `column` tells which columns exist.
     """
+    total = functools.partial(sum_in_order, target=target)
     logits = jnp.where(column, logits, _LOWEST)
     weights = jnp.where(column, jnp.exp(logits - jnp.max(logits, axis=2)[:, :, None]), 0.0)
-    mixing = jnp.where(exists, weights / jnp.sum(weights, axis=2)[:, :, None] + eps, 0.0)
+    mixing = jnp.where(exists, weights / total(weights, 2)[:, :, None] + eps, 0.0)
 
     def by_columns(mixing: Array) -> Array:
-        return mixing / (jnp.sum(mixing, axis=1)[:, None, :] + eps)
+        return mixing / (total(mixing, 1)[:, None, :] + eps)
 
     def once(_: Any, mixing: Array) -> Array:
-        return by_columns(mixing / (jnp.sum(mixing, axis=2)[:, :, None] + eps))
+        return by_columns(mixing / (total(mixing, 2)[:, :, None] + eps))
 
     return lax.fori_loop(0, iterations - 1, once, by_columns(mixing))
 
@@ -137,7 +138,7 @@ def _matrices(refs, sizes: _Sizes, first: Array, scales: Array, iterations: int,
     )
     exists, entry = (row < n) & (column < n), row * n + column
     values = logits(at, 2 * n + jnp.where(exists, entry, 0), scales if block == 1 else scales[:, None, None], 2)
-    put(mixing_ref, at, entry, exists, _sinkhorn(values, exists, column < n, iterations, eps))
+    put(mixing_ref, at, entry, exists, _sinkhorn(values, exists, column < n, iterations, eps, target))
 
 
 def _kernel(*refs, sizes: _Sizes, iterations, eps, norm_eps, normed: bool, plan: HyperConnectionPlan, target: Target):

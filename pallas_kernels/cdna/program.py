@@ -71,7 +71,7 @@ class Kernel:
     Attributes:
       name: the symbol in the code object.
       arch: "gfx942" or "gfx950".
-      compiler: what made it, with version: "Triton 3.6.0" or "XLA:ROCm 0.11.2".
+      compiler: what made it, with version: "Triton 3.6.0" or "XLA:ROCm 0.12.0".
       origin: "pallas" for a kernel of ours, "xla" for one that XLA added.
       grid: workgroups per axis.
       block: threads per axis.

@@ -19,7 +19,7 @@ import tempfile
 from pallas_kernels.cdna import toolchain
 
 _NO_DEVICE = 100
-_ROCM = re.compile(r"lib(roc|hip|rccl|MIOpen|amd)")
+_ROCM = re.compile(r"lib(roc|hip|hsa|rccl|MIOpen|amd)")
 # Versions of symbols that the C and C++ runtimes of any Linux define.
 _SYSTEM = re.compile(r"@(GLIBC|GCC_|CXXABI|GLIBCXX)")
 
@@ -111,7 +111,9 @@ def build(plugin: pathlib.Path, cache: pathlib.Path) -> list[pathlib.Path]:
     """
     libraries = needed_libraries(plugin)
     stat = plugin.stat()
-    key = hashlib.sha256(f"{plugin.name} {stat.st_size} {toolchain.version_of(toolchain.PLUGIN)}".encode()).hexdigest()
+    distribution = toolchain.plugin()
+    made_of = f"{distribution} {stat.st_size} {toolchain.version_of(distribution)}"
+    key = hashlib.sha256(made_of.encode()).hexdigest()
     folder = cache / f"stubs-{key[:16]}"
     if not all(_is_whole(folder / name) for name in libraries):
         folder.mkdir(parents=True, exist_ok=True)

@@ -11,20 +11,30 @@ import subprocess
 
 import jax
 
-# What the extra `cdna` belongs to: other versions of jax have no such compilers.
-JAX = "0.11.2"
+# The release of jax that the extra `cdna` belongs to, and the version of its Triton.
+JAX = "0.12.0"
+TRITON_VERSION = "3.6.0"
 LLVM = "22"
 TRITON = "triton"
-PLUGIN = "jax-rocm7-pjrt"
+# ROCm's major is part of the plugin's name. The first that is installed is used.
+PLUGINS = ("jax-rocm7-pjrt", "jax-rocm10-pjrt")
 
 
 class ToolMissing(RuntimeError):
     """A compiler, the plugin or a disassembler is not installed; the message says what to install."""
 
 
+def release(version: str) -> str:
+    """Three numbers of a version: plugins of 0.12.0 serve jax 0.12.0.1 too."""
+    return ".".join(version.split(".")[:3])
+
+
 def extra() -> str:
-    """The command that installs the extra `cdna`, and the jax that it needs where this is another one."""
-    return "pip install 'sparse-mla-jax[cdna]'" + (f" 'jax=={JAX}'" if jax.__version__ != JAX else "")
+    """The command that installs the compilers for the jax that is installed here."""
+    mine = release(jax.__version__)
+    if mine == JAX:
+        return "pip install 'sparse-mla-jax[cdna]'"
+    return f"pip install {TRITON}=={TRITON_VERSION} {PLUGINS[0]}=={mine} cramjam"
 
 
 def default_cache() -> pathlib.Path:
@@ -72,31 +82,41 @@ def version_of(distribution: str) -> str | None:
         return None
 
 
+def plugin() -> str:
+    """Name of the installed distribution that holds XLA:ROCm.
+
+    Raises:
+      ToolMissing: none is installed.
+    """
+    for name in PLUGINS:
+        if version_of(name) is not None:
+            return name
+    raise ToolMissing(f"{PLUGINS[0]} is not installed: {extra()}")
+
+
 def plugin_library() -> pathlib.Path:
     """The shared library of JAX's ROCm plugin, found without importing it.
 
     Raises:
-      ToolMissing: no plugin, or not the one of this jax.
+      ToolMissing: no plugin, or not one of this release of jax.
     """
-    version = version_of(PLUGIN)
-    if version is None:
-        raise ToolMissing(f"{PLUGIN} is not installed: {extra()}")
-    if version != jax.__version__:
-        raise ToolMissing(
-            f"{PLUGIN} {version} does not match jax {jax.__version__}: pip install {PLUGIN}=={jax.__version__}"
-        )
-    files = importlib.metadata.files(PLUGIN) or []
+    name, mine = plugin(), release(jax.__version__)
+    version = version_of(name)
+    if version is None or release(version) != mine:
+        raise ToolMissing(f"{name} {version} does not match jax {jax.__version__}: pip install {name}=={mine}")
+    files = importlib.metadata.files(name) or []
     found = [pathlib.Path(str(f.locate())) for f in files if f.name == "xla_rocm_plugin.so"]
     if not found or not found[0].exists():
-        raise ToolMissing(f"{PLUGIN} holds no xla_rocm_plugin.so: pip install --force-reinstall {PLUGIN}=={version}")
+        raise ToolMissing(f"{name} holds no xla_rocm_plugin.so: pip install --force-reinstall {name}=={version}")
     return found[0]
 
 
 def compiler_name(compiler: str) -> str:
-    """Name and version for reports: "Triton 3.6.0", "XLA:ROCm 0.11.2"."""
+    """Name and version for reports: "Triton 3.6.0", "XLA:ROCm 0.12.0", "XLA:ROCm 0.12.0 (rocm10)"."""
     if compiler == "triton":
         return f"Triton {version_of(TRITON)}"
-    return f"XLA:ROCm {version_of(PLUGIN)}"
+    name = plugin()
+    return f"XLA:ROCm {version_of(name)}" + ("" if name == PLUGINS[0] else f" ({name.split('-')[1]})")
 
 
 def require(compiler: str) -> None:

@@ -594,22 +594,32 @@ def plugin_of(*names):
     return lambda patch: patch(toolchain.importlib.metadata, "files", lambda name: [pathlib.PurePath(n) for n in names])
 
 
-EXTRA = "pip install 'sparse-mla-jax[cdna]'" + ("" if jax.__version__ == "0.11.2" else " 'jax==0.11.2'")
+RELEASE = ".".join(jax.__version__.split(".")[:3])
+PLUGIN = next((name for name in toolchain.PLUGINS if toolchain.version_of(name)), toolchain.PLUGINS[0])
+EXTRA = (
+    "pip install 'sparse-mla-jax[cdna]'"
+    if RELEASE == "0.12.0"
+    else f"pip install triton==3.6.0 jax-rocm7-pjrt=={RELEASE} cramjam"
+)
 MISSING = {
     "objdump": (without("llvm-objdump"), "triton", "llvm-objdump-22 is not installed: apt-get install llvm-22"),
     "readelf": (without("llvm-readelf"), "xla", "llvm-readelf-22 is not installed: apt-get install llvm-22"),
     "old llvm": (only_old_llvm, "triton", "llvm-objdump-22 is not installed: apt-get install llvm-22"),
     "triton": (installed(triton=None), "triton", f"triton is not installed: {EXTRA}"),
-    "plugin": (installed(jax_rocm7_pjrt=None), "xla", f"jax-rocm7-pjrt is not installed: {EXTRA}"),
+    "plugin": (
+        installed(jax_rocm7_pjrt=None, jax_rocm10_pjrt=None),
+        "xla",
+        f"jax-rocm7-pjrt is not installed: {EXTRA}",
+    ),
     "other plugin": (
         installed(jax_rocm7_pjrt="0.1.2"),
         "xla",
-        f"jax-rocm7-pjrt 0.1.2 does not match jax {jax.__version__}: pip install jax-rocm7-pjrt=={jax.__version__}",
+        f"jax-rocm7-pjrt 0.1.2 does not match jax {jax.__version__}: pip install jax-rocm7-pjrt=={RELEASE}",
     ),
     "empty plugin": (
         plugin_of("README.md"),
         "xla",
-        f"jax-rocm7-pjrt holds no xla_rocm_plugin.so: pip install --force-reinstall jax-rocm7-pjrt=={jax.__version__}",
+        f"{PLUGIN} holds no xla_rocm_plugin.so: pip install --force-reinstall {PLUGIN}=={RELEASE}",
     ),
     "gcc": (without("gcc"), "xla", "gcc is not installed: apt-get install gcc"),
     "nm": (without("nm"), "xla", "nm is not installed: apt-get install binutils"),
@@ -633,15 +643,30 @@ def test_missing_tools(name, monkeypatch, forgotten, tmp_path):
 
 
 def test_the_extra_of_another_jax(monkeypatch):
+    """The extra's pins are those of one release; another release needs the plugin of its own."""
     monkeypatch.setattr(jax, "__version__", "0.99.0")
-    assert toolchain.extra() == "pip install 'sparse-mla-jax[cdna]' 'jax==0.11.2'"
+    assert toolchain.extra() == "pip install triton==3.6.0 jax-rocm7-pjrt==0.99.0 cramjam"
+    monkeypatch.setattr(jax, "__version__", f"{toolchain.JAX}.1")
+    assert toolchain.extra() == "pip install 'sparse-mla-jax[cdna]'"
     pins = tomllib.loads((pathlib.Path(__file__).parents[2] / "pyproject.toml").read_text())
-    assert f"jax-rocm7-pjrt=={toolchain.JAX}" in pins["project"]["optional-dependencies"]["cdna"]
+    extra = pins["project"]["optional-dependencies"]["cdna"]
+    assert {f"jax-rocm7-pjrt=={toolchain.JAX}", f"triton=={toolchain.TRITON_VERSION}"} < set(extra)
+    assert any(pin.startswith(f"jax>={toolchain.JAX},") for pin in extra)
+
+
+def test_a_plugin_serves_its_release(monkeypatch):
+    """jax 0.12.0.1 has no plugin of its own: that of 0.12.0 is its plugin."""
+    require_cdna("xla")
+    monkeypatch.setattr(jax, "__version__", f"{RELEASE}.7")
+    assert toolchain.plugin_library().exists()
+    monkeypatch.setattr(jax, "__version__", "0.99.0")
+    with pytest.raises(cdna.ToolMissing, match="does not match jax 0.99.0"):
+        toolchain.plugin_library()
 
 
 def test_what_the_other_compiler_needs_is_not_asked_for(monkeypatch, forgotten):
     require_cdna("triton")
-    for change in (installed(jax_rocm7_pjrt=None), without("gcc", "nm", "readelf"), no_cramjam):
+    for change in (installed(jax_rocm7_pjrt=None, jax_rocm10_pjrt=None), without("gcc", "nm", "readelf"), no_cramjam):
         with monkeypatch.context() as patched:
             change(patched.setattr)
             assert toolchain.available("triton") is None

@@ -28,8 +28,7 @@ from sparse_mla_jax.models.checkpoint import load_checkpoint
 from sparse_mla_jax.serving.scoring import score
 
 COMPILED = [(arch, compiler) for compiler in cdna.COMPILERS for arch in cdna.ARCHITECTURES]
-# XLA:ROCm compiles a kernel for up to ten seconds, Triton's wheel for less than one: by default on one architecture.
-RARE = ("gfx942", "xla")
+RARE = published.RARE
 ATTENTION_HEADS = (1, 6, 16, 64, 128)
 
 
@@ -107,25 +106,11 @@ def test_keys_of_a_step_are_asked_for_together(arch, compiler):
     assert not [i.text for i in loop[loads[0] : loads[-1]] if "vmcnt" in i.text]
 
 
-# Those that take longest: by default they are executed only as Triton's wheel compiles them, as test_cdna_counts needs.
-LONG = {
-    "compress",
-    "compress_index",
-    "compress_128",
-    "cache_write",
-    "cache_write_v4",
-    "sparse_mla",
-    "sparse_mla_v4_window",
-}
-
-
 def sizes(arch, compiler):
     """Parameters of every published case in both flavours, the foreign one as slow tests; so are most of XLA:ROCm."""
     for case in catalogue.KERNEL_CASES:
         for kind in published.kinds(case):
-            quick = compiler == "triton" or ((arch, compiler) != RARE and case.name not in LONG)
-            common = quick and kind == published.native(case, arch)
-            marks = [published.group(case.name), *([] if common else [pytest.mark.slow])]
+            marks = published.marks(case.name, kind, arch, compiler)
             yield pytest.param(arch, compiler, case.name, kind, marks=marks)
 
 

@@ -46,6 +46,27 @@ def native(case: KernelCase, arch: str) -> str:
     return NATIVE[arch] if NATIVE[arch] in case.kinds else ""
 
 
+# XLA:ROCm compiles a kernel for up to ten seconds, Triton's wheel for less than one: by default on one machine, and
+# without the kernels that take longest.
+RARE = ("gfx942", "xla")
+LONG = {
+    "compress",
+    "compress_index",
+    "compress_128",
+    "cache_write",
+    "cache_write_v4",
+    "sparse_mla",
+    "sparse_mla_v4_window",
+}
+
+
+def marks(name: str, kind: str, arch: str, compiler: str) -> list[pytest.MarkDecorator]:
+    """The marks of a test that executes this problem: its group, and `slow` where `make test` leaves it out."""
+    quick = compiler == "triton" or ((arch, compiler) != RARE and name not in LONG)
+    by_default = quick and kind == native(catalogue.kernel_case(name), arch)
+    return [group(name), *([] if by_default else [pytest.mark.slow])]
+
+
 def group(name: str) -> pytest.MarkDecorator:
     """The mark of tests that use this problem."""
     return pytest.mark.xdist_group(f"published {name}")
