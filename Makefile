@@ -16,7 +16,7 @@ SLICES = 24
 RELEASE = $(shell echo $(JAX) | cut -d. -f1-3)
 CDNA = 'triton==3.6.0' 'cramjam>=2.9' '$(PLUGIN)==$(RELEASE)'
 
-.PHONY: help demo test test-all test-slice mutants lint bench counts notebook clean
+.PHONY: help demo test test-all test-slice mutants docs lint bench counts notebook clean
 
 help:
 	@echo "make demo      serve the small trained model on real text"
@@ -24,6 +24,7 @@ help:
 	@echo "make test-all  the long sweeps too, and the tests again under jax $(OLDER) and $(NEWER): what has not passed yet, in shards;"
 	@echo "               make test-all SHARD=3/8 runs one"
 	@echo "make mutants   break the library in 60 seeded ways and report which of them the tests notice"
+	@echo "make docs      build the documentation into out/site"
 	@echo "make lint      ruff, formatting, types"
 	@echo "make notebook  execute the examples and write their notebooks"
 	@echo "make counts    renew benchmarks/cdna_counts.json: wave-instructions of the kernels on gfx942 and gfx950"
@@ -72,6 +73,11 @@ COUNT ?= 60
 SEED ?= 0
 mutants: $(VENV)/.ready llvm
 	PYTHONPATH=tests $(BIN)/python -u -m mutation.run --count $(COUNT) --seed $(SEED) --jobs $(JOBS)
+
+# mkdocs says on every run what will follow it.
+docs: $(VENV)/.ready
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo "out/site/index.html"
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .

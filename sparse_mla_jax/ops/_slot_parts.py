@@ -1,7 +1,8 @@
-"""What a slot of a cache is made of, and the bodies of a write: arrays of pages become arrays of slots and back.
+"""The arrays behind a cache's slots, and the bodies of a write.
 
-A cache names its arrays in `PARTS`: pairs of an array of pages and its scales. Kernels, and the other two bodies, see
-each pair as one `CachePart` whose slots are a single axis, with E8M0 scales as bytes.
+A cache lists its arrays in `PARTS`: pairs of (array of pages, its scales or None). For a write, `parts_of` turns each
+pair into a `CachePart`: pages and page offsets become one axis of slots, E8M0 scales become bytes. `with_parts` turns
+the written arrays back into a cache.
 """
 
 from __future__ import annotations
@@ -22,18 +23,18 @@ from sparse_mla_jax import reference
 from sparse_mla_jax.ops import fp8
 from sparse_mla_jax.ops._dispatch import check_implementation, dispatch
 
-# Names of an array of pages and of its scales, which may be None.
+# (field of an array of pages, field of its scales or None).
 PartNames = tuple[str, str | None]
 
 
 class PagedArrays:
-    """What every paged cache says about its arrays."""
+    """Base of the paged caches: sizes that follow from their arrays."""
 
     PARTS: ClassVar[tuple[PartNames, ...]]
     dtype: np.dtype
 
     def _arrays(self) -> list[Array]:
-        """The arrays of the cache, pages first; None left out."""
+        """The arrays of the cache in the order of PARTS, without those that are None."""
         named = (getattr(self, name) for names in self.PARTS for name in names if name is not None)
         return [array for array in named if array is not None]
 
@@ -54,7 +55,7 @@ class PagedArrays:
 
     @property
     def quantized(self) -> bool:
-        """Whether latents (or the indexer's keys) are FP8."""
+        """Whether the latents or index keys are FP8."""
         return fp8.is_fp8(self.dtype)
 
     @property
@@ -64,12 +65,12 @@ class PagedArrays:
 
 
 def is_slot(slots: Array, num_slots: int) -> Array:
-    """Whether each of `slots` exists."""
+    """Whether each of `slots` lies in 0..num_slots - 1."""
     return (slots >= 0) & (slots < num_slots)
 
 
 def flatten_pages(pages: Array) -> Array:
-    """pages[P, S, ...] -> [P * S, W], W 1 where there is no third axis; E8M0 as its bytes."""
+    """pages[P, S, ...] -> [P * S, W]; W is 1 if there is no third axis. E8M0 becomes bytes."""
     if pages.dtype == fp8.E8M0:
         pages = lax.bitcast_convert_type(pages, jnp.uint8)
     return pages.reshape(pages.shape[0] * pages.shape[1], math.prod(pages.shape[2:]))
@@ -82,7 +83,7 @@ def restore_pages(flat: Array, like: Array) -> Array:
 
 
 def parts_of(cache: Any) -> list[CachePart]:
-    """The arrays of a cache for kernels: `rows` is None, slots are one axis."""
+    """The arrays of a cache as CacheParts, slots in one axis; `rows` is None until a write sets it."""
     return [_part_of(cache, *names) for names in cache.PARTS]
 
 
@@ -95,7 +96,7 @@ def _part_of(cache: Any, pages: str, scales: str | None) -> CachePart:
 
 
 def with_parts[Cache](cache: Cache, written: list[list[Array]]) -> Cache:
-    """The cache with the arrays of `parts_of` replaced by others."""
+    """`cache` with its arrays replaced by `written`, which has the order and shapes of `parts_of`."""
     old: Any = cache
     new = {}
     for names, arrays in zip(old.PARTS, written):
@@ -107,7 +108,7 @@ def with_parts[Cache](cache: Cache, written: list[list[Array]]) -> Cache:
 def write_parts(
     operator: str, parts: list[CachePart], slots: Array, implementation: str | None, plan: CacheWritePlan | None
 ) -> list[list[Array]]:
-    """The arrays of every part after its rows were written to `slots`."""
+    """Writes the rows of every part to `slots`; returns the new arrays of each part."""
     if slots.shape[0] == 0:
         check_implementation(implementation)
         return [part.arrays for part in parts]
@@ -131,7 +132,7 @@ def _triton_write(parts: list[CachePart], slots: Array, plan: CacheWritePlan | N
 
 def _xla_write(parts: list[CachePart], slots: Array) -> list[list[Array]]:
     token = jnp.arange(slots.shape[0], dtype=jnp.int32)
-    # Of several tokens with one slot the last stays. A scatter on a GPU has no order, so the others are dropped first.
+    # The last token of a slot wins. A GPU scatter has no order, so drop the earlier tokens of the slot beforehand.
     order = jnp.argsort(slots, stable=True)
     is_repeated = slots[order[:-1]] == slots[order[1:]]
     superseded = jnp.zeros(slots.shape, bool).at[order[:-1]].set(is_repeated, unique_indices=True)
@@ -144,7 +145,7 @@ def _xla_write(parts: list[CachePart], slots: Array) -> list[list[Array]]:
 
 
 def _rows_to_store(part: CachePart) -> list[Array]:
-    """The part's rows as `part.arrays` store them."""
+    """The part's rows in the types of `part.arrays`: values, and scales if quantised."""
     if part.scales is None:
         return [rounding.convert(part.rows, part.pages.dtype)]
     scale_dtype = fp8.E8M0 if part.scales.dtype == jnp.uint8 else part.scales.dtype
@@ -173,7 +174,7 @@ def _reference_write(parts: list[CachePart], slots: Array) -> list[list[Array]]:
 
 
 def gather_rows(pages: Array, slots: Array) -> Array:
-    """pages[P, S, ...] at slots[...], clamped into range: the caller masks."""
+    """pages[P, S, ...] at slots[...]. Slots are clamped into range; the caller masks the invalid ones."""
     dtype, num_slots = pages.dtype, pages.shape[0] * pages.shape[1]
     if dtype == fp8.E8M0:
         pages = lax.bitcast_convert_type(pages, jnp.uint8)
@@ -183,7 +184,7 @@ def gather_rows(pages: Array, slots: Array) -> Array:
 
 
 def empty_scales(shape: tuple[int, ...], scale_dtype: Any) -> Array:
-    """Zeros; E8M0 has no zero and gets ones."""
+    """Scales of an empty cache: zeros, or ones for E8M0, which has no zero."""
     if jnp.dtype(scale_dtype) == fp8.E8M0:
         return lax.bitcast_convert_type(jnp.full(shape, 127, jnp.uint8), fp8.E8M0)
     return jnp.zeros(shape, scale_dtype)

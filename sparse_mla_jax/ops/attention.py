@@ -1,9 +1,11 @@
-"""Sparse multi-head latent attention: every query attends to the cache slots that its row names, to nothing else.
+"""Sparse multi-head latent attention: every query attends to the cache slots that its row names, and to no others.
 
     out[t, h] = sum_s softmax_s(sm_scale * q[t, h] . k_s) v_s,   k_s = [latent, rope] of slot s,   v_s = k_s[:value_dim]
 
-One softmax spans every source of a row; a sink is one more logit in the denominator, with no value. Source:
-DeepSeek-V3.2-Exp's technical report (arXiv:2512.02556), section 2; sinks as in arXiv:2309.17453.
+One softmax spans every source of a row. A sink is one more logit in the denominator, with no value.
+
+T query tokens, H heads, D = latent + rope dimensions, W row width, V value width, S splits of the keys, N slots.
+Sources: DeepSeek-V3.2-Exp's technical report (arXiv:2512.02556), section 2; sinks as in arXiv:2309.17453.
 """
 
 from __future__ import annotations
@@ -26,13 +28,13 @@ from sparse_mla_jax.ops._dispatch import dispatch, with_plan
 from sparse_mla_jax.ops.cache import PagedKVCache
 from sparse_mla_jax.ops.ragged import DenseRows, Ragged
 
-# Slots of every query, in the forms that sparse_mla takes.
+# The rows that sparse_mla accepts: the slots of every query.
 Rows = Ragged | DenseRows | Array
-# Keys and the rows that name them, checked; a plain array of slots is DenseRows without lengths.
+# Keys and the rows that name them, after the checks. A plain array of slots has become DenseRows without lengths.
 _Source = tuple[PagedKVCache | Array, Ragged | DenseRows]
 
 HIGHEST = jax.lax.Precision.HIGHEST
-# Temporaries of one chunk of the XLA body: larger chunks leave the CPU's cache and gain nothing (measured).
+# Temporaries of one chunk of the XLA body. Larger chunks do not fit the CPU's cache and gain nothing (measured).
 CHUNK_BYTES = 4 << 20
 # Keys gathered per row and step of the XLA body; longer rows go through the online softmax.
 MAX_BLOCK = 2048
@@ -55,24 +57,28 @@ def sparse_mla(
 ) -> Any:
     """Attention of every query token over the slots that its row names.
 
-    T query tokens, H heads (any number), D = latent + rope dimensions, W row width. A slot that is negative or beyond
-    the cache is no key; a slot named twice counts twice; what no row names is never read into a result, NaN included.
-    A row without keys gives exactly 0 and an lse of -inf. Arithmetic is float32 (keys in a kernel: bfloat16 when q and
-    the cache are not float32); the same inputs give the same bits on every call.
+    A slot that is negative or beyond the cache is no key. A slot named twice counts twice. Slots that no row names do
+    not affect any result, even if they hold NaN. A row without keys gives exactly 0 and an lse of -inf. The same inputs
+    give the same bits on every call.
+
+    The "xla" and "reference" bodies compute in float32, and so does the kernel if `q` or an unquantised key is float32.
+    Otherwise the kernel reads keys as bfloat16 (exact for FP8) and sums in float32. NVIDIA GPUs differ for FP8 caches:
+    logits are FP8 products on tensor cores, whose sums keep about 14 bits, and values are float16 (docs/numerics.md).
 
     Args:
-      q: bfloat16 or float32 [T, H, D], latent part first (absorbed queries), rotated rope part last.
-      kv: a PagedKVCache with latent_dim + rope_dim = D, or a plain array [N, D] whose rows are the slots. On NVIDIA
-        GPUs the code 0x80 (NaN) of an e4m3fnuz cache may count as 0; no writer of this library writes it.
+      q: bfloat16 or float32 [T, H, D]; absorbed queries, latent dimensions first, rotated dimensions last.
+      kv: a PagedKVCache with latent_dim + rope_dim = D, or a plain array [N, D] whose rows are the slots. This library
+        writes no NaN as FP8. NaN codes from elsewhere give NaN only in "reference". "xla", and the kernel in interpret
+        mode, read 0x7F of e4m3fn as 480 and 0x80 of e4m3fnuz as 0. GPU kernels differ; on NVIDIA 0x80 may count as 0.
       rows: int32 [T, W] of slots (-1: none), or Ragged or DenseRows with T rows, which cost by their lengths. Slot =
         page * page_size + offset.
-      sm_scale: a Python number that multiplies the logits; required, since absorbed queries do not tell it.
+      sm_scale: a Python number that multiplies the logits. Required: the width of absorbed queries does not give it.
       value_dim: the first `value_dim` entries of a key are its value (latent_dim for DeepSeek-V3.2).
       sinks: float32 [H] natural-log logits, not scaled by sm_scale, in the denominator only; -inf has no effect.
       extra: (kv, rows) of a second source under the same softmax.
       return_lse: also return the log-sum-exp.
       implementation: None for the best that runs here, or "triton", "xla", "reference".
-      plan: block sizes and warps of the kernel (static) in place of the heuristic ones; implies "triton".
+      plan: block sizes and warps of the kernel (static), instead of the heuristic; implies "triton".
       config: the former name of `plan`.
 
     Returns:
@@ -108,10 +114,11 @@ def sparse_mla(
 
 
 def merge(outs: Array, lses: Array) -> tuple[Array, Array]:
-    """Joins attention over disjoint parts of the keys: outs[S, T, H, V], lses[S, T, H] -> (out[T, H, V], lse[T, H]).
+    """Merges attention over disjoint splits of the keys: outs[S, T, H, V], lses[S, T, H] -> (out[T, H, V], lse[T, H]).
 
-    Parts must exclude sinks (apply them once, after). A part whose lse is -inf contributes nothing, whatever its out
-    holds; where all are -inf the result is 0 and -inf. Returns out in outs' dtype and lse in float32 (natural log).
+    Splits must exclude sinks: apply them once, to the result. A split whose lse is -inf contributes nothing, whatever
+    its out holds. If all are -inf, the result is 0 and -inf. Returns out in outs' dtype and lse in float32 (natural
+    log).
     """
     require(
         outs.ndim == 4 and lses.shape == outs.shape[:3],
@@ -128,9 +135,9 @@ def merge(outs: Array, lses: Array) -> tuple[Array, Array]:
 
 
 def apply_sinks(out: Array, lse: Array, sinks: Array) -> Array:
-    """Puts the logits sinks[H] into the denominator of a finished attention: out[T, H, V], lse[T, H] -> out[T, H, V].
+    """Adds the logits sinks[H] to the denominator of a finished attention: out[T, H, V], lse[T, H] -> out[T, H, V].
 
-    `lse` is natural-log and excludes the sink; a row with lse -inf stays 0, also for a sink of -inf.
+    `lse` is the natural logarithm, without the sink. A row with lse -inf stays 0, even if the sink is -inf.
     """
     require(
         out.ndim == 3 and lse.shape == out.shape[:2] and sinks.shape == out.shape[1:2],
@@ -156,7 +163,7 @@ def key_dim(kv: PagedKVCache | Array) -> int:
 
 
 def _check_source(name: str, kv: Any, rows: Any, q: Array) -> _Source:
-    """A source whose rows are int32, one for each token of q."""
+    """(kv, rows) with one int32 row for each token of q."""
     if not isinstance(kv, PagedKVCache):
         require(
             hasattr(kv, "ndim") and kv.ndim == 2 and jnp.issubdtype(kv.dtype, jnp.floating) and kv.dtype.itemsize > 1,
@@ -189,7 +196,7 @@ def _check_sinks(sinks: Any, heads: int) -> Array:
 
 # --- keys
 def num_slots(kv: PagedKVCache | Array) -> int:
-    """N of a source: slots 0..N-1 exist."""
+    """N, the number of slots of a source."""
     return kv.num_slots if isinstance(kv, PagedKVCache) else kv.shape[0]
 
 
@@ -199,14 +206,14 @@ def _take(array: Array, slots: Array) -> Array:
 
 
 def _scale(scales: Array, slots: Array) -> Array:
-    """float32 scales of slots; E8M0 travels as its bytes."""
+    """float32 scales of slots. E8M0 is gathered as bytes."""
     if scales.dtype == jnp.float32:
         return _take(scales, slots)
     return fp8_bits.e8m0_to_float32(_take(jax.lax.bitcast_convert_type(scales, jnp.uint8), slots))
 
 
 def _latent(kv: PagedKVCache, slots: Array) -> Array:
-    """float32 [..., L] of the slots, dequantised; poison is not masked here."""
+    """Dequantised latents of the slots, float32 [..., L]. The caller masks slots that are not keys."""
     flat = kv.latent.reshape(kv.num_slots, -1)
     if kv.scale is None:
         return _take(flat, slots).astype(jnp.float32)
@@ -217,7 +224,7 @@ def _latent(kv: PagedKVCache, slots: Array) -> Array:
 
 
 def _keys(kv: PagedKVCache | Array, slots: Array) -> tuple[list[Array], Array]:
-    """Parts of the keys along D (float32 [..., d_i], exactly 0 where a slot is invalid) and the slots' validity."""
+    """Keys in sections along D, float32 [..., d_i], exactly 0 where a slot is invalid; and which slots are valid."""
     count = num_slots(kv)
     valid = (slots >= 0) & (slots < count)
     safe = jnp.where(valid, slots, 0)
@@ -238,7 +245,7 @@ def _dot(spec: str, a: Array, b: Array) -> Array:
 
 
 def _attend(q: Array, keys: list[Array], valid: Array, value_dim: int, state):
-    """One block of keys [T, W, d_i] into the online softmax (top[T, H], total[T, H], acc[T, H, V]); None starts one."""
+    """Adds a block of keys [T, W, d_i] to the online softmax (top[T, H], total[T, H], acc[T, H, V]), None at first."""
     logits, at = jnp.zeros((), jnp.float32), 0
     for part in keys:
         logits = logits + _dot("thd,twd->thw", q[..., at : at + part.shape[-1]], part)
@@ -263,7 +270,7 @@ def _attend(q: Array, keys: list[Array], valid: Array, value_dim: int, state):
 
 
 def _over_source(q: Array, source: _Source, width: int, value_dim: int, state: Any) -> Any:
-    """The state after one source whose rows are q's: `width` keys of every row at a time."""
+    """Adds a source to the state of the online softmax, `width` keys of every row at a time. Row t belongs to q[t]."""
     kv, rows = source
     if rows.longest == 0:
         return state
@@ -296,7 +303,7 @@ def _finish(state, q: Array, value_dim: int, sinks: Array | None) -> tuple[Array
 
 
 def _xla(q: Array, sources: list[_Source], sm_scale: float, value_dim: int, sinks: Array | None) -> tuple[Array, Array]:
-    """Gathers the keys of a chunk of rows once, dequantises them, two matrix products; longer rows block by block."""
+    """Gathers and dequantises the keys of a chunk of rows once, then two matrix products. Long rows go by blocks."""
     tokens, heads, dim = q.shape
     widths = [max(1, min(MAX_BLOCK, rows.width)) for _, rows in sources]
     chunk = max(1, min(tokens, CHUNK_BYTES // (4 * (2 * dim + 2 * heads) * max(widths))))
@@ -314,7 +321,7 @@ def _xla(q: Array, sources: list[_Source], sm_scale: float, value_dim: int, sink
 
 # --- reference and kernel bodies
 def dense_rows(kv: PagedKVCache | Array) -> Array:
-    """Every slot of a source as float32 [N, D], dequantised."""
+    """All keys of a source, dequantised: float32 [N, D]."""
     if not isinstance(kv, PagedKVCache):
         return kv.astype(jnp.float32)
     values = kv.values().reshape(kv.num_slots, -1)
@@ -333,7 +340,7 @@ def _reference(
 
 
 def _kernel_keys(kv: PagedKVCache | Array) -> dict[str, Any]:
-    """The fields of a kernel's source that say where keys lie."""
+    """The key fields of a kernel's `Source`."""
     if isinstance(kv, PagedKVCache):
         return {name: getattr(kv, name) for name in ("latent", "scale", "rope", "dtype", "group_size")}
     return {"latent": kv, "scale": None, "rope": None, "dtype": kv.dtype, "group_size": 0}

@@ -1,8 +1,8 @@
 """Paged caches as pytrees of typed arrays: create, write, gather.
 
-A slot is page * page_size + offset, int32; -1 means none. A write returns a new cache and is in place where the caller
-donates the old one (`jax.jit(step, donate_argnums=...)`): FP8 is kept as words or bytes, because XLA:CPU moves a row of
-an FP8-typed array by converting the whole of it.
+A slot is page * page_size + offset, int32; -1 means none. A write returns a new cache; it is in place if the caller
+donates the old one (`jax.jit(step, donate_argnums=...)`). FP8 values are stored as words or bytes: XLA:CPU would convert
+a whole FP8-typed array to move one row of it.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from sparse_mla_jax.ops._slot_parts import parts_of as parts_of
 from sparse_mla_jax.ops._slot_parts import with_parts as with_parts
 
 MAX_SLOTS = 2**31 - 1
-# The former address.
+# Kept for callers of the former name.
 check_size = _check.size
 _DTYPES = (fp8.E4M3FNUZ, fp8.E4M3FN, jnp.dtype(jnp.bfloat16), fp8.FLOAT32)
 
@@ -37,7 +37,7 @@ _DTYPES = (fp8.E4M3FNUZ, fp8.E4M3FN, jnp.dtype(jnp.bfloat16), fp8.FLOAT32)
 )
 @dataclasses.dataclass(frozen=True)
 class PagedKVCache(PagedArrays):
-    """Latents and rotated keys of one layer's tokens, by pages.
+    """Latents and rotated keys of one layer's tokens, in pages.
 
     Attributes:
       latent: uint32[pages, page_size, L // 4] for FP8 (four values a word, little endian), else
@@ -75,9 +75,9 @@ class PagedKVCache(PagedArrays):
           page_size: tokens of a page, at least 1.
           latent_dim: L; with FP8 a multiple of 4 and of group_size.
           rope_dim: R, at least 0.
-          group_size: latent values that share a scale (V3.2: 128, V4: 64); of no effect in unquantised caches.
+          group_size: latent values that share a scale (V3.2: 128, V4: 64); no effect in unquantised caches.
           dtype: float8_e4m3fnuz, float8_e4m3fn, bfloat16 or float32.
-          scale_dtype: float32, or float8_e8m0fnu for powers of two; of no effect in unquantised caches.
+          scale_dtype: float32, or float8_e8m0fnu for powers of two; no effect in unquantised caches.
 
         Raises:
           ValueError: a size or type other than these.
@@ -107,7 +107,7 @@ class PagedKVCache(PagedArrays):
     def values(self) -> Array:
         """The latents in their own type, dtype[pages, page_size, L], without their scales.
 
-        For people and tests: of an FP8 cache this is a copy of the whole.
+        For inspection and tests: an FP8 cache is copied as a whole.
         """
         return fp8.unpack_words(self.latent, self.dtype) if self.quantized else self.latent
 
@@ -115,7 +115,7 @@ class PagedKVCache(PagedArrays):
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["data", "scale"], meta_fields=["dtype"])
 @dataclasses.dataclass(frozen=True)
 class PagedIndexCache(PagedArrays):
-    """The indexer's keys of one layer's tokens, by pages.
+    """The indexer's keys of one layer's tokens, in pages.
 
     Attributes:
       data: the keys as stored: uint8[pages, page_size, D] for FP8 (their bytes), else dtype[pages, page_size, D].
@@ -161,7 +161,7 @@ class PagedIndexCache(PagedArrays):
 
     @property
     def group_size(self) -> int:
-        """Values that share a scale: those of a key."""
+        """Values that share a scale: all D of a key."""
         return self.dim
 
 
@@ -213,20 +213,20 @@ def write(
     plan: CacheWritePlan | None = None,
     config: CacheWritePlan | None = None,
 ) -> PagedKVCache:
-    """Stores tokens, quantised by groups where the cache is FP8; in place where the caller donates `cache`.
+    """Stores tokens, quantised by groups if the cache is FP8; in place if the caller donates `cache`.
 
-    The bytes are the same from every implementation: FP8 as `fp8.quantize` says, other values rounded to nearest even,
-    of which a NaN becomes the quiet NaN of its sign when its type changes to bfloat16. An H200 wrote a CPU's bytes for
-    float32 tokens; for bfloat16 ones with subnormals and NaN a few bytes differed, from kernel and XLA alike.
+    Every implementation writes the same bytes. FP8 follows `fp8.quantize`. Other values are rounded to nearest, ties to
+    even; a NaN that is converted to bfloat16 becomes the quiet NaN of its sign. Measured on an H200: float32 tokens give
+    the bytes of a CPU; for bfloat16 tokens with subnormals and NaN a few bytes differ, from the kernel and from XLA.
 
     Args:
       cache: the cache before.
       latent: floating [T, L].
       rope: floating [T, R], already rotated.
-      slots: integer [T]; those below 0 or from num_slots on are skipped, and of several tokens with one slot the last
-        stays.
+      slots: integer [T]. Tokens whose slot is below 0 or at least num_slots are skipped. If several tokens have the
+        same slot, the last one is stored.
       implementation: None for the best that runs here, or "triton", "xla", "reference".
-      plan: block sizes and warps of the kernel (static) in place of the heuristic ones; implies "triton".
+      plan: block sizes and warps of the kernel (static), instead of the heuristic; implies "triton".
       config: the former name of `plan`.
 
     Returns:
@@ -250,14 +250,14 @@ def write_index(
     plan: CacheWritePlan | None = None,
     config: CacheWritePlan | None = None,
 ) -> PagedIndexCache:
-    """Stores the indexer's keys, quantised with one scale a key where the cache is FP8; in place under donation.
+    """Stores the indexer's keys, quantised with one scale per key if the cache is FP8; in place under donation.
 
     Args:
       cache: the cache before.
       key: floating [T, D], normalised and rotated.
       slots: integer [T], see `write`.
       implementation: None for the best that runs here, or "triton", "xla", "reference".
-      plan: block sizes and warps of the kernel (static) in place of the heuristic ones; implies "triton".
+      plan: block sizes and warps of the kernel (static), instead of the heuristic; implies "triton".
       config: the former name of `plan`.
 
     Returns:
@@ -273,10 +273,9 @@ def write_index(
 
 
 def gather(cache: PagedKVCache, slots: Array, *, dtype: Any) -> Array:
-    """Rows [latent, rope] of tokens, dequantised: slots[N] -> dtype[N, L + R].
+    """Rows [latent, rope] of tokens, dequantised: slots[...] -> dtype[..., L + R].
 
-    A slot below 0 or from num_slots on gives exact zeros, whatever the pages hold. (Any shape of slots will do: [...]
-    gives [..., L + R].)
+    A slot that is negative or at least num_slots gives exact zeros, whatever the pages hold. NaN codes give NaN.
 
     Raises:
       ValueError: slots are not integers, or dtype is not a floating type.
@@ -293,7 +292,7 @@ def gather(cache: PagedKVCache, slots: Array, *, dtype: Any) -> Array:
 
 
 def gather_index(cache: PagedIndexCache, slots: Array, *, dtype: Any) -> Array:
-    """The indexer's keys of tokens, dequantised: slots[N] -> dtype[N, D]; invalid slots as in `gather`.
+    """The indexer's keys of tokens, dequantised: slots[...] -> dtype[..., D]. Invalid slots give zeros, see `gather`.
 
     Raises:
       ValueError: slots are not integers, or dtype is not a floating type.
@@ -308,7 +307,7 @@ def gather_index(cache: PagedIndexCache, slots: Array, *, dtype: Any) -> Array:
 
 
 def reinterpret_cache[Cache: (PagedKVCache, PagedIndexCache)](cache: Cache, dtype: Any) -> Cache:
-    """The same numbers in the other FP8 flavour: bytes stay, scales are doubled or halved (see `fp8.reinterpret`).
+    """The same numbers in the other FP8 flavour: the bytes stay, the scales double or halve (see `fp8.reinterpret`).
 
     Raises:
       ValueError: the cache is not quantised, or dtype is not an FP8 flavour.
@@ -344,7 +343,7 @@ def _as_slots(slots: Any, *axes: _check.Axis) -> Array:
 
 
 def _as_rows(name: str, rows: Any, slots: Array, width: int) -> Array:
-    """Rows for the cache, which quantises them itself."""
+    """The rows to write, unquantised: floating [slots, width]."""
     hint = "One row per slot, as wide as the cache."
     return _check.array(name, rows, jnp.floating, slots.shape[0], width, hint=hint)
 
