@@ -1,13 +1,13 @@
-"""A compressor's weights and state, which rows of a step belong to which request, and which windows they close.
+"""A compressor's weights and state; the rows of each request in a step, and the windows that they close.
 
-T tokens of a step, B requests, N rows of the state, M windows that may close, C values of a token, hd of an entry,
-m = ratio tokens of a window, S tokens that an entry is made of: m, or 2 * m where windows overlap.
+T tokens of a step, B requests, N rows of the state, M windows that may close, C values of a token, hd values of an
+entry, m = ratio tokens of a window, S tokens that make an entry: m, or 2 * m if windows overlap.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,10 +21,10 @@ from sparse_mla_jax.ops.ragged import slots_from_positions
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class CompressorState:
-    """What open windows need of earlier tokens: as much for every request, however long it is.
+    """The last S tokens of each request, which its open windows still need; the size does not depend on its length.
 
-    A ring: the token at position p lies at p % S, S = ratio without overlap and 2 * ratio with it. A row needs no
-    clearing between requests, since one that starts at position 0 never reads what lay there.
+    A ring: the token at position p is stored at p % S, S = ratio without overlap and 2 * ratio with it. A row needs no
+    clearing between requests: a request that starts at position 0 never reads the old contents.
 
     Attributes:
       kv: float32[N, S, C].
@@ -39,10 +39,10 @@ class CompressorState:
         """An empty state (all values 0).
 
         Args:
-          num_requests: N, requests that can be open at a time, at least 1.
+          num_requests: N, most requests that run at a time, at least 1.
           ratio: tokens of a window, at least 1.
           dim: values of an entry, at least 1.
-          overlap: whether windows reach back over the previous one; then C is 2 * dim, else dim.
+          overlap: whether an entry also weighs the previous window's tokens; then C is 2 * dim, else dim.
 
         Raises:
           ValueError: a size other than these.
@@ -53,7 +53,7 @@ class CompressorState:
 
     @property
     def num_rows(self) -> int:
-        """N, requests that can be open at a time."""
+        """N, most requests that run at a time."""
         return self.kv.shape[0]
 
     @property
@@ -96,16 +96,16 @@ class CompressorWeights:
 
     @property
     def rows(self) -> int:
-        """S, tokens that an entry is made of."""
+        """S, tokens that make an entry."""
         return self.channels // self.dim * self.ratio
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Spans:
-    """A step's rows by request: rows first..end-1 hold positions position, position + 1, ... All int32[B].
+    """The rows of each request in a step: rows first..end-1 hold positions position, position + 1, ... All int32[B].
 
-    Padding, and requests without a row of the state, have end == first.
+    Padded requests and requests without a row of the state have end == first.
     """
 
     first: Array
@@ -120,12 +120,12 @@ class Closings:
     """The windows that close in a step, request by request. All int32[M] but `count`.
 
     Attributes:
-      row: of the token that closes the window.
-      first: the request's first row: earlier tokens lie in the state.
-      window: w.
+      row: row of the token that closes the window.
+      first: the request's first row; tokens before it are in the state.
+      window: w, the number of the window in its request.
       state_id: the request's row of the state.
-      slot: where the entry is stored, -1 for nowhere.
-      count: int32, how many there are; what follows them has slot -1.
+      slot: cache slot of the entry, -1 if it is not stored.
+      count: int32 scalar, number of closings; the elements after them have slot -1.
     """
 
     row: Array
@@ -137,7 +137,7 @@ class Closings:
 
 
 def find_spans(metadata: StepMetadata, state_ids: Array, num_states: int) -> Spans:
-    """Rows, first position and row of the state of every request; state_ids int32[B]."""
+    """Finds the rows, first position and row of the state of every request; state_ids int32[B]."""
     positions, tokens, indptr = metadata.positions, metadata.num_tokens, metadata.query_indptr
     first = jnp.clip(indptr[:-1], 0, tokens)
     owned = jnp.clip(indptr[1:], first, tokens) - first
@@ -147,7 +147,7 @@ def find_spans(metadata: StepMetadata, state_ids: Array, num_states: int) -> Spa
     is_valid = (metadata.request_ids[at] == jnp.arange(first.shape[0])) & (position >= 0) & (rest <= owned)
     is_valid &= (state_ids >= 0) & (state_ids < num_states)
     number = jnp.clip(rest, 0, owned)
-    # Rows beyond the page table are padding that claims position 0 of request 0.
+    # Tokens beyond the page table became padding: position 0 of request 0. Their positions do not count up.
     last = jnp.clip(first + number - 1, 0, tokens - 1)
     is_valid &= positions[last] == position + number - 1
     end = first + jnp.where(is_valid, number, 0)
@@ -155,7 +155,7 @@ def find_spans(metadata: StepMetadata, state_ids: Array, num_states: int) -> Spa
 
 
 def find_closings(spans: Spans, table: Array, *, entries: int, tokens: int, ratio: int) -> Closings:
-    """The windows of `ratio` tokens that close in a step of `tokens` rows; table int32[B, P], pages of `entries`."""
+    """Finds the windows of `ratio` tokens that close in a step of `tokens` rows; table int32[B, P] of entry pages."""
     requests = spans.first.shape[0]
     most = min(tokens, tokens // ratio + requests)
     before = spans.position // ratio
@@ -175,14 +175,7 @@ def update_state(
     state: CompressorState, kv: Array, gate: Array, position_bias: Array, spans: Spans, request_ids: Array
 ) -> CompressorState:
     """The state after the step: every request's last S tokens of kv[T, C] and gate[T, C], at position % S."""
-    ring, (owner, row) = state.kv.shape[1], _last_rows(spans, request_ids, state.kv.shape[1])
-    first, end = spans.first[owner], spans.end[owner]
-    is_kept = (row >= jnp.maximum(first, end - ring)) & (row < end)
-    row = jnp.where(is_kept, row, 0)
-    position = spans.position[owner] + row - first
-    # Give dropped rows distinct negative indices; `unique_indices=True` requires it.
-    at = spans.state_id[owner] * ring + position % ring
-    at = jnp.where(is_kept, at, -1 - jnp.arange(at.size, dtype=jnp.int32))
+    row, position, at = place_rows(spans, request_ids, state.kv.shape[1])
 
     def put(pages: Array, rows: Array) -> Array:
         flat = pages.reshape(-1, pages.shape[-1])
@@ -193,12 +186,35 @@ def update_state(
     return CompressorState(put(state.kv, kv[row]), put(state.gate, gate))
 
 
+class PlacedRows(NamedTuple):
+    """Rows of a step, their positions, and their places in the flat rings; dropped rows have distinct negative places.
+
+    All int32[R]. No place occurs twice: a request longer than the ring keeps its last rows only.
+    """
+
+    row: Array
+    position: Array
+    at: Array
+
+
+def place_rows(spans: Spans, request_ids: Array, ring: int) -> PlacedRows:
+    """Finds where rings of `ring` rows keep the rows of a step."""
+    owner, row = _last_rows(spans, request_ids, ring)
+    first, end = spans.first[owner], spans.end[owner]
+    is_kept = (row >= jnp.maximum(first, end - ring)) & (row < end)
+    row = jnp.where(is_kept, row, 0)
+    position = spans.position[owner] + row - first
+    # Give dropped rows distinct negative indices; `unique_indices=True` requires it.
+    at = spans.state_id[owner] * ring + position % ring
+    return PlacedRows(row, position, jnp.where(is_kept, at, -1 - jnp.arange(at.size, dtype=jnp.int32)))
+
+
 def _last_rows(spans: Spans, request_ids: Array, ring: int) -> tuple[Array, Array]:
-    """(request, row) int32[R] of every row that may be among the last `ring` rows of its request."""
+    """(request, row) int32[R] of all rows that may be among the last `ring` rows of their request."""
     tokens, requests = request_ids.shape[0], spans.end.size
     last = min(ring, tokens)
     if tokens <= requests * last:
         return jnp.clip(request_ids, 0, requests - 1), jnp.arange(tokens, dtype=jnp.int32)
-    # Long chunks: only their last rows.
+    # Chunks longer than the ring: visit only their last rows.
     owner = jnp.repeat(jnp.arange(requests, dtype=jnp.int32), last)
     return owner, spans.end[owner] - 1 - jnp.arange(owner.size, dtype=jnp.int32) % last

@@ -79,13 +79,16 @@ def _listed(records: list[dict], sites: list[Site]) -> list[Fault]:
             if alike < ALIKE:
                 gone.append(record)
                 continue
+        if site.id in without:
+            gone.append(record)
+            continue
         faults.append(Fault(record["id"], site, note))
     for record in gone:
         taken = without | {fault.site.id for fault in faults}
         room = ordered((site for site in sites if site.room == record["room"]), 0)
         site = next((site for site in room if site.id not in taken), None)
         if site is not None:
-            note = f"in place of {record['id']}, which is gone: {record['function']}: {record['text']}"
+            note = f"in place of {record['id']}, which is gone or changes nothing: {record['function']}: {record['text']}"
             faults.append(Fault(site.id, site, note))
     return faults
 

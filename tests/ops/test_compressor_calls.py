@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from sparse_mla_jax.metadata import build_metadata
+from sparse_mla_jax.ops._compressor_state import find_spans, place_rows
 from sparse_mla_jax.ops.cache import PagedKVCache
 from sparse_mla_jax.ops.compressor import CompressorState, CompressorWeights, compress, entry_pages
 
@@ -95,3 +96,24 @@ def test_numpy_integers_are_sizes_and_booleans_are_not():
         entry_pages(np.zeros((1, 2), np.int32), page_size=16, ratio=True)
     with pytest.raises(ValueError, match=r"page_table is float32\[1, 2\]; expected integers \[any, any\]"):
         entry_pages(np.zeros((1, 2), np.float32), page_size=16, ratio=4)
+
+
+@pytest.mark.parametrize(
+    ("query_lens", "padded"), [((20, 1, 3), 24), ((20, 1, 3), 60), ((1, 0, 1), 4), ((3, 40, 2), 45)]
+)
+def test_no_place_of_the_state_is_written_twice(query_lens, padded):
+    """Scatters of unique indices: a chunk longer than the ring keeps its last rows, whoever else is in the step."""
+    ring, seq_lens = 8, np.array([25, 41, 3], np.int32)
+    query_lens = np.array(query_lens, np.int32)
+    table = np.arange(9, dtype=np.int32).reshape(3, 3)
+    meta = build_metadata(seq_lens, query_lens, table, num_tokens=padded, page_size=PAGE_SIZE)
+    spans = find_spans(meta, jnp.array([2, 0, 1]), 3)
+    row, position, at = map(np.asarray, place_rows(spans, meta.request_ids, ring))
+    assert len(set(at)) == at.size
+    kept = {int(place): (int(r), int(p)) for place, r, p in zip(at, row, position) if place >= 0}
+    first, want = np.cumsum([0, *query_lens]), {}
+    for request, state in enumerate((2, 0, 1)):
+        for n in range(max(0, query_lens[request] - ring), query_lens[request]):
+            p = seq_lens[request] - query_lens[request] + n
+            want[state * ring + p % ring] = (first[request] + n, p)
+    assert kept == want

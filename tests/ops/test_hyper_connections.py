@@ -227,6 +227,8 @@ def test_what_the_kernel_does_not_serve():
     [
         ({"streams": jnp.zeros((2, 32))}, r"streams is float32\[2, 32\]; expected floating values \[T, n, D\]"),
         ({"streams": jnp.zeros((2, 4, 8), jnp.int32)}, r"streams is int32\[2, 4, 8\]"),
+        ({"streams": jnp.zeros((2, 4, 0))}, r"streams is float32\[2, 4, 0\]; expected n and D of at least 1"),
+        ({"streams": jnp.zeros((2, 0, 8))}, r"streams is float32\[2, 0, 8\]; expected n and D of at least 1"),
         ({"product": jnp.zeros((2, 20))}, r"product is float32\[2, 20\]; streams \[2, 4, 8\] need float32\[2, 24\]"),
         ({"product": jnp.zeros((0, 2, 24))}, r"product is float32\[0, 2, 24\]"),
         ({"product": jnp.zeros((2, 24), jnp.bfloat16)}, r"product is bfloat16"),
