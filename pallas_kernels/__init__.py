@@ -1,1 +1,1 @@
-"""Pallas kernels of sparse_mla_jax: what runs on the GPU. Users call `sparse_mla_jax.ops`, never this package."""
+"""The GPU kernels of sparse_mla_jax, written in Pallas. Users call `sparse_mla_jax.ops`, never this package."""

@@ -1,9 +1,9 @@
-"""The one door to Pallas' Triton backend: nothing else here imports `jax.experimental.pallas.triton`.
+"""Calls Pallas' Triton backend. No other file of this package imports `jax.experimental.pallas.triton`.
 
-`call` runs a kernel as machine code on a GPU and in interpret mode on a CPU (within `pallas_kernels.cdna.device` as
-CDNA machine code in our interpreter); which is decided per lowering platform, so that a CPU host can lower for `cuda`
-or `rocm`. The backend is deprecated upstream: without it `call` raises NotImplementedError, which the dispatcher of
-every operator answers with its XLA body.
+`call` runs a kernel as machine code on a GPU and in interpret mode on a CPU. Inside `pallas_kernels.cdna.device` it
+runs CDNA machine code in this project's interpreter. The choice is made per lowering platform, so a CPU host can lower
+for `cuda` or `rocm`. JAX has deprecated the backend. Without it `call` raises NotImplementedError, and the dispatcher
+of every operator falls back to its XLA body.
 """
 
 from __future__ import annotations
@@ -25,24 +25,24 @@ except ImportError:  # pragma: no cover - no supported release of jax lacks it
     pltriton = None  # type: ignore[assignment]
 
 
-# Pointer arithmetic in this backend is 32-bit in elements: a larger array would be read at wrapped addresses.
+# This backend computes offsets in 32 bits, counted in elements: in a larger array they would wrap.
 MAX_ELEMENTS = 2**31 - 1
 
 
 def load(ref, *, mask=None, other=None):
-    """Reads `ref`, a `.at[...]` view of a kernel argument; lanes with a False `mask` are not read and give `other`."""
+    """Loads `ref`, a `.at[...]` view of a kernel argument. Lanes with a False `mask` load nothing and give `other`."""
     return pltriton.load(ref, mask=mask, other=other)
 
 
 def store(ref, value, *, mask=None) -> None:
-    """Writes `value` at the view `ref` where `mask`; see `store_masked` for masks of lanes that share an address."""
+    """Stores `value` at the view `ref` where `mask`. Use `store_masked` if masked and other lanes share an address."""
     pltriton.store(ref, value, mask=mask)
 
 
 def store_masked(ref, index: Sequence[jax.Array], value: jax.Array, mask: jax.Array | None, target: Target) -> None:
-    """Writes `value` at `ref[*index]` where `mask`; everywhere if it is None. Mask and last index broadcast.
+    """Stores `value` at `ref[*index]` where `mask`, everywhere if it is None. The mask and the last index broadcast.
 
-    Interpret mode writes old values back through masked lanes: there they point past the end of the last axis.
+    In interpret mode a masked lane writes the old value back: its last index must point past the end of the axis.
     """
     if mask is not None and target == HOST:
         index = (*index[:-1], jax.numpy.where(mask, index[-1], ref.shape[-1]))
@@ -50,9 +50,9 @@ def store_masked(ref, index: Sequence[jax.Array], value: jax.Array, mask: jax.Ar
 
 
 def sum_in_order(x: jax.Array, axis: int, target: Target) -> jax.Array:
-    """The sum over a short axis, with bits that do not depend on the other axes.
+    """Sums x over a short axis; the bits of the result do not depend on the other axes.
 
-    XLA:CPU adds in an order that follows from the whole shape: in interpret mode the addends are added one by one.
+    XLA:CPU chooses the order of additions by the whole shape, so interpret mode adds one slice after the other.
     """
     if target != HOST:
         return jax.numpy.sum(x, axis=axis)
@@ -61,7 +61,7 @@ def sum_in_order(x: jax.Array, axis: int, target: Target) -> jax.Array:
 
 
 def barrier(target: Target) -> None:
-    """What the program wrote before is seen by all its waves afterwards."""
+    """Makes the stores of a program so far visible to all its waves."""
     # Interpret mode has no waves, and no rule for a barrier.
     if target != HOST:
         pltriton.debug_barrier()
@@ -78,21 +78,21 @@ def call(
     num_stages: int = 1,
     input_output_aliases: Mapping[int, int] | None = None,
 ) -> Any:
-    """Runs `kernel(*input_refs, *output_refs)` over `grid`; every ref is the whole array.
+    """Runs `kernel(*input_refs, *output_refs)` over `grid`; each ref covers its whole array.
 
     Args:
-      kernel: a function of refs; arithmetic on arrays, `load` and `store` at the edges.
+      kernel: a function of refs that calls `load`, computes on arrays, and calls `store`.
       *arrays: inputs, each smaller than 2**31 elements.
       out_shape: pytree of jax.ShapeDtypeStruct.
       grid: programs per axis, all at least 1.
-      name: what profilers and code objects call the kernel.
-      target: what it runs on, see `pallas_kernels.targets`.
-      num_warps: waves of a program, a power of two, at most 16 (1024 threads of a wave-64 machine).
+      name: name of the kernel in profilers and code objects.
+      target: the machine that it runs on, see `pallas_kernels.targets`.
+      num_warps: waves per program, a power of two, at most 16 (1024 threads if a wave has 64).
       num_stages: software pipelining depth of loops.
-      input_output_aliases: input number to output number, for outputs written in place.
+      input_output_aliases: number of an input -> number of the output that is written in place of it.
 
     Raises:
-      NotImplementedError: Pallas' Triton backend is gone from this jax, or an array needs 64-bit offsets.
+      NotImplementedError: this jax has no Pallas Triton backend, or an array needs 64-bit offsets.
     """
     if pltriton is None:
         raise NotImplementedError("this jax has no Pallas Triton backend; use implementation='xla'")

@@ -1,6 +1,6 @@
-"""Operations of Triton that Pallas has no words for, as JAX primitives.
+"""Triton operations that Pallas does not expose, as JAX primitives.
 
-The only file of the kernels that imports jax._src."""
+No other file of the kernels imports jax._src."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from pallas_kernels.targets import CDNA, HOST, Target
 def load_from(
     refs: Sequence[Any], number: jax.Array | int, *index: jax.Array, target: Target, mask: jax.Array | None = None
 ) -> jax.Array:
-    """Reads refs[number].at[index], 0 where `mask` is False, from references alike but for their first axis.
+    """Loads refs[number].at[index], 0 where `mask` is False. The refs may differ in the length of their first axis.
 
-    `number` is one for the program, so what chooses among the references is one address, not what was read from all.
+    `number` is one scalar for the whole program. A GPU selects one pointer and loads once, not once from every ref.
     """
     if len(refs) == 1:
         where = refs[0].at[index]
@@ -48,10 +48,10 @@ def load_codes(
     dtype: Any,
     target: Target,
 ) -> jax.Array:
-    """FP8 values [K, width] of type `dtype` from byte `column` on of rows [K] of refs[number], uint32 words [N, W].
+    """Loads FP8 values [K, width]: the bytes from `column` on in rows[K] of refs[number], which is uint32 [N, W].
 
-    0 in rows where `mask` is False. The arrays must hold less than 2**31 bytes. What is loaded in the type in which the
-    matrix units multiply it goes to them unseen.
+    Rows where `mask` is False give 0. Each array must be smaller than 2**31 bytes. If `dtype` is the type that the
+    tensor cores multiply, they read the values from shared memory; the values pass through no register.
     """
     columns = jax.numpy.arange(width, dtype=jax.numpy.int32)
     mask = jax.numpy.broadcast_to(mask[:, None], (rows.shape[0], width))
@@ -74,7 +74,7 @@ def _load_from(refs, number, offsets, mask, start: int, dtype: Any) -> jax.Array
 
 @functools.cache
 def _load_from_primitive() -> Any:
-    """A load through a chosen pointer, or through one of another type: Pallas has no words for these."""
+    """Primitive: a load through a pointer that is selected at run time or cast to another type. Pallas has neither."""
     from jax._src.lib.triton import dialect
     from jax._src.pallas.triton import lowering
     from jax._src.state.types import ReadEffect
@@ -98,7 +98,7 @@ def _load_from_primitive() -> Any:
         kind, shape = lowering._dtype_to_ir_type(dtype), ctx.avals_out[0].shape
         if dtype != ctx.avals_in[1].dtype:
             pointer = dialect.bitcast(dialect.PointerType.get(kind, 1), pointer)
-        # Added first, the start costs no register beside the offsets that all columns share.
+        # Add `start` to the scalar pointer, not to the offsets: the offsets stay shared by all tiles.
         pointer = lowering._add(pointer, lowering._ir_constant(start, word))
         zeros = lowering._zeros(lowering.ir.RankedTensorType.get(shape, kind)) if mask else None
         where = lowering._add(lowering._bcast_to(pointer, shape), offsets)
@@ -110,9 +110,9 @@ def _load_from_primitive() -> Any:
 def assembly(
     text: str, constraints: str, *args: jax.Array, dtype: Any, pack: int = 1, pinned: bool = False
 ) -> jax.Array:
-    """Instructions of the target per `pack` elements of `args`; see LLVM's inline assembly for the constraints.
+    """Runs inline assembly on each `pack` elements of `args`; `constraints` are those of LLVM's inline assembly.
 
-    pinned: Triton does not rearrange what is computed before it to suit what comes after.
+    pinned: declares side effects, so that Triton does not change the layout of `args` to suit uses of the result.
     """
     if pinned:
         return _pinned_primitive().bind(
@@ -130,7 +130,7 @@ def assembly(
 
 @functools.cache
 def _pinned_primitive() -> Any:
-    """Pallas' own inline assembly has no side effects for Triton, and values are moved across it."""
+    """Primitive: inline assembly with side effects. Pallas declares none, so Triton moves layout changes across it."""
     from jax._src.lib.triton import dialect
     from jax._src.pallas.triton import lowering
 
@@ -151,10 +151,10 @@ def _pinned_primitive() -> Any:
 
 
 def hidden(value: jax.Array, target: Target) -> jax.Array:
-    """An int32 array, of which a GPU's compiler no longer knows where it comes from.
+    """Returns an int32 array unchanged and hides its origin from the GPU's compiler.
 
-    What is made of it is made after it: offsets that the start and the end of a kernel have in common would otherwise
-    occupy registers in between.
+    The compiler computes values that depend on it after this point. Otherwise it would keep offsets that the start and
+    the end of a kernel share in registers throughout.
     """
     if target == HOST:
         return value
@@ -162,10 +162,11 @@ def hidden(value: jax.Array, target: Target) -> jax.Array:
 
 
 def fence(arrays: Sequence[jax.Array], target: Target) -> list[jax.Array]:
-    """`arrays`, on CDNA for use when all loads before this have been asked for: one wait for memory, not one for each.
+    """Returns `arrays`. On CDNA it makes the compiler issue all earlier loads before the first use of a result.
 
-    Compilers save registers by asking for every load just before its use. Only arrays of the first's shape and type are
-    held back; they are of 32 bits, or of 16 and even in number.
+    The kernel then waits for memory once, not once per load: to save registers, compilers issue each load just before
+    its use. Only arrays with the shape and type of the first one are fenced. Their elements have 32 bits, or 16 bits
+    and an even count.
     """
     out = list(arrays)
     if target in CDNA:
@@ -177,7 +178,7 @@ def fence(arrays: Sequence[jax.Array], target: Target) -> list[jax.Array]:
 
 @functools.cache
 def _inert_primitive() -> Any:
-    """Inline assembly of no instruction with side effects, of which all operands are there; loads pass it or do not."""
+    """Primitive: empty inline assembly with side effects that returns its operands. memory: no load may cross it."""
     from jax._src.lib.triton import dialect
     from jax._src.pallas.triton import lowering
 
@@ -204,7 +205,7 @@ def _inert_primitive() -> Any:
 
 
 def dot_fp8(a: jax.Array, b: jax.Array, target: Target) -> jax.Array:
-    """float32 [M, N] of float8_e4m3fn a[M, D] and b[N, D]; NVIDIA's units keep about 14 bits of a sum."""
+    """float32 [M, N]: a @ b.T of float8_e4m3fn a[M, D], b[N, D]. NVIDIA's tensor cores keep about 14 bits of a sum."""
     if target != HOST:
         return _dot_fp8_primitive().bind(a, b)
     return jax.lax.dot_general(a, b, (((1,), (1,)), ((), ())), preferred_element_type=jax.numpy.float32)
@@ -212,7 +213,7 @@ def dot_fp8(a: jax.Array, b: jax.Array, target: Target) -> jax.Array:
 
 @functools.cache
 def _dot_fp8_primitive() -> Any:
-    """Pallas' own product asks Triton for full precision within an instruction, which keeps it off the FP8 units."""
+    """Primitive: a Triton dot on FP8 tensor cores. Pallas' dot requests full precision, which rules them out."""
     from jax._src.lib.triton import dialect
     from jax._src.pallas.triton import lowering
 
@@ -226,14 +227,14 @@ def _dot_fp8_primitive() -> Any:
     def _(ctx, a, b):
         (out,) = ctx.avals_out
         zeros = lowering._zeros(lowering.ir.RankedTensorType.get(out.shape, lowering.ir.F32Type.get()))
-        # All of the sum: there is no more precise addition to interleave.
+        # Accumulate all D terms in the tensor cores, without float32 additions in between.
         return dialect.dot(a, dialect.trans(b, (1, 0)), zeros, max_num_imprecise_acc=ctx.avals_in[0].shape[1])
 
     return primitive
 
 
 def ir_context() -> Any:
-    """An MLIR context that knows the Triton IR of lowered kernels."""
+    """Returns an MLIR context with the dialects of lowered Triton kernels."""
     from jax._src.pallas.triton import lowering
 
     return lowering._new_ir_context()

@@ -1,4 +1,4 @@
-"""One row of a cache: the arrays that it consists of, as tiles of a kernel."""
+"""Rows of a cache inside a kernel: their arrays (`CachePart`), their tiles (`Grid`), and how they are encoded."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from pallas_kernels.tiles import power_of_two
 )
 @dataclasses.dataclass(frozen=True)
 class CachePart:
-    """One array of a cache and what is written to it.
+    """One array of a cache, its scales, and the rows to write to it.
 
     Attributes:
-      rows: bfloat16, float16 or float32 [T, W]; None where a kernel makes them itself.
-      pages: [N, W] bfloat16, float32 or bytes of FP8, or uint32 [N, W // 4], four FP8 values a word.
-      scales: float32 [N, W // group_size], or E8M0 as uint8; None where pages are not FP8.
+      rows: bfloat16, float16 or float32 [T, W]; None if the kernel computes them.
+      pages: [N, W] bfloat16, float32 or bytes of FP8; or uint32 [N, W // 4], four FP8 values per word.
+      scales: float32 [N, W // group_size], or E8M0 as uint8; None if pages are not FP8.
       flavour: static; name of the FP8 type, or None.
       group_size: static; values that share a scale.
     """
@@ -40,12 +40,12 @@ class CachePart:
 
     @property
     def arrays(self) -> list[Array]:
-        """What is written in place."""
+        """The arrays that a kernel updates in place: pages, and scales if there are any."""
         return [self.pages] if self.scales is None else [self.pages, self.scales]
 
 
 def _pack(codes: Array) -> Array:
-    """Four codes to a word, little endian: int32 [G, W] -> uint32 [G, W // 4]."""
+    """Packs four codes into a word, little endian: int32 [G, W] -> uint32 [G, W // 4]."""
     for shift in (8, 16):
         low, high = jnp.unstack(codes.reshape(codes.shape[0], -1, 2), axis=-1)
         codes = low | (high << shift)
@@ -53,7 +53,7 @@ def _pack(codes: Array) -> Array:
 
 
 class Grid:
-    """The groups of a row as a tile [groups, each], both padded to powers of two, the groups to `height` at least."""
+    """A row as a tile [groups, each]. Both axes are padded to powers of two, the first to at least `height`."""
 
     def __init__(self, groups: int, each: int, target: Target, height: int = 1):
         self.shape = (max(height, power_of_two(groups)), power_of_two(each))
@@ -69,7 +69,7 @@ class Grid:
             self.exists = inside if self.exists is None else self.exists & inside
 
     def columns(self, first: int, width: int) -> Grid:
-        """The same tile as a grid of `width` columns of the row, from `first` on, which are stored as columns 0.."""
+        """The same tile, restricted to `width` columns from `first` on; refs hold them as columns 0..width-1."""
         part = copy.copy(self)
         part.at, part.width = self.at - first if first else self.at, width
         if first or width != self.width:
@@ -78,17 +78,17 @@ class Grid:
         return part
 
     def load(self, ref, *row: Array) -> Array:
-        """Values of a row, zeros where padded."""
+        """Loads ref[*row]; padding is 0."""
         view = ref.at[*[jnp.full_like(self.at, i) for i in row], self.at]
         return load(view) if self.exists is None else load(view, mask=self.exists, other=0)
 
     def store(self, ref, row: Array, value: Array) -> None:
-        """Writes a row."""
+        """Stores `value` as one row of `ref`, without padding."""
         store_masked(ref, (jnp.full_like(self.at, row), self.at), value, self.exists, self.target)
 
 
 def encode(part: CachePart, row: Array, grid: Grid, target: Target) -> list[tuple[Grid, Array]]:
-    """What `CachePart.arrays` hold of a row, values [groups, each] of `grid`: a tile for each array, and its grid."""
+    """Encodes a row [groups, each] of `grid`: for each of `CachePart.arrays` the grid and the tile to store."""
     if part.scales is None or part.flavour is None:
         return [(grid, convert(row, part.pages.dtype))]
     groups, height = part.scales.shape[1], row.shape[0]

@@ -1,9 +1,9 @@
-"""Writes tokens into paged caches in place: quantise to FP8 by groups, or round to bfloat16, and store at a slot.
+"""Writes tokens into paged caches in place: quantises groups to FP8, or rounds to bfloat16, and stores at a slot.
 
-One program per token, all parts of a token (latent, rotary key, indexer's key) in one launch. Everything but the two
-divisions is integer arithmetic on float32 bits, so that no cast, no flush of subnormals and no NaN differs between
-machines, and the divisions are rounded once: the bytes are those of `sparse_mla_jax.ops.fp8` everywhere. A token whose
-slot a later token names writes nothing, so that no two programs write one row.
+One program writes all arrays of one token: latent, rotary key and index key. All arithmetic but the two divisions is on
+float32 bits as integers. Casts, subnormals and NaN therefore give the same result on every machine. The divisions are
+rounded once. The bytes equal those of `sparse_mla_jax.ops.fp8` everywhere. A token whose slot a later token names
+writes nothing, so no two programs write the same row.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from pallas_kernels.targets import Target, by_target
 _SOURCES = ("bfloat16", "float16", "float32")
 
 
-# --- kernel ----------------------------------------------------------------------------------------------------------
+# --- kernel
 def _is_last(slot_ref, slot: Array, token: Array, tokens: int, scan: int) -> Array:
     """Whether no later token names the slot."""
 
@@ -43,12 +43,12 @@ def _is_last(slot_ref, slot: Array, token: Array, tokens: int, scan: int) -> Arr
 
 
 def _kernel(*refs, parts: Sequence[CachePart], tokens: int, plan: CacheWritePlan, target: Target):
-    """Grid (T,); refs: slots, the rows of every part, the arrays of all parts before, and after (the same)."""
+    """Grid (T,). refs: slots, rows of every part, arrays of all parts, and the same arrays as aliased outputs."""
     slot_ref, *row_refs = refs[: 1 + len(parts)]
     out_refs = list(refs[-sum(len(p.arrays) for p in parts) :])
     token = pl.program_id(0)
     grids = [Grid(1 if p.scales is None else p.scales.shape[1], p.group_size or p.rows.shape[1], target) for p in parts]
-    # All in flight before the first is waited for.
+    # Issue all loads before waiting for the first.
     rows = [grid.load(ref, token) for grid, ref in zip(grids, row_refs)]
     slot = slot_ref[token]
     mine = (slot >= 0) & _is_last(slot_ref, slot, token, tokens, plan.scan)
@@ -63,17 +63,15 @@ def _kernel(*refs, parts: Sequence[CachePart], tokens: int, plan: CacheWritePlan
                 tile.store(ref, slot, value)
 
 
-# --- launch ----------------------------------------------------------------------------------------------------------
-
-
+# --- launch
 def write(parts: Sequence[CachePart], slots: Array, *, plan: CacheWritePlan | None = None) -> list[list[Array]]:
-    """`CachePart.arrays` of every part after rows[t] is written at slots[t]; in place where the arrays are donated.
+    """Writes rows[t] of every part at slots[t] and returns its `CachePart.arrays`; in place if they are donated.
 
-    slots int32 [T], T at least 1; those below 0 or from N on are skipped, and of several tokens with one slot the last
-    is written.
+    slots: int32 [T], T at least 1. Slots outside [0, N) are skipped. If several tokens name one slot, the last token is
+    written.
 
     Raises:
-      NotImplementedError: types or groups that the kernel does not serve, or arrays of 2**31 elements and more.
+      NotImplementedError: types or groups that the kernel does not support, or arrays of 2**31 elements and more.
     """
     for part in parts:
         if part.rows.dtype.name not in _SOURCES:
@@ -107,7 +105,7 @@ def write(parts: Sequence[CachePart], slots: Array, *, plan: CacheWritePlan | No
             input_output_aliases={1 + len(parts) + i: i for i in range(len(arrays))},
         )
 
-    # A row without values has no kernel argument.
+    # Leave parts of width 0 out of the launch.
     real = [p for p in parts if p.rows.shape[1]]
     after = iter(by_target(run, real, slots) if real else ())
     return [[next(after) for _ in p.arrays] if p.rows.shape[1] else p.arrays for p in parts]

@@ -1,8 +1,8 @@
 """DeepSeek-V4's compressor: pools a window of tokens, normalises, rotates, quantises and stores its entry in place.
 
-One program per window that may close in a step; those without one leave at once. A window's tokens come block by block
-through an online softmax, from the step's rows or from the state of earlier tokens; which of the two changes no
-operation, so that the way in which a sequence was cut into steps changes no bit.
+One program per window that may close in a step. Programs whose window does not close exit at once. An online softmax
+reads the tokens of a window block by block, from the state (earlier tokens) or from the rows of this step. Both go
+through the same operations, so the bits of an entry do not depend on how a sequence was cut into steps.
 """
 
 from __future__ import annotations
@@ -24,33 +24,33 @@ from pallas_kernels.targets import Target, by_target
 
 
 class _Window:
-    """The tokens of one window, by position: low..middle-1 lie in the state, middle..end-1 are rows of the step."""
+    """The tokens of one window: positions low..middle-1 are in the state, middle..end-1 are rows of this step."""
 
     def __init__(self, refs, closing: Sequence[Array], dim: int):
         self.kv, self.gate, self.old_kv, self.old_gate, self.bias = refs
         row, first, window, self.state = closing
         self.ratio, self.rows, self.dim = self.bias.shape[0], self.old_kv.shape[1], dim
         self.end = (window + 1) * self.ratio
-        # What lies before position 0, the previous window of window 0, is left out.
+        # Leave out positions below 0: window 0 has no previous window.
         self.low = jnp.maximum(self.end - self.rows, 0)
-        # Row of position 0, were it one of the step's.
+        # In this step the token at position p has row origin + p.
         self.origin = row - (self.end - 1)
         self.middle = jnp.maximum(self.low, first - self.origin)
 
     def _load(self, ref, grid: Grid, position: Array, exists: Array, *at: Array) -> Array:
-        """The channels of ref[at] that the token at `position` contributes; 0 where it does not exist."""
-        # Of the previous window's tokens the first channels, of its own the last.
+        """Loads the channels of ref[at] that the token at `position` contributes; 0 where `exists` is False."""
+        # Tokens of the previous window contribute the first `dim` channels, tokens of this window the last.
         column = grid.at
         if self.rows > self.ratio:
             column = column + jnp.where(position >= self.end - self.ratio, jnp.int32(self.dim), jnp.int32(0))
         mask = jnp.broadcast_to(exists, grid.shape)
         mask = mask if grid.exists is None else mask & grid.exists
-        # Bounds that the compiler sees let it address without 64-bit sums, and mask without branches.
+        # Clip the indices: with known bounds the compiler needs no 64-bit address sums and no branches for masks.
         index = [jnp.full_like(column, jnp.clip(i, 0, n - 1)) for i, n in zip(at, ref.shape)]
         return load(ref.at[*index, column], mask=mask, other=0.0)
 
     def _old(self, grid: Grid, positions: list[Array]) -> list[tuple[Array, Array]]:
-        """(kv, gate) at these positions from the state, 0 from `middle` on."""
+        """Loads (kv, gate) of `positions` from the state; 0 from position `middle` on."""
         found = []
         for position in positions:
             at = position, position < self.middle, self.state, lax.rem(position, jnp.int32(self.rows))
@@ -58,7 +58,7 @@ class _Window:
         return found
 
     def _new(self, grid: Grid, positions: list[Array]) -> list[tuple[Array, Array]]:
-        """(kv, gate) at these positions from the step's rows, 0 from `end` on."""
+        """Loads (kv, gate) of `positions` from the rows of this step; 0 from position `end` on."""
         found = []
         for position in positions:
             at = position, position < self.end
@@ -68,10 +68,10 @@ class _Window:
         return found
 
     def pool(self, grid: Grid, block: int) -> Array:
-        """The sum of all tokens' kv, weighted by the softmax of their gates; 0 where the grid is padded.
+        """Sums kv over the window, weighted by the softmax of the gates; padding is 0.
 
-        Token after token in a fixed order, so that what a block holds (it ends where the state does) changes no bit;
-        those behind a block's end leave everything as it is.
+        Tokens are added one by one in a fixed order, so block boundaries change no bit (a block ends where the state
+        ends). Tokens past the end of a block change nothing.
         """
         old_blocks = lax.div(self.middle - self.low + (block - 1), jnp.int32(block))
         new_blocks = lax.div(self.end - self.middle + (block - 1), jnp.int32(block))
@@ -86,7 +86,7 @@ class _Window:
             for position, (kv, gate) in zip(positions, tokens):
                 gate = jnp.where(position < end, gate, NONE)
                 higher = gate > top
-                # Of the two factors of an online softmax one is 1. With one product in a sum there is one way to fuse.
+                # One of the two factors of an online softmax is 1. A sum with one product has one way to become an FMA.
                 factor = jnp.exp2(-jnp.abs(gate - top) * LOG2E)
                 top = jnp.where(higher, gate, top)
                 total = jnp.where(higher, total, 1.0) * factor + jnp.where(higher, 1.0, total)
@@ -100,7 +100,7 @@ class _Window:
 
 
 def _rotate(x: Array, grid: Grid, turn_ref, i: Array, dim: int) -> Array:
-    """Rotates the interleaved pairs of the last of `dim` values x[groups, each] by turn_ref[i], cosines and sines."""
+    """Rotates interleaved pairs of the last r of the `dim` values x[groups, each] by turn_ref[i] (cosines, sines)."""
     pairs = turn_ref.shape[2]
 
     def halves(tile):
@@ -119,7 +119,7 @@ def _rotate(x: Array, grid: Grid, turn_ref, i: Array, dim: int) -> Array:
 
 
 def _kernel(*refs, parts: Sequence[CachePart], eps: float, rotated: bool, plan: CompressPlan, target: Target):
-    """Grid (M,); refs: closings, the five of `_Window`, norm, the rotation, all arrays before, and after (the same)."""
+    """Grid (M,). refs: closings, five of `_Window`, norm, rotation if any, all arrays, the same as aliased outputs."""
     closings_ref, *token_refs, norm_ref = refs[:7]
     out_refs = refs[-sum(len(p.arrays) for p in parts) :]
     i, dim = pl.program_id(0), norm_ref.shape[0]
@@ -142,7 +142,7 @@ def _kernel(*refs, parts: Sequence[CachePart], eps: float, rotated: bool, plan: 
 
 
 def _widths(parts: Sequence[CachePart], dim: int) -> list[int]:
-    """Values of an entry that each part holds: the first all that the others leave."""
+    """Number of values of an entry that each part holds; the first part holds the remainder."""
     rest = [part.pages.shape[1] for part in parts[1:]]
     return [dim - sum(rest), *rest]
 
@@ -159,22 +159,22 @@ def compress(
     eps: float,
     plan: CompressPlan | None = None,
 ) -> list[list[Array]]:
-    """`CachePart.arrays` of every part after the entries of `closings` are stored; in place where they are donated.
+    """Stores the entries of `closings` and returns `CachePart.arrays` of every part; in place if they are donated.
 
     Args:
-      parts: what an entry [hd] is stored in, by columns; `CachePart.rows` is None.
+      parts: hold consecutive columns of an entry [hd]; `CachePart.rows` is None.
       closings: int32 [M, 5]: row of the token that closes the window, first row of its request, number of the window,
-        row of the state, slot of the entry (outside [0, slots): nothing is done). No two have one slot.
+        row of the state, slot of the entry. A slot outside [0, slots) skips the window. Slots are distinct.
       tokens: kv and gate, float32 [T, C].
-      state: kv and gate of earlier tokens, float32 [N, S, C], the token at position p at p % S.
+      state: kv and gate of earlier tokens, float32 [N, S, C]; the token at position p is at p % S.
       position_bias: float32 [m, C].
       norm: float32 [hd].
       rotation: float32 [M, 2, r / 2], cosines and sines for the last r values.
-      eps: of the RMSNorm.
-      plan: None for the heuristic one.
+      eps: epsilon of the RMSNorm.
+      plan: None for the heuristic plan.
 
     Raises:
-      NotImplementedError: groups or widths that the kernel does not serve, or arrays of 2**31 elements and more.
+      NotImplementedError: groups or widths that the kernel does not support, or arrays of 2**31 elements and more.
     """
     (kv, gate), (state_kv, state_gate), turns = tokens, state, rotation
     dim, rows, rotated = norm.shape[0], state_kv.shape[1], turns.shape[2] > 0

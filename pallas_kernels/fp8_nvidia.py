@@ -1,6 +1,6 @@
-"""FP8 for NVIDIA's matrix units, as PTX, four codes of a register at a time.
+"""FP8 operands of NVIDIA's tensor cores: PTX on the four codes of a register.
 
-The units multiply e4m3fn. They read a code of e4m3fnuz as exactly twice its value, except +-240, which is NaN there.
+Tensor cores multiply e4m3fn. They read a code of e4m3fnuz as exactly twice its value, except +-240: they read NaN.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ NATIVE = jnp.dtype(jnp.float8_e4m3fn)
 
 
 def saturate(codes: Array, target: Target = HOST) -> Array:
-    """e4m3fn [...] of e4m3fn [...]: codes that are NaN become the largest numbers."""
+    """Replaces the NaN codes of e4m3fn [...] by the largest number of the same sign."""
     if target == HOST:
         codes = jax.lax.bitcast_convert_type(codes, jnp.uint8)
         return jax.lax.bitcast_convert_type(codes - ((codes & 0x7F) == 0x7F).astype(jnp.uint8), NATIVE)
-    # What 0x7F + 1 carries into is the sign bit of its own byte.
+    # 0x7F + 1 carries into the sign bit of the same byte, which then marks a NaN.
     text = (
         "{ .reg .b32 t; and.b32 t, $1, 0x7F7F7F7F; add.u32 t, t, 0x01010101; shr.u32 t, t, 7;"
         " and.b32 t, t, 0x01010101; sub.u32 $0, $1, t; }"
@@ -29,11 +29,11 @@ def saturate(codes: Array, target: Target = HOST) -> Array:
 
 
 def decode_bfloat16(codes: Array, dtype) -> Array:
-    """bfloat16 values of uint8 codes [...] of flavour `dtype`, exact, subnormals included.
+    """Decodes uint8 codes [...] of flavour `dtype` to bfloat16; exact, subnormals included.
 
-    Sign, exponent and mantissa, moved to where a bfloat16 has them, are the value short of a power of two.
+    Sign, exponent and mantissa move to their places in a bfloat16; a power of two then gives the value.
     """
-    # As the sum of a product and -0, which older units than Hopper's have too.
+    # Use fma with -0 instead of mul.bf16x2: Ampere has the fma only.
     power = "0x7B807B80" if jnp.dtype(dtype) == NATIVE else "0x7B007B00"
     pairs = "".join(
         f" prmt.b32 t, 0, $2, {order}; and.b32 s, t, 0x7F007F00; shr.u32 s, s, 4;"
@@ -45,9 +45,9 @@ def decode_bfloat16(codes: Array, dtype) -> Array:
 
 
 def decode_float16(codes: Array, target: Target = HOST) -> Array:
-    """float16 values of e4m3fn [...], exact.
+    """Decodes e4m3fn [...] to float16; exact.
 
-    Pinned: Triton would bring the codes, byte by byte, into the order in which the units read float16.
+    Pinned: Triton would otherwise rearrange the codes, byte by byte, into the layout of float16 operands.
     """
     if target == HOST:
         return codes.astype(jnp.float16)

@@ -1,8 +1,8 @@
-"""Splits n residual streams into what a sub-layer reads and how its output goes back; merges them before the head.
+"""Splits n residual streams into a sub-layer's input and the weights of its output; merges streams before the head.
 
-One program per token, or few: it holds the streams of a token in registers, finds their root mean square, sums them
-with the token's weights and may norm the sum, all in one pass over memory. The mixing matrices of a program's tokens
-are one tile, so that Sinkhorn's iteration moves nothing but registers.
+One program handles one token, or a few. It holds the streams of a token in registers, computes their root mean square,
+sums them with the token's weights and may normalise the sum, all in one pass over memory. The mixing matrices of a
+program's tokens form one tile, so Sinkhorn's iteration stays in registers.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from pallas_kernels.tiles import power_of_two
 
 _TYPES = ("bfloat16", "float32")
 _LOWEST = float(np.finfo(np.float32).min)
-# Values of a token's streams, padded, that fit the registers of a program; and streams whose matrix fits a wave.
+# Limits: a token's padded values fit the registers of a program; a mixing matrix fits a wave.
 MOST_VALUES, MOST_STREAMS = 2**16, 16
 
 
 @dataclasses.dataclass(frozen=True)
 class _Sizes:
-    """Static: tokens T, streams n of width D, parts S of the product, its columns O."""
+    """Static sizes: tokens T, streams n of width D, partial sums S of the product, its columns O."""
 
     tokens: int
     streams: int
@@ -40,13 +40,13 @@ class _Sizes:
     columns: int
 
 
-# --- arithmetic ------------------------------------------------------------------------------------------------------
+# --- arithmetic
 def _sigmoid(x: Array) -> Array:
     return 1.0 / (1.0 + jnp.exp(-x))
 
 
 def _entry(ref, sizes: _Sizes, token: Array, column: int) -> Array:
-    """One entry of the whole product: the sum of its parts."""
+    """One entry of the product, float32 scalar: adds its S partial sums."""
     part = jnp.arange(power_of_two(sizes.parts), dtype=jnp.int32)
     view = ref.at[part * sizes.tokens + token, jnp.full_like(part, column)]
     full = part.shape[0] == sizes.parts
@@ -54,16 +54,17 @@ def _entry(ref, sizes: _Sizes, token: Array, column: int) -> Array:
 
 
 def _entries(ref, sizes: _Sizes, token: Array, column: Array) -> Array:
-    """Entries of the whole product: token and column are tiles."""
-    # Not a tile of parts to sum: what it leaves has its rows in different waves, and so would all that follows.
+    """Entries of the product at the index tiles `token` and `column`: adds S partial sums each."""
+    # Add the partial sums one by one. A reduction over a [parts, ...] tile would spread the rows over waves, for this
+    # tile and all later ones.
     parts = [load(ref.at[part * sizes.tokens + token, column]) for part in range(sizes.parts)]
     return functools.reduce(jnp.add, parts)
 
 
 def _sinkhorn(logits: Array, exists: Array, column: Array, iterations: int, eps: float, target: Target) -> Array:
-    """exp(logits)[b, rows, columns] scaled to rows and columns of sum 1; 0 where not `exists`.
+    """Sinkhorn's normalisation: scales exp(logits)[b, rows, columns] to rows and columns of sum 1; padding is 0.
 
-    Entries of rows that do not exist are finite; `column` tells which columns exist.
+    exists, column: entries and columns that are not padding. Logits of padded rows must be finite.
     """
     total = functools.partial(sum_in_order, target=target)
     logits = jnp.where(column, logits, _LOWEST)
@@ -79,9 +80,9 @@ def _sinkhorn(logits: Array, exists: Array, column: Array, iterations: int, eps:
     return lax.fori_loop(0, iterations - 1, once, by_columns(mixing))
 
 
-# --- kernel ----------------------------------------------------------------------------------------------------------
+# --- kernel
 def _row(refs, sizes: _Sizes, token: Array, eps: float, norm_eps: float, target: Target) -> Array:
-    """Stores what is read of one token; its reciprocal root mean square."""
+    """Stores the sub-layer's input of one token; returns the reciprocal root mean square of its streams."""
     streams_ref, product_ref, base_ref, scale_ref, norm_ref, joined_ref = refs
     n, width = sizes.streams, sizes.width
     column = jnp.arange(power_of_two(width), dtype=jnp.int32)
@@ -109,14 +110,14 @@ def _row(refs, sizes: _Sizes, token: Array, eps: float, norm_eps: float, target:
 
 
 def _matrices(refs, sizes: _Sizes, first: Array, scales: Array, iterations: int, eps: float, target: Target) -> None:
-    """Stores weights of the output and mixing matrices of the tokens from `first` on.
+    """Stores the output weights and mixing matrices of the tokens from `first` on.
 
-    scales: their reciprocal root mean squares [b], of one token a scalar.
+    scales: reciprocal root mean squares of the tokens [b], a scalar for one token.
     """
     product_ref, base_ref, scale_ref, writes_ref, mixing_ref = refs
     n, side = sizes.streams, power_of_two(sizes.streams)
     block = 1 if scales.ndim == 0 else scales.shape[0]
-    # Beyond the last token the last one again: the same bits.
+    # Padding repeats the last token and stores the same bits.
     token = jnp.minimum(first + jnp.arange(block, dtype=jnp.int32), sizes.tokens - 1)
     stream = jnp.arange(side, dtype=jnp.int32)
 
@@ -142,9 +143,9 @@ def _matrices(refs, sizes: _Sizes, first: Array, scales: Array, iterations: int,
 
 
 def _kernel(*refs, sizes: _Sizes, iterations, eps, norm_eps, normed: bool, plan: HyperConnectionPlan, target: Target):
-    """Grid (tokens // plan.tokens,); refs: streams, product, base, scale, norm if there is one, and the results.
+    """Grid (ceil(tokens / plan.tokens),). refs: streams, product, base, scale, norm if given, results.
 
-    Results: joined [T, D]; where there are matrices (iterations is not None) writes [T, n] and mixing [T, n * n].
+    Results: joined [T, D]; with matrices (iterations is not None) also writes [T, n] and mixing [T, n * n].
     """
     if not normed:
         refs = (*refs[:4], None, *refs[4:])
@@ -163,7 +164,7 @@ def _kernel(*refs, sizes: _Sizes, iterations, eps, norm_eps, normed: bool, plan:
         _matrices([*refs[1:4], *refs[6:]], sizes, first, scales, iterations, eps, target)
 
 
-# --- launch ----------------------------------------------------------------------------------------------------------
+# --- launch
 def split(
     streams: Array,
     product: Array,
@@ -176,20 +177,20 @@ def split(
     norm_eps: float,
     plan: HyperConnectionPlan | None = None,
 ) -> list[Array]:
-    """[joined [T, D] in streams.dtype, writes float32 [T, n], mixing float32 [T, n, n]]; without matrices joined alone.
+    """Returns joined [T, D] in streams.dtype and, with matrices, writes float32 [T, n] and mixing float32 [T, n, n].
 
     Args:
       streams: bfloat16 or float32 [T, n, D], T at least 1.
-      product: float32 [S, T, O], whose parts' sum is flat(streams) @ fn; O is n * (n + 2), or n without matrices.
+      product: float32 [S, T, O]; its sum over S is flat(streams) @ fn. O is n * (n + 2), or n without matrices.
       base: float32 [O].
       scale: float32 [3], [1] without matrices.
-      norm: [D], weight of an RMS norm of what is read; None for none.
-      iterations: of Sinkhorn's normalisation; None: only the weighted sum, without matrices.
-      eps, norm_eps: constants of the weights and of the norms.
-      plan: None for the heuristic one.
+      norm: [D], weight of an RMS norm of the weighted sum; None: no norm.
+      iterations: of Sinkhorn's normalisation. None: returns the weighted sum only, without matrices.
+      eps, norm_eps: epsilons of the weights and of the norms.
+      plan: None for the heuristic plan.
 
     Raises:
-      NotImplementedError: types that the kernel does not serve, or more values of a token than its registers hold.
+      NotImplementedError: types that the kernel does not support, or a token with more values than registers hold.
     """
     tokens, n, width = streams.shape
     if streams.dtype.name not in _TYPES:

@@ -2,9 +2,10 @@
 
 Letters: T tokens, H heads, D dimensions, N columns (keys that a token may score), K keys of a block. Contiguous keys: a
 program holds one block of keys and scores it for a few tokens in turn. Paged: a program walks over a few blocks of the
-keys of one token. FP8 keys are read as bytes and decoded exactly to bfloat16; NVIDIA's tensor cores multiply them by
-FP8 queries without decoding (`fp8_nvidia`; +-240 of e4m3fnuz counts as +-224 there, and in interpret mode). Columns
-outside a token's interval are -inf; what was read for them reaches no other column, so garbage is not cleared.
+keys of one token. FP8 keys are loaded as bytes and decoded exactly to bfloat16. If the queries are FP8 too, NVIDIA's
+tensor cores multiply both without decoding. In that case, and in interpret mode, +-240 of e4m3fnuz counts as +-224
+(`fp8_nvidia`). Columns outside a token's interval are -inf. A product never mixes columns, so garbage that was loaded
+for them is not cleared.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ from pallas_kernels.targets import CDNA, Target, by_target
 
 # --- contiguous keys
 class TokenIntervals(NamedTuple):
-    """Columns start..end-1 of tokens, int32; is_seen: whether they hold keys of the program."""
+    """Columns start..end-1 of tokens, int32; is_seen: whether they overlap the program's keys."""
 
     start: Array
     end: Array
@@ -55,7 +56,7 @@ class TokenGroups:
       low: first column of the program's keys.
       first_token: first token.
       count: number of groups.
-      s: what the kernel is compiled for.
+      s: compile-time constants of the kernel.
     """
 
     start_ref: Any
@@ -67,7 +68,7 @@ class TokenGroups:
 
     def find_token(self, group: Array) -> Array:
         """First token of a group."""
-        # The last group may repeat tokens of the one before, with the same results.
+        # The last group may repeat tokens of the previous one, with the same results.
         return jnp.minimum(self.first_token + group * self.s.plan.dot_tokens, self.s.tokens - self.s.plan.dot_tokens)
 
     def load_intervals(self, tokens: Array) -> TokenIntervals:
@@ -76,7 +77,7 @@ class TokenGroups:
         return TokenIntervals(start, end, (start < self.low + self.s.plan.key_block) & (end > self.low) & (end > start))
 
     def find_seen(self) -> tuple[Array, Array]:
-        """From the first group that sees some of the keys to the last one: begin..stop-1."""
+        """Range begin..stop-1 from the first to the last group that sees a key of the program."""
         lane = jnp.arange(self.s.plan.token_block, dtype=jnp.int32)
         group = jnp.minimum(lane // self.s.plan.dot_tokens, self.count - 1)
         is_seen = self.load_intervals(self.find_token(group) + lane % self.s.plan.dot_tokens).is_seen  # [token_block]
@@ -106,7 +107,7 @@ def _ragged_kernel(*refs, s: IndexerSpecialization):
         def score():
             return score_keys(load_queries(named, token, s), keys, scales, inside, s)
 
-        # Loads under a condition are not issued ahead.
+        # Do not skip unseen groups if loads are pipelined: conditional loads are not issued ahead.
         skip = together == 1 and s.plan.num_stages == 1
         scores = jax.lax.cond(is_seen, score, lambda: s.unseen_scores) if skip else score()
         store_rows(named.out, token, columns, scores, s)
@@ -132,10 +133,10 @@ class PagedKeys(NamedTuple):
     """A block of keys that is loaded one step ahead.
 
     Attributes:
-      slot: first slot of the block, or the slots [K].
-      exists: whether the page exists, or the pages [K].
+      slot: first slot of the block, or the slots of all its keys [K].
+      exists: whether the page of the block exists, or the page of each key [K].
       scales: float32 [K, 1] or [1, 1].
-      keys: [K, D padded], or () where the compiler prefetches them.
+      keys: [K, D padded], or () if the compiler prefetches them.
     """
 
     slot: Array
@@ -149,11 +150,11 @@ class KeyBlocks:
     """The blocks of keys of one token that a program walks over, numbered from 0.
 
     Attributes:
-      refs: the kernel's arguments; the first of the others is the page table [requests, pages], int32.
+      refs: the kernel's arguments; `refs.others[0]` is the page table, int32 [requests, pages].
       request: row of the page table.
       first: the program's first block, counted from the token's first key.
       lane: columns of a block [K], from 0 on.
-      s: what the kernel is compiled for.
+      s: compile-time constants of the kernel.
     """
 
     refs: IndexerRefs
@@ -167,9 +168,9 @@ class KeyBlocks:
         return (self.first + i) * self.s.plan.key_block + self.lane
 
     def load_page(self, i: Array | int) -> Array:
-        """Page of block i, or of each of its columns [K]; blocks past the last one read the last one's."""
+        """Loads the page of block i, or the pages of its columns [K]; past the last block, those of the last block."""
         s, page_ref, block = self.s, self.refs.others[0], self.s.plan.key_block
-        # A Python integer is int64 to `div` under jax_enable_x64.
+        # Under jax_enable_x64 `div` takes a Python integer as int64.
         page_size = jnp.int32(s.page_size)
         low = jnp.minimum(self.first + i, -(-s.columns // block) - 1) * block
         if s.page_size % block == 0:
@@ -193,7 +194,7 @@ class KeyBlocks:
         """Loads block i, which lies in `page`."""
         slot, exists = self.find_slots(i, page)
         scales = load_scales(self.refs, self._spread(slot), self.s)
-        # Only what has to be decoded is fetched by hand: the compiler prefetches other keys.
+        # Prefetch keys by hand only if they must be decoded: the compiler prefetches other keys.
         return PagedKeys(slot, exists, scales, self.load_keys(slot) if self.s.is_packed else ())
 
     def _spread(self, slot: Array) -> Array:
@@ -204,11 +205,11 @@ def _score_blocks(blocks: KeyBlocks, token: Array, length: Array, filled: Array)
     """Scores the first `filled` blocks (at least one) of a token that sees `length` keys."""
     refs, s = blocks.refs, blocks.s
     queries: Iterable = load_queries(refs, token, s)
-    # The loop would load them again in every step.
+    # Load the queries before the loop, which would load them again in every step.
     queries = list(queries) if s.plan.key_steps > 1 else queries
 
     def score_block(i, state):
-        # Block i, and the page of the block after it.
+        # loaded: block i. page: the page of block i + 1.
         loaded, page = state
         ahead = blocks.fetch(i + 1, page)
         keys = loaded.keys if s.is_packed else blocks.load_keys(loaded.slot)
@@ -246,7 +247,7 @@ def _paged_kernel(*refs, s: IndexerSpecialization):
 
 # --- launch
 class IndexerOperands(NamedTuple):
-    """q and keys as a kernel multiplies them, flavour of FP8 keys (or None), type of the factors."""
+    """q and keys as a kernel loads them, flavour of FP8 keys (or None), type of both factors of a product."""
 
     q: Array
     keys: Array
@@ -255,14 +256,14 @@ class IndexerOperands(NamedTuple):
 
 
 def _convert_operands(q: Array, keys: Array, dtype: jnp.dtype, target: Target) -> IndexerOperands:
-    """Chooses the type of the products of q[T, H, D] and keys[..., D], whose type is `dtype`."""
+    """Chooses the type in which q[T, H, D] and keys[..., D] are multiplied; `dtype` is the type of the keys."""
     fp8 = jnp.dtype(dtype) if keys.dtype == jnp.uint8 else None
     if q.dtype.itemsize == 1 and (fp8 is None or target in CDNA):
         q = q.astype(jnp.bfloat16)
     float32 = q.dtype == jnp.float32 or keys.dtype == jnp.float32
     compute = NATIVE if q.dtype.itemsize == 1 else jnp.dtype(jnp.float32 if float32 else jnp.bfloat16)
     if compute == NATIVE:
-        # Free: XLA passes the same bytes on.
+        # A bitcast costs nothing: XLA passes the same bytes on.
         q, keys = (jax.lax.bitcast_convert_type(x, NATIVE) for x in (q, keys))
         q = q if fp8 == NATIVE else fp8_nvidia.saturate(q)
     return IndexerOperands(q, keys, fp8, compute)
@@ -273,11 +274,12 @@ class IndexerLaunch:
     """Static arguments of a launch.
 
     Attributes:
-      kernel: body; name: what profilers call it.
+      kernel: its body.
+      name: its name in profilers.
       dtype: type of the keys.
       columns: N.
-      plan: static sizes, None for the heuristic ones.
-      pages: page_size and number of requests, (0, 0) for contiguous keys.
+      plan: None for the heuristic plan.
+      pages: (page size, number of requests); (0, 0) for contiguous keys.
     """
 
     kernel: Callable[..., None]
@@ -288,7 +290,7 @@ class IndexerLaunch:
     pages: tuple[int, int] = (0, 0)
 
     def run(self, target: Target, q: Array, keys: Array, scales: Array | None, weights: Array, *others: Array) -> Array:
-        """float32 [T, N]; others: the kernel's own arguments."""
+        """Launches the kernel: scores float32 [T, N]. others: arguments that only this kernel has."""
         q, keys, fp8, compute = _convert_operands(q, keys, self.dtype, target)
         (tokens, heads, dim), shared, columns = q.shape, self.pages == (0, 0), self.columns
         plan = choose_plan(
@@ -334,7 +336,7 @@ def ragged(
     *,
     plan: IndexerPlan | None = None,
 ) -> Array:
-    """Contiguous keys: row t scores columns starts[t]..ends[t]-1; float32[T, N].
+    """Scores of contiguous keys, float32 [T, N]: row t scores columns starts[t]..ends[t]-1; the others are -inf.
 
     q[T, H, D], keys[N, D] (FP8 as bytes of flavour `dtype`), scales[N] or None, weights[T, H].
     """
@@ -355,7 +357,7 @@ def paged(
     max_length: int,
     plan: IndexerPlan | None = None,
 ) -> Array:
-    """Keys of each token's own request, through the page table: float32[T, max_length].
+    """Scores of the keys of each token's request, found through the page table: float32 [T, max_length].
 
     q[T, H, D], keys[pages, page, D] (FP8 as bytes of flavour `dtype`), scales[pages, page] or None, weights[T, H].
     """

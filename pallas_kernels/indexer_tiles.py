@@ -1,4 +1,4 @@
-"""What both indexer kernels share: what they are compiled for, loads, products, stores.
+"""Shared by both indexer kernels: specialization, loads, products, stores.
 
 Letters: T tokens, H heads, D dimensions, N columns (keys that a token may score), K keys of a block.
 """
@@ -25,17 +25,17 @@ from pallas_kernels.tiles import grid2, power_of_two
 
 @dataclasses.dataclass(frozen=True)
 class IndexerSpecialization:
-    """What an indexer kernel is compiled for.
+    """Compile-time constants of an indexer kernel.
 
     Attributes:
       tokens, heads, dim, columns: T, H, D, N.
-      num_slots: keys that are stored.
+      num_slots: number of stored keys.
       fp8: flavour of the keys, None if they are not FP8.
       compute: type of the factors of a product.
       scaled: whether keys have scales.
       plan: static sizes.
-      target: what the kernel runs on.
-      page_size, num_requests: of paged keys, else 0.
+      target: the machine that the kernel runs on.
+      page_size, num_requests: sizes of paged keys, else 0.
     """
 
     tokens: int
@@ -53,17 +53,17 @@ class IndexerSpecialization:
 
     @property
     def unseen_scores(self) -> Array:
-        """Scores [K, dot_tokens] of keys that the tokens do not see."""
+        """Scores [K, dot_tokens] of keys outside the tokens' intervals: -inf."""
         return jnp.full((self.plan.key_block, self.plan.dot_tokens), -jnp.inf, jnp.float32)
 
     @property
     def is_packed(self) -> bool:
-        """Whether FP8 keys are decoded four at a time, to their values."""
+        """Whether FP8 keys are decoded four at a time, to their full values (`factor` is 1)."""
         return self.fp8 is not None and self.compute == jnp.bfloat16 and self.target not in (HOST, *CDNA)
 
     @property
     def factor(self) -> float:
-        """What sums of products are multiplied by, beside the keys' scales (a power of two)."""
+        """The power of two by which sums of products are multiplied, besides the keys' scales."""
         if self.compute == NATIVE:
             return 1.0 if self.fp8 == NATIVE else 0.25
         return 1.0 if self.fp8 is None or self.is_packed else fp8_bits.power(self.fp8, self.target)
@@ -76,9 +76,9 @@ class IndexerRefs(NamedTuple):
       q: [T * H, D].
       keys: [slots, D].
       weights: float32 [T * H].
-      scales: float32 [slots] or nothing.
+      scales: one float32 [slots], or an empty list.
       out: float32 [T, N].
-      others: what only one of the kernels has.
+      others: arguments that only one of the kernels has.
     """
 
     q: Any
@@ -110,7 +110,7 @@ def head_sums(q: Array, keys: Array, weights: Array, s: IndexerSpecialization) -
         return jnp.sum(jnp.maximum(dot(q, keys), 0.0) * weights[:, None], axis=0)[:, None]
     products = jnp.maximum(dot(keys, q), 0.0) * weights[None, :]
     if s.plan.dot_tokens == 1:
-        # Not reshaped to [K, 1, H]: the sum then goes through shared memory.
+        # Do not reshape to [K, 1, H]: the sum would then go through shared memory.
         return jnp.sum(products, axis=1)[:, None]
     return jnp.sum(products.reshape(keys.shape[0], s.plan.dot_tokens, -1), axis=2)
 
@@ -127,14 +127,14 @@ def score_keys(
 def _padded_dims(s: IndexerSpecialization) -> tuple[Array, bool]:
     """Dimensions [D padded to a power of two] that a tile reads, and whether none is padding."""
     d = jnp.arange(max(32 if s.compute == NATIVE else 16, power_of_two(s.dim)), dtype=jnp.int32)
-    # A select hides from Triton that columns are consecutive, and with it wide loads.
+    # Select only if there is padding: a select hides from Triton that columns are consecutive, so loads are narrow.
     return (d, True) if d.shape[0] == s.dim else (jnp.where(d < s.dim, d, 0), False)
 
 
 def load_keys(key_ref, slots: Array, s: IndexerSpecialization) -> Array:
-    """Keys of slots[K] in the compute dtype, [K, D padded]; to be multiplied by `s.factor`.
+    """Loads keys of slots[K] in the compute dtype, [K, D padded]; the caller multiplies scores by `s.factor`.
 
-    Padding repeats dimension 0: the queries are 0 there.
+    Padding repeats dimension 0. It adds nothing, since padding of the queries is 0.
     """
     keys = load(key_ref.at[grid2(slots, _padded_dims(s)[0])])  # [K, D padded]
     if s.compute == NATIVE:
@@ -168,7 +168,7 @@ def load_scales(refs: IndexerRefs, slots: Array, s: IndexerSpecialization) -> Ar
 
 
 def store_rows(out_ref, token, columns: Array, scores: Array, s: IndexerSpecialization) -> None:
-    """Writes scores[K, dot_tokens] to the rows from `token` on."""
+    """Stores scores[K, dot_tokens] at `columns` [K] of the rows from `token` on."""
     cols, tokens = grid2(columns, token + jnp.arange(s.plan.dot_tokens, dtype=jnp.int32))
     mask = None if s.columns % s.plan.key_block == 0 else cols < s.columns
     store_masked(out_ref, (tokens, cols), scores, mask, s.target)

@@ -1,7 +1,7 @@
-"""Finishes a projection in one launch: norm, rotation, scale and cast of its parts, or FP8 with one scale per head.
+"""Finishes a projection in one launch: norm, rotation, scale and cast of its sections, or FP8 with a scale per head.
 
-One program per token and some heads of one part. A head is one tile: each value is read a second time as the partner of
-its pair, so that both pairings are the same arithmetic and no value moves between lanes.
+One program handles one token and some heads of one section, as one tile. It loads each value a second time as the
+partner of its rotary pair. Both pairings then use the same arithmetic, and no value moves between lanes.
 """
 
 from __future__ import annotations
@@ -33,16 +33,16 @@ _TYPES = ("bfloat16", "float32", "float8_e4m3fn", "float8_e4m3fnuz")
 )
 @dataclasses.dataclass(frozen=True)
 class Section:
-    """Columns of a projection that are finished alike: `heads` heads of `width` columns, one after the other.
+    """Columns of a projection with the same treatment: `heads` heads of `width` columns, one after the other.
 
     Attributes:
       start: first column.
       heads, width: how many heads of how many columns.
-      dtype: of the result; FP8 is quantised with one scale per token and head.
-      weight: float [width] of a norm over each head, None for none.
-      bias: float [width] of a layer norm; None with a weight is an RMS norm.
-      rotated: first of a head's columns that are rotated, None for none.
-      interleaved: whether pairs are neighbours; else the halves of the rotated columns pair up.
+      dtype: type of the result; FP8 is quantised with one scale per token and head.
+      weight: float [width], weight of a norm over each head; None: no norm.
+      bias: float [width], bias of a layer norm; None with a weight: an RMS norm.
+      rotated: first column of a head that is rotated; None: no rotation.
+      interleaved: True pairs neighbouring columns, False pairs the two halves of the rotated columns.
       scale: multiplies the result.
       factor: float32 [T, heads], multiplies the scales of an FP8 result; None for 1.
     """
@@ -69,9 +69,9 @@ class Section:
         return self.heads * self.width
 
 
-# --- kernel ----------------------------------------------------------------------------------------------------------
+# --- kernel
 class _Tile:
-    """Some heads of one part of a token, [heads, columns], both padded to powers of two."""
+    """Some heads of one section of a token, [heads, columns], both axes padded to powers of two."""
 
     def __init__(self, part: Section, token: Array, block: Array, size: int, target: Target):
         shape = (size, power_of_two(part.width))
@@ -81,28 +81,28 @@ class _Tile:
         self.token = jnp.full(shape, token)
         self.head = jnp.broadcast_to(self.heads[:, None], shape)
         self.column = jnp.broadcast_to(column[None, :], shape)
-        # Padded heads are the program's last ones; padded columns those of each head.
+        # Padding comes last: after the heads of the section, and after the columns of each head.
         inside = [self.head < part.heads] if part.heads % size else []
         inside += [self.column < part.width] if part.width != shape[1] else []
         self.exists = functools.reduce(jnp.logical_and, inside) if inside else None
 
     def load(self, ref, *at: Array) -> Array:
-        """float32 of a reference; zeros where padded."""
+        """Loads ref[*at] as float32; padding is 0."""
         view = ref.at[at]
         return (load(view) if self.exists is None else load(view, mask=self.exists, other=0)).astype(jnp.float32)
 
     def read(self, ref, column: Array) -> Array:
-        """Values of the projection in other columns of the same heads."""
+        """Loads columns `column` of the tile's heads from the projection `ref`, as float32."""
         return self.load(ref, self.token, self.part.start + self.head * self.part.width + column)
 
     def store(self, ref, values: Array) -> None:
-        """Writes the tile's values where they exist."""
+        """Stores the tile's values without padding."""
         at = self.head * self.part.width + self.column
         store_masked(ref, (self.token, at), values, self.exists, self.target)
 
 
 def _norm(tile: _Tile, x: Array, weight_ref: Any, bias_ref: Any, eps: float):
-    """(values, columns) -> normalised values, by the statistics of the heads x."""
+    """Returns a function (values, columns) -> normalised values; mean and variance are those of x[heads, columns]."""
     part = tile.part
     mean = jnp.zeros((x.shape[0], 1), jnp.float32)
     if bias_ref is not None:
@@ -118,7 +118,7 @@ def _norm(tile: _Tile, x: Array, weight_ref: Any, bias_ref: Any, eps: float):
 
 
 def _partners(tile: _Tile, first: int, pairs: int) -> tuple[Array, Array, Array, Array]:
-    """Of every column: whether it is rotated, its partner, the number of its pair, whether it is the second of it."""
+    """Per column: is it rotated, its partner column, the number of its pair, is it the second of its pair."""
     at = tile.column - first
     inside = (at >= 0) & (at < 2 * pairs)
     if tile.part.interleaved:
@@ -131,7 +131,7 @@ def _partners(tile: _Tile, first: int, pairs: int) -> tuple[Array, Array, Array,
 
 
 def _finish(tile: _Tile, x_ref, cos_ref, sin_ref, weight_ref, bias_ref, eps: float) -> Array:
-    """float32 values of a tile: normalised, rotated, scaled."""
+    """Loads a tile and normalises, rotates and scales it, float32."""
     part = tile.part
     values = tile.read(x_ref, tile.column)
     norm = None if weight_ref is None else _norm(tile, values, weight_ref, bias_ref, eps)
@@ -158,13 +158,13 @@ def _store(tile: _Tile, values: Array, out_refs: Sequence[Any], factor_ref: Any)
     head, exists = tile.heads, tile.heads < part.heads
     token, mask = jnp.full_like(head, tile.row), exists if part.heads % head.shape[0] else None
     if factor_ref is not None:
-        # Heads that do not exist repeat the last one's: nothing of theirs is stored.
+        # Padded heads load the last head's factor; their results are not stored.
         scales = scales * load(factor_ref.at[token, jnp.minimum(head, part.heads - 1)])
     store_masked(out_refs[1], (token, head), scales, mask, tile.target)
 
 
 def _kernel(*refs, parts: Sequence[Section], eps: float, plan: NormRopePlan, target: Target):
-    """Grid (T, programs of all parts); refs: x, cos and sin if any part is rotated, each part's arrays, the results."""
+    """Grid (T, programs of all sections). refs: x, cos and sin if any rotates, arrays of each section, results."""
     token, program = pl.program_id(0), pl.program_id(1)
     x_ref, *left = refs
     rotates = any(p.rotated is not None for p in parts)
@@ -184,7 +184,7 @@ def _kernel(*refs, parts: Sequence[Section], eps: float, plan: NormRopePlan, tar
         first += count
 
 
-# --- launch ----------------------------------------------------------------------------------------------------------
+# --- launch
 def _shapes(part: Section, tokens: int) -> list[jax.ShapeDtypeStruct]:
     dtype = jnp.uint8 if part.quantized else jnp.dtype(part.dtype)
     out = [jax.ShapeDtypeStruct((tokens, part.columns), dtype)]
@@ -194,12 +194,15 @@ def _shapes(part: Section, tokens: int) -> list[jax.ShapeDtypeStruct]:
 def norm_rope(
     x: Array, parts: Sequence[Section], cos: Array, sin: Array, *, eps: float, plan: NormRopePlan | None = None
 ) -> list[list[Array]]:
-    """Each part of x[T, W] finished: [values [T, heads * width]], FP8 as [bytes, float32 scales [T, heads]].
+    """Finishes each section of x[T, W]: norm, rotation, scale and cast.
 
-    x bfloat16 or float32; cos and sin float32 [T, pairs]. T at least 1, parts at least one.
+    x is bfloat16 or float32; cos and sin are float32 [T, pairs]. T is at least 1, and there is at least one section.
+
+    Returns:
+      A list per section: [values [T, heads * width]], for FP8 [bytes, float32 scales [T, heads]].
 
     Raises:
-      NotImplementedError: types that the kernel does not serve.
+      NotImplementedError: types that the kernel does not support.
     """
     for dtype in (x.dtype.name, *(p.dtype for p in parts)):
         if dtype not in _TYPES:

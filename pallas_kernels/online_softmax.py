@@ -1,6 +1,6 @@
-"""The softmax of attention kernels: a running maximum and sum over key blocks, and sinks.
+"""Online softmax of the attention kernels: a running maximum and sum over key blocks, and sinks.
 
-Scores are kept in base 2; lse leaves in base e.
+Scores are in base 2; lse is in base e.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ import jax.numpy as jnp
 from jax import Array
 
 LOG2E = math.log2(math.e)
-# Scores of keys that are not there; finite, so that differences of two of them are not NaN.
+# Score of a masked key. It is finite, so that the difference of two such scores is not NaN.
 NONE = -1e30
 
 
 def dot(a: Array, b: Array, contract_b: int) -> Array:
-    """float32 product of a[M, K] with b[N, K] (contract_b 1) or b[K, N] (0); float32 operands at full precision."""
+    """float32 [M, N]: product of a[M, K] and b[N, K] (contract_b 1) or b[K, N] (0); float32 at full precision."""
     return jax.lax.dot_general(
         a,
         b,
@@ -28,7 +28,7 @@ def dot(a: Array, b: Array, contract_b: int) -> Array:
 
 
 def softmax_step(top: Array, total: Array, scores: Array, valid: Array) -> tuple[Array, Array, Array, Array]:
-    """Online softmax, base 2: (new top[H], new total[H], what kept sums are multiplied by [H], probabilities[H, K])."""
+    """A step of online softmax, base 2: (new top[H], new total[H], factor of sums so far [H], probabilities[H, K])."""
     scores = jnp.where(valid[None, :], scores, NONE)
     new = jnp.maximum(top, jnp.max(scores, axis=1))
     probabilities = jnp.where(valid[None, :], jnp.exp2(scores - new[:, None]), 0.0)
@@ -37,5 +37,5 @@ def softmax_step(top: Array, total: Array, scores: Array, valid: Array) -> tuple
 
 
 def sink_share(lse: Array, sinks: Array) -> Array:
-    """What a sink leaves of the output: exp(lse) / (exp(lse) + exp(sink)), 0 for an empty row."""
+    """Factor of the output with a sink: exp(lse) / (exp(lse) + exp(sink)), 0 for an empty row."""
     return jnp.where(lse == -jnp.inf, 0.0, 1.0 / (1.0 + jnp.exp(sinks - lse)))

@@ -1,7 +1,8 @@
-"""Products of groups of attention heads with a matrix per group, whose inputs are turned back on their way into it.
+"""Output projection by groups: undoes the rotation of attention's output and multiplies each group by its matrix.
 
-A tiled matrix product, one program per group, block of tokens and block of columns. It walks over the last values of
-all heads of its group, which carry a rotation and are turned back in registers, and then over the others.
+A tiled matrix product with one program per group, block of tokens and block of columns. The last values of a head are
+rotated. The program first walks over the ends of all heads of its group and undoes the rotation in registers. Then it
+walks over all other values.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from pallas_kernels.tiles import power_of_two
 
 
 def _masked(ref, rows: Array, columns: Array, inside: Array | None) -> Array:
-    """ref at rows and columns; zeros where not `inside`."""
+    """Loads ref[rows, columns]; 0 where `inside` is False."""
     rows, columns = jnp.broadcast_arrays(rows, columns)
     if inside is None:
         return load(ref.at[rows, columns])
@@ -30,7 +31,7 @@ def _masked(ref, rows: Array, columns: Array, inside: Array | None) -> Array:
 
 
 class _Product:
-    """What one program reads: `width` values of each of `heads` heads of its tokens, and the rows of its group."""
+    """The loads of one program: `width` values of each of `heads` heads of its tokens, and weights of its group."""
 
     def __init__(self, x_ref, w_ref, token: Array, column: Array, heads: int, width: int):
         self.x_ref, self.w_ref, self.token, self.column = x_ref, w_ref, token[:, None], column[None, :]
@@ -38,18 +39,18 @@ class _Product:
         self.group = pl.program_id(2) * (heads * width)
 
     def weights(self, first: Array, size: int, count: int) -> Array:
-        """Rows of values first.. of the group, [size, columns]; zeros from `count` on."""
+        """Loads weight rows first..first+size-1 of the group, [size, columns]; rows from `count` on are 0."""
         row = jnp.arange(size, dtype=jnp.int32)[:, None]
         return _masked(self.w_ref, self.group + first + row, self.column, None if size == count else row < count)
 
     def values(self, first: Array, at: Array, count: int) -> Array:
-        """Values first + at of the group, [tokens, len(at)]; zeros where at is not below `count`."""
+        """Loads values first + at of the group, [tokens, len(at)]; 0 where at >= count."""
         at = at[None, :]
         return _masked(self.x_ref, self.token, self.group + first + at, None if at.shape[1] == count else at < count)
 
 
 def _turned(product: _Product, first: Array, cos: Array, sin: Array, count: int) -> Array:
-    """[tokens, R]: `count` values from `first` on, their interleaved pairs turned back; cos, sin: [tokens, R / 2]."""
+    """Loads `count` values from `first` on and rotates their pairs back, [tokens, R]; cos, sin: [tokens, R / 2]."""
     tokens, pairs = cos.shape
     x = product.values(first, jnp.arange(2 * pairs, dtype=jnp.int32), count).astype(jnp.float32)
     even, odd = jnp.unstack(x.reshape(tokens, pairs, 2), axis=2)
@@ -58,14 +59,14 @@ def _turned(product: _Product, first: Array, cos: Array, sin: Array, count: int)
 
 
 def _kernel(x_ref, w_ref, cos_ref, sin_ref, out_ref, *, heads: int, width: int, plan: ProjectionPlan, target: Target):
-    """Grid (blocks of tokens, of columns, groups); x [T, H * d], w [g * I, O], cos, sin [T, r / 2], out [T, g * O]."""
+    """Grid (token blocks, column blocks, groups); x [T, H * d], w [g * I, O], cos, sin [T, r / 2], out [T, g * O]."""
     tokens, columns, rotated = x_ref.shape[0], w_ref.shape[1], 2 * cos_ref.shape[1]
     kept = width - rotated
     token = pl.program_id(0) * plan.tokens + jnp.arange(plan.tokens, dtype=jnp.int32)
     column = pl.program_id(1) * plan.columns + jnp.arange(plan.columns, dtype=jnp.int32)
-    # Beyond the end the last one again: rows and columns of a product do not see each other.
+    # Padding repeats the last token and column: the rows and columns of a product are independent.
     here = jnp.minimum(token, tokens - 1)
-    # A minimum hides that columns are consecutive, and with it wide loads.
+    # Take the minimum only if there is padding: it hides that columns are consecutive, so loads are narrow.
     there = column if columns % plan.columns == 0 else jnp.minimum(column, columns - 1)
     product = _Product(x_ref, w_ref, here, there, heads, width)
     dot = functools.partial(jnp.dot, precision=lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
@@ -91,7 +92,7 @@ def _kernel(x_ref, w_ref, cos_ref, sin_ref, out_ref, *, heads: int, width: int, 
         first += rest
         return total + dot(_turned(product, first, cos, sin, rotated), product.weights(first, turn, rotated))
 
-    # Two loops, and not one within another: the loads of a loop start and end with it.
+    # Use two loops in sequence, not nested ones: the load pipeline of an inner loop would start anew for each head.
     total = lax.fori_loop(0, heads, ends, jnp.zeros((plan.tokens, plan.columns), jnp.float32))
     if whole:
         total = lax.fori_loop(0, heads * whole, steps, total)
@@ -105,16 +106,16 @@ def _kernel(x_ref, w_ref, cos_ref, sin_ref, out_ref, *, heads: int, width: int, 
 def rotated_projection(
     out: Array, weight: Array, cos: Array, sin: Array, *, plan: ProjectionPlan | None = None
 ) -> Array:
-    """[T, g, O] in out.dtype: `out` with its last values turned back, by group, times the group's matrix.
+    """Rotates the last values of `out` back and multiplies each group by its matrix: [T, g, O] in out.dtype.
 
     Args:
       out: bfloat16 or float32 [T, H, d], T at least 1.
       weight: [g, H // g * d, O] of the same type.
-      cos, sin: float32 [T, r / 2], r at least 2, of the angles by which the last r values of a head were turned.
-      plan: None for the heuristic one.
+      cos, sin: float32 [T, r / 2], r at least 2, of the angles by which the last r values of a head are rotated.
+      plan: None for the heuristic plan.
 
     Raises:
-      NotImplementedError: types that the kernel does not serve, nothing to turn, or arrays of 2**31 elements and more.
+      NotImplementedError: types that the kernel does not support, no rotation, or arrays of 2**31 elements and more.
     """
     tokens, heads, width = out.shape
     groups, inner, columns = weight.shape

@@ -1,8 +1,8 @@
-"""What a machine is: the GPUs that kernels are made for, and which of them a program is lowered for.
+"""The machines that kernels support, and the choice of one when a program is lowered.
 
-Block sizes, waves, FP8 types and instructions depend on the machine, and everything that is known of a machine stands
-here. A GPU that no kernel was made for raises NotImplementedError: an operator then takes its XLA body, and
-`python -m sparse_mla_jax info` says why.
+Block sizes, waves, FP8 types and instructions depend on the machine. This file holds all facts about machines. A GPU
+that the kernels do not support raises NotImplementedError: operators then fall back to their XLA body, and
+`python -m sparse_mla_jax info` prints the reason.
 """
 
 from __future__ import annotations
@@ -18,21 +18,21 @@ import jax
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """A machine that kernels are made for.
+    """A machine that kernels support.
 
     Attributes:
-      name: what plans and tables call it.
-      platform: JAX's name of the platform that programs are lowered for.
-      product: what it is sold as.
-      wave: lanes that execute one instruction together (a warp of NVIDIA's).
-      units: compute units (multiprocessors).
+      name: its name in plans and tables.
+      platform: JAX's name of its platform.
+      product: its product name.
+      wave: lanes that execute one instruction together (NVIDIA: a warp).
+      units: number of compute units (NVIDIA: multiprocessors).
       simds: vector units of a compute unit.
-      lds_bytes: LDS (shared memory) that a workgroup may have.
-      bandwidth: of memory at its peak, bytes a second.
-      clock: of the engine at its peak, Hz.
-      programs: programs in flight that fill it; splitting work beyond that can only add merging.
-      native_fp8: the FP8 type that its matrix instructions read, None where there are none.
-      conversions: FP8 types that one instruction converts, with the power of two that the result is short of.
+      lds_bytes: LDS (shared memory) that a workgroup may use.
+      bandwidth: peak memory bandwidth, bytes per second.
+      clock: peak engine clock, Hz.
+      programs: programs in flight that fill the machine; more splits than that only add merging.
+      native_fp8: the FP8 type that its tensor cores multiply, None if they multiply none.
+      conversions: FP8 types that one instruction converts, each with the power of two to multiply the result by.
     """
 
     name: str
@@ -49,9 +49,9 @@ class Target:
     conversions: tuple[tuple[str, float], ...] = ()
 
 
-# Interpret mode on a CPU. It has no waves; plans for it are those of a wave of 32.
+# Interpret mode on a CPU. It has no waves; its plans are those of a wave of 32.
 HOST = Target("cpu", "cpu", "CPU", wave=32, units=1, simds=1, lds_bytes=0, bandwidth=0.0, clock=0.0)
-# AMD's data sheets of MI300X and MI355X. gfx950 does not convert e4m3fnuz: its own conversion reads +-240 as NaN.
+# Figures from AMD's data sheets. gfx950 does not list e4m3fnuz: its conversion instruction reads +-240 as NaN.
 GFX942 = Target(
     "gfx942",
     "rocm",
@@ -78,7 +78,7 @@ GFX950 = Target(
     native_fp8="float8_e4m3fn",
     conversions=(("float8_e4m3fn", 1.0),),
 )
-# Hopper, on which the kernels were timed, and data-center Blackwell, which has its instructions and shared memory.
+# Hopper, where the kernels were timed, and data-center Blackwell, which has Hopper's instructions and shared memory.
 NVIDIA = Target(
     "nvidia",
     "cuda",
@@ -93,10 +93,10 @@ NVIDIA = Target(
 )
 CDNA = (GFX942, GFX950)
 TARGETS = (HOST, *CDNA, NVIDIA)
-# What a release before called NVIDIA.
+# Names of NVIDIA in an earlier release.
 _ALIASES = {"gpu": NVIDIA, "cuda": NVIDIA}
 
-# NVIDIA's compute capabilities, by major number, and product names of such GPUs where that is all that is known.
+# Major compute capabilities of supported NVIDIA GPUs, and product names of GPUs that report no capability.
 _CAPABILITIES = (9, 10)
 _PRODUCTS = re.compile(r"\b(GH200|GB[23]00|H(20|100|200|800)|B[123]00)\b")
 _AMD_PRODUCTS = {"MI300": GFX942, "MI325": GFX942, "MI350": GFX950, "MI355": GFX950}
@@ -108,18 +108,18 @@ class Executor(Protocol):
     arch: str
 
     def call(self, kernel_call: Callable, arrays: Any, out_shape: Any) -> Any:
-        """What `kernel_call` returns for these arrays."""
+        """Runs `kernel_call` on `arrays` and returns its results."""
 
 
-# The executor that is active: part of every jit cache key.
+# Overrides interpret mode on CPU: the CDNA interpreter, when active. Part of every jit cache key.
 executor = jax.make_user_context(None)
 
 
 def find(target: Target | str) -> Target:
-    """The target of that name; a Target is returned as it is.
+    """The target of that name; returns a Target unchanged.
 
     Raises:
-      ValueError: there is none.
+      ValueError: no target has that name.
     """
     if isinstance(target, Target):
         return target
@@ -133,10 +133,10 @@ def target_of(device: Any) -> Target:
     """The target of a GPU: a jax.Device, or a jax.sharding.AbstractDevice, whose `device_kind` may be an architecture.
 
     Raises:
-      NotImplementedError: no kernel was made for it.
+      NotImplementedError: the kernels do not support it.
     """
     kind = str(device.device_kind)
-    # A real device tells its architecture ("gfx942:sramecc+:xnack-", "9.0"), an abstract one its kind alone.
+    # A real device reports its architecture ("gfx942:sramecc+:xnack-", "9.0"), an abstract one only its kind.
     architecture = str(getattr(device, "compute_capability", "") or "")
     if gfx := re.search(r"gfx[0-9a-f]+\b", f"{architecture} {kind}"):
         found = next((t for t in CDNA if t.name == gfx[0]), None)
@@ -154,7 +154,7 @@ def target_of(device: Any) -> Target:
 
 
 def traced_gpu() -> Any:
-    """The GPU that is traced for: that of the abstract mesh, else the first device here; None where none is known."""
+    """The GPU to trace for: that of the abstract mesh, else the first device; None if that is a CPU."""
     abstract = jax.sharding.get_abstract_mesh().abstract_device
     if abstract is not None and abstract.platform != "cpu":
         return abstract
@@ -163,13 +163,13 @@ def traced_gpu() -> Any:
 
 
 def by_target(body: Callable[..., Any], *args: Any) -> Any:
-    """`body(target, *args)` for what the program is lowered for; args are pytrees of arrays.
+    """Runs `body(target, *args)` for the machine that the program is lowered for; args are pytrees of arrays.
 
-    `body` is traced for the host (interpret mode) and for the GPU that is traced for, and the lowering keeps one. On a
-    CPU host that names no GPU it is the host or an NVIDIA GPU; name a GPU by `jax.sharding.use_abstract_mesh`.
+    `body` is traced for the host (interpret mode) and for one GPU (`traced_gpu`); the lowering keeps one of the two. On
+    a CPU host that GPU is an NVIDIA GPU, unless `jax.sharding.use_abstract_mesh` names another.
 
     Raises:
-      NotImplementedError: no kernel was made for that GPU.
+      NotImplementedError: the kernels do not support that GPU.
     """
     chosen = executor.value
     if chosen is not None:

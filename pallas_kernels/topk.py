@@ -5,11 +5,11 @@ Floats become int32 keys of the same order. There are three ways to select, and 
 - In registers: a row of one block is read once. Bisection finds its k-th largest key; each step is one count.
 - By groups: a longer row is read twice. The first pass keeps the maxima of groups of columns. At least k maxima, so at
   least k columns, reach the k-th largest maximum. The second pass marks the columns that reach it, one bit each. They
-  are few more than k; they are listed in order, and k of them are selected as in a short row.
+  are slightly more than k. They are listed in order, and k of them are selected as in a short row.
 - By counting: any row. Each step of the bisection reads the row again, until the threshold is exact. This is also the
-  fallback where too many columns reach the estimate (equal or periodic scores).
+  fallback if too many columns reach the estimate (equal or periodic scores).
 
-No atomics, so there is no order to depend on. `topk_row` reads the rows and keeps the marks.
+The kernel uses no atomics, so results do not depend on any order of execution. `topk_row` loads rows and keeps marks.
 """
 
 from __future__ import annotations
@@ -68,10 +68,10 @@ class Bisection(NamedTuple):
 
 
 def _narrow(count: Callable, k: int, guess: Array | None, state: Bisection) -> Bisection:
-    """One step: two thresholds within low..high are counted."""
+    """One step of the search: counts the keys that reach two thresholds between low and high."""
     low, high, reached, above, steps = state
     distance = high - low
-    # About a third, without sign: it may be as much as 2**32.
+    # About a third (1/4 + 1/16), by logical shifts: the distance may be as large as 2**32.
     third = sum(lax.shift_right_logical(distance, jnp.int32(bits)) for bits in (2, 4))
     third = jnp.maximum(third, 1)
     a, b = low + third, high - third
@@ -95,14 +95,14 @@ def find_threshold(
     """The largest threshold that at least k keys reach, or one that at most `enough` (k if None) reach.
 
     Args:
-      count: (low, high) -> how many keys reach each of these thresholds; all keys reach that of -inf.
+      count: (low, high) -> how many keys reach each of these thresholds; all keys reach the key of -inf.
       k: how many keys are wanted.
       high: a threshold that fewer than k keys reach.
       enough: ends the search early.
       guess: probably the answer.
 
     Returns:
-      The threshold, and how many keys that equal it are wanted beside all above it: INT32_MAX where all are.
+      The threshold, and how many of the keys equal to it to take besides all keys above it; INT32_MAX: all.
     """
     enough = k if enough is None else enough
 
@@ -116,7 +116,7 @@ def find_threshold(
 
 def count_reaching(keys: Tile, low: Array, high: Array) -> tuple[Array, Array]:
     """How many of fewer than 2**15 keys are at or above each of two thresholds; low <= high."""
-    # Two counts in one sum.
+    # Pack two counts into one sum.
     both = sum_tile(
         map_tiles(lambda key: jnp.where(key >= high, 2**16 + 1, jnp.where(key >= low, jnp.int32(1), 0)), keys)
     )
@@ -130,26 +130,26 @@ def estimate_threshold(row: Row) -> Array:
     def update_maxima(maxima, _, scores):
         for i, x in enumerate(scores):
             at = i % len(maxima)
-            # NaN loses.
+            # NaN never becomes a maximum: the comparison is False.
             maxima = (*maxima[:at], jnp.where(x > maxima[at], x, maxima[at]), *maxima[at + 1 :])
         return maxima
 
     # groups / step arrays [step]
     lowest = (jnp.full((s.step,), -jnp.inf, jnp.float32),) * (s.plan.groups // s.step)
     maxima = map_tiles(monotone_keys, row.fold_blocks(update_maxima, lowest, s.plan.unroll))
-    # A threshold that some more reach is as good, and found in fewer steps.
+    # Stop early: a threshold that slightly more than k maxima reach is as good, and takes fewer steps.
     count = functools.partial(count_reaching, maxima)
     return find_threshold(count, s.k, max_tile(maxima) + 1, enough=s.k + s.k // 16)[0]
 
 
 # --- ways to select
 def write_largest(row: Row, out_ref: Any, keys: Tile, columns: Tile) -> None:
-    """Writes the columns of the k largest of more than k keys, arrays [lanes]; neighbours belong to one lane."""
+    """Writes the columns of the k largest of more than k keys, arrays [lanes]; a lane holds neighbouring columns."""
     s = row.s
     threshold, max_ties = find_threshold(functools.partial(count_reaching, keys), s.k, max_tile(keys) + 1)
     equal = map_tiles(lambda key: (key == threshold).astype(jnp.int32), keys)
     above = map_tiles(lambda key: (key > threshold).astype(jnp.int32), keys)
-    # Two counts below 2**16 in one running sum.
+    # Pack two counts below 2**16 into one running sum.
     packed = sum_before(add_all(above) + (add_all(equal) << 16))
     ranks, ties = packed & 0xFFFF, packed >> 16
     for column, is_above, is_equal in zip(columns, above, equal):
@@ -188,7 +188,8 @@ def select_by_groups(row: Row, marks: Marks, list_ref: Any, out_ref: Any) -> Non
     row.fold_blocks(mark_block, jnp.int32(0), plan.unroll)
     barrier(target)
     found = marks.unmark(list_column, plan.groups)
-    # NaN equals -inf, which no comparison of floats says; if they flush subnormals, more columns reach the score.
+    # An estimate of -inf is not usable: NaN counts as -inf, but x >= -inf is False for it. Comparisons that flush
+    # subnormals let more columns reach the score; `found` counts them.
     usable = (estimate > -INFINITY) & (found >= row.s.k) & (found <= plan.groups)
     lax.cond(
         usable,

@@ -1,7 +1,7 @@
-"""One row of scores as the top-k kernel sees it: read by blocks, its columns marked, the marked columns listed.
+"""One row of scores in the top-k kernel: reads it by blocks, marks columns, and lists the marked columns.
 
 Letters: R rows, N columns of a row. A program has plan.lanes lanes; a block is plan.block columns, and a step
-NEIGHBOURS * plan.lanes of them. The pieces run in any kernel that `pallas_kernels._call.call` starts, so also in
+NEIGHBOURS * plan.lanes of them. All functions run in any kernel that `pallas_kernels._call.call` starts, also in
 interpret mode in a notebook.
 """
 
@@ -20,10 +20,10 @@ from pallas_kernels._call import load, store
 from pallas_kernels.plans.topk import TopKPlan
 from pallas_kernels.targets import Target
 
-# The key of columns outside of the interval: below all others.
+# The key of columns outside the interval. It is below all other keys.
 OUTSIDE = -(2**31)
 INFINITY = 0x7F800000
-# Columns whose marks share a byte; a lane reads as many scores with one instruction.
+# Columns whose marks share a byte. A lane also loads this many scores with one instruction.
 NEIGHBOURS = 4
 
 # A block in registers: arrays with one element per lane.
@@ -34,9 +34,9 @@ Tile = tuple[Array, ...]
 def monotone_keys(scores: Array) -> Array:
     """int32 keys in the order of float32 `scores`: NaN as -inf, -0.0 as 0.0, subnormals kept apart; never INT32_MIN."""
     bits = lax.bitcast_convert_type(scores, jnp.int32)
-    # On bits, since float comparisons may flush subnormals to zero.
+    # Compare bits: float comparisons may flush subnormals to zero.
     bits = jnp.where((bits & 0x7FFFFFFF) > INFINITY, jnp.int32(-(2**23)), bits)
-    # Sign and magnitude become two's complement, in which both zeros are one.
+    # Convert sign and magnitude to two's complement, where both zeros are the same.
     return jnp.where(bits < 0, jnp.int32(OUTSIDE) - bits, bits)
 
 
@@ -82,14 +82,14 @@ def sum_before(counts: Array) -> Array:
 # --- row
 @dataclasses.dataclass(frozen=True)
 class TopKSpecialization:
-    """What a top-k kernel is compiled for.
+    """Compile-time constants of a top-k kernel.
 
     Attributes:
       columns: columns of a row.
       k: columns to select.
-      has_starts, has_lengths: whether rows bring these bounds of their interval.
+      has_starts, has_lengths: whether the caller gives these bounds of the interval of each row.
       plan: static sizes.
-      target: what the kernel runs on.
+      target: the machine that the kernel runs on.
     """
 
     columns: int
@@ -111,10 +111,10 @@ class RowBounds(NamedTuple):
     Attributes:
       start, end: columns start..end-1.
       lanes: index of each lane [lanes].
-      head: columns of the block of `start` before it.
-      tail: columns of the block of `end` before it.
-      inner, inner_stop: blocks inner..inner_stop-1 lie inside.
-      first, stop: blocks first..stop-1 hold some of it.
+      head: number of columns before `start` in its block.
+      tail: number of columns before `end` in its block.
+      inner, inner_stop: blocks inner..inner_stop-1 lie entirely inside.
+      first, stop: blocks first..stop-1 overlap the interval.
     """
 
     start: Array
@@ -145,7 +145,7 @@ class Row:
       scores_ref: float32 [R, N].
       index: the row.
       bounds: the interval of it that may be selected.
-      s: what the kernel is compiled for.
+      s: compile-time constants of the kernel.
     """
 
     scores_ref: Any
@@ -157,7 +157,7 @@ class Row:
     def of_program(cls, scores_ref: Any, bound_refs: Sequence[Any], s: TopKSpecialization) -> Row:
         """The row of this program; bound_refs: int32 [R] starts and lengths, as many of them as `s` has."""
         index = pl.program_id(0)
-        # Clamped here, not before the launch, which would be a kernel more.
+        # Clamp here: clamping before the launch would need one more kernel.
         start = jnp.clip(bound_refs[0][index], 0, s.columns) if s.has_starts else jnp.int32(0)
         room = s.columns - start
         end = start + (jnp.clip(bound_refs[-1][index], 0, room) if s.has_lengths else room)
@@ -175,7 +175,7 @@ class Row:
     def read(self, block: Array | int, *, masked: bool, width: int | None = None) -> Tile:
         """Scores of a block in arrays [width], by default [step].
 
-        masked: columns outside of the interval are not read and give NaN; else all must be inside.
+        masked: columns outside the interval are not loaded and give NaN. If False, all columns must be inside.
         """
         tile = self.columns_of(block, width or self.s.step)
         if masked:
@@ -188,7 +188,7 @@ class Row:
     def fold_blocks(self, body: Callable, carry: Any, unroll: int = 1) -> Any:
         """Folds body(carry, block, scores) over the blocks of the interval, in any order.
 
-        scores: a tile of arrays [step]. unroll: blocks that are read before the first of them is waited for.
+        scores: a tile of arrays [step]. unroll: blocks whose loads are issued before the first is waited for.
         """
         head, tail, first_inner, stop = self.bounds.head, self.bounds.tail, self.bounds.inner, self.bounds.inner_stop
 
@@ -199,7 +199,7 @@ class Row:
         def visit(n, first):
             def advance(i, carry):
                 blocks = [first + i * n + j for j in range(n)]
-                # All in flight before the first is waited for.
+                # Issue all loads before waiting for the first.
                 scores = [self.read(block, masked=False) for block in blocks]
                 for block, x in zip(blocks, scores):
                     carry = body(carry, block, x)
@@ -207,7 +207,7 @@ class Row:
 
             return advance
 
-        # The head counts as an edge, and the tail if it is another block: an interval within one block is its head.
+        # Edges are the head and, if it is another block, the tail. An interval within one block is one edge.
         edges = (head == 0).astype(jnp.int32), 1 + ((tail != 0) & (first_inner <= stop)).astype(jnp.int32)
         carry = lax.fori_loop(*edges, visit_edge, carry)
         steps = jnp.maximum(stop - first_inner, 0) // unroll
@@ -218,7 +218,7 @@ class Row:
         return lax.fori_loop(jnp.int32(0), stop - first, visit(1, first), carry)
 
     def to_keys(self, columns: Array, scores: Array) -> Array:
-        """int32 keys of the scores of columns; OUTSIDE for those outside of the interval."""
+        """int32 keys of the scores of `columns`; OUTSIDE for columns outside the interval."""
         return jnp.where(self.is_inside(columns), monotone_keys(scores), jnp.int32(OUTSIDE))
 
     def keys_of(self, block: Array, scores: Tile) -> Tile:
@@ -250,7 +250,7 @@ def pack_words(marks: Tile, shift: int) -> list[Array]:
 
 
 class MarkedColumns(NamedTuple):
-    """Columns that a lane has still to list.
+    """Columns that a lane must still list.
 
     Attributes:
       sure, ties: a bit per column, int32 [lanes].
@@ -291,9 +291,9 @@ class Marks:
             store(self.ref.at[self.row.index, at], byte.astype(jnp.uint8))
 
     def unmark(self, take: Callable, room: int, max_ties: Array | None = None) -> Array:
-        """Calls take(rank, column, mask) for marked columns in order, but for none if they are more than `room`.
+        """Calls take(rank, column, mask) for the marked columns in order; for none if there are more than `room`.
 
-        max_ties: how many ties to list, the first ones; None: nothing has been marked as a tie.
+        max_ties: lists only this many ties, the first ones. None: nothing has been marked as a tie.
 
         Returns:
           The number of sure columns, which does not count ties.

@@ -5,8 +5,8 @@
     selected = sm.lightning_indexer(...)
     out = sm.sparse_mla(...)
 
-The public names are imported when they are first used: importing the package imports neither jax nor a backend. Each
-name also keeps its address in the module that defines it, as `_MODULES` says.
+Public names are imported at their first use: importing the package imports neither jax nor a backend. Each name can
+also be imported from the module that defines it; `_MODULES` lists the modules.
 """
 
 import importlib
@@ -97,7 +97,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-# The public names, by their modules.
+# The public names of each module.
 _MODULES = {
     "ops.fp8": ("quantize", "dequantize", "reinterpret"),
     "ops.cache": (
@@ -153,7 +153,7 @@ __all__ = list(_MODULE_OF)
 
 
 def __getattr__(name: str) -> Any:
-    """A public name, or a submodule, imported at its first use."""
+    """Imports a public name or a submodule at its first use."""
     if name in _SUBMODULES:
         return importlib.import_module(f"{__name__}.{name}")
     if name not in _MODULE_OF:
@@ -164,5 +164,5 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    """What the module holds already, and what it would import."""
+    """Names that the module holds already, and names that it would import."""
     return sorted({*globals(), *__all__, *_SUBMODULES})

@@ -1,8 +1,7 @@
 """The command line: `python -m sparse_mla_jax demo | score | generate | bench | inspect | info`.
 
-Exit codes: 0 done; 2 input that can not be served, with one line on stderr that says what to do; 1 the device failed or
-ran out of memory; 130 interrupted by Ctrl-C. A command's modules are imported when it is asked for, so that --help is
-quick.
+Exit codes: 0 done; 2 invalid input, with one line on stderr that says what to do; 1 the device failed or ran out of
+memory; 130 interrupted by Ctrl-C. The modules of a command are imported only when it is used, so that --help is quick.
 """
 
 from __future__ import annotations
@@ -21,11 +20,11 @@ class _Parser(argparse.ArgumentParser):
     """Reports bad usage as one line, like every other error here."""
 
     def error(self, message: str) -> NoReturn:
-        """Prints one line and leaves with exit code 2."""
+        """Prints one line and exits with code 2."""
         self.exit(2, f"error: {message}; see {self.prog} --help\n")
 
 
-# What each command is for, in one line.
+# One line of help for each command.
 COMMANDS = {
     "demo": "serve the small trained model on real text and compare caches",
     "score": "logits at every position of given token ids",
@@ -46,7 +45,7 @@ DESCRIPTIONS = {
 
 
 def _add_arguments(command: str, parser: argparse.ArgumentParser) -> None:
-    """The options of one command."""
+    """Adds the options of one command."""
     if command == "bench":
         from sparse_mla_jax.tools.bench.options import add_arguments
     elif command == "demo":
@@ -63,7 +62,7 @@ def _add_arguments(command: str, parser: argparse.ArgumentParser) -> None:
 
 
 def build_parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
-    """The parser; `arguments` tells whose options are needed: the modules of some commands are heavy."""
+    """The parser. Only the command named in `arguments` gets its options, since some commands import heavy modules."""
     parser = _Parser(
         prog="python -m sparse_mla_jax", description="DeepSeek Sparse Attention over paged FP8 caches, in JAX."
     )
@@ -78,7 +77,7 @@ def build_parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    """Runs the command that was asked for; returns its exit code."""
+    """Runs the chosen command; returns its exit code."""
     if arguments.command == "demo":
         from sparse_mla_jax.tools.demo import run
     elif arguments.command == "generate":
@@ -97,7 +96,7 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 def _bench(arguments: argparse.Namespace) -> int:
-    """Either form of `bench`: the target is an area of kernels or the folder of a model."""
+    """The command `bench`: the target is an area of kernels or the folder of a model."""
     from sparse_mla_jax._check import require
     from sparse_mla_jax.tools.bench import model, options, run
     from sparse_mla_jax.tools.info import describe_device
@@ -123,9 +122,9 @@ def _fail(message: object, code: int) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command; returns the exit code (see the module)."""
+    """Runs one command; returns the exit code (listed in the module's docstring)."""
     argv = sys.argv[1:] if argv is None else argv
-    # The ROCm plugin of the extra `cdna` reports at length, as an error, that this machine has no AMD GPU.
+    # Hide a long error message of the ROCm plugin (extra `cdna`): it only says that the machine has no AMD GPU.
     logging.getLogger("jax._src.xla_bridge").addFilter(lambda record: "plugin configuration" not in record.getMessage())
     try:
         code = _run(build_parser(argv).parse_args(argv))
@@ -135,7 +134,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:
-        # Whoever read our output has gone; a second complaint at exit is of no use.
+        # The reader of our output is gone: avoid a second error at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (ValueError, OSError) as error:
@@ -143,7 +142,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except MemoryError:
         return _fail("out of memory; ask for fewer or shorter sequences (smaller batch, context or chunk).", 1)
     except RuntimeError as error:
-        # JaxRuntimeError is one: no accelerator, out of device memory, a kernel that failed.
+        # JaxRuntimeError is a RuntimeError: no accelerator, out of device memory, a failed kernel.
         return _fail(
             f"the device or its runtime failed: {error}. Run `info`, or ask for a smaller batch or context.", 1
         )

@@ -1,7 +1,7 @@
-"""What an argument must be: one rule and one notation for every operator.
+"""Argument checks, with one rule and one notation for every operator.
 
-Errors are ValueErrors at trace time. A message names the argument, what came, what is expected, and the remedy. Nothing
-here reads a value from a device.
+Errors are ValueErrors at trace time. A message names the argument, what was passed, what is expected, and the remedy.
+No check reads a value from a device.
 """
 
 from __future__ import annotations
@@ -15,19 +15,19 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-# An axis of an array: of this size; of any size, named by a letter or not. A first `...` stands for any number of axes.
+# An expected axis: an int is its size; a letter or None allows any size. A first `...` stands for any number of axes.
 Axis = int | str | None | EllipsisType
 _KINDS = {jnp.integer: "integers", jnp.floating: "floating values", jnp.bool_: "booleans"}
 
 
 def require(condition: bool, message: str) -> None:
-    """Raises ValueError(message) unless `condition`; a message names the argument, what came, what fits, the remedy."""
+    """Raises ValueError(message) unless `condition` holds."""
     if not condition:
         raise ValueError(message)
 
 
 def describe(x: Any) -> str:
-    """Type and shape of an array in the notation of every message: `float32[2, 3]`; of other things the type's name."""
+    """Type and shape of an array as all messages print them, `float32[2, 3]`; for other objects the type's name."""
     if not (hasattr(x, "dtype") and hasattr(x, "shape")):
         try:
             x = jnp.asarray(x)
@@ -41,15 +41,15 @@ def size(name: str, value: Any, low: int = 1, high: int | None = None, *, hint: 
 
     Args:
       name: the argument's name in the message.
-      value: what came.
+      value: the argument.
       low: the smallest value that is accepted.
       high: the largest value that is accepted, None for no limit.
-      hint: a sentence that follows in the message: the remedy.
+      hint: the remedy, a sentence that ends the message.
 
     Raises:
       ValueError: not an integer, or outside of low..high.
     """
-    # A jax array is refused even where its value is known: reading it would wait for the device.
+    # Refuse jax arrays even if their value is known: reading it would wait for the device.
     static = not isinstance(value, bool | Array)
     try:
         number = operator.index(value) if static else low - 1
@@ -68,10 +68,10 @@ def array(name: str, x: Any, types: Any, *axes: Axis, hint: str = "") -> Array:
 
     Args:
       name: the argument's name in the message.
-      x: what came.
+      x: the argument.
       types: jnp.integer, jnp.floating, jnp.bool_, or a sequence of dtypes.
-      *axes: of each axis its size, or a letter (or None) where any size fits; a first `...` for any number of them.
-      hint: a sentence that follows in the message: the remedy.
+      *axes: for each axis its size, or a letter (or None) if any size fits; a first `...` for any number of axes.
+      hint: the remedy, a sentence that ends the message.
 
     Raises:
       ValueError: another type or shape.
@@ -91,7 +91,7 @@ def array(name: str, x: Any, types: Any, *axes: Axis, hint: str = "") -> Array:
 def integers(name: str, x: Any, *axes: Axis, hint: str = "") -> Array:
     """`x` as an integer array of at least 32 bits; arguments and errors as of `array`."""
     given = array(name, x, jnp.integer, *axes, hint=hint)
-    # Widen int8 and int16: a number of slots or columns may not fit their type.
+    # Widen int8 and int16: the number of slots or columns may not fit their type.
     return given.astype(jnp.int32) if given.dtype.itemsize < 4 else given
 
 
@@ -111,9 +111,9 @@ def booleans(name: str, x: Any, *axes: Axis, hint: str = "") -> Array:
 
 
 def saturate(x: Array) -> Array:
-    """int32 of an integer array; what int32 does not hold becomes its smallest or largest value.
+    """Casts an integer array to int32; values beyond int32 become its smallest or largest value.
 
-    A plain cast would wrap an index beyond 2**32 into somebody's row. Costs nothing where the type is narrow already.
+    A plain cast could wrap an index beyond 2**32 into another request's row. int32 arrays are returned unchanged.
     """
     if x.dtype == jnp.int32:
         return x
@@ -129,7 +129,7 @@ def dtype(name: str, value: Any, allowed: Any) -> np.dtype:
 
     Args:
       name: the argument's name in the message.
-      value: what came.
+      value: the argument.
       allowed: a sequence of dtypes or of their names, or jnp.floating for any floating type.
 
     Raises:

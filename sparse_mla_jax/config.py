@@ -1,7 +1,7 @@
-"""The config of a model: its dataclasses, presets, and reading one from a Hugging Face folder.
+"""The config of a model: dataclasses, presets, and reading one from a Hugging Face folder.
 
-`from_hf` reads every family that `sparse_mla_jax.families` lists (config.json's model_type says which) and gives a
-`Config`. The dataclasses themselves are in `sparse_mla_jax.shapes`, below the families that fill them.
+`from_hf` reads every model family in `sparse_mla_jax.families`; model_type in config.json names the family. The
+dataclasses are defined in `sparse_mla_jax.shapes`, which the families import.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ __all__ = [
 
 
 def config_from_json(data: dict[str, Any]) -> Config:
-    """Builds a config from the fields of a Hugging Face config.json, of the family that model_type names.
+    """Builds a config from the fields of a Hugging Face config.json; model_type names the family.
 
-    Absent fields take DeepSeek-V3.2's values, or V4-Flash's where model_type is 'deepseek_v4'; without any rotary
-    scaling RoPE is plain.
+    Absent fields take DeepSeek-V3.2's values, or V4-Flash's if model_type is 'deepseek_v4'. RoPE is plain if there is
+    no rotary scaling.
 
     Raises:
       ValueError: another architecture, a field of the wrong type, or sizes that do not fit together.
@@ -54,7 +54,7 @@ def load_config(folder: str | os.PathLike[str]) -> Config:
     """Reads `folder`/config.json.
 
     Raises:
-      ValueError: no such folder or file, not JSON, or a model that this package does not know.
+      ValueError: no such folder or file, not JSON, or a model family that this package does not support.
     """
     path = os.path.join(folder, "config.json")
     require(
@@ -74,18 +74,18 @@ def _read_file(path: str | os.PathLike[str]) -> Config:
 
 
 def from_hf(source: str | os.PathLike[str] | dict[str, Any]) -> Config:
-    """The config of a Hugging Face model: a folder, a path of a config.json, or the fields of one.
+    """The config of a Hugging Face model from a folder, the path of a config.json, or its fields.
 
-    DeepSeek-V3.2 and DeepSeek-V4, in the published spelling and in that of transformers 5.x.
+    Reads DeepSeek-V3.2 and DeepSeek-V4, with the field names of the published files and those of transformers 5.x.
 
     Args:
-      source: a folder that holds config.json, that file, or its parsed contents.
+      source: a folder with config.json, the path of that file, or its parsed contents.
 
     Returns:
       DeepseekV32Config or DeepseekV4Config.
 
     Raises:
-      ValueError: nothing there, not JSON, another architecture, or fields that do not fit together.
+      ValueError: no such file, not JSON, another architecture, or fields that do not fit together.
     """
     if isinstance(source, dict):
         return config_from_json(source)

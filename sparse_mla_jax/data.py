@@ -1,3 +1,3 @@
-"""Moved to `sparse_mla_jax.tools.text`; this name stays for one release."""
+"""The former name of `sparse_mla_jax.tools.text`, kept for one release."""
 
 from sparse_mla_jax.tools.text import *  # noqa: F403

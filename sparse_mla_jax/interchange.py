@@ -1,6 +1,6 @@
-"""Byte-exact packed cache layouts of other engines, in and out.
+"""Converts caches from and to the packed layouts of other engines, byte for byte.
 
-Layouts of vLLM, all little endian, of a page of `bs` tokens (in V4's compressed caches: entries):
+Layouts of vLLM, all little endian; a page has `bs` tokens (entries in V4's compressed caches):
 
     V3.2, row of the main cache, 656 bytes, interleaved:   512 FP8 latent | 4 float32 scales | 64 bfloat16 rope
     V3.2 and V4, page of the index cache, bs * 132 bytes, planar:
@@ -8,27 +8,27 @@ Layouts of vLLM, all little endian, of a page of `bs` tokens (in V4's compressed
     V4, page of a main cache, bs * 584 bytes, planar:
         bs * (448 FP8 latent | 64 bfloat16 rope) | bs * (7 E8M0 scales | a zero byte) | padding up to the stride
 
-So in a V4 page at address A, entry i has its latents from A + i * 576 on, its rope from A + i * 576 + 448, its scales
-from A + bs * 576 + i * 8. The shape [pages, bs, 584] that engines declare for it is only a size: [page, i] is not entry
-i. Pages follow each other at multiples of 576 bytes: 64 entries take 37440, 2 take 1728.
+In a V4 page at address A, the latents of entry i start at A + i * 576, its rope at A + i * 576 + 448, its scales at
+A + bs * 576 + i * 8. Engines declare the shape [pages, bs, 584], but only its size is right: [page, i] is not entry i.
+Pages start at multiples of 576 bytes: 64 entries take 37440 bytes, 2 take 1728.
 
-The functions take the sizes from the cache (or from arguments that default to the model's), so that other widths work
-alike: with L latents in groups of G and R rotary values, 576 is L + 2 * R, and 8 is L // G rounded up to a multiple of
-8. All are pure and jittable, and accept numpy arrays.
+Sizes come from the cache, or from arguments that default to the model's, so that other widths work too. With L latents
+in groups of G and R rotary values, 576 is L + 2 * R, and 8 is L // G rounded up to a multiple of 8. All functions are
+pure and jittable, and accept numpy arrays.
 
-**Flavours.** `dtype` says how the packed bytes are to be read: float8_e4m3fn or float8_e4m3fnuz. A cache of the same
-flavour shares every byte with them, whatever the bytes are, so that out and in again (and in and out again) is the
-identity. A cache of the other flavour has the same bytes and scales of twice or half the size (`ops.fp8.reinterpret`),
-exact for every code that this library writes. Other writers may have left three codes that it never writes:
+**Flavours.** `dtype` is the flavour of the packed bytes: float8_e4m3fn or float8_e4m3fnuz. A cache of the same flavour
+has the same bytes, whatever they are, so that export and import (and import and export) is the identity. A cache of the
+other flavour has the same bytes, and scales twice or half as large (`ops.fp8.reinterpret`). This is exact for every
+code that this library writes. Other writers may have left three codes that it never writes:
 
-* -0 of e4m3fn (0x80) is NaN in e4m3fnuz. A change of flavour on the way in stores +0 instead.
-* NaN (0x7F and 0xFF of e4m3fn, 0x80 of e4m3fnuz) stays NaN, in the other flavour's code.
-* +-240 of e4m3fnuz (0x7F, 0xFF) would be +-480 in e4m3fn: saturates to +-448 (a relative error of 1/15).
+* -0 of e4m3fn (0x80) is NaN in e4m3fnuz. An import that changes the flavour stores +0 instead.
+* NaN (0x7F and 0xFF of e4m3fn, 0x80 of e4m3fnuz) stays NaN, in the code of the other flavour.
+* +-240 of e4m3fnuz (0x7F, 0xFF) would be +-480 in e4m3fn and saturates to +-448 (a relative error of 1/15).
 
-So a change of flavour on the way in (`cache_dtype`) keeps numbers, not always bytes; `ops.cache.reinterpret_cache`
-never looks at the bytes and is for caches that this library wrote. A change of flavour on the way out does not look at
-them either. Float32 scales that are subnormal or NaN keep their bits only where the flavour stays; E8M0 scales at
-either end (2**-127, 2**127) have no double or half and stay what they are.
+An import that changes the flavour (`cache_dtype`) therefore keeps numbers, but not always bytes. An export, and
+`ops.cache.reinterpret_cache` (for caches that this library wrote), change the flavour without looking at the bytes.
+Float32 scales that are subnormal or NaN keep their bits only if the flavour stays. E8M0 scales at either end (2**-127,
+2**127) can not be halved or doubled and stay unchanged.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ _VIEW = "View the packed cache as bytes."
 
 
 def kv_to_v32_rows(cache: PagedKVCache, *, dtype: Any = None) -> Array:
-    """A cache as packed rows: uint8[pages, page_size, L + 4 * (L // group_size) + 2 * R], 656 wide for V3.2.
+    """Exports a cache to packed rows: uint8[pages, page_size, L + 4 * (L // group_size) + 2 * R], 656 wide for V3.2.
 
     E8M0 scales become float32 (exact).
 
@@ -72,11 +72,11 @@ def kv_from_v32_rows(
     rope_dim: int = 64,
     group_size: int = 128,
 ) -> PagedKVCache:
-    """A cache from packed rows: the inverse of `kv_to_v32_rows`.
+    """Imports a cache from packed rows: the inverse of `kv_to_v32_rows`.
 
     Args:
-      rows: uint8[pages, page_size, L + 4 * (L // group_size) + 2 * R]. Pages with padding behind them: reshape to
-        [pages, stride], cut to page_size * 656 bytes, reshape.
+      rows: uint8[pages, page_size, L + 4 * (L // group_size) + 2 * R]. If pages end with padding, first reshape to
+        [pages, stride], cut to page_size * 656 bytes, and reshape.
       dtype: the flavour of the bytes, float8_e4m3fn or float8_e4m3fnuz.
       cache_dtype: the flavour of the cache, None for that of the bytes.
       latent_dim: L, a multiple of 4 and of group_size.
@@ -102,12 +102,12 @@ def kv_from_v32_rows(
 
 
 def index_to_planar_blocks(cache: PagedIndexCache, *, dtype: Any = None, block_stride: int | None = None) -> Array:
-    """An index cache as packed pages: uint8[pages, block_stride], keys first, then scales, then zeros.
+    """Exports an index cache to packed pages: uint8[pages, block_stride], keys first, then scales, then zeros.
 
     Args:
       cache: an FP8 cache.
       dtype: the flavour that the reader expects, None for the cache's own.
-      block_stride: bytes from one page to the next, None for page_size * (D + 4), the least.
+      block_stride: bytes from one page to the next, None for the minimum, page_size * (D + 4).
 
     Raises:
       ValueError: the cache is not FP8, dtype is not an FP8 flavour, or the stride is too small.
@@ -127,14 +127,13 @@ def index_to_planar_blocks(cache: PagedIndexCache, *, dtype: Any = None, block_s
 def index_from_planar_blocks(
     blocks: Array, *, page_size: int, dtype: Any, cache_dtype: Any = None, dim: int = 128
 ) -> PagedIndexCache:
-    """An index cache from packed pages: the inverse of `index_to_planar_blocks`.
+    """Imports an index cache from packed pages: the inverse of `index_to_planar_blocks`.
 
-    Keys are read in plain order ([token, D]); the 16x16-shuffled order of some ROCm writers is not this layout.
+    Keys are read in plain order ([token, D]). The 16x16-shuffled order of some ROCm writers is not supported.
 
     Args:
-      blocks: uint8[pages, stride], stride >= page_size * (dim + 4), the rest of a page ignored; or
-        uint8[pages, page_size, dim + 4], the shape that engines declare for the same bytes (it is only a size: data are
-        planar in a page).
+      blocks: uint8[pages, stride], stride >= page_size * (dim + 4), the rest of a page is ignored; or
+        uint8[pages, page_size, dim + 4], the shape that engines declare for the same planar bytes.
       page_size: tokens of a page.
       dtype: the flavour of the bytes, float8_e4m3fn or float8_e4m3fnuz.
       cache_dtype: the flavour of the cache, None for that of the bytes.
@@ -154,12 +153,12 @@ def index_from_planar_blocks(
 
 
 def kv_to_v4_blocks(cache: PagedKVCache, *, dtype: Any = None, block_stride: int | None = None) -> Array:
-    """A cache with E8M0 scales as packed pages of V4: uint8[pages, block_stride], zeros where nothing is stored.
+    """Exports a cache with E8M0 scales to packed pages of V4: uint8[pages, block_stride], with zeros as padding.
 
     Args:
       cache: an FP8 cache with scale_dtype float8_e8m0fnu.
       dtype: the flavour that the reader expects, None for the cache's own.
-      block_stride: bytes from one page to the next; None for the least multiple of L + 2 * R that holds a page.
+      block_stride: bytes from one page to the next; None for the smallest multiple of L + 2 * R that holds a page.
 
     Raises:
       ValueError: the cache is not FP8 or has float32 scales, dtype is not an FP8 flavour, or the stride is too small.
@@ -195,10 +194,10 @@ def kv_from_v4_blocks(
     rope_dim: int = 64,
     group_size: int = 64,
 ) -> PagedKVCache:
-    """A cache from packed pages of V4: the inverse of `kv_to_v4_blocks`; its scales are E8M0.
+    """Imports a cache from packed pages of V4: the inverse of `kv_to_v4_blocks`. Its scales are E8M0.
 
     Args:
-      blocks: uint8[pages, stride], the bytes behind a page's entries and behind an entry's scales ignored; or
+      blocks: uint8[pages, stride], the padding after a page's entries and after an entry's scales is ignored; or
         uint8[pages, page_size, 584], the shape that engines declare for the same bytes.
       page_size: entries of a page.
       dtype: the flavour of the bytes, float8_e4m3fn or float8_e4m3fnuz.
@@ -225,7 +224,7 @@ def kv_from_v4_blocks(
 
 
 def _v4_widths(latent_dim: int, rope_dim: int, group_size: int) -> tuple[int, int]:
-    """Bytes of an entry among the rows (576) and among the scales (8)."""
+    """Bytes of an entry in the rows (576) and in the scales (8)."""
     return latent_dim + 2 * rope_dim, -(-(latent_dim // group_size) // 8) * 8
 
 
@@ -235,7 +234,7 @@ def _check_blocks(blocks: Any) -> Array:
 
 
 def _as_pages(blocks: Array, page_size: int, width: int) -> Array:
-    """Planar pages uint8[pages, stride] that hold `page_size` times `width` bytes at least."""
+    """`blocks` as planar pages uint8[pages, stride] of at least `page_size` * `width` bytes."""
     require(
         blocks.ndim == 2 or blocks.shape[1:] == (page_size, width),
         f"blocks have shape {list(blocks.shape)}; expected [pages, stride] or [pages, {page_size}, {width}].",
@@ -250,7 +249,7 @@ def _as_pages(blocks: Array, page_size: int, width: int) -> Array:
 
 
 def _leave(stored: Array, scale: Array | None, cache_dtype: Any, dtype: Any) -> tuple[Array, Array]:
-    """Stored bytes of a cache and float32 scales that fit them when read as `dtype`."""
+    """For an export: the stored bytes of a cache, and float32 scales for reading them as `dtype`."""
     if scale is None:
         raise ValueError(f"cache has dtype {cache_dtype}; the packed layouts hold FP8. Create it with an FP8 dtype.")
     scale = fp8.scales_to_float32(scale)
@@ -258,7 +257,7 @@ def _leave(stored: Array, scale: Array | None, cache_dtype: Any, dtype: Any) -> 
 
 
 def _enter(codes: Array, scale: Array, dtype: Any, cache_dtype: Any) -> tuple[Array, Array, Any]:
-    """Bytes uint8[...] read as `dtype`, their scales, and the cache's flavour: (codes, scales, flavour)."""
+    """For an import: (codes, scales, flavour) of the cache, from bytes uint8[...] of flavour `dtype` and scales."""
     source = jnp.dtype(dtype)
     target = source if cache_dtype is None else jnp.dtype(cache_dtype)
     scale = fp8.reinterpret_scales(scale, source, target)
@@ -273,7 +272,7 @@ def _enter(codes: Array, scale: Array, dtype: Any, cache_dtype: Any) -> tuple[Ar
 
 
 def _bytes(array: Array) -> Array:
-    """array[..., N] of a type of several bytes as uint8[..., N * itemsize], little endian."""
+    """The bytes of array[..., N], little endian: uint8[..., N * itemsize]."""
     width = array.shape[-1] * array.dtype.itemsize
     return lax.bitcast_convert_type(array, jnp.uint8).reshape(*array.shape[:-1], width)
 

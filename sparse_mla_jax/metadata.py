@@ -1,20 +1,19 @@
-"""The step's metadata, computed inside the program from the lengths; and what depends on shapes only.
+"""The step's metadata, computed inside the program from the lengths; and the buckets to which the host pads a step.
 
-Serving engines usually prepare such metadata on the host, between steps, in buffers that live on. Three families of
+Serving engines usually prepare such metadata on the host, between steps, in persistent buffers. Three families of
 published defects come from that, and can not happen here:
 
-* A schedule reused because a fingerprint of the lengths looked the same, although query lengths had changed
-  (vllm-project/vllm#47042: garbage after some 20 000 tokens). Here nothing is remembered between steps: every value
-  is a function of this call's arguments, evaluated by the compiled step itself. Test: `test_nothing_is_remembered`.
-* Lengths, or the number of entries of a ragged list, fetched from the device to size something on the host
+* A schedule was reused because a fingerprint of the lengths looked the same, although query lengths had changed
+  (vllm-project/vllm#47042: garbage after some 20 000 tokens). Here nothing is kept between steps: every value is a
+  function of this call's arguments, evaluated by the compiled step itself. Test: `test_nothing_is_remembered`.
+* Lengths, or the number of entries of a ragged list, were fetched from the device to size something on the host
   (vllm-project/vllm#43898, and #54369: 38 % of the decode time). Here sizes are static shapes and lengths stay traced
-  values: asking for one is a trace-time error. Tests: `test_no_value_reaches_the_host`, `test_lengths_never_retrace`.
-* Tails of persistent buffers left by a larger step before this one (vllm-project/vllm#42982). Here there is no
-  persistent buffer, and whatever lies behind the last real token or request is overwritten with neutral values (length
-  0, slot -1, page -1) before any operator can see it. Tests: `test_tails_are_clean`, `test_garbage_in_padding`.
+  values: reading one is a trace-time error. Tests: `test_no_value_reaches_the_host`, `test_lengths_never_retrace`.
+* The tail of a persistent buffer held values of an earlier, larger step (vllm-project/vllm#42982). Here no buffer is
+  persistent, and everything after the last real token or request is overwritten with neutral values (length 0,
+  slot -1, page -1) before any operator can see it. Tests: `test_tails_are_clean`, `test_garbage_in_padding`.
 
-What depends only on shapes, the buckets to which the host pads tokens and requests, is a plan: a pure function of
-static integers, memoised by them.
+The buckets depend on static integers only and are memoised.
 """
 
 from __future__ import annotations
@@ -36,10 +35,10 @@ from sparse_mla_jax.ops.ragged import slots_from_positions
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class StepMetadata:
-    """Where every token of a step belongs, what it may see and where it is written. All arrays are int32 but `valid`.
+    """The request, visible length and cache slot of every token of a step. All arrays are int32 except `valid`.
 
-    T tokens (a static bucket size), B requests, P pages per request. Tokens behind the last real one, and tokens whose
-    position has no place in the page table, are padding.
+    T tokens (a static bucket size), B requests, P pages per request. Tokens after the last real one, and tokens whose
+    position is beyond the page table, are padding.
 
     Attributes:
       positions: [T] position in the request's sequence; 0 for padding.
@@ -49,10 +48,11 @@ class StepMetadata:
       valid: bool[T], False for padding.
       seq_lens: [B] tokens of each request, this step's included; 0 for a padded request.
       query_indptr: [B + 1] the tokens of request b are query_indptr[b] .. query_indptr[b + 1] - 1.
-      last_token: [B] index of the last token of each request in this step; 0 where it has none.
-      page_table: [B, P] pages of each request; -1 behind the pages that its length needs.
+      last_token: [B] index of the last token of each request in this step. A request without tokens has 0 from
+        `build_metadata`, and its padded row b from `decode_metadata`.
+      page_table: [B, P] pages of each request; -1 after the pages that its length needs.
       page_size: static, tokens per page.
-      max_length: static, P * page_size: no sequence is longer.
+      max_length: static, P * page_size, the longest possible sequence.
     """
 
     positions: Array
@@ -79,7 +79,7 @@ class StepMetadata:
 
 
 class _Requests(NamedTuple):
-    """The checked arguments of a step: seq_lens int32 [B] from 0, page_table int32 [B, P], tokens per page."""
+    """The checked arguments of a step: seq_lens int32 [B], at least 0; page_table int32 [B, P]; tokens per page."""
 
     seq_lens: Array
     page_table: Array
@@ -102,7 +102,7 @@ def _check_requests(seq_lens: Array, page_table: Array, page_size: int) -> _Requ
 
 
 def _assemble(positions: Array, request_ids: Array, present: Array, indptr: Array, requests: _Requests) -> StepMetadata:
-    """Neutralises everything that is padding; the single place where slots and visible lengths are made."""
+    """Neutralises all padding. Only this function makes slots and visible lengths."""
     seq_lens, page_table, page_size = requests
     max_length = page_table.shape[1] * page_size
     used = jnp.arange(page_table.shape[1], dtype=jnp.int32)[None, :] * page_size < seq_lens[:, None]
@@ -137,10 +137,10 @@ def build_metadata(
 ) -> StepMetadata:
     """Metadata of one step of any mix of prefill chunks and decode tokens; call it inside the jitted step.
 
-    Tokens of a request are consecutive, requests lie in order: request b owns rows sum(query_lens[:b]) and on. They
-    are the last query_lens[b] of its seq_lens[b] tokens. A request with seq_len <= 0 or query_len <= 0 owns none,
-    whatever else its entries hold; a query_len above the seq_len counts as the seq_len; tokens that do not fit into
-    num_tokens, or into the pages of the table, are dropped.
+    Requests follow each other in order, and the tokens of a request are consecutive: request b has query_lens[b] rows
+    from row sum(query_lens[:b]) on. They are the last query_lens[b] of its seq_lens[b] tokens. A request with
+    seq_len <= 0 or query_len <= 0 has no rows, whatever else its entries hold. A query_len above the seq_len counts as
+    the seq_len. Tokens that do not fit into num_tokens, or into the pages of the table, are dropped.
 
     Args:
       seq_lens: int[B] tokens of each request, those of this step included.
@@ -161,7 +161,7 @@ def build_metadata(
     hint = "It is a shape, the padded number of tokens: pass a static int."
     num_tokens = _check.size("num_tokens", num_tokens, 0, hint=hint)
     owned = jnp.clip(query_lens, 0, seq_lens)
-    # A row count above num_tokens is never needed, and the bound keeps the running sum far from overflow.
+    # Counts above num_tokens are never needed; the bound keeps the running sum from overflowing.
     ends = jnp.cumsum(jnp.minimum(owned, num_tokens), dtype=jnp.int32)
     indptr = jnp.minimum(jnp.concatenate([jnp.zeros(1, jnp.int32), ends]), num_tokens)
     token = jnp.arange(num_tokens, dtype=jnp.int32)
@@ -175,10 +175,10 @@ def build_metadata(
 
 
 def decode_metadata(seq_lens: Array, page_table: Array, *, page_size: int) -> StepMetadata:
-    """Metadata of a pure decode step: row b is the newest token of request b, padding where seq_lens[b] <= 0.
+    """Metadata of a pure decode step: row b is the newest token of request b, or padding if seq_lens[b] <= 0.
 
-    Differs from `build_metadata` with query lengths of one only in that padded requests keep their row, so that no
-    host-side compaction is needed.
+    The only difference from `build_metadata` with query lengths of one: padded requests keep their row, so the host
+    need not compact the batch.
 
     Args:
       seq_lens: int[B] tokens of each request, this one included; 0 or less for a padded request.
@@ -199,7 +199,7 @@ def decode_metadata(seq_lens: Array, page_table: Array, *, page_size: int) -> St
 
 
 def buckets(max_size: int, *, min_size: int = 1) -> tuple[int, ...]:
-    """Sizes to which the host pads (tokens or requests): min_size, doubling, up to max_size itself.
+    """Sizes to which the host pads tokens or requests: min_size, doubling, and max_size last.
 
     At most half of a padded step is padding, and the number of compiled programs is logarithmic. Memoised.
 
@@ -230,7 +230,7 @@ def bucket_for(size: int, sizes: tuple[int, ...]) -> int:
     """The smallest of the ascending `sizes` that holds `size`.
 
     Raises:
-      ValueError: none does; nothing is ever cut to fit.
+      ValueError: all are smaller than `size`.
     """
     size = _check.size("size", size, 0)
     place = bisect.bisect_left(sizes, size)

@@ -1,8 +1,8 @@
-"""A slow, plain oracle of every operator, to read and to compare with.
+"""A slow, plain definition of every operator, to read and to compare with.
 
-Each function is the definition, as directly as jnp allows: no chunks, no tiles, no tricks, memory without bound.
-`dtype` is the type of the arithmetic: float32 as `implementation="reference"`, float64 in the tests (under
-`jax.enable_x64(True)`). Nothing here imports the operators that it judges.
+Each function follows its formula as directly as jnp allows: no chunks, no tiles, no tricks, unbounded memory. `dtype`
+is the type of the arithmetic: float32 as `implementation="reference"`, float64 in the tests (under
+`jax.enable_x64(True)`). This module does not import the operators that it is compared with.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ def dequantize(values: Array, scales: Array, *, group_size: int, dtype=jnp.float
 
 
 def quantize(x: Array, *, group_size: int, dtype, power_of_two: bool = False) -> tuple[Array, Array]:
-    """Codes uint8[..., D] of the values of FP8 type `dtype` nearest to x / scale, ties to the even code; and scales.
+    """Rounds x / scale to FP8 type `dtype`, ties to the even code: (codes uint8[..., D], scales float32[..., groups]).
 
-    Scales float32[..., D // group_size] map a group's largest magnitude, at least 1e-4, to 448 or 224; with
-    power_of_two they are the least power of two not below that. NaN counts as 0, no magnitude as more than 1.75 *
-    2**127; what rounds to zero has no sign.
+    A scale maps the largest magnitude of `group_size` values, at least 1e-4, to 448 or 224; with power_of_two it is the
+    smallest power of two not below that. NaN counts as 0. Magnitudes above 1.75 * 2**127 count as that. Values that
+    round to zero are +0.
     """
     largest = {"float8_e4m3fn": 448.0, "float8_e4m3fnuz": 224.0}[jnp.dtype(dtype).name]
     values = np.arange(127, dtype=np.uint8).view(dtype).astype(np.float32)
@@ -34,13 +34,14 @@ def quantize(x: Array, *, group_size: int, dtype, power_of_two: bool = False) ->
     x = jnp.clip(jnp.nan_to_num(x.astype(jnp.float32), nan=0.0), -1.75 * 2.0**127, 1.75 * 2.0**127)
     groups = x.reshape(*x.shape[:-1], -1, group_size)
     amax = jnp.maximum(jnp.max(jnp.abs(groups), axis=-1, keepdims=True), 1e-4)
-    # A divisor that XLA does not see: else it multiplies by its reciprocal.
+    # Hide the constant divisor from XLA, which would multiply by its reciprocal.
     scales = amax / jnp.where(amax > 0, largest, 1.0)
     if power_of_two:
         mantissa, exponent = jnp.frexp(scales)
         scales = jnp.ldexp(jnp.ones_like(scales), jnp.where(mantissa == 0.5, exponent - 1, exponent))
     magnitude = jnp.abs(groups / scales)
-    # How many of the middles between neighbouring values lie below; one that is met counts if its upper code is even.
+    # The code is the number of midpoints (between neighbouring values) below the magnitude. A magnitude equal to a
+    # midpoint goes up if the upper code is even.
     middle, odd = (values[:-1] + values[1:]) / 2, np.arange(values.size - 1) % 2 == 1
     codes = jnp.sum((magnitude[..., None] > middle) | ((magnitude[..., None] == middle) & odd), axis=-1)
     codes = jnp.where((groups < 0) & (codes > 0), codes + 128, codes)
@@ -49,7 +50,7 @@ def quantize(x: Array, *, group_size: int, dtype, power_of_two: bool = False) ->
 
 # --- cache
 def write(pages: Array, rows: Array, slots: Array) -> Array:
-    """pages[N, W] after rows[t] is stored at slots[t], token after token; a slot outside [0, N) is skipped."""
+    """Stores rows[t] at slots[t] of pages[N, W], one token after the other; slots outside [0, N) are skipped."""
 
     def one(t, pages):
         valid = (slots[t] >= 0) & (slots[t] < pages.shape[0])
@@ -60,7 +61,7 @@ def write(pages: Array, rows: Array, slots: Array) -> Array:
 
 
 def gather(rows: Array, slots: Array) -> Array:
-    """rows[N, D] at slots[...]; a slot outside [0, N) gives zeros."""
+    """Reads rows[N, D] at slots[...]; a slot outside [0, N) gives zeros."""
     valid = (slots >= 0) & (slots < rows.shape[0])
     taken = (
         jnp.take(rows, jnp.where(valid, slots, 0), axis=0, mode="clip") if rows.shape[0] else jnp.zeros((), rows.dtype)
@@ -79,7 +80,7 @@ def indexer_scores(
     row_lengths: Array,
     dtype=jnp.float32,
 ) -> Array:
-    """Scores key_scale[n] * sum_h weights[t, h] * relu(q[t, h] . key[n]) inside the interval of the row, else -inf.
+    """Scores key_scale[n] * sum_h weights[t, h] * relu(q[t, h] . key[n]) inside the row's interval, -inf outside.
 
     q[T, H, D], keys[N, D], key_scales[N] or None, weights[T, H], row_starts[T], row_lengths[T] -> dtype[T, N].
     """
@@ -95,7 +96,7 @@ def indexer_scores(
 def paged_indexer_scores(
     q: Array, keys: Array, key_scales: Array | None, weights: Array, slots: Array, *, dtype=jnp.float32
 ) -> Array:
-    """The same with a row of keys for every query: slots[T, M] into keys[N, D], -inf where the slot is invalid.
+    """`indexer_scores` with a row of keys for every query: slots[T, M] into keys[N, D], -inf if a slot is invalid.
 
     Returns dtype[T, M].
     """
@@ -110,7 +111,7 @@ def paged_indexer_scores(
 
 # --- topk
 def top_k(scores: Array, k: int, row_starts: Array, row_lengths: Array) -> Array:
-    """Row-local columns of the k largest scores of each row's interval, ascending, then -1.
+    """Columns of the k largest scores of each row's interval, counted from its start, ascending, then -1.
 
     NaN counts as -inf, -0.0 equals 0.0, ties go to the lower column; exactly min(k, length) results per row.
     scores[R, N], row_starts[R], row_lengths[R] -> int32[R, k].
@@ -121,7 +122,7 @@ def top_k(scores: Array, k: int, row_starts: Array, row_lengths: Array) -> Array
     column = jnp.broadcast_to(jnp.arange(columns, dtype=jnp.int32)[None, :], scores.shape)
     inside = (column >= start) & (column < start + length)
     value = jnp.where(jnp.isnan(scores), -jnp.inf, scores)
-    # Integers of the same order: float comparisons may flush subnormals to zero, and both zeros are one integer.
+    # Compare integers of the same order: float comparisons may flush subnormals. Both zeros become one integer.
     bits = jax.lax.bitcast_convert_type(value.astype(jnp.float32), jnp.int32)
     value = jnp.where(bits < 0, jnp.int32(-(2**31)) - bits, bits)
     # Three sort keys: inside first, then the larger value, then the lower column.
@@ -165,7 +166,7 @@ def sparse_mla(
 
 
 def merge(outs: Array, lses: Array) -> tuple[Array, Array]:
-    """Parts of one softmax, outs[S, T, H, V] with lses[S, T, H], joined into (out[T, H, V], lse[T, H])."""
+    """Merges splits of one softmax: outs[S, T, H, V], lses[S, T, H] -> (out[T, H, V], lse[T, H])."""
     top = jnp.max(lses, axis=0, initial=-jnp.inf)
     base = jnp.where(jnp.isfinite(top), top, 0)
     weights = jnp.exp(lses - base)
@@ -175,7 +176,7 @@ def merge(outs: Array, lses: Array) -> tuple[Array, Array]:
 
 
 def apply_sinks(out: Array, lse: Array, sinks: Array) -> Array:
-    """out[T, H, V] as if a logit sinks[H] with no value had been in the softmax whose log-sum-exp is lse[T, H]."""
+    """Adds the logits sinks[H], which have no value, to the softmax with result out[T, H, V] and lse[T, H]."""
     sinks = sinks.astype(lse.dtype)
     share = jnp.where(jnp.isneginf(lse), 0, 1 / (1 + jnp.exp(sinks[None, :] - lse)))
     return out * share[..., None]
@@ -185,7 +186,7 @@ def apply_sinks(out: Array, lse: Array, sinks: Array) -> Array:
 def pool(
     kv: Array, gate: Array, valid: Array, norm: Array, angles: Array, *, eps: float = 1e-6, dtype=jnp.float32
 ) -> Array:
-    """Entries of windows: softmax of the gates over a window's rows per channel, weighted sum, RMSNorm, rotation.
+    """Entries of W windows of S rows: softmax of the gates over the rows per channel, weighted sum, RMSNorm, rotation.
 
     kv[W, S, D], gate[W, S, D] (position bias included), valid[W, S] (False: weight 0), norm[D], angles[W, R // 2] of
     the last R values in interleaved pairs -> dtype[W, D].
@@ -221,7 +222,7 @@ def compress(
     gate = gate[: count * ratio].astype(dtype).reshape(count, ratio, -1) + position_bias.astype(dtype)
     valid = jnp.ones((count, ratio), bool)
     if kv.shape[2] == 2 * dim:
-        # A window's rows: the first half of the previous window's tokens, the second half of its own.
+        # Rows of a window: the previous window's tokens (first half of the channels), its own tokens (second half).
         before = [jnp.roll(x[..., :dim], 1, axis=0) for x in (kv, gate)]
         kv, gate = (jnp.concatenate([b, x[..., dim:]], axis=1) for b, x in zip(before, (kv, gate)))
         valid = jnp.concatenate([jnp.broadcast_to(jnp.arange(count)[:, None] > 0, valid.shape), valid], axis=1)
@@ -241,9 +242,9 @@ def merge_streams(
     norm_eps: float,
     dtype=jnp.float32,
 ) -> Array:
-    """dtype[T, D]: sum over n of (sigmoid(scale[0] * z + base) + eps)[n] * streams[T, n, D], RMS-normed with `norm`.
+    """Sum over n of (sigmoid(scale[0] * z + base) + eps)[n] * streams[T, n, D], then RMSNorm if given: dtype[T, D].
 
-    z[T, n] are the first columns of product[T, O] = flat(streams) @ fn, divided by the root mean square of the token.
+    z[T, n]: the first columns of product[T, O] = flat(streams) @ fn, divided by the root mean square of the token.
     """
     streams, n = streams.astype(dtype), streams.shape[1]
     z = product.astype(dtype)[:, :n] / jnp.sqrt((streams**2).mean(axis=(1, 2)) + norm_eps)[:, None]
@@ -266,9 +267,10 @@ def split_streams(
     norm_eps: float,
     dtype=jnp.float32,
 ) -> tuple[Array, Array, Array]:
-    """(what a sub-layer reads dtype[T, D], weights of its output dtype[T, n], mixing matrices dtype[T, n, n]).
+    """(input of a sub-layer dtype[T, D], weights of its output dtype[T, n], mixing matrices dtype[T, n, n]).
 
-    product[T, n * (n + 2)] as in `merge_streams`: columns for reading, for writing, and of the matrices row by row.
+    Columns of product[T, n * (n + 2)], see `merge_streams`: n for the input, n for the output, n * n of the matrix, row
+    by row.
     """
     constants = {"eps": eps, "norm_eps": norm_eps, "dtype": dtype}
     joined, n = merge_streams(streams, product, base, scale, norm, **constants), streams.shape[1]
@@ -288,7 +290,10 @@ def split_streams(
 
 # --- output projection
 def rotated_projection(out: Array, weight: Array, angles: Array, *, dtype=jnp.float32) -> Array:
-    """dtype[T, g, O]: out[T, H, d], its last pairs turned back by angles[T, r / 2], by group times weight[g, I, O]."""
+    """Rotates the last r values of out[T, H, d] back, multiplies by weight[g, I, O] per group: dtype[T, g, O].
+
+    angles[T, r / 2] of interleaved pairs; I = H // g * d.
+    """
     tokens, kept = out.shape[0], out.shape[2] - 2 * angles.shape[1]
     cos, sin = (f(angles.astype(dtype))[:, None, :] for f in (jnp.cos, jnp.sin))
     x = out.astype(dtype)
@@ -328,20 +333,20 @@ def sqrt_softplus_topk(
 def hash_route(
     logits: Array, token_ids: Array, table: Array, *, scale: float, renormalize: bool = True
 ) -> tuple[Array, Array]:
-    """DeepSeek-V4's first layers: experts table[token id], weights from their scores."""
+    """Routing in DeepSeek-V4's first layers: experts table[token id], weights from their scores."""
     ids = jnp.clip(table[jnp.clip(token_ids, 0, table.shape[0] - 1)], 0, logits.shape[1] - 1).astype(jnp.int32)
     return _shares(jnp.take_along_axis(sqrt_softplus(logits), ids, axis=-1), scale, renormalize), ids
 
 
 def sqrt_softplus(logits: Array) -> Array:
-    """float32 sqrt(ln(1 + e^x)) of finite size; NaN gives 0."""
+    """sqrt(ln(1 + e^x)) in float32, always finite; NaN gives 0."""
     logits = logits.astype(jnp.float32)
     logits = jnp.minimum(jnp.where(jnp.isnan(logits), -jnp.inf, logits), jnp.finfo(jnp.float32).max)
     return jnp.sqrt(jnp.maximum(logits, 0) + jnp.log1p(jnp.exp(-jnp.abs(logits))))
 
 
 def _shares(weights: Array, scale: float, renormalize: bool) -> Array:
-    """weights[T, k] over their sum, if wanted and there is one, times scale."""
+    """weights[T, k] times scale; with `renormalize` first divided by their sum if that is positive."""
     if renormalize:
         total = weights.sum(axis=-1, keepdims=True)
         weights = weights / jnp.where(total > 0, total, 1)
@@ -374,9 +379,9 @@ def norm_rope(
     eps: float,
     dtype=jnp.float32,
 ) -> Array:
-    """x[T, H, W] after a norm over W (none without weight, RMS without bias, else layer norm) and a rotation.
+    """Norm over W of x[T, H, W] (none without weight, RMSNorm without bias, else layer norm), then a rotation.
 
-    Pairs of columns from `rotated` on are turned by angles[T, pairs]: neighbours, or those half of the columns apart.
+    Columns from `rotated` on are rotated by angles[T, pairs]: pairs (2i, 2i + 1) if interleaved, else (i, pairs + i).
     """
     x = x.astype(dtype)
     if weight is not None:

@@ -1,4 +1,4 @@
-"""The shapes and constants of a model: one frozen dataclass a family, and presets.
+"""The shapes and constants of a model: one frozen dataclass per family, and presets.
 
 Import these names from `sparse_mla_jax.config`, which also reads them from a Hugging Face folder.
 """
@@ -13,7 +13,7 @@ from sparse_mla_jax._check import require
 
 
 def _check_counts(config: Any, may_be_zero: tuple[str, ...]) -> None:
-    """Every integer field is at least 1, or 0 where that means none."""
+    """Requires every integer field to be at least 1, or at least 0 if it is in `may_be_zero`."""
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         if isinstance(value, int) and not isinstance(value, bool):
@@ -42,7 +42,7 @@ class RopeConfig:
 
     @property
     def softmax_factor(self) -> float:
-        """What YaRN multiplies the softmax scale by (1.0 for plain RoPE)."""
+        """The factor by which YaRN multiplies the softmax scale (1.0 for plain RoPE)."""
         if self.factor <= 1.0 or not self.mscale_all_dim:
             return 1.0
         return (0.1 * self.mscale_all_dim * math.log(self.factor) + 1.0) ** 2
@@ -81,7 +81,7 @@ class DeepseekV32Config:
     rms_norm_eps: float = 1e-6
     max_position_embeddings: int = 163840
     tie_word_embeddings: bool = False
-    # Not a published field: index queries in the FP8 of the index cache, as DeepSeek's own code has them.
+    # Not a published field: quantise index queries to the FP8 type of the index cache, as DeepSeek's own code does.
     quantize_index_query: bool = False
     rope: RopeConfig = RopeConfig(factor=40.0, mscale_all_dim=1.0)
 
@@ -113,12 +113,12 @@ class DeepseekV32Config:
 
     @property
     def num_moe_layers(self) -> int:
-        """Layers after the first `first_k_dense_replace` ones are mixtures of experts."""
+        """Number of layers with experts: all after the first `first_k_dense_replace`."""
         return max(0, self.num_hidden_layers - self.first_k_dense_replace) if self.n_routed_experts else 0
 
     @property
     def qk_head_dim(self) -> int:
-        """Width of one expanded query or key head: nope and rope parts."""
+        """Width of one expanded query or key head: nope and rope dimensions."""
         return self.qk_nope_head_dim + self.qk_rope_head_dim
 
     @property
@@ -128,7 +128,7 @@ class DeepseekV32Config:
 
     @property
     def kv_group_size(self) -> int:
-        """Latent values that share one FP8 scale: 128, or the whole latent where 128 does not divide it."""
+        """Latent values that share one FP8 scale: 128, or the whole latent if 128 does not divide its width."""
         return 128 if self.kv_lora_rank % 128 == 0 else self.kv_lora_rank
 
     def is_moe_layer(self, layer: int) -> bool:
@@ -136,11 +136,11 @@ class DeepseekV32Config:
         return self.n_routed_experts > 0 and layer >= self.first_k_dense_replace
 
     def dense(self) -> DeepseekV32Config:
-        """The same model with every visible key attended to (the indexer is never asked)."""
+        """The same model with dense attention: every visible key is attended to and the indexer never runs."""
         return dataclasses.replace(self, index_topk=2**31 - 1)
 
 
-# 0, 0, then 4 and 128 in turn, then 4.
+# Two layers without compression, then ratios 4 and 128 in turn, then 4.
 _FLASH_RATIOS = (0, 0) + (4, 128) * 20 + (4,)
 
 
@@ -151,10 +151,10 @@ class DeepseekV4Config:
     Hashable, so that it can be a static argument of `jax.jit`. Source: DeepSeek-V4-Flash and -Pro, config.json.
 
     Attributes:
-      compress_ratios: per layer, how many tokens make one compressed entry; 0 (or 1) for a layer that has its sliding
-        window only. The published list ends with entries of multi-token-prediction layers, which are cut off here.
-      rope: of layers that do not compress: plain.
-      compress_rope: of layers that do, for all that they rotate: YaRN.
+      compress_ratios: per layer, how many tokens make one compressed entry; 0 (or 1) for a layer with a sliding window
+        only. The published list also has multi-token-prediction layers at its end, which are cut off here.
+      rope: rotation in layers that do not compress: plain.
+      compress_rope: rotation of everything in layers that compress: YaRN.
     """
 
     vocab_size: int = 129280
@@ -229,7 +229,7 @@ class DeepseekV4Config:
 
     @property
     def nope_dim(self) -> int:
-        """Width of the part of a head that is not rotated (and that a cache may quantise); it comes first."""
+        """Number of dimensions of a head that are not rotated. They come first, and a cache may quantise them."""
         return self.head_dim - self.qk_rope_head_dim
 
     @property
@@ -239,7 +239,7 @@ class DeepseekV4Config:
 
     @property
     def kv_group_size(self) -> int:
-        """Values that share one FP8 scale: 64, or all that are not rotated where 64 does not divide their number."""
+        """Values that share one FP8 scale: 64, or all nope dimensions if 64 does not divide their number."""
         return 64 if self.nope_dim % 64 == 0 else self.nope_dim
 
     def compress_ratio(self, layer: int) -> int:
@@ -252,15 +252,15 @@ class DeepseekV4Config:
         return self.compress_rope if self.compress_ratio(layer) else self.rope
 
     def is_hash_layer(self, layer: int) -> bool:
-        """Whether layer number `layer` takes its experts from a table of token ids."""
+        """Whether layer number `layer` looks its experts up by token id."""
         return layer < self.num_hash_layers
 
     def has_indexer(self, layer: int) -> bool:
-        """Whether layer number `layer` selects among its compressed entries (with ratio 4); others see all of them."""
+        """Whether layer number `layer` selects among its compressed entries (ratio 4) instead of reading them all."""
         return self.compress_ratio(layer) == 4
 
     def compressor_overlap(self, ratio: int) -> bool:
-        """Whether an entry of that ratio also weighs the tokens of the window before its own (with ratio 4)."""
+        """Whether an entry of that ratio also weighs the tokens of the previous window (ratio 4)."""
         return ratio == 4
 
     def is_moe_layer(self, layer: int) -> bool:

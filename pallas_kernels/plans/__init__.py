@@ -1,6 +1,6 @@
-"""Plans: block sizes, splits and warps of a kernel, frozen and memoised by the static shapes that they depend on.
+"""Plans: block sizes, splits and warps of a kernel. They are frozen, and memoised by static shapes.
 
-A plan can be asked for, changed and passed back:
+Get a plan, change it, and pass it back:
 
     plan = plan_for(sparse_mla, q, kv, rows, sm_scale=0.1, value_dim=512, target="gfx942")
     sparse_mla(q, kv, rows, sm_scale=0.1, value_dim=512, plan=dataclasses.replace(plan, key_block=32))
@@ -25,7 +25,7 @@ class LaunchPlan(NamedTuple):
 
 
 class _Recorder:
-    """Takes the place of a machine while an operator is traced: notes plans, launches nothing."""
+    """Replaces the machine while an operator is traced: records plans and launches nothing."""
 
     def __init__(self, arch: str):
         """`arch` is a target's name."""
@@ -33,7 +33,7 @@ class _Recorder:
         self.found: list[LaunchPlan] = []
 
     def call(self, kernel_call: Callable, arrays: Sequence[jax.Array], out_shape: Any) -> Any:
-        """Zeros of the shapes that the kernel returns."""
+        """Returns zeros in place of the kernel's results."""
         return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), out_shape)
 
 
@@ -47,10 +47,10 @@ def choose_plan(kernel: str, plan: Any, heuristic: Callable[..., Any], **sizes: 
 
 
 def plans_for(operator: Callable[..., Any], *args: Any, target: Target | str, **options: Any) -> list[LaunchPlan]:
-    """The plans of all kernels that `operator(*args, **options)` launches on a machine, in their order.
+    """The plans of all kernels that `operator(*args, **options)` launches on a machine, in order of launch.
 
     Args:
-      operator: takes `implementation`; an operator of `sparse_mla_jax.ops`, or a layer made of them.
+      operator: a function with `implementation=`: an operator of `sparse_mla_jax.ops`, or a layer made of operators.
       *args: its arguments; arrays or shapes (jax.ShapeDtypeStruct). Nothing is computed.
       target: "gfx942", "gfx950" or "nvidia", or a `pallas_kernels.targets.Target`.
       **options: its static keyword arguments.
@@ -60,13 +60,13 @@ def plans_for(operator: Callable[..., Any], *args: Any, target: Target | str, **
     """
     recorder = _Recorder(find(target).name)
     with executor(recorder):
-        # A new function object, so that no earlier trace is found.
+        # A new function object misses the cache of traces: a cached trace would record nothing.
         jax.eval_shape(lambda *a: operator(*a, **{"implementation": "triton", **options}), *args)
     return recorder.found
 
 
 def plan_for(operator: Callable[..., Any], *args: Any, target: Target | str, **options: Any) -> Any:
-    """The plan that the kernel of `operator(*args, **options)` takes on a machine; arguments as of `plans_for`.
+    """The plan that the kernel of `operator(*args, **options)` takes on a machine; arguments as in `plans_for`.
 
     Raises:
       ValueError: the operator launches no kernel that has a plan, or kernels with different plans (see `plans_for`).

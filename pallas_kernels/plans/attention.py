@@ -9,7 +9,7 @@ from typing import Literal
 from pallas_kernels.targets import CDNA, GFX942, NVIDIA, Target, find
 from pallas_kernels.tiles import power_of_two
 
-# A split shorter than this costs more in merging than it hides.
+# A split of fewer keys costs more time in merging than it saves.
 MIN_SPLIT_KEYS = 256
 
 
@@ -19,21 +19,21 @@ class AttentionPlan:
 
     Attributes:
       head_block: heads per program, a power of two, at least 16 (the M side of a matrix instruction).
-      key_block: keys per loop step, a power of two, at least 16. 32 spill registers on gfx942 (Triton 3.6.0).
-      splits: programs that share the keys of a row and are merged afterwards, in a fixed order.
-      shares: 0, or how many parts of even size the keys of all rows would make together. A row then has as many as
-        its length asks for, up to `splits` (more than 1), so that programs have like work where rows have not.
-      tile: widest column tile of unquantised keys, and of FP8 keys that are multiplied as such; a power of two.
-      exact_weights: multiply values by probabilities of 16 bits (two bfloat16 terms) instead of 8. One term alone costs
-        an error of 1.7e-3, as much as rounding the result to bfloat16 does.
+      key_block: keys per loop step, a power of two, at least 16. 32 keys spill registers on gfx942 (Triton 3.6.0).
+      splits: programs that share the keys of a row. Their results are merged in a fixed order.
+      shares: 0, or the number of equal splits that the keys of all rows together are cut into. Long rows then get more
+        splits, at most `splits` (more than 1), so that programs have equal work although row lengths differ.
+      tile: widest tile of a key, a power of two: in columns, or in words of four FP8 columns with "planes".
+      exact_weights: multiply values by probabilities of 16 bits (two bfloat16 terms) instead of 8. With one term the
+        error is 1.7e-3, as large as that of rounding the result to bfloat16.
       num_warps: waves per program.
       num_stages: software pipelining depth.
-      form: the kernel. "fp8" multiplies FP8 keys by FP8 queries, "float16" scaled float16 keys; each runs where it
-        supports the call, "planes" everywhere else. See the files of that name in `pallas_kernels/sparse_attention`.
-      anchored: absent keys repeat a present one, so that no key passes through a select. Of "planes" alone.
-      fenced: all of a step's keys are asked for before the first is used, on CDNA, where the compiler would save
-        registers by a wait for memory at every tile. Of "planes" alone.
-      half_parts: splits of a row are handed on as float16 with a power of two each, not as float32. Not of "planes".
+      form: the kernel: a file in `pallas_kernels/sparse_attention`. "fp8" multiplies FP8 keys by FP8 queries, "float16"
+        multiplies keys converted to scaled float16. "planes" is the fallback for calls that they do not support.
+      anchored: absent keys repeat a present one, so that no key passes through a select. "planes" only.
+      fenced: on CDNA, issue all loads of a step's keys before the first key is used. To save registers, the compiler
+        would otherwise wait for memory at every tile. "planes" only.
+      half_parts: splits are stored as float16 with a power-of-two scale each, not as float32. Not with "planes".
     """
 
     head_block: int = 16
@@ -76,9 +76,9 @@ def attention_plan(
     ragged: bool = False,
     target: Target | str,
 ) -> AttentionPlan:
-    """Heuristic plan for `tokens` rows of about `width` keys in all sources; itemsize 4 means float32 products.
+    """Heuristic plan for `tokens` rows of about `width` keys over all sources; itemsize 4 means float32 products.
 
-    native: FP8 keys are such that NVIDIA's units multiply them; key_bytes: what of a key they read.
+    native: the "fp8" kernel supports the call. key_bytes: bytes of a key that it loads, without scales.
     """
     target = find(target)
     if itemsize == 2 and target == NVIDIA and native:
@@ -91,25 +91,26 @@ def attention_plan(
     splits = max(1, min(wanted, width // MIN_SPLIT_KEYS, 16))
     if target not in CDNA:
         return AttentionPlan(splits=splits, tile=64 if itemsize == 4 else 128)
-    # Waves repeat each other's scores and index arithmetic; one wave of float32 products would spill.
+    # Use few waves: every wave repeats the scores and the index arithmetic. float32 products would spill in one wave.
     if itemsize == 4:
         return AttentionPlan(splits=splits, num_warps=2)
-    # Words reach the matrix operand's form through LDS unless their tile is narrow.
+    # Decoded words move to the layout of a tensor core operand through LDS, unless the tile is narrow.
     tile = 128 if not fp8 else 16 if target == GFX942 else 32
-    # Selects on keys cost instructions on gfx942, and on gfx950 a register that XLA:ROCm moves, with two sources.
+    # Anchor the keys. Selects on keys cost instructions on gfx942. On gfx950, with two sources, XLA:ROCm moves a
+    # register for them.
     return AttentionPlan(splits=splits, tile=tile, num_warps=1, anchored=True, fenced=True)
 
 
 def _splits(programs: int, resident: int, ragged: bool, most: int) -> int:
-    """Parts of a row that fill the machine once; rows of different lengths are cut finer, so that none waits long."""
+    """Splits per row that fill the machine once. Ragged rows get twice as many, so that no long row finishes late."""
     wanted = 1 << max(0, (resident * (2 if ragged else 1) // max(1, programs)).bit_length() - 1)
     return max(1, min(wanted, most, 64))
 
 
 def _shares(tokens: int, programs: int, resident: int) -> int:
-    """Parts of even size into which the keys of all rows are cut, such that their programs are resident together.
+    """Number of equal splits that the keys of all rows are cut into: their programs fill the machine in whole rounds.
 
-    The last part of a row is half empty on average; where all rows are alike, it is full.
+    The last split of a row is half empty on average. If all rows have the same length, it is full.
     """
     rounds = -(-2 * programs // resident)
     most = resident * rounds * tokens // programs
@@ -117,8 +118,11 @@ def _shares(tokens: int, programs: int, resident: int) -> int:
 
 
 def _native_plan(tokens: int, heads: int, width: int, ragged: bool, key_bytes: int) -> AttentionPlan:
-    """132 multiprocessors hold two programs of 64 keys and 16 heads, or one of 128 keys and 32 heads."""
-    # Two blocks of keys in shared memory are worth more than keys decoded half as often.
+    """Plan of the "fp8" kernel. Each of 132 multiprocessors holds two programs, or one of twice the size.
+
+    Each of two programs has 64 keys and 16 heads; a single one has 128 keys and 32 heads.
+    """
+    # Keys of up to 576 bytes: two key blocks in shared memory gain more than 32 heads, which halve the decoding.
     wide = heads > 16 and key_bytes > 576
     block, resident, key_block = (32, 132, 128) if wide else (16, 264, 64)
     programs = tokens * -(-heads // block)
@@ -130,22 +134,22 @@ def _native_plan(tokens: int, heads: int, width: int, ragged: bool, key_bytes: i
         key_block=key_block,
         splits=max(splits, min(4, blocks)) if uneven else splits,
         shares=_shares(tokens, programs, resident) if uneven else 0,
-        # Narrow tiles keep more bits of a score; with 32 heads they cost a quarter of the time.
+        # Narrow tiles keep more bits of a score, but with 32 heads they cost a quarter of the time.
         tile=128 if wide else 64,
         num_warps=8 if wide else 4,
-        # 5 hold two blocks of keys in shared memory, if two programs have room for that; 3 hold one: as well for few.
+        # 5 stages hold two key blocks in shared memory, if two programs fit. 3 stages hold one, as fast for few blocks.
         num_stages=5 if not wide and key_bytes <= 576 and blocks >= 2 * splits else 3,
         form="fp8",
-        # Results of a part of few keys are as much to move as its keys; with many, the compiler makes a worse loop.
+        # A split of few keys stores as many bytes as it loads: halve them. With many keys the compiled loop gets worse.
         half_parts=splits > 1 and blocks <= 4 * splits,
     )
 
 
 def _float16_plan(tokens: int, heads: int, width: int, ragged: bool) -> AttentionPlan:
-    """132 multiprocessors hold two programs of 4 warps each, or one of 8."""
+    """Plan of the "float16" kernel. Each of 132 multiprocessors holds two programs of 4 warps, or one of 8 warps."""
     block = 16 if heads <= 16 else 32
     programs = tokens * -(-heads // block)
-    # Few rows: wide programs of one round beat narrow ones.
+    # Few rows: wide programs in one round are faster than narrow ones.
     wide = block == 32 or 4 <= programs <= 8
     resident, key_block = (132, 64) if wide else (264, 32)
     splits = _splits(programs, resident, ragged, width // key_block)
@@ -155,7 +159,7 @@ def _float16_plan(tokens: int, heads: int, width: int, ragged: bool) -> Attentio
 
 
 def _bfloat16_plan(tokens: int, heads: int, width: int, ragged: bool) -> AttentionPlan:
-    """Keys go from memory to shared memory unseen, two blocks ahead; one program fills a multiprocessor."""
+    """Plan for unquantised keys. Hardware copies them to shared memory, up to two blocks ahead; one program per SM."""
     block = 16 if heads <= 16 else 32
     splits = _splits(tokens * -(-heads // block), 132, ragged, width // 64)
     wide = block == 32

@@ -14,7 +14,7 @@ class CacheWritePlan:
     """Static sizes of one launch; a program writes one token.
 
     Attributes:
-      scan: slots of other tokens that are compared at a time, a power of two.
+      scan: slots of other tokens that are compared per step, a power of two.
       num_warps: waves per program.
     """
 
@@ -24,7 +24,7 @@ class CacheWritePlan:
 
 @functools.lru_cache(maxsize=1024)
 def cache_write_plan(*, tokens: int, width: int, target: Target | str) -> CacheWritePlan:
-    """Heuristic plan for tokens whose widest row has `width` values: four to a lane."""
+    """Heuristic plan for tokens whose widest row has `width` values: four values per lane."""
     target = find(target)
     wave = target.wave
     num_warps = max(1, min(4, power_of_two(width) // (4 * wave)))

@@ -14,7 +14,7 @@ class CompressPlan:
     """Static sizes of one launch; a program makes one entry.
 
     Attributes:
-      block: tokens whose values are on their way together.
+      block: tokens whose loads are in flight together.
       num_warps: waves per program.
     """
 
@@ -24,10 +24,10 @@ class CompressPlan:
 
 @functools.lru_cache(maxsize=1024)
 def compress_plan(*, rows: int, width: int, target: Target | str) -> CompressPlan:
-    """Heuristic plan for entries of `width` values made of `rows` tokens: two values of each token to a lane.
+    """Heuristic plan for entries of `width` values made of `rows` tokens: two values of each token per lane.
 
-    Few windows close in a decode step, so programs are made quick, not lean: half the lanes would execute a third
-    fewer wave-instructions (gfx942, ratio 4) but each wave more.
+    Few windows close in a decode step, so the time of a program counts more than its total work. With half the lanes a
+    program would execute a third fewer wave-instructions (gfx942, ratio 4), but each wave would execute more.
     """
     target = find(target)
     wave = target.wave

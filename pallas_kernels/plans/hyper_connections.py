@@ -8,10 +8,10 @@ import functools
 from pallas_kernels.targets import Target, find
 from pallas_kernels.tiles import power_of_two
 
-# Values of one stream that a lane holds: two 16-byte loads of bfloat16. All of a row is in flight with any number of
-# waves, and every one of them repeats the mixing matrices.
+# Values of one stream per lane: two 16-byte loads of bfloat16. More waves do not help: the whole row is in flight with
+# any number of waves, and every wave repeats the mixing matrices.
 LANE_VALUES = 16
-# Mixing matrices are computed by every wave of a program: that many tokens fill its lanes with 4 x 4 entries.
+# Every wave of a program computes the mixing matrices: 4 tokens with 4 x 4 entries each fill a wave of 64.
 MOST_TOKENS = 4
 
 
@@ -20,7 +20,7 @@ class HyperConnectionPlan:
     """Static sizes of one launch.
 
     Attributes:
-      tokens: per program, one after the other but for the mixing matrices; a power of two.
+      tokens: tokens per program, a power of two. The loop over them is sequential, except for the mixing matrices.
       num_warps: waves per program.
     """
 
@@ -34,6 +34,6 @@ def hyper_connection_plan(*, tokens: int, width: int, target: Target | str) -> H
     target = find(target)
     wave = target.wave
     num_warps = max(1, min(16, power_of_two(width) // (LANE_VALUES * wave)))
-    # More than one where all units have work anyhow.
+    # More than one token per program only if all compute units have work anyway.
     block = max(1, min(MOST_TOKENS, power_of_two(tokens // (4 * target.programs))))
     return HyperConnectionPlan(block, num_warps)

@@ -14,7 +14,8 @@ class IndexerPlan:
     """Static sizes of one launch.
 
     Attributes:
-      key_block: keys of a matrix product, a power of two, at least 16; pages of a multiple are read in one piece.
+      key_block: keys of a matrix product, a power of two, at least 16. If it divides the page size, a block lies in one
+        page, whose number is loaded once.
       token_block: queries that one program scores against the keys it holds, a power of two (contiguous keys).
       dot_tokens: queries of one matrix product, a power of two, at most token_block and the number of tokens; more
         than 1 only where head_block holds exactly the heads.
@@ -35,7 +36,7 @@ class IndexerPlan:
     num_stages: int = 1
 
 
-# Programs of one launch that keep 132 units busy, a few each, to the end.
+# Programs per launch that keep 132 multiprocessors busy to the end, with a few programs each.
 SHARED_PROGRAMS, PAGED_PROGRAMS = 1024, 2048
 
 
@@ -45,7 +46,7 @@ def indexer_plan(
 ) -> IndexerPlan:
     """Heuristic plan; shared_keys: all tokens read the same keys, so a program holds a block for several tokens.
 
-    itemsize is that of a factor of the products: 1 where FP8 is multiplied as it is.
+    itemsize: bytes of a factor in the products; 1 if FP8 is multiplied without decoding.
     """
     target = find(target)
     narrow = target in CDNA or itemsize == 4
@@ -53,7 +54,7 @@ def indexer_plan(
     head_block = max(16, min(16 if itemsize == 4 else 64, power_of_two(heads)))
     if narrow:
         token_block = min(8, power_of_two(tokens)) if shared_keys else 1
-        # Keys as rows: a third to a half of the wave-instructions. Two waves on gfx942 would halve its occupancy.
+        # Keys as rows take a third to a half of the wave-instructions. Two waves on gfx942 would halve its occupancy.
         return IndexerPlan(
             key_block=key_block,
             token_block=token_block,
@@ -67,7 +68,7 @@ def indexer_plan(
         return IndexerPlan(
             key_block=key_block, key_steps=steps, head_block=head_block, keys_first=True, num_stages=stages
         )
-    # Two queries a product: 128 columns keep the matrix units busier than 64. Wider blocks leave room for one program.
+    # Two queries per product: 128 columns keep tensor cores busier than 64. With wider blocks only one program fits.
     key_block = max(16, min(128 if itemsize == 1 else 64, power_of_two(columns)))
     token_block = power_of_two(max(1, min(64, tokens, tokens * -(-columns // key_block) // SHARED_PROGRAMS)))
     together = 2 if heads == head_block and min(tokens, token_block) >= 2 else 1

@@ -8,7 +8,7 @@ import functools
 from pallas_kernels.targets import CDNA, Target, find
 from pallas_kernels.tiles import power_of_two
 
-# Values of a tile that a lane holds, unless 8 waves are too few: on CDNA more, reductions across waves cost so much.
+# Values of a tile per lane, unless that needs more than 8 waves. CDNA: more, since reductions across waves cost more.
 LANE_VALUES, CDNA_LANE_VALUES = 8, 32
 
 
@@ -17,7 +17,7 @@ class NormRopePlan:
     """Static sizes of one launch; a program finishes some heads of one token.
 
     Attributes:
-      tile: values of a program, padded ones included, where a head is not wider by itself; a power of two.
+      tile: values per program including padding, a power of two. A wider head is one program.
       num_warps: waves per program.
     """
 
@@ -25,13 +25,13 @@ class NormRopePlan:
     num_warps: int = 4
 
     def heads(self, heads: int, width: int) -> int:
-        """Heads of one program of a part, a power of two."""
+        """Heads per program of a section of `heads` heads of `width` values, a power of two."""
         return max(1, min(power_of_two(heads), self.tile // power_of_two(width)))
 
 
 @functools.lru_cache(maxsize=1024)
 def norm_rope_plan(*, widest: int, target: Target | str) -> NormRopePlan:
-    """Heuristic plan for parts whose widest head has `widest` values."""
+    """Heuristic plan for sections whose widest head has `widest` values."""
     target = find(target)
     per_wave = target.wave * (CDNA_LANE_VALUES if target in CDNA else LANE_VALUES)
     tile = 1024

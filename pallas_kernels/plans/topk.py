@@ -8,7 +8,7 @@ import functools
 from pallas_kernels.targets import CDNA, Target, find
 from pallas_kernels.tiles import power_of_two
 
-# Columns of a row that stays in registers, and those that a longer row is read by.
+# Most columns of a row that stays in registers, and columns per block of a longer row.
 REGISTER_BLOCK = 8192
 STREAM_BLOCK = 4096
 
@@ -18,13 +18,13 @@ class TopKPlan:
     """Static sizes of one launch, powers of two; lanes are num_warps * wave.
 
     Attributes:
-      block: columns per loop step, at least 4 * lanes; a row that fits in one stays in registers.
+      block: columns per loop step, at least 4 * lanes; a row that fits into one block stays in registers.
       num_warps: waves per program.
       wave: lanes of a wave.
-      groups: for a row of several blocks, from how many maxima its threshold is estimated, and the room for columns
-        that reach it; at least 2k and 4 * lanes, at most block. 0: the row is counted over instead.
+      groups: for a row of several blocks, the number of maxima that estimate the threshold, and the capacity of the
+        list of columns that reach it; at least 2k and 4 * lanes, at most block. 0: selects by counting instead.
       run: neighbouring columns whose marks one lane reads, at least 32 or all.
-      unroll: blocks that are read before the first is waited for; any number.
+      unroll: blocks whose loads are issued before the first is waited for; any number.
     """
 
     block: int
@@ -42,7 +42,7 @@ class TopKPlan:
 
 @functools.lru_cache(maxsize=1024)
 def topk_plan(*, columns: int, k: int, target: Target | str) -> TopKPlan:
-    """Heuristic plan: as many waves as leave 8 columns to a lane, up to 16."""
+    """Heuristic plan: as many waves as give each lane 8 columns, up to 16."""
     target = find(target)
     wave = target.wave
     block = max(4 * wave, min(REGISTER_BLOCK, power_of_two(columns)))

@@ -1,4 +1,4 @@
-"""Sparse latent attention: `launch` tries the forms (`fp8`, `float16`, `planes`), runs one and merges splits."""
+"""Sparse latent attention: `launch` chooses a kernel (`fp8`, `float16` or `planes`), runs it and merges splits."""
 
 from pallas_kernels.sparse_attention.launch import sparse_attention
 from pallas_kernels.sparse_attention.planes import Tile, layout

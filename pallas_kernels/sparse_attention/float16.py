@@ -1,10 +1,11 @@
 """Sparse latent attention over FP8 keys on NVIDIA GPUs: keys become scaled float16, one matrix product per byte plane.
 
-What the generic kernel (sparse_attention) pays for there is traffic between registers and shared memory, so here the
-words of all groups form one wide tile. Its group scales multiply the keys on the way to float16, in units of a power
-of two that follows the largest scale met so far, as the softmax follows the largest score: no key overflows, and a key
-keeps float16's 11 bits unless it is 2**14 times smaller than the largest of its row. Queries are float16 in units of a
-power of two of their own. Rope stays bfloat16. The next keys are in flight while a block is multiplied.
+On NVIDIA GPUs the generic kernel (`planes`) is limited by traffic between registers and shared memory. In this kernel
+the words of all groups form one wide tile. Decoding multiplies each key by its group scale and divides it by a power of
+two that all keys share. That power of two is the one of the largest scale so far; it grows as the running maximum of
+the softmax does. No key overflows float16. A key keeps float16's 11 bits unless it is 2**14 times smaller than the
+largest of its row. Queries are float16 with a power-of-two scale per head. Rope stays bfloat16. The loads of the next
+keys are in flight while a block is multiplied.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ MAX_WORDS = 128
 
 @dataclasses.dataclass(frozen=True)
 class Float16Specialization:
-    """What the kernel is specialised for."""
+    """Compile-time constants of the kernel."""
 
     heads: int
     value_dim: int
@@ -53,22 +54,22 @@ class Float16Specialization:
 
     @property
     def width(self) -> int:
-        """Words of the tile: a power of two."""
+        """Words of the tile, padded to a power of two."""
         return max(16, power_of_two(self.words))
 
     @property
     def rope_width(self) -> int:
-        """Rotated columns of the tile: a power of two."""
+        """Rotated columns of the tile, padded to a power of two."""
         return max(16, power_of_two(self.rope))
 
     @property
     def rope_values(self) -> bool:
-        """Whether rope columns are values too."""
+        """Whether rope columns belong to the values too."""
         return self.value_dim > 4 * self.words
 
 
 def supports(q: Array, sources: Sequence[Source], value_dim: int) -> bool:
-    """Whether this form takes the call: bfloat16 queries, FP8 sources alike, groups that tile the words evenly."""
+    """Whether this kernel supports the call: bfloat16 queries, FP8 sources of one layout, groups that fill the tile."""
     first = sources[0]
     if first.scale is None or q.dtype != jnp.bfloat16:
         return False
@@ -88,14 +89,14 @@ def supports(q: Array, sources: Sequence[Source], value_dim: int) -> bool:
 
 # --- arithmetic
 def _split4(x: Array) -> list[Array]:
-    """[A, W, 4] -> its four [A, W]; in registers, since the last axis lies within a lane."""
+    """Splits [A, W, 4] into four [A, W], in registers: one lane holds the whole last axis."""
     even, odd = jnp.unstack(x.reshape(*x.shape[:2], 2, 2), axis=3)
     (first, third), (second, fourth) = jnp.unstack(even, axis=2), jnp.unstack(odd, axis=2)
     return [first, second, third, fourth]
 
 
 def _join4(planes: Sequence[Array]) -> Array:
-    """Four [A, W] -> [A, W, 4]."""
+    """Joins four [A, W] to [A, W, 4]."""
     even, odd = (jnp.stack([planes[i], planes[i + 2]], axis=-1) for i in (0, 1))
     return jnp.stack([even, odd], axis=-1).reshape(*planes[0].shape, 4)
 
@@ -109,14 +110,14 @@ def _grid3(rows: Array, words: Array) -> tuple[Array, Array]:
 
 
 def _inside(index: Array, count: int, shape: tuple[int, ...], axis: int) -> Array | None:
-    """Which indices along `axis` exist, in the shape of the whole; None where all do."""
+    """Mask of `shape`: whether the index along `axis` is below `count`; None if all are."""
     if index.shape[0] == count:
         return None
     return jnp.broadcast_to(jnp.expand_dims(index < count, [a for a in range(len(shape)) if a != axis]), shape)
 
 
 def _load_queries(q_ref, token, heads: Array, s: Float16Specialization):
-    """(four float16 planes [H, width], their unit [H], rope bfloat16 [H, rope_width] or None)."""
+    """Loads (four float16 planes [H, width], their power-of-two scale [H], rope bfloat16 [H, rope_width] or None)."""
     safe = jnp.minimum(heads, s.heads - 1)
     words = jnp.arange(s.width, dtype=jnp.int32)
     rows, cols = _grid3(safe, words)
@@ -138,7 +139,7 @@ def _rope_grid(rows: Array, s: Float16Specialization) -> tuple[Array, Array, Arr
 
 
 def _scales(sources: Sequence[dict], number, slots: Array, s: Float16Specialization) -> Array:
-    """float32 or E8M0 bytes [K, groups padded with 0]."""
+    """Loads the scales of slots[K], float32 or E8M0 bytes [K, groups]; groups are padded to a power of two with 0."""
     g = jnp.arange(power_of_two(s.groups), dtype=jnp.int32)
     rows, cols = grid2(slots, g)
     mask = _inside(g, s.groups, rows.shape, 1)
@@ -146,7 +147,7 @@ def _scales(sources: Sequence[dict], number, slots: Array, s: Float16Specializat
 
 
 def _keys(sources: Sequence[dict], number, slots: Array, s: Float16Specialization) -> tuple[Array, ...]:
-    """Words [K, width] and rope [K, rope_width] as they lie; zeros where there is none."""
+    """Loads undecoded words [K, width] and rope [K, rope_width] of slots[K]; padded columns are 0."""
     words = jnp.arange(s.width, dtype=jnp.int32)
     rows, cols = grid2(slots, words)
     mask = _inside(words, s.words, rows.shape, 1)
@@ -158,7 +159,7 @@ def _keys(sources: Sequence[dict], number, slots: Array, s: Float16Specializatio
 
 
 def _planes(words: Array, scales: Array, unit: Array, s: Float16Specialization) -> tuple[list[Array], Array]:
-    """(four float16 planes [K, width] in units of 2 ** (unit - 127), the unit: at least the one before)."""
+    """Decodes words to (four float16 planes [K, width] divided by 2 ** (unit - 127), unit); `unit` never decreases."""
     scales = fp8_bits.e8m0_to_float32(scales) if s.exact_scales else scales
     unit = jnp.maximum(unit, fp8_bits.exponent(jnp.max(jnp.max(scales, axis=1), axis=0)))
     factor = scales * (fp8_bits.from_exponent(254 - unit) * fp8_bits.float16_power(s.fp8, s.target))
@@ -169,16 +170,16 @@ def _planes(words: Array, scales: Array, unit: Array, s: Float16Specialization) 
 
 
 def _spread(groups: Array, s: Float16Specialization) -> Array:
-    """[K, G] -> [K, width]: every group's value at all of its words."""
+    """Repeats the value of each group at all of its words: [K, G] -> [K, width]."""
     shape = (*groups.shape, s.width // groups.shape[1])
     return jnp.broadcast_to(groups[:, :, None], shape).reshape(groups.shape[0], s.width)
 
 
 def _over_blocks(sources: Sequence[dict], part: RowPart, queries, state, s: Float16Specialization):
-    """Folds the key blocks of a part into the state."""
+    """Folds the key blocks of the program into the softmax state."""
     q_planes, q_unit, q_rope = queries
     number_of, slots_of = key_slots(sources, part, s)
-    # Reads need no mask where every key exists.
+    # Absent keys load a present slot, so that loads need no mask.
     present, first, last = some_keys(slots_of, part)
 
     def read(number, slots):
@@ -191,7 +192,7 @@ def _over_blocks(sources: Sequence[dict], part: RowPart, queries, state, s: Floa
         scores = dot(q_planes[0], planes[0], 1)
         for q, k in zip(q_planes[1:], planes[1:]):
             scores += dot(q, k, 1)
-        # Between the products: asked for before them, what comes next would delay what they wait for.
+        # Issue the next loads between the products. Before them, they would delay the loads that the products wait for.
         ahead, later = read(number_of(i + 1), after), slots_of(i + 2)
         scores = scores * (fp8_bits.from_exponent(new_unit) * (s.scale * LOG2E) * q_unit)[:, None]
         if s.rope:
@@ -201,7 +202,7 @@ def _over_blocks(sources: Sequence[dict], part: RowPart, queries, state, s: Floa
         new_top = jnp.maximum(top, jnp.max(scores, axis=1))
         weights = jnp.where(valid[None, :], jnp.exp2(scores - new_top[:, None]), 0.0)
         keep = jnp.exp2(top - new_top)
-        # Lanes add up on their own: one reduction across them at the end.
+        # Accumulate per lane; reduce across lanes once at the end.
         total = total * keep[:, None] + weights
         keep_sums = (keep * fp8_bits.from_exponent(jnp.maximum(127 + unit - new_unit, 0)))[:, None]
         halves = weights.astype(jnp.float16)
@@ -258,7 +259,7 @@ def _store_results(out_refs, sink_ref, part: RowPart, state, s: Float16Specializ
 
 # --- launch
 def specialize(request: AttentionCall) -> tuple[list[Array], Float16Specialization]:
-    """(arrays of all sources in argument order, what `kernel` is specialised for); `supports` must hold."""
+    """Returns (arrays of all sources in argument order, specialization of `kernel`); `supports` must hold."""
     _, heads, dim = request.q.shape
     first = request.sources[0]
     assert first.scale is not None
@@ -281,6 +282,9 @@ def specialize(request: AttentionCall) -> tuple[list[Array], Float16Specializati
 
 
 def launch(request: AttentionCall) -> tuple[Array, ...]:
-    """(out[splits, T, H, value_dim], lse and perhaps units [splits, T, H]); `supports` must hold."""
+    """Returns (out[splits, T, H, value_dim], lse[splits, T, H], with `half_parts` scales of out [splits, T, H]).
+
+    `supports` must hold.
+    """
     arrays, static = specialize(request)
     return launch_rows(kernel, static, request, arrays)

@@ -1,14 +1,15 @@
-"""Sparse latent attention over FP8 keys on NVIDIA GPUs: scores are FP8 products of the keys as they lie.
+"""Sparse latent attention over FP8 keys on NVIDIA GPUs: scores are FP8 products of undecoded keys.
 
-A bfloat16 query is the sum of two e4m3 terms in one unit: exactly, but for what is 2**9 times smaller than the largest
-of its head (then to 2**-17 of that). Keys are the rows of the first product and both terms of all heads its columns, so
-keys go from memory to the matrix units through shared memory alone, a block ahead; group scales multiply scores. Only
-the second product needs float16 keys: plain codes, since the scales go to the weights. The running maximum is that of
-weight times the key's largest scale (a power of two of it), so that neither overflows float16 and the largest product
-keeps its bits. The units keep about 14 bits of a sum: what narrow tiles of columns make is added up in float32.
+A bfloat16 query is split into two e4m3 terms with one power-of-two scale. Their sum is exact, except for elements 2**9
+times smaller than the largest of the head; those err by 2**-17 of the largest. In the first product the keys are the
+rows, and both terms of all heads are the columns. Keys therefore go to the tensor cores through shared memory alone,
+loaded one block ahead. Group scales multiply the scores. Only the second product needs float16 keys. They are unscaled
+codes; the scales multiply the weights. The running maximum is that of weight times the key's largest scale (rounded
+down to a power of two). Neither of them then overflows float16, and the largest product keeps its bits. Tensor cores
+keep about 14 bits of a sum. The kernel therefore multiplies narrow tiles of columns and adds their sums in float32.
 
-The units read e4m3fn. A code of e4m3fnuz is half of what they read, but for 0x80 (NaN), which counts as 0, and +-240
-(0x7F, 0xFF; this library writes neither), which is NaN to them: a program with NaN in its sums starts again in float16.
+Tensor cores read e4m3fn. They read a code of e4m3fnuz as twice its value, except two. 0x80 (NaN) counts as 0. +-240
+(0x7F, 0xFF; this library writes neither) is NaN: a program with NaN in its sums starts again in `float16`.
 """
 
 from __future__ import annotations
@@ -34,15 +35,15 @@ from pallas_kernels.sparse_attention.rows import RowPart, Source, key_slots, par
 from pallas_kernels.targets import Target
 from pallas_kernels.tiles import grid2, power_of_two
 
-# The largest element of a head's query lies in [2**7, 2**8) of its unit.
+# The scale of a head's query brings its largest element into [2**7, 2**8).
 QUERY_EXPONENT = 7
-# Keys whose scales are all below 2**-80 count as if theirs were: a key of zeros must not hide what weight it has.
+# Clamp key scales at 2**-80 so that an all-zero key still gets its softmax weight.
 LEAST_EXPONENT = 127 - 80
 
 
 @dataclasses.dataclass(frozen=True)
 class Fp8Specialization:
-    """What the kernel is specialised for."""
+    """Compile-time constants of the kernel."""
 
     heads: int
     value_dim: int
@@ -53,25 +54,25 @@ class Fp8Specialization:
     names: tuple[tuple[str, ...], ...]  # arrays of each source, in argument order
     counts: tuple[int, ...]  # slots of each source
     widths: tuple[int, ...]  # dense width of each source, 0 when ragged
-    unit: float  # value of a code over what the units read
-    again: Any  # what the float16 form is specialised for, where codes are NaN to the units but numbers to us
+    unit: float  # value of a code divided by what tensor cores read
+    again: Any  # specialization of the float16 fallback if tensor cores read some numbers as NaN, else None
     has_sinks: bool
     plan: AttentionPlan
     target: Target
 
     @property
     def tile(self) -> int:
-        """Columns of one product: a group or an even part of it."""
+        """Columns of one product: a group, or a power-of-two fraction of it."""
         return min(self.plan.tile, self.latent // self.groups)
 
     @property
     def rope_values(self) -> bool:
-        """Whether rope columns are values too."""
+        """Whether rope columns belong to the values too."""
         return self.value_dim > self.latent
 
 
 def supports(q: Array, sources: Sequence[Source], value_dim: int) -> bool:
-    """Whether this form takes the call: bfloat16 queries, FP8 sources alike, groups and rope of powers of two."""
+    """Whether this kernel supports the call: bfloat16 queries, FP8 sources of one layout, power-of-two groups, rope."""
     first = sources[0]
     if first.scale is None or q.dtype != jnp.bfloat16:
         return False
@@ -93,9 +94,9 @@ def supports(q: Array, sources: Sequence[Source], value_dim: int) -> bool:
 
 # --- pieces of the kernel
 def _load_queries(q_ref, part: RowPart, s: Fp8Specialization):
-    """(FP8 terms [2 * H, tile] of every tile, their unit [H], rope bfloat16 [H, rope] or None)."""
+    """Loads (FP8 terms [2 * H, tile] of every tile, their power-of-two scale [H], rope bfloat16 [H, rope] or None)."""
     i = jnp.arange(2 * s.plan.head_block, dtype=jnp.int32)
-    # 8 upper terms, then their 8 lower ones: a lane holds both of a head.
+    # Order rows as 8 upper terms, then their 8 lower terms: one lane then holds both terms of a head.
     lower = (i & 8) != 0
     both = part.first_head + (i >> 4) * 8 + (i & 7)
 
@@ -116,9 +117,9 @@ def _load_queries(q_ref, part: RowPart, s: Fp8Specialization):
 
 
 def _largest(tiles: Sequence[Array]) -> Array:
-    """float32 [H]: largest value of a head in all tiles [H, width].
+    """float32 [H]: the largest value of each head over all tiles [H, width].
 
-    Tiles of a width meet element by element: one reduction across lanes and warps, not one for each.
+    Takes the maximum of tiles of one width element by element, then reduces across lanes and warps once per width.
     """
     widths = sorted({tile.shape[1] for tile in tiles})
     alike = ([tile for tile in tiles if tile.shape[1] == width] for width in widths)
@@ -126,7 +127,7 @@ def _largest(tiles: Sequence[Array]) -> Array:
 
 
 def _load_scales(sources: Sequence[dict], number, slots: Array, s: Fp8Specialization) -> tuple[Array, ...]:
-    """Scales [K] of every group as they lie; of some slot for keys that are not there."""
+    """Loads the stored scales [K] of every group; absent keys (slot -1) load those of slot 0."""
     refs, there = [source["scale"] for source in sources], jnp.maximum(slots, 0)
     return tuple(
         load_from(refs, number, there, jnp.full_like(there, group), target=s.target) for group in range(s.groups)
@@ -134,7 +135,7 @@ def _load_scales(sources: Sequence[dict], number, slots: Array, s: Fp8Specializa
 
 
 def _load_keys(sources: Sequence[dict], number, slots: Array, s: Fp8Specialization) -> tuple[list[Array], Array | None]:
-    """e4m3fn [K, tile] of every tile, and rope [K, rope] or None; zeros for keys that are not there."""
+    """Loads e4m3fn [K, tile] of every tile, and rope [K, rope] or None; absent keys (slot -1) are 0."""
     refs, there, mask = [source["latent"] for source in sources], jnp.maximum(slots, 0), slots >= 0
     tiles = [
         load_codes(refs, number, there, mask, column, s.tile, fp8_nvidia.NATIVE, s.target)
@@ -148,7 +149,7 @@ def _load_keys(sources: Sequence[dict], number, slots: Array, s: Fp8Specializati
 
 
 def _scores(terms: Sequence[Array], keys: Sequence[Array], scales: Sequence[Array], s: Fp8Specialization) -> Array:
-    """float32 [K, H] in units of the queries."""
+    """Scores float32 [K, H], without the scale of the queries."""
     per_group = len(keys) // s.groups
     total = None
     for group, scale in enumerate(scales):
@@ -162,7 +163,7 @@ def _scores(terms: Sequence[Array], keys: Sequence[Array], scales: Sequence[Arra
 def _add_values(
     sums, keep: Array, weights: Array, keys: Sequence[Array], factors: Sequence[Array], s: Fp8Specialization
 ):
-    """sums * keep + weights * factor . values, tile by tile."""
+    """Returns sums * keep + (weights * factor) . values, tile by tile."""
     per_group = len(keys) // s.groups
     out = []
     for i, (total, codes) in enumerate(zip(sums, keys)):
@@ -172,14 +173,14 @@ def _add_values(
 
 
 def _dot_keys(a: Array, b: Array) -> Array:
-    """float32 [M, N] of a[K, M] and b[K, N]."""
+    """float32 [M, N]: a.T @ b of a[K, M] and b[K, N]."""
     return dot(a.T, b, 0)
 
 
 def _over_blocks(
     sources: Sequence[dict], number_of, slots_of, begin: Array, part: RowPart, queries, state, s: Fp8Specialization
 ):
-    """Folds the key blocks of a part into the state; `begin`: slots of the first."""
+    """Folds the key blocks of the program into the softmax state; `begin`: slots of its first block."""
     terms, unit, q_rope = queries
 
     def body(i, carry):
@@ -192,7 +193,7 @@ def _over_blocks(
         largest = jnp.maximum(fp8_bits.exponent(functools.reduce(jnp.maximum, scales)), LEAST_EXPONENT)
         inverse = fp8_bits.from_exponent(254 - largest)
         scores = _scores(terms, keys, scales, s) * (unit * (s.unit * s.scale * LOG2E))[None, :]
-        # Small, and too narrow to be copied to shared memory blocks ahead; nothing is read ahead of the last block.
+        # Prefetch the next block's scales by hand: they are too narrow for cp.async. The last block prefetches slot 0.
         ahead = _load_scales(sources, number_of(i + 1), jnp.where(i + 1 < part.last, slots_of(i + 1), -1), s)
         if rope is not None:
             scores += dot(rope, q_rope, 1) * (s.scale * LOG2E)
@@ -201,7 +202,7 @@ def _over_blocks(
         weights = jnp.where(valid[:, None], jnp.exp2(scores - new_top[None, :]), 0.0)
         keep = jnp.exp2(top - new_top)
         plain = weights * inverse[:, None]
-        # Lanes add up on their own: one reduction across them at the end.
+        # Accumulate per lane; reduce across lanes once at the end.
         total = total * keep[None, :] + plain
         sums = _add_values(sums, keep, weights, keys, [scale * inverse for scale in scales], s)
         if rope is not None and s.rope_values:
@@ -218,7 +219,7 @@ def _kernel(*refs, part: RowPart, s: Fp8Specialization):
     """Grid (T, head blocks, splits): out[split, token, heads, value_dim] and lse[split, token, heads]."""
     q_ref, sources, sink_ref, *out_refs = unpack(refs, s)
     number_of, slots_of = key_slots(sources, part, s)
-    # Before the query, whose arithmetic would delay what the first keys wait for.
+    # Load the first slots before the query, whose arithmetic would delay the loads of the first keys.
     begin = slots_of(part.first)
     queries = _load_queries(q_ref, part, s)
     block = s.plan.head_block
@@ -234,17 +235,18 @@ def _kernel(*refs, part: RowPart, s: Fp8Specialization):
     if s.again is None:
         _store_values(out_refs[0], part, _results(out_refs, sink_ref, part, (top, total, *sums), s), s)
         return
-    # Sums keep a NaN, which a maximum may drop.
+    # Look for NaN in the sums: a maximum may drop it.
     met = jnp.max((total != total).astype(jnp.int32), axis=0) > 0
-    # Before the question: values as they are stored take fewer registers than sums do.
+    # Convert to the output type before the branch: the float32 sums would stay live across it.
     values = _results(out_refs, sink_ref, part, (top, total, *sums), s)
     jax.lax.cond(met, lambda: _start_again(*refs, part=part, s=s), lambda: _store_values(out_refs[0], part, values, s))
 
 
 def _start_again(*refs, part: RowPart, s: Fp8Specialization):
-    """The whole part in the float16 form, in smaller steps; many barriers later it overwrites lse and units."""
+    """Repeats the program in `float16`, in smaller key blocks. It overwrites lse and scales, many barriers later."""
     if s.plan.half_parts:
-        # Short parts gain where nothing of this is kept through their loop; the loop of long ones became slower.
+        # Recompute the indices here instead of keeping them alive through the main loop. Measured: faster for short
+        # splits, slower for long ones.
         _, sources, _, _, lse_ref, _ = unpack(refs, s)
         place = part.token, part.first_head // s.plan.head_block, part.split
         hidden_place = [jnp.max(hidden(jnp.full((16,), x), s.target), axis=0) for x in place]
@@ -256,7 +258,7 @@ def _start_again(*refs, part: RowPart, s: Fp8Specialization):
 
 
 def _results(out_refs, sink_ref, part: RowPart, state, s: Fp8Specialization) -> list[Array]:
-    """Stores lse and units; returns the values [heads, width] of every tile, of the type in which they are stored."""
+    """Stores lse and scales; returns the values [heads, width] of every tile in the output type."""
     out_ref, lse_ref, unit_ref = out_refs
     top, total, sums, rope_sum = state
     share = finish_softmax(lse_ref, sink_ref, part, top, total, s)
@@ -279,7 +281,10 @@ def _store_values(out_ref, part: RowPart, values: Sequence[Array], s: Fp8Special
 
 # --- launch
 def launch(request: AttentionCall) -> tuple[Array, ...]:
-    """(out[splits, T, H, value_dim], lse and perhaps units [splits, T, H]); `supports` must hold."""
+    """Returns (out[splits, T, H, value_dim], lse[splits, T, H], with `half_parts` scales of out [splits, T, H]).
+
+    `supports` must hold.
+    """
     _, heads, dim = request.q.shape
     first = request.sources[0]
     assert first.scale is not None
@@ -288,7 +293,7 @@ def launch(request: AttentionCall) -> tuple[Array, ...]:
     plain = jnp.dtype(first.dtype) == fp8_nvidia.NATIVE
     again = None
     if not plain:
-        # Small steps: they take least from the registers of this form.
+        # Use small key blocks in the fallback: they leave the most registers to the main loop.
         finer = dataclasses.replace(request.plan, key_block=16)
         _, again = float16.specialize(dataclasses.replace(request, plan=finer))
     static = Fp8Specialization(

@@ -1,4 +1,4 @@
-"""Launches sparse latent attention: tries the forms of a plan, runs one, and merges the splits of a row."""
+"""Launches sparse latent attention: runs the kernel that the plan names, or "planes", and merges splits."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ def sparse_attention(
     sinks: Array | None = None,
     plan: AttentionPlan | None = None,
 ) -> tuple[Array, Array]:
-    """Runs the kernel: q[T, H, D] with T > 0 -> (out[T, H, value_dim], lse float32[T, H]); contract of ops.attention.
+    """Runs the kernel: q[T, H, D] with T > 0 -> (out[T, H, value_dim], lse float32[T, H]); contract: ops.attention.
 
     Raises:
-      NotImplementedError: sources of different layouts, FP8 groups not of whole words, types without a kernel.
+      NotImplementedError: sources of different layouts, FP8 groups that split a word, types without a kernel.
     """
     tokens, heads = q.shape[:2]
     sources = [s for s in sources if s.num_slots and math.prod(s.values.shape)]
@@ -76,7 +76,7 @@ def _launch(
     value_dim: int,
     plan: AttentionPlan | None,
 ) -> tuple[Array, Array]:
-    """Runs the form of the plan, or "planes" where that form does not support the call, and merges splits."""
+    """Runs the kernel `plan.form`, or "planes" if that kernel does not support the call, and merges splits."""
     plan = choose_plan("sparse_mla", plan, attention_plan_for, target=target, q=q, sources=sources, value_dim=value_dim)
     request = AttentionCall(target, q, sources, sinks, sm_scale, value_dim, plan)
     if plan.form == "fp8" and fp8.supports(q, sources, value_dim):

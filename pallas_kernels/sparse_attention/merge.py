@@ -1,4 +1,4 @@
-"""Merges what programs made of parts of a row's keys: one program per token, head and block of columns."""
+"""Merges the results of the splits of a row: one program per token, head and block of columns."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pallas_kernels.online_softmax import sink_share
 from pallas_kernels.targets import CDNA, Target
 from pallas_kernels.tiles import grid2, power_of_two
 
-# Values that a program reads at once.
+# Values that a program loads at once.
 TILE = 4096
 
 
@@ -30,7 +30,7 @@ def _kernel(*refs, splits: int, columns: int, block: int, partial: bool, has_uni
     lses, units = load(lses_ref.at[here]), [load(ref.at[here]) for ref in unit_ref]
     lses = jnp.where(exists, lses, -jnp.inf)
     top = jnp.max(lses, axis=0)
-    # Parts without keys weigh nothing; where there are no keys at all, neither does any part.
+    # Splits without keys have weight 0. If the row has no keys, all weights are 0.
     weights = jnp.exp(lses - jnp.where(top == -jnp.inf, 0.0, top))
     total = jnp.sum(weights, axis=0)
     safe = jnp.where(total > 0, total, 1.0)
@@ -48,10 +48,11 @@ def _kernel(*refs, splits: int, columns: int, block: int, partial: bool, has_uni
     )
     factors = weights * share
     for unit in units:
-        # Where a part has no keys, its unit may not be written.
+        # The scale of a split without keys may be uninitialised.
         factors = factors * jnp.where(weights > 0, unit, 0.0)
     merged = jnp.sum(values.astype(jnp.float32) * factors[:, None], axis=0)
-    # Not store_masked: without the select on GPUs, padded columns take more registers on gfx942 (occupancy 7 -> 5).
+    # Do not use store_masked, which has no select on GPUs. Without the select, padded columns take more registers on
+    # gfx942 (occupancy 7 -> 5).
     at = jnp.where(inside, c, columns)
     store(out_ref.at[jnp.full_like(at, token), jnp.full_like(at, head), at], merged.astype(out_ref.dtype), mask=inside)
     lse_ref[token, head] = lse
@@ -67,14 +68,14 @@ def merge_splits(
     target: Target,
     partial: bool = False,
 ) -> tuple[Array, Array]:
-    """outs[S, T, H, V], lses[S, T, H] float32 -> (out dtype [T, H, V], lse float32 [T, H]), in a fixed order.
+    """Merges outs[S, T, H, V] and lses float32 [S, T, H] in a fixed order: (out dtype [T, H, V], lse float32 [T, H]).
 
-    units: what outs count, float32 [S, T, H]; 1 if not given.
-    partial: parts of weight 0 are not read, since they may not be written.
+    units: scales of outs, float32 [S, T, H]; None: 1.
+    partial: does not load splits of weight 0, which may be uninitialised.
     """
     splits, tokens, heads, columns = outs.shape
     block = max(16, min(power_of_two(columns), TILE // power_of_two(splits)))
-    # Waves repeat the weights; on NVIDIA many parts mean few programs, whose loads more warps hide better.
+    # Every wave repeats the weights. On NVIDIA many splits mean few programs: more warps hide their loads better.
     per_wave = 1024 if splits > 8 and target not in CDNA else 2048
     return call(
         functools.partial(

@@ -1,9 +1,10 @@
-"""Sparse latent attention: one program follows the slots of one query row for 16 heads, with an online softmax.
+"""Sparse latent attention: one program handles the slots of one query row for some heads, with an online softmax.
 
-Keys are read where they lie: FP8 latents as 32-bit words of four values, decoded into four byte planes, one matrix
-product per plane (a plane is every fourth column, so the query is read with the same stride). Group scales are float32
-and multiply the scores and the probabilities, never the keys: FP8 values are exact in bfloat16, their products with a
-scale are not. On an NVIDIA GPU FP8 keys take other forms: see sparse_attention.fp8 and sparse_attention.float16.
+The kernel loads keys from the cache without a copy. It loads FP8 latents as 32-bit words of four values and decodes
+them into four byte planes, with one matrix product per plane. A plane is every fourth column, so queries are loaded
+with the same stride. Group scales are float32. They multiply the scores and the probabilities, never the keys: FP8
+values are exact in bfloat16, but their products with a scale are not. NVIDIA GPUs have other kernels for FP8 keys:
+sparse_attention.fp8 and sparse_attention.float16.
 """
 
 from __future__ import annotations
@@ -30,15 +31,15 @@ from pallas_kernels.tiles import grid2, power_of_two
 # --- tiles
 @dataclasses.dataclass(frozen=True)
 class Tile:
-    """Columns of a key that are read together.
+    """Columns of a key that are loaded together.
 
     Attributes:
       array: which array, "latent" or "rope".
-      start, count: first element of that array and how many (words of four columns when planes is 4).
+      start, count: first element and number of elements in that array (words of four columns if planes is 4).
       width: count rounded up to a power of two, at least 16.
       column: column of the key where the tile starts.
       planes: 4 for FP8 words, else 1.
-      group: number of the scale, or None.
+      group: index of the scale, or None.
     """
 
     array: str
@@ -51,7 +52,7 @@ class Tile:
 
     @property
     def full(self) -> bool:
-        """Whether all of its columns exist."""
+        """Whether the tile has no padding."""
         return self.count == self.width
 
 
@@ -94,7 +95,7 @@ def layout(source: Source, plan: AttentionPlan) -> tuple[Tile, ...]:
 
 # --- arithmetic on arrays
 def planes_of(words: Array, s: PlanesSpecialization) -> list[Array]:
-    """uint32 [K, W] -> four arrays [K, W] in the compute dtype: FP8 values without their power of two (exact)."""
+    """Decodes uint32 [K, W] into four [K, W] in the compute dtype, without the flavour's power of two (exact)."""
     raw = fp8_bits.decode_words(words, s.fp8, s.target)
     return [fp8_bits.truncate_to_bfloat16(x) for x in raw] if s.compute == jnp.bfloat16 else raw
 
@@ -113,7 +114,7 @@ def scores_of(queries, keys, factors) -> Array:
 # --- kernel
 @dataclasses.dataclass(frozen=True)
 class PlanesSpecialization:
-    """What the kernel is specialised for."""
+    """Compile-time constants of the kernel."""
 
     heads: int
     dim: int
@@ -131,21 +132,21 @@ class PlanesSpecialization:
 
 
 def _columns(tile: Tile, byte: int) -> tuple[Array, Array | None]:
-    """Key columns [width] of one plane of a tile, and which of them exist (None: all)."""
+    """Key columns [width] of one plane of a tile, and the mask of those that are not padding (None: all)."""
     i = jnp.arange(tile.width, dtype=jnp.int32)
     columns = tile.column + i * tile.planes + byte
-    # A select hides from Triton that columns are consecutive, and with it wide loads.
+    # Select only if there is padding: a select hides from Triton that columns are consecutive, so loads are narrow.
     return (columns, None) if tile.full else (jnp.where(i < tile.count, columns, 0), i < tile.count)
 
 
 def _load_queries(q_ref, token, heads: Array, s: PlanesSpecialization):
-    """q of every tile and plane, [head_block, width] in the compute dtype; zeros for heads and columns not there."""
+    """Loads q of every tile and plane, [head_block, width] in the compute dtype; padded columns are 0."""
     out = []
     for tile in s.tiles:
         parts = []
         for byte in range(tile.planes):
             columns, inside = _columns(tile, byte)
-            # Heads that do not exist repeat the last one: their results are not stored.
+            # Padded heads repeat the last head: their results are not stored.
             rows, cols = grid2(jnp.minimum(heads, s.heads - 1), columns)
             part = load(q_ref.at[jnp.full_like(rows, token), rows, cols])
             parts.append((part if inside is None else jnp.where(inside[None, :], part, 0)).astype(s.compute))
@@ -156,9 +157,9 @@ def _load_queries(q_ref, token, heads: Array, s: PlanesSpecialization):
 def _read_keys(
     sources: Sequence[dict], number, slots: Array, s: PlanesSpecialization
 ) -> tuple[list[Array], list[Array]]:
-    """What memory holds of keys: every tile [key_block, width], and the scales [key_block] of tiles that have one.
+    """Loads undecoded keys: every tile [key_block, width], and the scales [key_block] of tiles that have one.
 
-    Nothing is masked at the load: keys that are not there read a slot that is. On CDNA every masked load is a branch.
+    Loads have no mask, since every masked load is a branch on CDNA. Absent keys load another slot instead.
     """
 
     def read(name, rows, cols):
@@ -175,10 +176,10 @@ def _read_keys(
 
 
 def _decode_keys(parts: Sequence[Array], scales: Sequence[Array], valid: Array, s: PlanesSpecialization):
-    """Keys of every tile ([key_block, width] per plane) and their factors ([key_block] or None).
+    """Decodes keys of every tile ([key_block, width] per plane) and their factors ([key_block] or None).
 
-    Invalid keys become 0. Anchored ones repeat a key of the row and stay: what comes straight from a load can go to the
-    matrix units unseen.
+    Absent keys become 0. With `plan.anchored` they stay copies of a present key: a loaded value that passes through no
+    select can go to the tensor cores through shared memory alone.
     """
     keys: list[list[Array]] = []
     factors: list[Array | None] = []
@@ -201,7 +202,7 @@ def _decode_keys(parts: Sequence[Array], scales: Sequence[Array], valid: Array, 
 
 
 def _over_blocks(sources: Sequence[dict], part: RowPart, queries, state, s: PlanesSpecialization):
-    """Folds the key blocks of a part into the softmax state."""
+    """Folds the key blocks of the program into the softmax state."""
     number_of, slots_of = key_slots(sources, part, s)
     present, first, last = [jnp.int32(0)] * len(sources), part.first, part.last
     if s.plan.anchored:
@@ -223,7 +224,7 @@ def _over_blocks(sources: Sequence[dict], part: RowPart, queries, state, s: Plan
 
 
 def _add_values(sums, keep: Array, probabilities: Array, keys, factors, s: PlanesSpecialization):
-    """sums * keep + probabilities . values, per tile and plane that holds value columns."""
+    """Returns sums * keep + probabilities . values, per tile and plane that holds value columns."""
     out, at = [], 0
     for tile, ks, factor in zip(s.tiles, keys, factors):
         if tile.column >= s.value_dim:
@@ -239,7 +240,7 @@ def _add_values(sums, keep: Array, probabilities: Array, keys, factors, s: Plane
 
 
 def _halves(weights: Array, s: PlanesSpecialization) -> list[Array]:
-    """float32 weights in the compute dtype, as one term, or (plan.exact_weights) as two of 8 bits each, cut off."""
+    """Splits float32 weights into one term of the compute dtype, or (plan.exact_weights) two truncated 8-bit terms."""
     if s.compute == jnp.float32 or not s.plan.exact_weights:
         return [weights.astype(s.compute)]
     upper = fp8_bits.truncate_to_bfloat16(weights)
@@ -247,7 +248,7 @@ def _halves(weights: Array, s: PlanesSpecialization) -> list[Array]:
 
 
 def _kernel(*refs, part: RowPart, s: PlanesSpecialization):
-    """Grid (T, head blocks, splits): out[split, token, 16 heads, value_dim] and lse[split, token, 16 heads]."""
+    """Grid (T, head blocks, splits): out[split, token, heads, value_dim] and lse[split, token, heads]."""
     q_ref, sources, sink_ref, out_ref, lse_ref, _ = unpack(refs, s)
     queries = _load_queries(q_ref, part.token, part.heads, s)
     block = (s.plan.head_block,)
@@ -285,7 +286,7 @@ def _store_results(out_ref, lse_ref, sink_ref, part: RowPart, state, s: PlanesSp
 
 # --- launch
 def launch(request: AttentionCall, compute: jnp.dtype) -> tuple[Array, Array]:
-    """(out[splits, T, H, value_dim], lse[splits, T, H]) of the kernel in this file."""
+    """Runs the kernel of this file: (out[splits, T, H, value_dim], lse[splits, T, H])."""
     _, heads, dim = request.q.shape
     tiles = {(layout(s, request.plan), None if s.scale is None else jnp.dtype(s.dtype)) for s in request.sources}
     if len(tiles) > 1:

@@ -1,4 +1,4 @@
-"""What a program is given: arguments of the launch, in and out."""
+"""Launch of an attention kernel: its arguments, its results, and each program's share of a row."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class AttentionCall:
 
 
 def unpack(refs: Sequence[Any], s: Any) -> tuple[Any, list[dict], Any, Any, Any, Any]:
-    """References of a launch: (queries, arrays of each source by name, sinks or None, out, lse, units or None)."""
+    """Names refs: (queries, arrays of each source by name, sinks or None, out, lse, scales of out or None)."""
     at, sources = 1, []
     for names in s.names:
         sources.append(dict(zip(names, refs[at : at + len(names)])))
@@ -53,7 +53,7 @@ def unpack(refs: Sequence[Any], s: Any) -> tuple[Any, list[dict], Any, Any, Any,
 
 
 def _program(kernel: Callable[..., None], *refs: Any, s: Any) -> None:
-    """`kernel` on the program's part. A program without keys only writes that it has none: its `out` is not read."""
+    """Runs `kernel` on the program's share. A program without keys stores only lse = -inf; its `out` is not read."""
     _, sources, _, _, lse_ref, _ = unpack(refs, s)
     part = part_of([pl.program_id(axis) for axis in range(3)], sources, lse_ref.shape[1], s)
 
@@ -67,7 +67,7 @@ def _program(kernel: Callable[..., None], *refs: Any, s: Any) -> None:
 
 
 def kernel_arguments(sources: Sequence[Source]) -> tuple[list[Array], dict[str, Any]]:
-    """Arrays of all sources in argument order, and what a kernel is told of them: names, counts, widths."""
+    """Returns the arrays of all sources in argument order, and kwargs of a specialization: names, counts, widths."""
     arrays = [kernel_arrays(s) for s in sources]
     return [a for named in arrays for a in named.values()], dict(
         names=tuple(tuple(a) for a in arrays),
@@ -77,10 +77,10 @@ def kernel_arguments(sources: Sequence[Source]) -> tuple[list[Array], dict[str, 
 
 
 def launch_rows(kernel: Callable[..., None], s: Any, request: AttentionCall, arrays: Sequence[Array]) -> Any:
-    """(out[splits, T, H, value_dim], lse[splits, T, H]) of `kernel` over the grid (T, head blocks, splits).
+    """Runs `kernel` over the grid (T, head blocks, splits): (out[splits, T, H, value_dim], lse[splits, T, H]).
 
-    With `plan.half_parts`, `out` is float16 and units[splits, T, H] follow. With `plan.shares`, programs without keys
-    write `lse` alone.
+    With `plan.half_parts`, `out` is float16, and its scales [splits, T, H] are a third result. With `plan.shares`,
+    programs without keys store `lse` only.
     """
     tokens, heads = request.q.shape[:2]
     plan = s.plan

@@ -1,4 +1,4 @@
-"""What a program stores: its sums, its lse, and the exponents of float16 splits."""
+"""Stores of a program: its values, its lse, and the scales of float16 splits."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from pallas_kernels._call import load, store_masked
 from pallas_kernels.online_softmax import LOG2E, sink_share
 from pallas_kernels.sparse_attention.rows import RowPart
 
-# The largest value of a part lies in [2**14, 2**15) of its unit.
+# The scale of a split brings its largest value into [2**14, 2**15).
 HALF_EXPONENT = 14
 
 
 def existing_heads(part: RowPart, s: Any) -> Array | None:
-    """Which heads [head_block] of a program are no padding; None: all."""
+    """Mask [head_block] of a program's heads that are not padding; None: all."""
     return None if s.heads % s.plan.head_block == 0 else part.heads < s.heads
 
 
@@ -28,7 +28,7 @@ def store_by_head(ref: Any, part: RowPart, values: Array, s: Any) -> None:
 
 
 def finish_softmax(lse_ref: Any, sink_ref: Any, part: RowPart, top: Array, total: Array, s: Any) -> Array:
-    """Stores the lse of an online softmax (base 2, by head); returns what its sums of values are multiplied by."""
+    """Stores the lse of an online softmax (base 2, [head_block]); returns the factor [head_block] of its sums."""
     some = total > 0
     safe = jnp.where(some, total, 1.0)
     lse = jnp.where(some, (top + jnp.log2(safe)) * (1 / LOG2E), -jnp.inf)
@@ -45,9 +45,9 @@ def finish_softmax(lse_ref: Any, sink_ref: Any, part: RowPart, top: Array, total
 
 
 def to_units(unit_ref: Any, part: RowPart, largest: Array, s: Any) -> Array:
-    """Stores the unit [head_block] of a part's float16 values, a power of two; returns its inverse.
+    """Stores the power-of-two scale [head_block] of a split's float16 values; returns its inverse.
 
-    `largest` magnitudes of a head lie in [2**14, 2**15) of it; float16's 11 bits hold down to 2**-28 of that.
+    It brings the `largest` magnitude of a head into [2**14, 2**15). Values keep float16's 11 bits down to 2**-28 of it.
     """
     exponent = jnp.maximum(fp8_bits.exponent(largest) - HALF_EXPONENT, 1)
     store_by_head(unit_ref, part, fp8_bits.from_exponent(exponent), s)
@@ -55,7 +55,7 @@ def to_units(unit_ref: Any, part: RowPart, largest: Array, s: Any) -> Array:
 
 
 def store_values(out_ref: Any, part: RowPart, columns: Array, values: Array, inside: Array | None, s: Any) -> None:
-    """Stores values [head_block, *C] at `columns` [*C] of heads that exist, where `inside` [*C] (None: everywhere)."""
+    """Stores values [head_block, *C] at `columns` [*C] of real heads, where `inside` [*C] (None: everywhere)."""
     exists = existing_heads(part, s)
     heads = jnp.broadcast_to(jnp.expand_dims(part.heads, range(1, values.ndim)), values.shape)
     index = (

@@ -1,4 +1,4 @@
-"""What rows name: sources of keys, the slots of a row, and which key blocks a program takes."""
+"""Sources of keys, the slots of a row in them, and the key blocks that a program takes."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Source:
       group_size: latent values per scale.
       values: int32 slots, [T, W] or, with indptr, flat.
       indptr: int32 [T + 1] or None.
-      lengths: int32 [T], entries of [T, W] that count, or None for all of them.
+      lengths: int32 [T], number of valid entries in each row of [T, W]; None: all.
     """
 
     latent: Array
@@ -75,7 +75,7 @@ def kernel_arrays(source: Source) -> dict[str, Array]:
 
 
 def row_bounds(refs: dict, token, width: int):
-    """First element and length of a row's slots."""
+    """Index of a row's first slot in `values`, and the number of its slots."""
     if "lengths" in refs:
         return token * width, jnp.clip(refs["lengths"][token], 0, width)
     if "indptr" not in refs:
@@ -86,7 +86,7 @@ def row_bounds(refs: dict, token, width: int):
 
 
 def choose(number: Array | int, values: Sequence[Any]) -> Any:
-    """values[number]."""
+    """values[number] by selects, since `number` may be traced."""
     chosen = values[0]
     for i, value in enumerate(values[1:], 1):
         chosen = jnp.where(number == i, value, chosen)
@@ -96,12 +96,13 @@ def choose(number: Array | int, values: Sequence[Any]) -> Any:
 def key_slots(
     sources: Sequence[dict], part: RowPart, s: Any
 ) -> tuple[Callable[[Array], Array | int], Callable[[Array], Array]]:
-    """(number_of, slots_of): a key block's source, and its slots [key_block], -1 where there is none.
+    """Returns (number_of, slots_of): functions of a key block that give its source, and its slots [key_block] or -1.
 
-    Blocks of a row are counted through its sources, one after the other.
+    Key blocks of a row are numbered through its sources, one source after the other.
     """
     size = s.plan.key_block
-    # Of each source: its first block; the first slot, less what is before its blocks; the end of its slots, counted so.
+    # Per source: index of its first block; offset so that `offset + block * size` is the slot's index; one past its
+    # last slot in the same numbering.
     before, starts, ends = [jnp.int32(0)], [], []
     for refs, width, count in zip(sources, s.widths, part.blocks):
         start, length = row_bounds(refs, part.token, width)
@@ -128,16 +129,16 @@ def key_slots(
 
 
 def _some_key(slots_of: Callable[[Array], Array], first: Array, last: Array) -> Array:
-    """A slot that exists among key blocks first..last-1 of a row, -1 if none does."""
+    """A valid slot in key blocks first..last-1 of a row, -1 if there is none."""
     return jax.lax.while_loop(
         lambda c: (c[1] < 0) & (c[0] < last), lambda c: (c[0] + 1, jnp.max(slots_of(c[0]))), (first, jnp.int32(-1))
     )[1]
 
 
 def some_keys(slots_of: Callable[[Array], Array], part: RowPart) -> tuple[list[Array], Array, Array]:
-    """(a slot of each source that a part's blocks name, its first and last block but for sources of which it has none).
+    """Returns (a valid slot of each source in the program's blocks, first, last); skips a source without such a slot.
 
-    Keys that are not there may repeat that slot with weight 0: reads need no mask then, and meet nobody else's NaN.
+    Absent keys load that slot with weight 0. Loads then need no mask and never meet the NaN of another row's slot.
     """
     assert len(part.blocks) <= 2, "a source between others could not be left out"
     first, last, found = part.first, part.last, []
@@ -152,12 +153,12 @@ def some_keys(slots_of: Callable[[Array], Array], part: RowPart) -> tuple[list[A
 
 
 def _blocks(lengths: Sequence[Array], s: Any) -> list[Array]:
-    """Key blocks of a row in each source."""
+    """Number of key blocks of a row in each source."""
     return [(length + s.plan.key_block - 1) // s.plan.key_block for length in lengths]
 
 
 def _part_size(sources: Sequence[dict], tokens: int, s: Any) -> Array:
-    """Key blocks of a part, if the keys of all rows were `plan.shares` parts."""
+    """Key blocks of a split, if the keys of all rows are cut into `plan.shares` equal splits."""
 
     def keys(refs, width):
         if "indptr" in refs:
@@ -174,13 +175,13 @@ def _part_size(sources: Sequence[dict], tokens: int, s: Any) -> Array:
 
 @dataclasses.dataclass(frozen=True)
 class RowPart:
-    """What a program works on.
+    """A program's share of a row.
 
     Attributes:
-      token, split: row of the outputs.
-      first_head, heads: heads [head_block]; those past the last do not exist.
-      blocks: key blocks of each source.
-      first, last: the program's share of them all.
+      token, split: indices into the outputs.
+      first_head, heads: first head, and all heads [head_block]; heads past the last one are padding.
+      blocks: number of key blocks of each source.
+      first, last: the program takes key blocks first..last-1 of all sources.
     """
 
     token: Array
@@ -193,9 +194,10 @@ class RowPart:
 
 
 def blocks_of_part(split: Array, parts: Array | int, total: Array) -> tuple[Array, Array]:
-    """First and last of `total` key blocks that part `split` of `parts` takes; none from part `parts` on.
+    """Split number `split` of `parts` takes blocks first..last-1 of `total`; none if split >= parts.
 
-    Parts differ by one block at most, the longer ones first: programs that share a multiprocessor then add up alike.
+    Splits differ by at most one block, and longer ones come first: programs that share a multiprocessor then have equal
+    work in total.
     """
     size = total // parts
     longer = total - size * parts
@@ -204,7 +206,7 @@ def blocks_of_part(split: Array, parts: Array | int, total: Array) -> tuple[Arra
 
 
 def part_of(place: Sequence[Array], sources: Sequence[dict], tokens: int, s: Any) -> RowPart:
-    """What the program at `place` (token, block of heads, split) works on."""
+    """The share of the program at `place`: (token, head block, split)."""
     token, head_block, split = place
     first_head = head_block * s.plan.head_block
     heads = first_head + jnp.arange(s.plan.head_block, dtype=jnp.int32)
@@ -214,14 +216,14 @@ def part_of(place: Sequence[Array], sources: Sequence[dict], tokens: int, s: Any
         return RowPart(token, split, first_head, heads, blocks, jnp.int32(0), total)
     parts = s.plan.splits
     if s.plan.shares:
-        # Long rows get more programs than short ones; programs beyond a row's parts have nothing to do.
+        # Long rows get more splits than short ones. Programs beyond the splits of a row have no keys.
         size = _part_size(sources, tokens, s)
         parts = jnp.clip((total + size - 1) // size, 1, parts)
     return RowPart(token, split, first_head, heads, blocks, *blocks_of_part(split, parts, total))
 
 
 def ranges(part: RowPart) -> list[tuple[Array, Array]]:
-    """First and last block of a part in each source, counted through all sources."""
+    """The program's blocks first..last-1 in each source, numbered through all sources."""
     ends = [part.first]
     for number in range(1, len(part.blocks)):
         ends.append(jnp.clip(functools.reduce(jnp.add, part.blocks[:number]), part.first, part.last))

@@ -39,17 +39,17 @@ from sparse_mla_jax.ops.ragged import DenseRows, pack_rows
 from sparse_mla_jax.ops.window import ring_size, window_slots
 
 # --- sparse attention
-# bfloat16 results, and weights that a kernel may round to bfloat16.
+# Leaves room for rounding the result, and possibly the weights, to bfloat16.
 ATTENTION_BOUND = 4e-3
 
 
 def row_lengths(rows: int, longest: int) -> np.ndarray:
-    """Lengths of the ragged case: uniform from 64 (or an eighth of the longest) on."""
+    """Lengths of the ragged case: uniform from 64 (or an eighth of the longest, if that is less) to the longest."""
     return np.random.default_rng(7).integers(min(64, longest // 8), longest + 1, rows).astype(np.int32)
 
 
 def _attention(sizes: Mapping[str, int], flavour: str, query: str, *, layout: str, own: bool, ragged: bool) -> Work:
-    """`own`: every token reads its own part of the cache (decode); else all share it (prefill)."""
+    """Sparse attention over one source. `own`: every token reads its own region of the cache, else the whole."""
     del query
     tokens, heads, width, slots = sizes["batch" if own else "tokens"], sizes["heads"], sizes["selected"], sizes["slots"]
     dim = LAYOUTS[layout][0] + ROPE
@@ -83,7 +83,7 @@ def _attention(sizes: Mapping[str, int], flavour: str, query: str, *, layout: st
 
     token = 2 * dim if plain else jax.eval_shape(lambda: kv_cache(layout, flavour, PAGE)).bytes_per_token
     keys = int(lengths.sum())
-    # A cache that all share is read once, whoever asks.
+    # A shared cache counts once, however many tokens read it.
     size = token * (keys if own else min(keys, slots)) + 4 * keys + 2 * tokens * heads * (dim + VALUE_DIM)
     return Work(fn, each, size, 2 * keys * heads * (dim + VALUE_DIM), error, ATTENTION_BOUND, shared)
 
@@ -102,10 +102,10 @@ def _two_sources(
     Args:
       sizes: `heads`.
       flavour: type of both caches.
-      slots: of the caches of windows and of entries.
-      lengths: int32 [T] keys of every token in each.
-      rows: number of a set -> slots int32 [T, widths] in each, of which the first `lengths` count.
-      read: keys that must be read, however many tokens ask for one.
+      slots: number of slots of the window cache and of the entry cache.
+      lengths: int32 [T], number of keys of every token in each cache.
+      rows: number of an argument set -> slots int32 [T, width] in each cache; the first `lengths` of a row count.
+      read: distinct keys that must be read, however many tokens read the same one.
     """
     heads, tokens, dim = sizes["heads"], lengths[0].size, LAYOUTS["v4"][0] + ROPE
 
@@ -149,7 +149,7 @@ def _two_sources(
 
 
 def _two_sources_decode(sizes: Mapping[str, int], flavour: str, query: str) -> Work:
-    """Every request has a window and `selected` entries of its own, the latter in rows `width` wide."""
+    """Every request has its own window and its own `selected` entries, the latter in rows of width `width`."""
     del query
     batch, window, selected = (sizes[name] for name in ("batch", "window", "selected"))
     slots = sizes["rings"], sizes["slots"]
@@ -166,7 +166,7 @@ def _two_sources_decode(sizes: Mapping[str, int], flavour: str, query: str) -> W
 
 
 def _two_sources_prefill(sizes: Mapping[str, int], flavour: str, query: str) -> Work:
-    """The last `tokens` of a context of `length`: a window each, and `selected` entries or, where that is 0, all."""
+    """The last `tokens` of a context of `length`: a window each, and `selected` entries, or all if that is 0."""
     del query
     tokens, length, window, selected = (sizes[name] for name in ("tokens", "length", "window", "selected"))
     ring, entries = ring_size(window, tokens), length // sizes["ratio"]
@@ -178,7 +178,7 @@ def _two_sources_prefill(sizes: Mapping[str, int], flavour: str, query: str) -> 
         near = window_slots(jnp.asarray(positions), jnp.zeros(tokens, jnp.int32), window=window, ring=ring)
         if selected:
             return near, random_slots(seed(16, number), tokens, selected, slots[1], own=False)
-        # Two of ratio 128 lie in a page of 256 tokens.
+        # A page of 256 tokens has two entries of ratio 128.
         pages = permutation(seed(16, number), slots[1] // 2)
         every = (2 * pages[:, None] + jnp.arange(2, dtype=jnp.int32)).reshape(-1)[:entries]
         return near, jnp.broadcast_to(every, (tokens, entries))
@@ -189,7 +189,7 @@ def _two_sources_prefill(sizes: Mapping[str, int], flavour: str, query: str) -> 
 
 
 # --- the list
-# batch, heads, selected: reach and floor.
+# (batch, heads, selected) -> (reach, floor), in microseconds.
 _DECODE = {
     (1, 16, 2048): (9.0, 14.0),
     (8, 16, 2048): (12.0, 17.0),
@@ -205,7 +205,7 @@ _DECODE = {
 
 
 def _decode_case(layout: str, batch: int, heads: int, width: int, *, ragged: bool = False, **given: Any) -> Case:
-    # Every request has a context of its own; small batches read from a cache far larger than the last-level one.
+    # Every request has its own context. For small batches, make the cache far larger than the last-level cache.
     slots = batch * max(4 * width, (1 << 18) // batch)
     sizes = {"batch": batch, "heads": heads, "selected": width, "slots": slots}
     make = functools.partial(_attention, layout=layout, own=True, ragged=ragged)
@@ -229,11 +229,11 @@ def decode_cases() -> Iterator[Case]:
             yield _decode_case(layout, batch, heads, width, reach=reach, floor=floor)
         yield _decode_case(layout, 128, 8, 2048, at_most=(1.0, f"decode-{layout}-b128-h16-k2048"))
         yield _decode_case(layout, 128, 16, 2048, ragged=True)
-    # DeepSeek-V4: two sources against one of as many rows.
+    # DeepSeek-V4: two sources, compared with one source of as many keys.
     yield _decode_case("v4", 128, 64, 640)
     yield _two_source_case(128, 64, 512, at_most=(1.25, "decode-v4-b128-h64-k640"))
     yield _two_source_case(64, 16, 512, floor=25.0)
-    # Every entry of ratio 128 of 32768 tokens, in rows for a million: what is read decides.
+    # All 256 entries (ratio 128, 32768 tokens), in rows wide enough for a million tokens: cost must follow the length.
     yield _decode_case("v4", 128, 64, 384)
     yield _two_source_case(128, 64, 256, width=8192, at_most=(1.25, "decode-v4-b128-h64-k384"))
 
@@ -274,14 +274,14 @@ def _kernel_attention(
         fn,
         (q, cache, jnp.asarray(rows)),
         lambda out: relative(out, want),
-        # float32: rounding of sums. bfloat16: rounding the result alone costs 1.65e-3.
+        # float32: rounding of sums. bfloat16: rounding the result alone is 1.65e-3.
         1e-5 if kind == "float32" else 2e-3,
         nbytes(q, rows) + 2 * selected * cache.bytes_per_token + want.size * q.dtype.itemsize,
     )
 
 
 def _kernel_two_sources(kind: str, heads: int | None, *, window: int, selected: int) -> KernelProblem:
-    """A sliding window and chosen entries, in caches of their own, under one softmax with sinks."""
+    """A sliding window and chosen entries in two caches, under one softmax with sinks."""
     rng = np.random.default_rng(0)
     heads, latent, dim = 16 if heads is None else heads, 448, 512
     require(1 <= heads <= 1024, f"heads is {heads}; between 1 and 1024 are expected.")

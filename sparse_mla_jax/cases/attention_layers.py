@@ -50,7 +50,7 @@ def _v32_config(sizes: Mapping[str, int], query: str) -> DeepseekV32Config:
 
 @functools.partial(jax.jit, static_argnames="config")
 def _v32_params(key: Array, config: DeepseekV32Config) -> Any:
-    """Weights of one layer as they are used; those of feed-forward layers are never made."""
+    """Fused weights of one attention layer. Feed-forward weights are never made."""
     from sparse_mla_jax.models.deepseek_v32 import init_params
 
     one = dataclasses.replace(config, num_hidden_layers=1, n_routed_experts=0)
@@ -60,8 +60,8 @@ def _v32_params(key: Array, config: DeepseekV32Config) -> Any:
 def _v32_step(sizes: Mapping[str, int], flavour: str, query: str) -> Work:
     """Attention layers of DeepSeek-V3.2, one token per request, at the end of a full context.
 
-    Several layers are one program, each with weights and caches of its own: too many to be made twice, so that of their
-    result only finiteness is checked.
+    Several layers run in one program, each with its own weights and caches. There is no memory to make those twice, so
+    only the finiteness of the result is checked.
     """
     batch, context, layers = sizes["batch"], sizes["context"], sizes["layers"]
     config, slots, single = _v32_config(sizes, query), batch * context, layers == 1
@@ -107,16 +107,16 @@ def _v32_step(sizes: Mapping[str, int], flavour: str, query: str) -> Work:
     attended = config.num_attention_heads * visible * (512 + ROPE + VALUE_DIM)
     products = sum(math.prod(x.shape) for x in jax.tree.leaves(weights))
     flops = 2 * batch * (layers * (scored + attended) + products)
-    # A selection that differs in one key of a row moves that row by a few per cent; FP8 queries differ in more keys.
+    # One differently selected key changes a row by a few per cent. With FP8 queries, more keys differ.
     bound = 4e-2 if config.quantize_index_query else 2e-2
     return Work(fn, each, size, flops, error, bound, shared, state, has_bodies=single, replays=single)
 
 
-# Every kind of layer, by its ratio: the window alone; an indexer's choice of entries; all entries.
+# Ratios of the kinds of layers: window only; entries chosen by an indexer; all entries.
 KINDS = (0, 4, 128)
 
 
-# Neither embeddings nor experts are made; tracing them would take a while all the same.
+# Smallest sizes for embeddings and experts: they are never made, but tracing them at full size takes time.
 _NO_EXPERTS: dict[str, Any] = {
     "vocab_size": 1,
     "moe_intermediate_size": 1,
@@ -144,7 +144,7 @@ def _v4_config(sizes: Mapping[str, int]) -> DeepseekV4Config:
 
 @functools.partial(jax.jit, static_argnames=("config", "kind"))
 def _v4_params(key: Array, config: DeepseekV4Config, kind: int) -> Any:
-    """Weights of one layer as they are used, without its experts."""
+    """Fused weights of one layer, without its experts."""
     from sparse_mla_jax.layers.compressed_attention import fuse_projections
 
     params = deepseek_v4.init_params(key, config, jnp.bfloat16)["layers"][kind]
@@ -154,13 +154,13 @@ def _v4_params(key: Array, config: DeepseekV4Config, kind: int) -> Any:
 
 @functools.partial(jax.jit, static_argnames=("config", "kind", "flavour", "batch", "pages", "page_size"))
 def _v4_caches(config: DeepseekV4Config, kind: int, flavour: str, batch: int, pages: int, page_size: int) -> Any:
-    """What one layer remembers of `batch` requests: random keys, random open windows."""
+    """Caches of one layer for `batch` requests: random keys, random compressor states."""
     caches = deepseek_v4.create_caches(config, pages, page_size, num_requests=batch, dtype=jnp.dtype(flavour))[kind]
 
     def random(part: Any) -> Any:
         if isinstance(part, CompressorState):
             return CompressorState(*(jax.random.normal(seed(51 + i), part.kv.shape) for i in range(2)))
-        # The size of a page is a number, not an array.
+        # page_size is a number, not a cache.
         return part if isinstance(part, int) else filled(part)
 
     parts = {field.name: getattr(caches, field.name) for field in dataclasses.fields(caches)}
@@ -177,9 +177,9 @@ def _v4_layer(
     kind: int,
     implementation: str | None,
 ) -> tuple[Array, LayerCaches]:
-    """Both sub-layers between their mixings; in place of its experts the second gives back what it reads.
+    """Both sub-layers with their hyper-connections; in place of its experts, the second returns its input.
 
-    A function of its own: all layers of a kind are traced and lowered once.
+    A separate function, so that all layers of a kind are traced and lowered once.
     """
     options: dict[str, Any] = {"config": config, "implementation": implementation}
     normed, weights = split_streams(params["attn_hc"], streams, norm=params["input_layernorm"], **options)
@@ -192,7 +192,7 @@ def _v4_layer(
 def _v4_moved(sizes: Mapping[str, int], config: DeepseekV4Config, kind: int, caches: LayerCaches) -> tuple[int, int]:
     """(bytes of the caches, operations of the scores and of attention) of one layer's step."""
     batch, entries = sizes["batch"], sizes["context"] // max(KINDS[kind], 1)
-    # Every key of the window and the new one.
+    # All keys of the window are read, and the new one is written.
     size, seen, flops = batch * (config.sliding_window + 1) * caches.window.bytes_per_token, config.sliding_window, 0
     if caches.compressed is not None:
         chosen = entries if caches.index is None else min(entries, config.index_topk)
@@ -202,7 +202,7 @@ def _v4_moved(sizes: Mapping[str, int], config: DeepseekV4Config, kind: int, cac
         flops += 2 * batch * entries * config.index_n_heads * config.index_head_dim
     for state in (caches.state, caches.index_state):
         if state is not None:
-            # Every request writes a row; those that close a window read all, or half where windows overlap.
+            # Every request writes a row. Those that close a window read all rows, or half if windows overlap.
             rows = batch + -(-batch // KINDS[kind]) * KINDS[kind]
             size += rows * state.bytes_per_request // state.kv.shape[1]
     return size, flops + 2 * batch * config.num_attention_heads * seen * (2 * config.head_dim)
@@ -211,9 +211,9 @@ def _v4_moved(sizes: Mapping[str, int], config: DeepseekV4Config, kind: int, cac
 def _v4_step(sizes: Mapping[str, int], flavour: str, query: str) -> Work:
     """Layers of DeepSeek-V4-Flash without their experts, one token per request, at the end of a long context.
 
-    One layer of the ratio that `sizes` has, or the last `layers` of the model in one program, each with weights and
-    caches of its own: too many to be made twice, so that of their result only finiteness is checked. Requests are at
-    positions one apart, so that in every layer one of `ratio` requests closes an entry.
+    Runs one layer of the ratio in `sizes`, or the last `layers` of the model in one program, each with its own weights
+    and caches. There is no memory to make those twice, so only the finiteness of several layers' result is checked.
+    Requests are at consecutive positions, so that in every layer one of `ratio` requests closes an entry.
     """
     del query
     batch, context, single = sizes["batch"], sizes["context"], "ratio" in sizes
@@ -229,7 +229,7 @@ def _v4_step(sizes: Mapping[str, int], flavour: str, query: str) -> Work:
         return (tuple(_v4_caches(config, kind, flavour, batch, pages, page_size) for kind in kinds),)
 
     def each(number):
-        # As small as what attention makes of random keys: an error of it is one of the result.
+        # As small as attention's result on random keys, so that an error of attention shows in the output.
         streams = jax.random.normal(seed(54, number), (batch, config.hc_mult, config.hidden_size)) / 16
         table = permutation(seed(55, number), pages).reshape(batch, -1)
         return streams.astype(jnp.bfloat16), context - jnp.arange(batch, dtype=jnp.int32), table
@@ -253,7 +253,7 @@ def _v4_step(sizes: Mapping[str, int], flavour: str, query: str) -> Work:
     inputs = jax.eval_shape(lambda: each(0))
     size = nbytes(weights, inputs, inputs[0]) + sum(size for size, _ in moved)
     products = 2 * batch * sum(math.prod(x.shape) for x in jax.tree.leaves(weights))
-    # A selection that differs in one entry of a row moves that row.
+    # One differently selected entry changes its row.
     bound = 2e-2 if 4 in ratios else 1e-2
     flops = products + sum(flops for _, flops in moved)
     return Work(fn, each, size, flops, error, bound, shared, state, has_bodies=single, replays=single)
@@ -270,7 +270,7 @@ def _v32_cases() -> Iterator[Case]:
         "q_rank": config.q_lora_rank,
     }
     yield Case("step-v32-attention-b64-h16", "step", sizes | {"layers": 1}, _v32_step, queries=QUERIES)
-    # All layers of the published model; 101 GB of caches.
+    # All layers of the published model: 101 GB of caches.
     every = sizes | {"layers": config.num_hidden_layers}
     yield Case("step-v32-attention-b64-h16-61-layers", "step", every, _v32_step, queries=QUERIES)
 
@@ -289,13 +289,13 @@ def _v4_cases() -> Iterator[Case]:
         name = f"ratio{ratio}" if ratio else "window"
         for batch in (32, 128):
             yield Case(f"step-v4-{name}-b{batch}", "step", sizes | {"batch": batch, "ratio": ratio}, _v4_step)
-    # All layers of the published model; 128 requests have 64 GB of caches.
+    # All layers of the published model: 64 GB of caches for 128 requests.
     for batch in (32, 128):
         every = sizes | {"batch": batch, "layers": config.num_hidden_layers}
         yield Case(f"step-v4-b{batch}-{config.num_hidden_layers}-layers", "step", every, _v4_step)
 
 
 def step_cases() -> Iterator[Case]:
-    """One layer, and all of a model."""
+    """One attention layer, and all layers of a model."""
     yield from _v32_cases()
     yield from _v4_cases()

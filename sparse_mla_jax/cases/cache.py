@@ -1,4 +1,4 @@
-"""Cases of cache writes: a step's tokens into both caches, entries of the compressors."""
+"""Cases of cache writes: a step's tokens into both caches, and the compressors' entries."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from sparse_mla_jax.ops import cache as cache_ops
 
 # --- cache writes
 def _write(sizes: Mapping[str, int], flavour: str, query: str, *, layout: str) -> Work:
-    """`write_token` of the tokens of one step into donated caches."""
+    """`write_token` of one step's tokens into donated caches."""
     del query
     tokens, slots = sizes["tokens"], sizes["slots"]
     latent = LAYOUTS[layout][0]
@@ -76,7 +76,7 @@ def _write(sizes: Mapping[str, int], flavour: str, query: str, *, layout: str) -
 
 # --- the list
 def cache_cases() -> Iterator[Case]:
-    """The tokens of a decode step into both caches; the entries that they close."""
+    """Writes of a decode step's tokens into both caches, and of the entries that they close."""
     for layout in LAYOUTS:
         make = functools.partial(_write, layout=layout)
         yield Case(f"cache-{layout}-t128", "cache", {"tokens": 128, "slots": 1 << 18}, make, reach=5.0)
@@ -86,7 +86,7 @@ def cache_cases() -> Iterator[Case]:
 
 
 def _kernel_cache_write(kind: str, heads: int | None, *, latent: int, group: int, scale_dtype: Any) -> KernelProblem:
-    """Some of the tokens are skipped, and one is superseded by a later one of its slot."""
+    """A write in which some tokens are skipped and one is overwritten by a later token of the same slot."""
     del heads
     rng, tokens = np.random.default_rng(4), 8
     cache = random_cache(rng, kind, latent, group, scale_dtype)

@@ -1,4 +1,4 @@
-"""What a case is: a named problem that is timed at full size, or executed by an interpreter at a small one."""
+"""The types of cases: a case is a named problem, timed at full size or executed by an interpreter at a small size."""
 
 from __future__ import annotations
 
@@ -19,9 +19,10 @@ class KernelProblem:
     Attributes:
       fn: jittable; takes `args` and the options implementation="triton" and plan=None, launches the kernel once.
       args: arrays and caches.
-      error: of the outputs: relative for scores and attention, wrong indices for top-k, wrong bytes for cache writes.
+      error: error of the outputs: relative for scores and attention, number of wrong indices for top-k, of wrong bytes
+        for cache writes.
       bound: largest error that passes.
-      bytes: what the kernel must read and write once, for the floor that memory bandwidth sets.
+      bytes: bytes that the kernel must read and write once; memory bandwidth sets a lower bound of its time.
     """
 
     fn: Callable[..., Any]
@@ -36,10 +37,10 @@ class KernelCase:
     """A named problem.
 
     Attributes:
-      name: what `inspect --kernel` calls it.
-      what: sizes, for people.
+      name: its name in `inspect --kernel`.
+      what: description of its sizes.
       build: (kind of cache, query heads or None) -> KernelProblem.
-      kinds: cache types that it takes; empty when none matters.
+      kinds: cache types that it supports; empty if it has no cache type.
     """
 
     name: str
@@ -73,19 +74,20 @@ SMALL = {
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """A case made concrete. A call is fn(*state(), *shared(), *each(n)).
+    """A case with its function and inputs. A call is fn(*state(), *shared(), *each(n)).
 
     Attributes:
       fn: jittable; takes the arguments and implementation=.
-      each: number of a set -> the arguments that differ between calls; random, and traceable as the next two are.
-      shared: the large arguments that all calls have in common.
-      state: donated arguments; the first outputs of fn are their successors.
-      bytes: what must be read and written once.
+      each: number of an argument set -> the arguments that differ between calls, random. Traceable, like `shared` and
+        `state`.
+      shared: () -> the large arguments that all calls share.
+      state: () -> donated arguments; the first outputs of fn replace them.
+      bytes: bytes that must be read and written once.
       flops: of the matrix products.
-      error: (arguments, outputs) -> error of the outputs; infinite where something is wrong beyond rounding.
+      error: (arguments, outputs) -> error of the outputs; infinite if they are wrong beyond rounding.
       bound: largest error that passes.
       has_bodies: whether `implementation` makes a difference.
-      replays: whether the state may be made anew while the outputs live; else `error` gets the arguments without it.
+      replays: whether memory allows to make the state again beside the outputs. If not, `error` gets no state.
     """
 
     fn: Callable[..., Any]
@@ -100,24 +102,24 @@ class Work:
     replays: bool = True
 
     def arguments(self, number: int = 0) -> tuple[Any, ...]:
-        """All arguments of a call; under `jax.eval_shape` their shapes alone."""
+        """All arguments of a call; under `jax.eval_shape` their shapes only."""
         return (*self.state(), *self.shared(), *self.each(number))
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A named shape.
+    """A named problem size.
 
     Attributes:
-      name: what `bench --case` finds.
-      area: what `bench AREA` finds; its name begins with it.
+      name: its name for `bench --case`.
+      area: its group for `bench AREA`; the name begins with it.
       sizes: named integers.
       make: (sizes, flavour, query type) -> Work.
-      flavours: types of its caches; one empty string where it has none.
-      queries: types of the indexer's queries; "cache" for that of the caches, see QUERIES.
-      reach, floor: targets in microseconds on an H200, None where there is none.
-      at_most: (factor, name): takes no longer than `factor` times that case.
-      parts: names of cases that together do the same.
+      flavours: types of its caches; one empty string if it has no cache.
+      queries: types of the indexer's queries; "cache" means the type of the cache, see QUERIES.
+      reach, floor: targets in microseconds on an H200, None for no target.
+      at_most: (factor, name): target of at most `factor` times the time of that case.
+      parts: names of cases that together do the same work.
     """
 
     name: str
@@ -132,12 +134,12 @@ class Case:
     parts: tuple[str, ...] = ()
 
     def shrunk(self) -> Case:
-        """The same with sizes for a CPU, and without targets."""
+        """The same case with sizes for a CPU and without targets."""
         sizes = {name: min(size, SMALL.get(name, size)) for name, size in self.sizes.items()}
         return dataclasses.replace(self, sizes=sizes, reach=None, floor=None, at_most=None)
 
     def variants(self) -> Iterator[tuple[str, str]]:
-        """(type of the caches, type of the indexer's queries)."""
+        """Yields every (type of the caches, type of the indexer's queries)."""
         for flavour in self.flavours:
             for query in self.queries:
                 yield flavour, flavour if query == "cache" else query

@@ -1,6 +1,6 @@
-"""The list of all cases and how they are found: what `bench` times, and what an interpreter executes.
+"""The lists of all cases, and lookups by name: CASES, which `bench` times, and KERNEL_CASES, for an interpreter.
 
-Tests run both: the timed ones shrunk, the others as machine code of gfx942 and gfx950.
+Tests run both: CASES with shrunk sizes, KERNEL_CASES as machine code of gfx942 and gfx950.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ KERNEL_CASES = (
 
 
 def build(case: Case, flavour: str, query: str = "", *, shrink: bool = False) -> Work:
-    """The work of a case.
+    """The Work of a case.
 
     Args:
       case: one of CASES.
@@ -52,7 +52,7 @@ def build(case: Case, flavour: str, query: str = "", *, shrink: bool = False) ->
       shrink: sizes for a CPU.
 
     Raises:
-      ValueError: a flavour that the case does not take.
+      ValueError: a flavour that the case does not support.
     """
     require(
         flavour in case.flavours,
@@ -63,10 +63,10 @@ def build(case: Case, flavour: str, query: str = "", *, shrink: bool = False) ->
 
 
 def case(name: str) -> Case:
-    """The case of that name.
+    """The case of CASES with that name.
 
     Raises:
-      ValueError: there is none.
+      ValueError: no case has it.
     """
     found = next((c for c in CASES if c.name == name), None)
     require(found is not None, f"case is {name!r}; expected one of {', '.join(c.name for c in CASES)}.")
@@ -77,7 +77,7 @@ def chosen(area: str | None, text: str | None) -> tuple[Case, ...]:
     """Cases of an area (None: all) whose name contains `text` (None: all).
 
     Raises:
-      ValueError: none is left.
+      ValueError: no case matches.
     """
     found = tuple(c for c in CASES if area in (None, c.area))
     matching = tuple(c for c in found if text is None or text in c.name)
@@ -90,10 +90,10 @@ def chosen(area: str | None, text: str | None) -> tuple[Case, ...]:
 
 
 def kernel_case(name: str) -> KernelCase:
-    """The case of that name among those that an interpreter executes.
+    """The case of KERNEL_CASES with that name.
 
     Raises:
-      ValueError: there is none.
+      ValueError: no case has it.
     """
     found = next((c for c in KERNEL_CASES if c.name == name), None)
     require(found is not None, f"kernel is {name!r}; expected one of {', '.join(kernel_names())}.")
@@ -101,5 +101,5 @@ def kernel_case(name: str) -> KernelCase:
 
 
 def kernel_names() -> list[str]:
-    """Names of all cases that an interpreter executes."""
+    """Names of KERNEL_CASES."""
     return [c.name for c in KERNEL_CASES]

@@ -42,12 +42,12 @@ def _compress(sizes: Mapping[str, int], flavour: str, query: str) -> Work:
         return cache, CompressorState(*(jax.random.normal(seed(19 + i), shape) for i in range(2)))
 
     def each(number):
-        # Positions one apart, so that every ratio-th request closes, the first among them; far from a first window.
+        # Consecutive positions: every ratio-th request, the first included, closes a window. None is a first window.
         positions = pages * page_size // 2 - 1 + jnp.arange(batch, dtype=jnp.int32)
         table = permutation(seed(21, number), batch * pages).reshape(batch, pages)
         kv, gate = (jax.random.normal(seed(22 + i, number), (batch, channels)) for i in range(2))
         bias = jax.random.normal(seed(24, number), (ratio, channels))
-        # Of the step, made once for all layers: not timed.
+        # Make the metadata here, so that it is not timed: a step makes it once for all layers.
         return kv, gate, bias, jnp.ones(dim), decode_metadata(positions + 1, table, page_size=page_size)
 
     def fn(cache, state, kv, gate, bias, norm, metadata, *, implementation=None):
@@ -64,7 +64,7 @@ def _compress(sizes: Mapping[str, int], flavour: str, query: str) -> Work:
 
     closed = batch // ratio
     read = closed * ratio * channels * 8 + batch * channels * 16
-    # A value between two codes may fall to either side: an eighth of it, once in a thousand.
+    # A value halfway between two codes may round either way: an error of an eighth, once in a thousand values.
     return Work(fn, each, read + closed * 583, 0, error, 4e-3, state=state)
 
 
@@ -86,7 +86,7 @@ def _compress_step(
 def _kernel_compress(
     kind: str, heads: int | None, *, ratio: int, page_size: int, indexer: bool = False
 ) -> KernelProblem:
-    """Four requests: a chunk from position 0, one that continues, a token that closes a window, one that does not."""
+    """Four requests: a chunk from position 0, a later chunk, a token that closes a window, a token that does not."""
     del heads
     rng, (dim, overlap) = np.random.default_rng(5), (128 if indexer else 512, ratio == 4)
     channels = 2 * dim if overlap else dim

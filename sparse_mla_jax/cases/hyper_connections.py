@@ -43,9 +43,9 @@ def _mixing_inputs(sizes: Mapping[str, int], number: int, columns: int) -> tuple
 
 
 def _streams(sizes: Mapping[str, int], flavour: str, query: str, *, split: bool) -> Work:
-    """The kernel: streams and their product with `fn`, in 32 parts as the layer leaves it, to what a sub-layer reads.
+    """The kernel: the sub-layer's input from the streams and their product with `fn`, in 32 splits as in the layer.
 
-    `split` also gives the weights and matrices with which the sub-layer's output goes back.
+    `split`: also the weights and the mixing matrices.
     """
     del flavour, query
     tokens, n = sizes["tokens"], sizes["streams"]
@@ -75,7 +75,7 @@ def _streams(sizes: Mapping[str, int], flavour: str, query: str, *, split: bool)
 
 
 def _around(sizes: Mapping[str, int], flavour: str, query: str) -> Work:
-    """All of a sub-layer's hyper-connection: the product, what the sub-layer reads, its output into mixed streams."""
+    """A whole hyper-connection: the product with `fn`, the sub-layer's input, and its output added to mixed streams."""
     del flavour, query
     tokens, n, hidden = sizes["tokens"], sizes["streams"], sizes["hidden"]
     columns = n * (n + 2)
@@ -106,7 +106,7 @@ def _around(sizes: Mapping[str, int], flavour: str, query: str) -> Work:
 
 
 def streams_cases() -> Iterator[Case]:
-    """Hyper-connections: the kernel by itself, all that surrounds a sub-layer, the sum that the output head reads."""
+    """Hyper-connections: the kernel alone, a whole hyper-connection, and the merge before the output head."""
     forms: dict[str, Any] = {
         "split": functools.partial(_streams, split=True),
         "sublayer": _around,
@@ -119,7 +119,7 @@ def streams_cases() -> Iterator[Case]:
 
 
 def _kernel_split_streams(kind: str, heads: int | None) -> KernelProblem:
-    """Two tokens of Flash's four streams of 4096, bfloat16, the product in 32 parts as the layer gives it."""
+    """Two tokens of Flash's four streams of 4096, bfloat16, with the product in 32 splits as in the layer."""
     del kind, heads
     rng = np.random.default_rng(6)
     shapes = (2, 4, 4096), (32, 2, 24), (24,), (3,), (4096,)
@@ -137,7 +137,7 @@ def _kernel_split_streams(kind: str, heads: int | None) -> KernelProblem:
         )
 
     def error(got):
-        """Of each result over what its type explains."""
+        """Largest error of a result over its bound."""
         allowed = 2e-3, 1e-6, 1e-6
         return max(relative(a, b) / most for a, b, most in zip(got, want, allowed))
 

@@ -44,7 +44,7 @@ def _queries(number: int, tokens: int, heads: int, query: str) -> tuple[Array, A
 
 
 def _score_bound(query: str) -> float:
-    """Of float32 sums, relative to the row's largest score; FP8 matrix units keep fewer bits of a sum."""
+    """Bound relative to the row's largest score: float32 sums, or FP8 tensor cores, which keep fewer bits of a sum."""
     return 5e-4 if query in FP8 else 1e-5
 
 
@@ -84,7 +84,7 @@ def _indexer(sizes: Mapping[str, int], flavour: str, query: str) -> Work:
 
 
 def _paged(sizes: Mapping[str, int], flavour: str, query: str, *, select: bool = False) -> Work:
-    """One query per request over pages in random order; `select` also takes the k best."""
+    """One query per request over pages in random order; `select`: also top-k of the scores."""
     batch, heads, length, k = sizes["batch"], sizes["heads"], sizes["length"], sizes.get("k", 0)
     slots = max(sizes["slots"], batch * length)
 
@@ -128,7 +128,7 @@ def indexer_cases() -> Iterator[Case]:
     work = 2 * 2048 * 32768 * 64 * DIM * 1e-6
     yield _indexer_case("2048x32768", _indexer, work / 1000, work / 450, tokens=2048, keys=32768)
     yield _indexer_case("4096x65536", _indexer, tokens=4096, keys=65536)
-    # Enough slots that the keys of other calls fill the last-level cache.
+    # Enough slots that the keys of other calls evict a call's keys from the last-level cache.
     slots = 1 << 20
     for batch, reach in ((1, 9.0), (8, 14.0), (32, 30.0), (64, 48.0)):
         yield _indexer_case(f"paged-{batch}x16384", _paged, reach, 2 * reach, batch=batch, length=16384, slots=slots)
@@ -145,7 +145,7 @@ def _kernel_queries(rng: np.random.Generator, tokens: int, heads: int | None, ki
     return q, jnp.asarray(rng.standard_normal((tokens, heads)), jnp.float32)
 
 
-# float32 sums of D * H products, relative to the largest score since heads cancel.
+# float32 sums of D * H products. Relative to the largest score, because heads cancel.
 _SCORE_BOUND = 3e-6
 
 

@@ -1,4 +1,4 @@
-"""Random inputs that cases share: caches, rows of slots, parts of a projection; and the bytes of arrays."""
+"""Random inputs that cases share: caches, rows of slots, sections of a projection; and the bytes of arrays."""
 
 from __future__ import annotations
 
@@ -19,24 +19,24 @@ from sparse_mla_jax.ops.norm_rope import Section
 from sparse_mla_jax.ops.ragged import Ragged
 
 PAGE = 64
-# Latent values, group, type of the scales.
+# (latent values, group size, type of the scales).
 LAYOUTS = {"v32": (512, 128, jnp.float32), "v4": (448, 64, jnp.float8_e8m0fnu)}
-# Rotated values of a key, values of an attention result and of a key of the indexer.
+# Number of values: of a rotated key, of an attention result, of an indexer's key.
 ROPE, VALUE_DIM, DIM = 64, 512, 128
-# Queries of the indexer: bfloat16, or the FP8 flavour of the cache.
+# Types of the indexer's queries: bfloat16, or the FP8 flavour of the cache.
 QUERIES = ("bfloat16", "cache")
-# Rows that are compared with float64; all are timed.
+# Number of rows that are compared with float64. All rows are timed.
 SAMPLE = 8
 
 
 def nbytes(*trees: Any) -> int:
-    """Bytes of arrays or shapes."""
+    """Total bytes of arrays or of their shapes."""
     return sum(math.prod(x.shape) * jnp.dtype(x.dtype).itemsize for x in jax.tree.leaves(trees))
 
 
 def seed(purpose: int, number: int | Array = 0) -> Array:
-    """A random key of its own for every purpose and set of arguments."""
-    # The generator that compiles quickest; nothing here asks for more.
+    """A different random key for every purpose and argument set."""
+    # Use the generator that compiles fastest; its quality is sufficient here.
     return jax.random.fold_in(jax.random.key(purpose, impl="unsafe_rbg"), number)
 
 
@@ -56,24 +56,24 @@ def _rows_of(x: Any, rows: Any) -> Any:
 
 
 def take(x: Any, rows: np.ndarray) -> np.ndarray:
-    """Some rows of a large array on the host."""
+    """Copies some rows of a large array to the host."""
     return np.asarray(_rows_of(x, rows))
 
 
-# Compiled whole: operation by operation costs a compilation each.
+# Jit them as a whole: without jit, every operation is compiled separately.
 gather = jax.jit(cache_ops.gather, static_argnames="dtype")
 gather_index = jax.jit(cache_ops.gather_index, static_argnames="dtype")
 dense = jax.jit(Ragged.to_dense, static_argnames="width")
 
 
 def distinct(key: Array, rows: int, wanted: int, room: int) -> Array:
-    """int32 [rows, wanted]: ascending, distinct, one from each of `wanted` equal parts of 0..room-1."""
+    """int32 [rows, wanted]: ascending and distinct, one from each of `wanted` equal intervals of 0..room-1."""
     part = room // wanted
     return jnp.arange(wanted, dtype=jnp.int32) * part + jax.random.randint(key, (rows, wanted), 0, part, jnp.int32)
 
 
 def random_slots(key: Array, rows: int, selected: int, slots: int, *, own: bool) -> Array:
-    """int32 [rows, selected] of slots in random pages; `own`: each row reads its own part of the cache."""
+    """Slots int32 [rows, selected] in random pages; `own`: each row reads its own region of the cache."""
     room = slots // rows if own else slots
     position = distinct(key, rows, selected, room)
     if own:
@@ -83,8 +83,8 @@ def random_slots(key: Array, rows: int, selected: int, slots: int, *, own: bool)
 
 
 def filled[Cache: (PagedKVCache, PagedIndexCache)](cache: Cache) -> Cache:
-    """`cache` with random tokens in all of its slots, written through the library's own quantiser."""
-    # Some at a time: what is written is held as float32.
+    """`cache` with random tokens in all of its slots, written by the library's own quantiser."""
+    # Write in chunks: the tokens are float32 until they are written.
     some = min(cache.num_slots, 1 << 14)
 
     def fill(i: Array, cache: Any) -> Any:
@@ -115,12 +115,12 @@ def kv_cache(layout: str, flavour: str, slots: int) -> PagedKVCache:
 
 @functools.partial(jax.jit, static_argnames=("flavour", "slots", "dim"))
 def index_cache(flavour: str, slots: int, dim: int) -> PagedIndexCache:
-    """The same of an indexer's keys."""
+    """An index cache of `slots` random keys."""
     return filled(PagedIndexCache.create(slots // PAGE, PAGE, dim=dim, dtype=jnp.dtype(flavour)))
 
 
 def random_cache(rng: np.random.Generator, kind: str, latent: int, group: int, scale_dtype: Any) -> PagedKVCache:
-    """8 pages of 64 slots, written through the library's own quantiser."""
+    """A cache of 8 pages of 64 slots, written by the library's own quantiser."""
     cache = PagedKVCache.create(
         8,
         64,
@@ -135,7 +135,7 @@ def random_cache(rng: np.random.Generator, kind: str, latent: int, group: int, s
 
 
 def random_index_keys(rng: np.random.Generator, kind: str, slots: int) -> PagedIndexCache:
-    """An indexer cache of so many slots in pages of 64, all of them written."""
+    """An index cache of `slots` random keys in pages of 64."""
     cache = PagedIndexCache.create(slots // 64, 64, dim=128, dtype=jnp.dtype(kind))
     return cache_ops.write_index(cache, jnp.asarray(rng.standard_normal((slots, 128)), jnp.float32), jnp.arange(slots))
 
@@ -144,10 +144,10 @@ COMPRESSOR_FREQUENCIES = (1.6e5 ** (-np.arange(32) / 32)).astype(np.float32)
 
 
 def v32_hidden_parts(vector: Callable[[int], Array], dtype: str) -> tuple[Section, ...]:
-    """What DeepSeek-V3.2's layer makes of the product of its input, 2304 columns side by side.
+    """Sections of DeepSeek-V3.2's product of the hidden state, 2304 columns side by side.
 
-    The query's low-rank form in `dtype`; float32 what the caches keep (the latent, the rotated key that all heads
-    share, the indexer's key) and the indexer's head weights. vector: size -> a norm's weight or bias, float32 [size].
+    The query latent in `dtype`, and in float32: the latent, the rotated key that all heads share, the indexer's key and
+    head weights. vector: size -> a norm's weight or bias, float32 [size].
     """
     c, part = DeepseekV32Config(), functools.partial(Section, heads=1)
     widths = c.q_lora_rank, c.kv_lora_rank, c.qk_rope_head_dim, c.index_head_dim, c.index_n_heads
@@ -164,9 +164,9 @@ def v32_hidden_parts(vector: Callable[[int], Array], dtype: str) -> tuple[Sectio
 
 
 def v32_query_parts(heads: int, dtype: str, index_dtype: str, factor: Array | None) -> tuple[Section, ...]:
-    """What it makes of the product of the query's low-rank form: `heads` queries of 128 + 64, and the indexer's.
+    """Sections of DeepSeek-V3.2's product of the query latent: `heads` queries of 128 + 64, and the indexer's queries.
 
-    index_dtype: of the indexer's 64 queries of 128; FP8 with `factor` float32 [T, 64] in its scales.
+    index_dtype: type of the indexer's 64 queries of 128. FP8 needs `factor` float32 [T, 64], multiplied into scales.
     """
     c = DeepseekV32Config()
     index = c.index_n_heads * c.index_head_dim

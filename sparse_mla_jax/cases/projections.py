@@ -1,7 +1,7 @@
-"""Cases of what a layer does around attention: hyper-connections, norms and rotations, the output projection.
+"""Cases of the operators around attention: norms and rotations, the output projection.
 
-Sizes are those of DeepSeek-V4-Flash, or of DeepSeek-V3.2 where the name says so: a decode step of a few requests, and
-the prefill of a long chunk.
+Sizes are those of DeepSeek-V4-Flash, or of DeepSeek-V3.2 if the name says so: decode steps of a few requests, and the
+prefill of a long chunk.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from sparse_mla_jax.ops.output_projection import rotated_projection
 from sparse_mla_jax.ops.rope import rope_frequencies
 
 FLASH = DEEPSEEK_V4_FLASH
-# Errors of what is rounded to bfloat16 (1.65e-3 by that alone), and of float32 results of products and of weights.
+# Bounds: of results rounded to bfloat16 (the rounding alone is 1.65e-3), and of float32 results.
 ROUNDED, EXACT = 2e-3, 2e-5
 
 
@@ -50,24 +50,24 @@ def _work(
     error: Callable[[tuple[Any, ...], Any], float],
     bound: float,
 ) -> Work:
-    """A case that reads all of its arguments once, and writes all of its results."""
+    """The Work of a function that reads all of its arguments and writes all of its results once."""
     inputs = jax.eval_shape(lambda: each(0))
     return Work(fn, each, nbytes(inputs, jax.eval_shape(fn, *inputs)), flops, error, bound)
 
 
 def _wide(*arrays: Any) -> tuple[np.ndarray, ...]:
-    """The same values in float64, on the host."""
+    """Copies arrays to the host as float64."""
     return tuple(np.asarray(a).astype(np.float64) for a in arrays)
 
 
 def _worst(got: Any, want: Any, allowed: tuple[float, ...]) -> float:
-    """Largest error of several results over what is allowed of each."""
+    """Largest error of several results over the bound of each."""
     return max(relative(a, b) / most for a, b, most in zip(got, want, allowed))
 
 
 # --- output projection
 def _rotated(sizes: Mapping[str, int], flavour: str, query: str) -> Work:
-    """Attention's result turned back and through the matrices of its groups, which no call finds in a cache."""
+    """`rotated_projection`; every call has its own weights, so that no cache holds them."""
     del flavour, query
     tokens, heads, rank, groups = sizes["tokens"], sizes["heads"], sizes["o_rank"], FLASH.o_groups
     inner = heads // groups * FLASH.head_dim
@@ -95,10 +95,10 @@ def _rotated(sizes: Mapping[str, int], flavour: str, query: str) -> Work:
 
 # --- norms and rotations
 def _v4_parts(form: str, heads: int, vector: Callable[[int], Array]) -> tuple[Section, ...]:
-    """DeepSeek-V4's parts as its layer finishes them.
+    """Sections that DeepSeek-V4's layer finishes.
 
-    "hidden": the query's low-rank form and the key, without what is only taken apart; "query": heads, divided by their
-    root mean square, and indexer.
+    "hidden": the query latent and the key, without the sections that `norm_rope` does not change. "query": the
+    RMS-normed heads and the indexer's queries.
     """
     c = FLASH
     part = functools.partial(Section, dtype="bfloat16", interleaved=True)
@@ -113,7 +113,7 @@ def _v4_parts(form: str, heads: int, vector: Callable[[int], Array]) -> tuple[Se
 
 
 def _finished(sizes: Mapping[str, int], flavour: str, query: str, *, model: str, form: str) -> Work:
-    """`norm_rope` of one projection of a layer: what stands between two of its products; cosines and sines included."""
+    """`norm_rope` of one projection of a layer, cosines and sines included."""
     del flavour
     tokens, heads = sizes["tokens"], sizes.get("heads", 0)
     config = DEEPSEEK_V32 if model == "v32" else FLASH
@@ -134,7 +134,7 @@ def _finished(sizes: Mapping[str, int], flavour: str, query: str, *, model: str,
     def each(number):
         mine = parts(number)
         width = max(part.start + part.columns for part in mine)
-        # The sum of a product is float32; V3.2 rounds that of its queries before they are finished.
+        # Products are float32, but V3.2 rounds the product for its queries before `norm_rope`.
         dtype = jnp.bfloat16 if (model, form) == ("v32", "query") else jnp.float32
         positions = jax.random.randint(seed(42, number), (tokens,), 0, config.max_position_embeddings, jnp.int32)
         return jax.random.normal(seed(43, number), (tokens, width), dtype), mine, positions
@@ -158,12 +158,12 @@ def _finished(sizes: Mapping[str, int], flavour: str, query: str, *, model: str,
 
 
 # --- the list
-# A decode step of a few requests, and the prefill of a chunk.
+# Tokens: decode steps of a few requests, and the prefill of a chunk.
 _DECODE, _PREFILL = (32, 128), 4096
 
 
 def projection_cases() -> Iterator[Case]:
-    """What stands before and behind a layer's products: norms and rotations, and the inverse rotation into one."""
+    """Norms and rotations between a layer's matrix products, and the output projection with its inverse rotation."""
     for tokens in (*_DECODE, _PREFILL):
         sizes = {"tokens": tokens, "heads": FLASH.num_attention_heads, "o_rank": FLASH.o_lora_rank}
         yield Case(f"projection-rotated-t{tokens}", "projection", sizes, _rotated, ("",))
@@ -193,12 +193,12 @@ def _kernel_rotated_projection(kind: str, heads: int | None) -> KernelProblem:
         )
 
     args = (out, weight, positions)
-    # Rounding the result to bfloat16 alone costs 1.65e-3.
+    # Rounding the result to bfloat16 alone is 1.65e-3.
     return KernelProblem(fn, args, lambda got: relative(got, want), 2e-3, nbytes(args) + 2 * want.size)
 
 
 def _kernel_finished(x: Array, parts: Sequence[Section]) -> KernelProblem:
-    """norm_rope of V3.2 on two tokens, one of them the last of the longest context."""
+    """`norm_rope` of V3.2 on two tokens, one of them the last of the longest context."""
     c, positions = DeepseekV32Config(), jnp.asarray([7, 163839], jnp.int32)
     frequencies = rope_frequencies(c.rope, c.qk_rope_head_dim)
     angles = np.asarray(positions.astype(jnp.float32)[:, None] * jnp.asarray(frequencies))

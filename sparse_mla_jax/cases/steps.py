@@ -1,6 +1,6 @@
-"""Cases of decode steps: attention layers of DeepSeek-V3.2, and of DeepSeek-V4 with its hyper-connections.
+"""Decode steps: attention layers of DeepSeek-V3.2, and of DeepSeek-V4 with its hyper-connections.
 
-One layer, or all of a model in one program. Feed-forward layers are left out: one of V4's holds 13 GB of experts.
+One layer, or all layers of a model in one program. Feed-forward layers are left out: one of V4's has 13 GB of experts.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ PAGE_SIZE = 64
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """A decode step, or the attention layer of one, and what it is compiled for.
+    """A decode step, or only its attention layers, with the shapes for which it is compiled.
 
     Attributes:
-      fn: (params, inputs, caches, seq_lens[B], page_table[B, P]) -> (outputs, caches). Inputs and outputs are token ids
-        int32[B], of a layer the hidden states [B, D].
+      fn: (params, inputs, caches, seq_lens[B], page_table[B, P]) -> (outputs, caches). Inputs and outputs of a decode
+        step are token ids int32[B], those of attention layers hidden states [B, D].
       args: shapes of its arguments.
-      donated: number of the argument that is updated in place: the caches.
+      donated: index of the argument that is updated in place: the caches.
     """
 
     fn: Any
@@ -43,12 +43,12 @@ class Step:
 
     @property
     def first_cache(self) -> int:
-        """Number of the first cache array among all arrays that go in."""
+        """Index of the first cache array among all input arrays."""
         return len(jax.tree.leaves(self.args[: self.donated]))
 
 
 def published_config(*, heads: int, layers: int) -> DeepseekV32Config:
-    """DeepSeek-V3.2 with the heads of one GPU and so many layers, of which the first is dense.
+    """DeepSeek-V3.2 with the heads of one GPU and `layers` layers, of which the first is dense.
 
     Raises:
       ValueError: sizes below 1.
@@ -75,17 +75,17 @@ def _shapes(config: DeepseekV32Config, batch: int, context: int, cache_dtype: An
 def decode_step(
     *, heads: int = 16, batch: int = 64, context: int = 32768, layers: int = 2, cache_dtype: Any = jnp.float8_e4m3fnuz
 ) -> Step:
-    """DeepSeek-V3.2's greedy decode step in bfloat16, for `compile`; weights are those of `fuse_projections`.
+    """DeepSeek-V3.2's greedy decode step in bfloat16, for `compile`, with fused weights (`fuse_projections`).
 
     Args:
-      heads: attention heads on this GPU (128 over all).
+      heads: attention heads on this GPU (the model has 128).
       batch: sequences.
       context: tokens that the caches of a sequence can hold, a multiple of 64.
       layers: the first is dense, the others mixtures of 256 experts; 61 in the published model.
       cache_dtype: of latents and index keys.
 
     Raises:
-      ValueError: sizes below 1, or a context that is not whole pages.
+      ValueError: sizes below 1, or a context that is not a multiple of the page size.
     """
     config = published_config(heads=heads, layers=layers)
     caches, per_sequence, table = _shapes(config, batch, context, cache_dtype)
@@ -103,12 +103,12 @@ def decode_step(
 def layer_step(
     config: DeepseekV32Config, *, batch: int, context: int, cache_dtype: Any, implementation: str | None = None
 ) -> Step:
-    """The attention layer alone of such a step: normalised hidden states in, the layer's output [B, D] out.
+    """One attention layer of such a decode step: normed hidden states in, the layer's output [B, D] out.
 
-    Its weights are those of `fuse_projections`.
+    Its weights are fused (`fuse_projections`).
 
     Args:
-      config: of the model, as `published_config` gives it; one layer of it is taken.
+      config: of the model, from `published_config`; one of its layers is used.
       batch, context, cache_dtype: as in `decode_step`.
       implementation: None, "triton", "xla" or "reference", of every operator.
 
@@ -134,10 +134,10 @@ def layer_step(
 def layers_step(
     config: DeepseekV32Config, *, batch: int, context: int, cache_dtype: Any, implementation: str | None = None
 ) -> Step:
-    """config.num_hidden_layers attention layers one after the other, each on the normed sum of what came before it.
+    """config.num_hidden_layers attention layers in a row; each reads the normed sum of the input and earlier outputs.
 
-    Arguments as those of `layer_step`; params and caches are tuples over layers. Norms have no weights, and no
-    feed-forward layer is there.
+    Arguments as for `layer_step`; params and caches are tuples over layers. Norms have no weights, and there are no
+    feed-forward layers.
     """
     caches, per_sequence, table = _shapes(config, batch, context, cache_dtype)
     single = layer_step(config, batch=batch, context=context, cache_dtype=cache_dtype, implementation=implementation)
@@ -150,7 +150,7 @@ def layers_step(
     def step(params, hidden, caches, seq_lens, page_table):
         after = []
         for weights, cache in zip(params, caches):
-            # A function of its own: all layers are traced and lowered once.
+            # A separate function, so that all layers are traced and lowered once.
             hidden, cache = layer(weights, hidden, cache, seq_lens, page_table)
             after.append(cache)
         return hidden, tuple(after)

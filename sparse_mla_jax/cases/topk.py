@@ -24,12 +24,12 @@ from sparse_mla_jax.cases.inputs import (
 )
 from sparse_mla_jax.ops.topk import top_k
 
-# Scores of a row: independent normals, or what is hard for a radix selection.
+# Kinds of rows: independent normal scores, and cases that are hard for a radix selection.
 ROWS = ("random", "equal", "narrow", "up", "down", "plateau")
 
 
 def _scores(kind: str, key: Array, rows: int, columns: int, k: int) -> Array:
-    """float32 [rows, columns]."""
+    """Scores of one of ROWS, float32 [rows, columns]."""
     shape = (rows, columns)
     if kind == "random":
         return jax.random.normal(key, shape)
@@ -60,7 +60,7 @@ def _topk(sizes: Mapping[str, int], flavour: str, query: str, *, kind: str = "ra
         return top_k(scores, k, lengths, implementation=implementation)
 
     def error(arguments, got):
-        # All rows, as long as that is quick.
+        # Check all rows if that is quick.
         checked = np.arange(rows) if rows * length <= 1 << 24 else sample(rows)
         wrong = 0
         for row, mine in zip(take(arguments[0], checked), take(got, checked)):
@@ -73,7 +73,7 @@ def _topk(sizes: Mapping[str, int], flavour: str, query: str, *, kind: str = "ra
     return Work(fn, each, 4 * rows * (length + k), 0, error, 0.0)
 
 
-# rows, columns: the best CUDA figure, microseconds; k 2048.
+# (rows, columns) -> best CUDA figure in microseconds, for k 2048.
 _TOPK_BEST = {
     (1, 8192): 4.7,
     (1, 32768): 9.8,

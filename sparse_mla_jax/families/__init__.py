@@ -1,1 +1,1 @@
-"""One file per published model family: its config keys and its tensor names, nothing else."""
+"""One file per published model family, with its config keys and its tensor names only."""

@@ -31,7 +31,7 @@ from sparse_mla_jax.shapes import DeepseekV32Config
 
 
 def read_config(data: dict[str, Any]) -> DeepseekV32Config:
-    """`rope_parameters` (new spelling), or `rope_scaling` with `rope_theta` (the published file's spelling)."""
+    """Reads a config; the rotary keys are `rope_parameters` (new), or `rope_scaling` and `rope_theta` (published)."""
     parameters = read_field(data, "rope_parameters", dict) or read_field(data, "rope_scaling", dict, {})
     rope = read_rope(parameters, data.get("rope_theta", 10000.0))
     return DeepseekV32Config(**read_plain_fields(data, DeepseekV32Config), rope=rope)
@@ -47,7 +47,7 @@ def write_config(config: DeepseekV32Config, dtype: Any = jnp.float32) -> dict[st
             **write_yarn(c.rope),
             "mscale": c.rope.mscale_all_dim,
             "mscale_all_dim": c.rope.mscale_all_dim,
-            # Cosines and sines carry no amplitude; said outright, because without mscale the reader would add one.
+            # Cosines and sines have no amplitude. Write it explicitly: without mscale the reader would add one.
             "attention_factor": 1.0,
         }
     return {
@@ -108,7 +108,7 @@ def _mlp(c: DeepseekV32Config, layer: int, name: str, place: str) -> Iterator[Pu
 
 
 def tensors(config: DeepseekV32Config) -> Iterator[PublishedTensor]:
-    """Every tensor of a folder of this config, in the order in which they are written."""
+    """Yields every tensor of a folder of this config, in the order in which they are written."""
     yield from table_rows({"embed_tokens.weight": ("embed_tokens", SAME)}, "model.", "")
     for layer in range(config.num_hidden_layers):
         name, place = f"model.layers.{layer}.", f"layers.{layer}."
@@ -122,7 +122,7 @@ def tensors(config: DeepseekV32Config) -> Iterator[PublishedTensor]:
 
 
 def is_ignored(name: str, config: DeepseekV32Config) -> bool:
-    """Published tensors that this model has no use for: multi-token-prediction layers, derived buffers, tied heads."""
+    """Whether the model does not use this published tensor: a multi-token-prediction layer, a buffer, a tied head."""
     layer = re.match(r"model\.layers\.(\d+)\.", name)
     return (
         (layer is not None and int(layer.group(1)) >= config.num_hidden_layers)
@@ -132,7 +132,7 @@ def is_ignored(name: str, config: DeepseekV32Config) -> bool:
 
 
 def scale_names(name: str) -> tuple[str, ...]:
-    """What the scales of an FP8 matrix may be called."""
+    """Possible names of the scales of an FP8 matrix."""
     return (name + "_scale_inv",)
 
 

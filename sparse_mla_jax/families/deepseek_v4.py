@@ -1,20 +1,20 @@
-"""DeepSeek-V4: the keys of its config.json, the names of its tensors, and the forms in which they are quantised.
+"""DeepSeek-V4: the keys of its config.json, the names of its tensors, and their quantisation formats.
 
 The names are those of the files that DeepSeek publishes (V4-Flash, V4-Flash-Base, V4-Pro) and that its own inference
-code reads: "layers.0.attn.wq_a.weight", without "model."; what Hugging Face transformers saves itself is named
-otherwise and is not read. wo_a is [g * r_o, in], the rows of group i from i * r_o on, ours [g, in, r_o]; experts are
-stacked.
+code reads: "layers.0.attn.wq_a.weight", without "model.". Files that Hugging Face transformers saves have other names
+and are not read. The published wo_a is [g * r_o, in], with the rows of group i from i * r_o on; ours is [g, in, r_o].
+Our arrays stack the experts.
 
-Quantised forms, told apart by the type of each tensor:
+The type of a tensor tells its format:
 
-* FP8: ".weight" F8_E4M3 [out, in] with a scale for every 128x128 values (quantization_config's weight_block_size),
-  ".scale" beside it, F8_E8M0 (Flash, Pro) or F32 (Flash-Base).
-* FP4, routed experts only: ".weight" I8 [out, in / 2] (U8, or F4 [out, in], hold the same bytes), two e2m1 values to a
-  byte, the even one in the low half; ".scale" F8_E8M0 [out, in / 32], one for every 32 values of a row.
+* FP8: ".weight" is F8_E4M3 [out, in]. ".scale" has one scale per 128x128 values (quantization_config's
+  weight_block_size), as F8_E8M0 (Flash, Pro) or F32 (Flash-Base).
+* FP4, routed experts only: ".weight" is I8 [out, in / 2] (or the same bytes as U8, or as F4 [out, in]), two e2m1
+  values per byte, the even column in the low half. ".scale" is F8_E8M0 [out, in / 32], one per 32 values of a row.
 
-Converted files call the scales "weight_scale_inv" (as V3.2 does) or "weight_scale", or keep E8M0 as U8; these are read
-too. Values are multiplied by scales, whatever the name says. tid2eid is I64 (I32 and U32 are read too). "mtp.*"
-(multi-token prediction) is skipped.
+Converted files are read too: they call the scales "weight_scale_inv" (as V3.2 does) or "weight_scale", or store E8M0
+as U8. Values are always multiplied by the scales, even if the name says "inv". tid2eid is I64; I32 and U32 are read
+too. "mtp.*" (multi-token prediction) is skipped.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from sparse_mla_jax.shapes import DeepseekV4Config, RopeConfig
 
 # --- config.json
 
-# What the operators take for granted; a file may say it, but nothing else.
+# Values that the operators assume. A config.json may omit these keys, but may not have other values.
 _FIXED = {
     "scoring_func": "sqrtsoftplus",
     "hidden_act": "silu",
@@ -51,7 +51,7 @@ _RATES = {"sliding_attention": 0, "compressed_sparse_attention": 4, "heavily_com
 
 
 def read_config(data: dict[str, Any]) -> DeepseekV4Config:
-    """The published spelling, or that of Hugging Face transformers (5.x), field by field."""
+    """Reads a config; each key may have its published name or the one of Hugging Face transformers (5.x)."""
     for name, value in _FIXED.items():
         require(
             data.get(name) in (None, value),
@@ -69,7 +69,7 @@ def read_config(data: dict[str, Any]) -> DeepseekV4Config:
 
 
 def _read_rotated_width(data: dict[str, Any], fields: dict[str, Any]) -> None:
-    """partial_rotary_factor, transformers' spelling of qk_rope_head_dim."""
+    """Reads partial_rotary_factor, which transformers writes in place of qk_rope_head_dim."""
     rotated = read_field(data, "partial_rotary_factor", float)
     if rotated is None:
         return
@@ -82,7 +82,7 @@ def _read_rotated_width(data: dict[str, Any], fields: dict[str, Any]) -> None:
 
 
 def _read_hash_layers(data: dict[str, Any], fields: dict[str, Any], layers: int) -> None:
-    """mlp_layer_types, transformers' spelling of num_hash_layers."""
+    """Reads mlp_layer_types, which transformers writes in place of num_hash_layers."""
     kinds = read_field(data, "mlp_layer_types", list)
     if kinds is None:
         return
@@ -101,7 +101,7 @@ def _read_hash_layers(data: dict[str, Any], fields: dict[str, Any], layers: int)
 
 
 def _read_ratios(data: dict[str, Any], layers: int) -> tuple[int, ...] | None:
-    """compress_ratios of the layers proper: from the list of that name, or from layer_types and compress_rates."""
+    """Compression ratio of each layer of the model, from compress_ratios, or from layer_types and compress_rates."""
     listed, kinds = read_field(data, "compress_ratios", list), read_field(data, "layer_types", list)
     if listed is not None:
         predictors = max(1, read_field(data, "num_nextn_predict_layers", int, 1))
@@ -136,9 +136,9 @@ def _read_ratios(data: dict[str, Any], layers: int) -> tuple[int, ...] | None:
 def _read_ropes(data: dict[str, Any]) -> tuple[RopeConfig, RopeConfig]:
     """Rotation of layers that do not compress, and of layers that do.
 
-    Published: rope_theta, compress_rope_theta, and rope_scaling, which is of the compressing layers alone. Hugging
-    Face transformers: rope_parameters {"main": {...}, "compress": {...}}; earlier ones wrote one set, or the second as
-    compress_rope_parameters.
+    Published files have rope_theta, compress_rope_theta, and rope_scaling, which applies to compressing layers only.
+    Hugging Face transformers writes rope_parameters {"main": {...}, "compress": {...}}. Earlier versions wrote one set
+    only, or the second one as compress_rope_parameters.
     """
     theta, compress_theta = data.get("rope_theta") or 10000.0, data.get("compress_rope_theta") or 160000.0
     parameters = read_field(data, "rope_parameters", dict) or read_field(data, "rope_scaling", dict, {})
@@ -163,10 +163,10 @@ def _read_ropes(data: dict[str, Any]) -> tuple[RopeConfig, RopeConfig]:
 
 
 def write_config(config: DeepseekV4Config, dtype: Any = jnp.float32) -> dict[str, Any]:
-    """The fields of a config.json in the published spelling.
+    """The fields of a config.json with the published names.
 
     Raises:
-      ValueError: a rotation that this spelling can not say.
+      ValueError: a rotation that the published fields can not express.
     """
     c = config
     require(
@@ -242,7 +242,7 @@ def _experts(c: DeepseekV4Config, layer: int, name: str, place: str) -> Iterator
 
 
 def tensors(config: DeepseekV4Config) -> Iterator[PublishedTensor]:
-    """Every tensor of a folder of this config, in the order in which they are written."""
+    """Yields every tensor of a folder of this config, in the order in which they are written."""
     for layer in range(config.num_hidden_layers):
         name, place = f"layers.{layer}.", f"layers.{layer}."
         yield from table_rows(_MIXING, name + "hc_attn", place + "attn_hc.")
@@ -258,7 +258,7 @@ def tensors(config: DeepseekV4Config) -> Iterator[PublishedTensor]:
 
 
 def is_ignored(name: str, config: DeepseekV4Config) -> bool:
-    """Published tensors that this model has no use for: multi-token prediction, layers past the last, tied heads."""
+    """Whether the model does not use this published tensor: multi-token prediction, a surplus layer, a tied head."""
     layer = re.match(r"layers\.(\d+)\.", name)
     return (
         name.startswith("mtp.")
@@ -268,7 +268,7 @@ def is_ignored(name: str, config: DeepseekV4Config) -> bool:
 
 
 def scale_names(name: str) -> tuple[str, ...]:
-    """What the scales of a quantised matrix may be called, the published name first."""
+    """Possible names of the scales of a quantised matrix, the published one first."""
     return name.removesuffix(".weight") + ".scale", name + "_scale_inv", name + "_scale"
 
 

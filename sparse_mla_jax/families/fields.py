@@ -1,4 +1,4 @@
-"""Fields of a config.json that families share: checked values, the dataclass's plain fields, rotary parameters."""
+"""Reads and writes the fields of a config.json that the families share: numbers, truth values, rotary parameters."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 from sparse_mla_jax._check import require
 from sparse_mla_jax.shapes import RopeConfig
 
-# What every published config.json says and no model of ours depends on.
+# Fields of every published config.json that our models do not use.
 COMMON_FIELDS = {
     "hidden_act": "silu",
     "attention_bias": False,
@@ -21,7 +21,7 @@ COMMON_FIELDS = {
 
 
 def read_field(data: dict[str, Any], name: str, kind: type, default: Any = None) -> Any:
-    """`data[name]` if it is there and of that type, `default` if it is absent or null.
+    """`data[name]` as `kind`, or `default` if it is absent or null.
 
     Raises:
       ValueError: a value of another type.
@@ -38,13 +38,13 @@ def read_field(data: dict[str, Any], name: str, kind: type, default: Any = None)
 
 
 def _plain_types(config_type: Any) -> dict[str, type]:
-    """Fields of the dataclass that are numbers or truth values, and their types."""
+    """The dataclass's fields that are numbers or truth values, with their types."""
     types = {field.name: type(field.default) for field in dataclasses.fields(config_type)}
     return {name: kind for name, kind in types.items() if kind in (int, float, bool)}
 
 
 def read_plain_fields(data: dict[str, Any], config_type: type) -> dict[str, Any]:
-    """The numbers and truth values of the dataclass that `data` has, under the same names.
+    """The dataclass's numbers and truth values that `data` contains, under the same names.
 
     Raises:
       ValueError: a value of another type.
@@ -54,12 +54,12 @@ def read_plain_fields(data: dict[str, Any], config_type: type) -> dict[str, Any]
 
 
 def write_plain_fields(config: Any) -> dict[str, Any]:
-    """The inverse of `read_plain_fields`, without choices of the run."""
+    """The inverse of `read_plain_fields`, without the option of a run, quantize_index_query."""
     return {name: getattr(config, name) for name in _plain_types(config) if name != "quantize_index_query"}
 
 
 def read_rope(parameters: dict[str, Any], theta: Any, original: int = 4096) -> RopeConfig:
-    """One set of rotary parameters, their own rope_theta before `theta`.
+    """Reads one set of rotary parameters; their own rope_theta takes precedence over `theta`.
 
     Raises:
       ValueError: a scaling that is not supported.
@@ -89,7 +89,7 @@ def read_rope(parameters: dict[str, Any], theta: Any, original: int = 4096) -> R
 
 
 def write_yarn(rope: RopeConfig) -> dict[str, Any]:
-    """The numbers of YaRN that every spelling has."""
+    """The fields of YaRN that published files and transformers share."""
     return {
         "factor": rope.factor,
         "original_max_position_embeddings": rope.original_max_position,

@@ -1,8 +1,8 @@
-"""What a family file says: which config keys there are, and how each published tensor and our arrays go together.
+"""The structure of a family file: config readers, and a table that maps published tensors to our arrays.
 
-A family's tensors are a table: published name, places of ours in the parameters' pytree, layout. Shapes and types are
-not in it: they follow from the pytree's own (`param_specs` of the model). Published matrices are output-first
-([out, in], as torch.nn.Linear keeps them), ours input-first.
+A row of the table has the published name, the paths of our arrays in the parameters' pytree, and a layout. Shapes and
+types are not in the table: they come from the model's `param_specs`. Published matrices are output-first ([out, in],
+as torch.nn.Linear stores them), ours are input-first.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ Shapes = Sequence[Shape]
 
 
 class Layout(NamedTuple):
-    """How one published tensor and the arrays of ours that hold it go into each other.
+    """Conversion between one published tensor and our arrays.
 
     Attributes:
-      published_shape: the tensor's shape from those of ours.
-      read: (tensor, shapes of ours) to ours; views.
-      write: ours to the tensor; views where possible.
+      published_shape: shapes of our arrays -> shape of the tensor.
+      read: (tensor, shapes of our arrays) -> our arrays, as views.
+      write: our arrays -> tensor, as a view if possible.
     """
 
     published_shape: Callable[[Shapes], Shape]
@@ -38,9 +38,9 @@ class PublishedTensor(NamedTuple):
 
     Attributes:
       name: the published name.
-      places: where ours lie in the parameters, keys of the pytree joined by dots ("layers.0.self_attn.q_a_proj"); the
-        last one is a number where ours is a stack of published tensors ("layers.1.mlp.experts.up_proj.7").
-      layout: how they go into each other.
+      places: paths of our arrays in the parameters, keys joined by dots ("layers.0.self_attn.q_a_proj"). A number at
+        the end is an index into an array that stacks published tensors ("layers.1.mlp.experts.up_proj.7").
+      layout: conversion between the tensor and our arrays.
     """
 
     name: str
@@ -49,16 +49,16 @@ class PublishedTensor(NamedTuple):
 
 
 class PublishedFamily(NamedTuple):
-    """What a family file exports as FAMILY.
+    """The exports of a family file, as FAMILY.
 
     Attributes:
-      model_types: what config.json may call the family, the published name first.
+      model_types: values of model_type in config.json, the published one first.
       config_type: the dataclass that its config.json fills.
-      read_config: fields of a config.json to the dataclass.
-      write_config: (config, type of the matrices) to the fields of a config.json that `read_config` reads back.
-      tensors: the table, in the order in which a folder is written.
-      is_ignored: whether a folder may hold this tensor although the model has no use for it.
-      scale_names: what the scales of a quantised matrix may be called, the published name first.
+      read_config: fields of a config.json -> dataclass.
+      write_config: (config, type of the matrices) -> fields of a config.json that `read_config` reads back.
+      tensors: the table of tensors, in the order in which a folder is written.
+      is_ignored: whether a folder may hold this tensor although the model does not use it.
+      scale_names: possible names of the scales of a quantised matrix, the published one first.
       fp4_experts: whether routed experts may be FP4.
     """
 
@@ -76,7 +76,7 @@ class PublishedFamily(NamedTuple):
 
 
 def transposed(inputs: int = 1) -> Layout:
-    """[out, in] for ours [*in, *out], of which the first `inputs` axes are in; a vector is published as it is."""
+    """Published [out, in], ours [*in, *out] with `inputs` input axes; vectors are the same in both."""
 
     def published_shape(shapes: Shapes) -> Shape:
         (shape,) = shapes
@@ -106,7 +106,7 @@ def _read_grouped(value: np.ndarray, shapes: Shapes) -> list[np.ndarray]:
     return [value.reshape(groups, rank, width).transpose(0, 2, 1)]
 
 
-# Ours [groups, in, out], published [groups * out, in]: the rows of one group after those of the other.
+# Ours [groups, in, out]; published [groups * out, in], one group after the other.
 GROUPED = Layout(
     published_shape=lambda shapes: (shapes[0][0] * shapes[0][2], shapes[0][1]),
     read=_read_grouped,
@@ -125,7 +125,7 @@ def _write_keys_and_values(arrays: Sequence[np.ndarray]) -> np.ndarray:
     return np.concatenate([keys, values.transpose(0, 2, 1)], axis=1).reshape(-1, keys.shape[2])
 
 
-# Ours [heads, keys, rank] and [heads, rank, values], published [heads * (keys + values), rank].
+# Ours [heads, keys, rank] and [heads, rank, values]; published [heads * (keys + values), rank].
 KEYS_AND_VALUES = Layout(
     published_shape=lambda shapes: (shapes[0][0] * (shapes[0][1] + shapes[1][2]), shapes[0][2]),
     read=_read_keys_and_values,
@@ -135,13 +135,13 @@ KEYS_AND_VALUES = Layout(
 
 # --- tables
 
-# What follows a published prefix, and what follows a place of ours, with a layout where it is not LINEAR; several
-# places stand with spaces between them.
+# Suffix of a published name -> suffix of our path, or (suffix, layout) if the layout is not LINEAR. Several paths are
+# separated by spaces.
 Places = dict[str, str | tuple[str, Layout]]
 
 
 def table_rows(table: Places, name: str, place: str) -> Iterator[PublishedTensor]:
-    """Rows of a part of the model: published names begin with `name`, places with `place`."""
+    """Yields the rows of a table, with prefix `name` for published names and prefix `place` for our paths."""
     for suffix, ours in table.items():
         places, layout = ours if isinstance(ours, tuple) else (ours, LINEAR)
         yield PublishedTensor(name + suffix, tuple(place + one for one in places.split()), layout)

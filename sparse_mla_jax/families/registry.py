@@ -1,4 +1,4 @@
-"""Every family that this package reads and writes: by a config.json's model_type, and by our dataclass."""
+"""All model families that this package reads and writes, by model_type of config.json and by config dataclass."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def published_family(config: Config) -> PublishedFamily:
 
 
 def read_config(data: dict[str, Any]) -> Config:
-    """The config of a parsed config.json, of the family that model_type names; without one DeepSeek-V3.2.
+    """The config of a parsed config.json. model_type names the family; without it, DeepSeek-V3.2.
 
     Raises:
       ValueError: a family that is not listed, or fields that it does not support.

@@ -1,8 +1,8 @@
-"""One attention layer of DeepSeek-V4: a sliding window beside compressed entries, under one softmax with sinks.
+"""One attention layer of DeepSeek-V4: a sliding window and compressed entries, under one softmax with sinks.
 
-Layers differ in what they read besides the window: nothing; every entry of their ratio (128 tokens each); or the
-entries, of 4 tokens each, that a lightning indexer chooses. One vector per token or entry is key and value of every
-head.
+A layer is of one of three kinds: window only; window and all compressed entries (of 128 tokens each); window and the
+entries (of 4 tokens each) that a lightning indexer chooses. All heads share one vector per token or entry, which is
+both key and value.
 """
 
 from __future__ import annotations
@@ -53,15 +53,15 @@ __all__ = [
 )
 @dataclasses.dataclass(frozen=True)
 class LayerCaches:
-    """What one layer remembers.
+    """The caches of one layer.
 
     Attributes:
-      window: newest tokens; a page is the ring of one running request (`ops.window`).
-      compressed: entries, by the pages of the request's tokens; None in layers that do not compress.
-      state: what the compressor's open windows need, per running request; None likewise.
+      window: the newest tokens; a page is the ring of one running request (`ops.window`).
+      compressed: compressed entries, in the pages of the request's tokens; None in layers that do not compress.
+      state: the compressor's state per running request; None in layers that do not compress.
       index: the indexer's keys of the entries; None in layers without an indexer.
-      index_state: of the indexer's own compressor; None likewise.
-      page_size: static; tokens of a page, as `models.deepseek_v4.create_caches` got it, or None.
+      index_state: state of the indexer's own compressor; None in layers without an indexer.
+      page_size: static; tokens of a page, as passed to `models.deepseek_v4.create_caches`, or None.
     """
 
     window: PagedKVCache
@@ -128,13 +128,14 @@ def _check_states(state_ids: Any, rings: int, requests: int) -> None:
 def token_states(metadata: StepMetadata, state_ids: Array | None, *, rings: int, capacity: int) -> Array:
     """The ring of every token's request: int32[T].
 
-    -1 for padding, for tokens beyond `capacity` of their request, and for requests whose ring is not one of `rings`.
+    -1 for padding, for a request's tokens after the first `capacity` of the step, and for requests whose state id is
+    not in 0..rings - 1.
     """
     meta, requests = metadata, metadata.num_requests
     if requests == 0:
         return jnp.full(meta.positions.shape, -1, jnp.int32)
     ids = jnp.arange(requests, dtype=jnp.int32) if state_ids is None else jnp.asarray(state_ids)
-    # Compare before the cast: a wide id may wrap into another request's ring.
+    # Compare before the cast: a 64-bit id may wrap into another request's ring.
     ids = jnp.where((ids >= 0) & (ids < rings), ids, -1).astype(jnp.int32)
     within = jnp.arange(meta.num_tokens, dtype=jnp.int32) - meta.query_indptr[meta.request_ids]
     return jnp.where(meta.valid & (within < capacity), ids[meta.request_ids], -1)
@@ -154,9 +155,9 @@ def select_entries(
 ) -> Array:
     """Compressed entries that each token attends to besides its window: ascending int32[T, W], then -1.
 
-    All that exist for the token, or where the layer has an indexer the index_topk that it scores highest. Arguments as
-    those of `compressed_attention_step`; `index` must hold this step's entries already; `q_latent` [T, r_q] spares the
-    projection where it is known.
+    With an indexer, the index_topk entries that it scores highest; otherwise all entries that the token sees. Arguments
+    as for `compressed_attention_step`, except: `index` must hold this step's entries already, and `q_latent` [T, r_q]
+    saves the projection if it is known.
 
     Raises:
       ValueError: an index in a layer without an indexer, or none in a layer with one (at trace time).
@@ -178,7 +179,7 @@ def select_entries(
 
 
 def _select(inputs: IndexInputs | None, index: PagedIndexCache | None, step: LayerStep) -> Array:
-    """The result of `select_entries`; `inputs` are those of the indexer where it is needed."""
+    """`select_entries` from the indexer's inputs, or from None if the indexer is not needed."""
     meta, ratio = step.metadata, step.ratio
     width, entries = meta.max_length // ratio if ratio else 0, num_entries(meta.lengths, ratio=max(ratio, 1))
     if inputs is None or index is None:
@@ -197,7 +198,7 @@ def _select(inputs: IndexInputs | None, index: PagedIndexCache | None, step: Lay
 
 # --- caches
 def _write_window(window: PagedKVCache, key: Array, states: Array, step: LayerStep) -> PagedKVCache:
-    """Every token's own key in its request's ring."""
+    """Writes every token's own key into its request's ring."""
     nope, slots = step.config.nope_dim, ring_slots(step.metadata.positions, states, ring=window.page_size)
     return write(window, key[:, :nope], key[:, nope:], slots, implementation=step.implementation)
 
@@ -205,7 +206,7 @@ def _write_window(window: PagedKVCache, key: Array, states: Array, step: LayerSt
 def _write_entries(
     params: dict[str, Any], caches: LayerCaches, known: HiddenProjections, step: LayerStep, state_ids: Array | None
 ) -> LayerCaches:
-    """The entries that this step's tokens close, and the indexer's keys of them, where the layer has them."""
+    """Writes the entries of the windows that close in this step, and their index keys if the layer has an indexer."""
     if known.entry is not None:
         cache, state = caches.compressed, caches.state
         cache, state = _compress(params["compressor"], cache, state, known.entry, step, state_ids)
@@ -225,7 +226,7 @@ def _compress(
     step: LayerStep,
     state_ids: Array | None,
 ) -> tuple[Any, CompressorState]:
-    """`compress` of this step's tokens into a cache of entries or of index keys."""
+    """Compresses this step's tokens into a cache of entries or of index keys."""
     assert state is not None
     weights = CompressorWeights(params["position_bias"], params["norm"], step.frequencies, eps=step.config.rms_norm_eps)
     return compress(
@@ -237,9 +238,9 @@ def _compress(
 def grouped_output(
     params: dict[str, Any], out: Array, positions: Array, frequencies: Array, *, implementation: str | None = None
 ) -> Array:
-    """Attention's result back from its rotation and through the grouped low-rank projection: float32[T, D].
+    """Rotates attention's result back and applies the grouped low-rank output projection: float32[T, D].
 
-    Values carry the rotation of their own positions, so the sum over them is rotated back by that of the query.
+    Each value was rotated by its own position, so their weighted sum is rotated back by the query's position.
 
     Args:
       params: o_a_proj [g, H // g * d, r_o], o_b_proj [g * r_o, D].
@@ -265,28 +266,28 @@ def compressed_attention_step(
 ) -> tuple[Array, LayerCaches]:
     """Attention sub-layer of one step: writes window and entries, selects, attends. Call it inside your own `jax.jit`.
 
-    `hidden` is the RMS-normed input of the sub-layer. New keys are written first: a token sees itself, the earlier
-    tokens of its chunk, and the entry that it closes. Donate the caches: they are then updated in place. A request may
-    bring at most window.page_size - config.sliding_window + 1 tokens in a step; what exceeds it gives zeros.
+    New keys are written first: a token sees itself, the earlier tokens of its chunk, and the entry that it closes.
+    Donated caches are updated in place. A request may have at most window.page_size - config.sliding_window + 1 tokens
+    in a step; its further tokens give zeros.
 
     Args:
-      params: one layer's weights, with D hidden size, H heads of d values, g groups, Hi/Di indexer heads and width, m
-        the layer's ratio, c 2 with ratio 4, else 1: q_a_proj [D, r_q], q_a_layernorm [r_q], q_b_proj [r_q, H, d],
-        kv_proj [D, d], kv_layernorm [d], sinks [H], o_a_proj [g, H // g * d, r_o], o_b_proj [g * r_o, D]; with a ratio
-        compressor {kv_proj [D, c * d], gate_proj [D, c * d], position_bias [m, c * d], norm [d]}; with ratio 4 indexer
-        {wq_b [r_q, Hi, Di], weights_proj [D, Hi], compressor as above of width Di}; or what `fuse_projections` makes
-        of them, which is quicker on a GPU.
-      hidden: [T, D] float32 or bfloat16; rows of padding may hold anything.
+      params: one layer's weights: q_a_proj [D, r_q], q_a_layernorm [r_q], q_b_proj [r_q, H, d], kv_proj [D, d],
+        kv_layernorm [d], sinks [H], o_a_proj [g, H // g * d, r_o], o_b_proj [g * r_o, D]; in layers that compress
+        compressor {kv_proj [D, c * d], gate_proj [D, c * d], position_bias [m, c * d], norm [d]}; in layers of ratio 4
+        indexer {wq_b [r_q, Hi, Di], weights_proj [D, Hi], compressor as above of width Di}; or the result of
+        `fuse_projections`, which is faster on a GPU. With D hidden size, H heads of d values, g groups, Hi/Di indexer
+        heads and width, r_q/r_o ranks of query and output, m the layer's ratio, c = 2 for ratio 4, else 1.
+      hidden: [T, D] float32 or bfloat16, the RMS-normed input of the sub-layer; padding may hold anything.
       caches: of this layer.
       metadata: of this step, from `build_metadata` or `decode_metadata`.
       config: the model's shapes (static).
-      layer: the layer's number (static): it decides ratio and rotation.
-      state_ids: int32[B], where each request's ring and compressor state lie; None: row b's is b. A request whose ring
-        is not there writes nothing, and its tokens give zeros.
+      layer: the layer's number (static); it determines ratio and rotation.
+      state_ids: int32[B], each request's row of the rings and compressor states; None means row b for request b. A
+        request with an id outside the rings writes nothing, and its tokens give zeros.
       implementation: None, "triton", "xla" or "reference", for every operator of the layer.
 
     Returns:
-      (output [T, D] in hidden.dtype, caches). Rows of padding are 0.
+      (output [T, D] in hidden.dtype, without the residual; caches). Padding gives 0.
 
     Raises:
       ValueError: shapes of hidden, caches, metadata, state_ids and config that do not fit together (at trace time).
@@ -318,14 +319,14 @@ def compressed_attention_step(
 
 
 def _window_rows(states: Array, ring: int, step: LayerStep) -> DenseRows:
-    """Slots of each token's window in its request's ring; none for a token without one."""
+    """Slots of each token's window in its request's ring; an empty row for a token without a ring."""
     meta, window = step.metadata, step.config.sliding_window
     slots = window_slots(meta.positions, states, window=window, ring=ring)
     return DenseRows(slots, jnp.where(states >= 0, jnp.minimum(meta.lengths, window), 0))
 
 
 def _entry_rows(chosen: Array, states: Array, step: LayerStep) -> DenseRows:
-    """Slots of the entries `chosen` [T, W]; none for a token whose request has no ring."""
+    """Slots of the entries `chosen` [T, W]; an empty row for a token whose request has no ring."""
     meta, ratio = step.metadata, step.ratio
     table, per_page = entry_pages(meta.page_table, page_size=meta.page_size, ratio=ratio)
     slots = slots_from_positions(chosen, meta.request_ids, table, page_size=per_page)

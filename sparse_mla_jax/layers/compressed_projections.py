@@ -1,7 +1,7 @@
-"""Projections of a DeepSeek-V4 attention layer: what it makes of the hidden state and of the query's low-rank form.
+"""Projections of a DeepSeek-V4 attention layer, from the hidden state and from the query latent.
 
-T tokens, D hidden size, H heads of d values, r_q width of the query's low-rank form, Hi indexer heads of Di values, c 2
-where the compressor's windows overlap, else 1.
+T tokens, D hidden size, H heads of d values, r_q width of the query latent (the query's low-rank form), Hi indexer
+heads of Di values, c = 2 if the compressor's windows overlap, else 1.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from sparse_mla_jax.ops.rope import rope_frequencies
 
 @dataclasses.dataclass(frozen=True)
 class LayerStep:
-    """One layer in one step: what its functions share.
+    """The arguments that the functions of one layer share in one step.
 
     Attributes:
       metadata: of the step.
       config: the model's shapes.
       layer: the layer's number.
       implementation: of every operator.
-      frequencies: float32[rope dimensions // 2], the layer's.
+      frequencies: float32[rope dimensions // 2], rotary frequencies of the layer.
     """
 
     metadata: StepMetadata
@@ -44,7 +44,7 @@ class LayerStep:
     def create(
         cls, metadata: StepMetadata, config: DeepseekV4Config, layer: int, implementation: str | None
     ) -> LayerStep:
-        """With the frequencies that the config gives the layer."""
+        """Makes a LayerStep with the layer's frequencies."""
         frequencies = jnp.asarray(rope_frequencies(config.layer_rope(layer), config.qk_rope_head_dim))
         return cls(metadata, config, layer, implementation, frequencies)
 
@@ -55,7 +55,7 @@ class LayerStep:
 
     @property
     def needs_indexer(self) -> bool:
-        """Whether the layer has an indexer, and there can be entries that it would not choose."""
+        """Whether a token may see more than index_topk entries, so that the layer's indexer has to choose."""
         c = self.config
         return c.has_indexer(self.layer) and self.metadata.max_length // self.ratio > c.index_topk
 
@@ -72,7 +72,7 @@ class LayerStep:
 
 
 class CompressorInputs(NamedTuple):
-    """What a compressor takes in.
+    """Inputs of a compressor.
 
     Attributes:
       kv: float32[T, c * width of an entry].
@@ -84,14 +84,14 @@ class CompressorInputs(NamedTuple):
 
 
 class HiddenProjections(NamedTuple):
-    """Products of the hidden state, float32 but the first, which has hidden's type.
+    """Products of the hidden state: float32, except q_latent, which has hidden's type.
 
     Attributes:
-      q_latent: [T, r_q], the query's low-rank form, which heads and indexer share.
+      q_latent: [T, r_q], the query latent, which heads and indexer share.
       key: [T, d], the token's own key, normed and rotated.
-      entry: of the layer's compressor; None without one.
-      index_entry: of the indexer's; None without one.
-      index_weights: [T, Hi], the indexer's head weights, scales folded in; None without one.
+      entry: inputs of the layer's compressor; None in layers that do not compress.
+      index_entry: inputs of the indexer's compressor; None in layers without an indexer.
+      index_weights: [T, Hi], the indexer's head weights, scales folded in; None in layers without an indexer.
     """
 
     q_latent: Array
@@ -102,23 +102,25 @@ class HiddenProjections(NamedTuple):
 
 
 def fuse_projections(params: dict[str, Any]) -> dict[str, Any]:
-    """One layer's weights with those that multiply the same input side by side: one product of each input.
+    """Concatenates the weights of one layer that multiply the same input: one matrix product per input.
 
-    Call it once, when the weights are loaded; `compressed_attention_step` takes either form. Of what that lists it
-    replaces q_a_proj, kv_proj, kv_proj and gate_proj of both compressors, and indexer.weights_proj, as many as the
-    layer has, by hidden_proj [D, columns], their columns in this order; q_b_proj and indexer.wq_b by q_latent_proj
-    [r_q, H * d + Hi * Di]; and it adds head_norm [d], ones, the weight of the queries' norm.
+    Call it once, when the weights are loaded; `compressed_attention_step` accepts fused and separate weights.
+
+    * hidden_proj [D, columns] replaces, as far as the layer has them and in this order: q_a_proj, kv_proj, kv_proj and
+      gate_proj of both compressors, indexer.weights_proj.
+    * q_latent_proj [r_q, H * d + Hi * Di] replaces q_b_proj and indexer.wq_b.
+    * head_norm [d] is added: ones, the weight of the queries' norm.
     """
     if "hidden_proj" in params:
         return params
-    # Made in a step, a constant is a launch.
+    # Make the ones here: a constant that is made in the step costs a launch.
     ones = jnp.ones(params["q_b_proj"].shape[2], jnp.float32)
     groups = {"hidden_proj": _hidden_paths(params), "q_latent_proj": _q_latent_paths(params)}
     return fuse(params, groups) | {"head_norm": ones}
 
 
 def _hidden_paths(params: dict[str, Any]) -> list[Path]:
-    """Weights of the hidden state, in order of columns."""
+    """Paths of the weights that multiply the hidden state, in the order of their columns."""
     paths: list[Path] = [("q_a_proj",), ("kv_proj",)]
     if "compressor" in params:
         paths += [("compressor", "kv_proj"), ("compressor", "gate_proj")]
@@ -129,12 +131,12 @@ def _hidden_paths(params: dict[str, Any]) -> list[Path]:
 
 
 def _q_latent_paths(params: dict[str, Any]) -> list[Path]:
-    """Weights of the query's low-rank form, in order of columns."""
+    """Paths of the weights that multiply the query latent, in the order of their columns."""
     return [("q_b_proj",), *([("indexer", "wq_b")] if "indexer" in params else [])]
 
 
 def project_hidden(params: dict[str, Any], hidden: Array, step: LayerStep) -> HiddenProjections:
-    """Products of hidden [T, D]."""
+    """Multiplies hidden [T, D] by the weights of `_hidden_paths` and finishes the products."""
     c, ratio = step.config, step.ratio
     overlap = 2 if c.compressor_overlap(ratio) else 1
     key = Section(0, 1, c.head_dim, "float32", params["kv_layernorm"], rotated=c.nope_dim, interleaved=True)
@@ -156,9 +158,9 @@ def project_hidden(params: dict[str, Any], hidden: Array, step: LayerStep) -> Hi
 
 
 def project_q_latent(params: dict[str, Any], q_latent: Array, step: LayerStep, index_weights: Array | None) -> Queries:
-    """The queries, every head divided by its root mean square, and the indexer's if its head weights are given.
+    """The queries, each head RMS-normed; and the indexer's inputs if its head weights are given.
 
-    Both rotated, in q_latent.dtype.
+    Both kinds of queries are rotated and have q_latent's type.
     """
     c, part = step.config, functools.partial(Section, 0, dtype=q_latent.dtype.name, interleaved=True)
     ones = params.get("head_norm", jnp.ones(c.head_dim, jnp.float32))

@@ -1,8 +1,8 @@
-"""Manifold-constrained hyper-connections: the residual stream in n copies, mixed by matrices that preserve their sum.
+"""Manifold-constrained hyper-connections: n residual streams, mixed by matrices that preserve their sum.
 
-In place of `x + f(norm(x))`, a sub-layer reads a weighted sum of n streams, and its output is added to every stream
-with a weight of its own, after the streams were mixed by a doubly stochastic matrix M. Weights and M are functions of
-the token. Sources: mHC (arXiv:2512.24880), hyper-connections (arXiv:2409.19606); DeepSeek-V4's form and constants.
+They replace `x + f(norm(x))`. A sub-layer reads a weighted sum of n streams. The streams are then mixed by a doubly
+stochastic matrix M, and the sub-layer's output is added to each with a weight of its own. Weights and M depend on the
+token. Sources: mHC (arXiv:2512.24880), hyper-connections (arXiv:2409.19606); formulas and constants are DeepSeek-V4's.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from sparse_mla_jax.ops.hyper_connections import doubly_stochastic, merge, split
 
 __all__ = ["doubly_stochastic", "join_streams", "merge_streams", "split_streams"]
 
-# Most splits of the product's inner dimension, and least values of one. Without splits a few columns of a few tokens
-# leave a GPU idle; the operator adds them up, since their sum would be a launch of its own.
+# Most splits of the product's inner dimension, and fewest values of a split. Without splits, the few columns of few
+# tokens leave a GPU idle. The operator adds the splits up, because a separate sum would be a launch of its own.
 _MAX_SPLITS, _MIN_SPLIT_SIZE = 32, 128
 
 
 def _multiply_in_splits(streams: Array, matrix: Array) -> Array:
-    """Splits float32[S, T, O] whose sum is the concatenation of streams[T, n, D] times matrix[n * D, O]."""
+    """Multiplies flat(streams[T, n, D]) by matrix[n * D, O] in S splits: float32[S, T, O], to be summed over S."""
     tokens, n, width = streams.shape
     require(
         matrix.shape[0] == n * width,
@@ -36,7 +36,7 @@ def _multiply_in_splits(streams: Array, matrix: Array) -> Array:
         splits //= 2
     flat = streams.reshape(tokens, splits, n * width // splits).astype(jnp.float32)
     matrix = matrix.astype(jnp.float32).reshape(splits, n * width // splits, matrix.shape[1])
-    # Mixing weights steer every later layer: float32 products even where the platform's default is less.
+    # Force float32 products even if the platform's default is lower: mixing weights steer every later layer.
     return jnp.einsum("tsi,sio->sto", flat, matrix, precision=jax.lax.Precision.HIGHEST)
 
 
@@ -48,13 +48,13 @@ def split_streams(
     norm: Array | None = None,
     implementation: str | None = None,
 ) -> tuple[Array, tuple[Array, Array]]:
-    """The input of a sub-layer, and the weights by which `join_streams` adds its output.
+    """The input of a sub-layer, and the weights with which `join_streams` adds its output.
 
     Args:
       params: fn [n * D, n * (n + 2)], base [n * (n + 2)], scale [3], float32.
       streams: [T, n, D].
       config: the model's constants.
-      norm: [D] weight of the sub-layer's own RMS norm; None leaves it to the caller.
+      norm: [D] weight of the sub-layer's own RMS norm; None leaves the norm to the caller.
       implementation: None, "triton", "xla" or "reference".
 
     Returns:
@@ -109,7 +109,7 @@ def merge_streams(
       params: fn [n * D, n], base [n], scale [1], float32.
       streams: [T, n, D].
       config: the model's constants.
-      norm: [D] weight of the RMS norm that follows; None leaves it to the caller.
+      norm: [D] weight of the RMS norm that follows; None leaves the norm to the caller.
       implementation: None, "triton", "xla" or "reference".
 
     Raises:

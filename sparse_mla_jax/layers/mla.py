@@ -1,7 +1,10 @@
 """One attention layer of DeepSeek-V3.2: latent attention over the keys that the lightning indexer selects.
 
-`attention_step` is what a decode step of one's own calls inside its own `jax.jit`: decode tokens, prefill chunks and
-mixes of both are the same call, told apart by the metadata only.
+Call `attention_step` from your own step function, inside its `jax.jit`. Decode tokens, prefill chunks and mixes of both
+use the same call and differ only in the metadata.
+
+T tokens, D hidden size, H heads, r_q width of the query latent (the query's low-rank form), R latent width, dn / dr
+nope and rope dimensions of a head, dv value width, Hi indexer heads of Di dimensions.
 """
 
 from __future__ import annotations
@@ -56,7 +59,7 @@ def _check_call(
 
 
 # --- projections
-# The weights that share an input, in order of columns.
+# Weights with the same input, in the order of their columns in the fused matrix.
 _GROUPS: dict[str, list[Path]] = {
     "hidden_proj": [("q_a_proj",), ("kv_a_proj_with_mqa",), ("indexer", "wk"), ("indexer", "weights_proj")],
     "q_latent_proj": [("indexer", "wq_b"), ("q_b_proj",)],
@@ -64,12 +67,14 @@ _GROUPS: dict[str, list[Path]] = {
 
 
 def fuse_projections(params: dict[str, Any]) -> dict[str, Any]:
-    """One layer's weights with those that multiply the same input side by side: two products fewer, and fewer launches.
+    """Concatenates the weights of one layer that multiply the same input: fewer matrix products and launches.
 
-    Call it once, when the weights are loaded; `attention_step` takes either form. Of what `attention_step` lists it
-    replaces q_a_proj, kv_a_proj_with_mqa, indexer.wk and indexer.weights_proj by hidden_proj [D, r_q + R + dr + Di +
-    Hi], indexer.wq_b and q_b_proj by q_latent_proj [r_q, Hi * Di + H * (dn + dr)], and kv_b_k by q_absorb
-    [H, dn + dr, R + dr], which takes the first dn values of a query into the latent space and passes its rotated ones.
+    Call it once, when the weights are loaded; `attention_step` accepts fused and separate weights. Replaced are:
+
+    * q_a_proj, kv_a_proj_with_mqa, indexer.wk and indexer.weights_proj by hidden_proj [D, r_q + R + dr + Di + Hi];
+    * indexer.wq_b and q_b_proj by q_latent_proj [r_q, Hi * Di + H * (dn + dr)];
+    * kv_b_k by q_absorb [H, dn + dr, R + dr], which maps the first dn values of a query to the latent space and passes
+      the dr rotated ones through.
     """
     if "hidden_proj" in params:
         return params
@@ -82,10 +87,10 @@ def fuse_projections(params: dict[str, Any]) -> dict[str, Any]:
 
 
 class _LatentProjections(NamedTuple):
-    """Products of the hidden state, float32 but the first, which has hidden's type.
+    """Products of the hidden state: float32, except q_latent, which has hidden's type.
 
     Attributes:
-      q_latent: [T, r_q], the query's low-rank form, which heads and indexer share.
+      q_latent: [T, r_q], the query latent, which heads and indexer share.
       latent: [T, R], normed.
       rope: [T, dr], the rotated shared key.
       index_key: [T, Di].
@@ -133,9 +138,9 @@ def _project_q_latent(
     index_dtype: Any = None,
     index_weights: Array | None = None,
 ) -> Queries:
-    """The queries [T, H, dn + dr] with their last dr values rotated, and the indexer's if its head weights are given.
+    """The queries [T, H, dn + dr], last dr values rotated; and the indexer's inputs if its head weights are given.
 
-    `index_dtype`: type of the indexer's queries, None without head weights.
+    `index_dtype`: type of the indexer's queries; None without head weights.
     """
     parts = [_query_part(c, q_latent.dtype)]
     if index_weights is not None:
@@ -157,7 +162,7 @@ def _query_part(c: DeepseekV32Config, dtype: np.dtype) -> Section:
 
 
 def _index_part(c: DeepseekV32Config, dtype: np.dtype, weights: Array) -> Section:
-    """The indexer's convention: half-split rotation of the first dimensions, the others untouched."""
+    """The indexer's queries: half-split rotation of the first dimensions, the others unchanged."""
     factor = weights if is_fp8(dtype) else None
     return Section(0, c.index_n_heads, c.index_head_dim, dtype.name, rotated=0, factor=factor)
 
@@ -168,7 +173,7 @@ def _frequencies(c: DeepseekV32Config) -> np.ndarray:
 
 # --- selection
 def _index_dtype(index_cache: PagedIndexCache, hidden: Array, c: DeepseekV32Config) -> np.dtype:
-    """Type of the indexer's queries: that of its keys where both are to be FP8, else hidden's."""
+    """Type of the indexer's queries: that of its keys with quantize_index_query and an FP8 cache, else hidden's."""
     return index_cache.dtype if c.quantize_index_query and index_cache.quantized else hidden.dtype
 
 
@@ -184,9 +189,9 @@ def index_query(
 ) -> IndexInputs:
     """The indexer's query and head weights: (query [T, Hi, Di], weights float32[T, Hi]), scales folded in.
 
-    Arguments as those of `attention_step`, and:
-      q_latent: [T, r_q], the query's low-rank form where it is known already.
-      dtype: of the query: hidden's (None), or an FP8 type: quantised per token and head, its scales in the weights.
+    Arguments as for `attention_step`, and:
+      q_latent: [T, r_q], the query latent if it is known already.
+      dtype: of the query. None: hidden's. FP8: quantised per token and head, the scales multiplied into the weights.
     """
     known = _project_hidden(params, hidden, metadata, config, implementation)
     inputs = _project_q_latent(
@@ -214,7 +219,7 @@ def select_positions(
 ) -> Array:
     """Positions that each token attends to: ascending int32[T, min(k, max_length)], then -1.
 
-    Arguments as those of `attention_step`; `index_cache` must hold this step's keys already.
+    Arguments as for `attention_step`; `index_cache` must hold this step's keys already.
     """
     inputs = None
     if _needs_indexer(metadata, config):
@@ -231,7 +236,7 @@ def select_positions(
 
 
 def _needs_indexer(meta: StepMetadata, c: DeepseekV32Config) -> bool:
-    """Whether there can be visible keys that it would not choose."""
+    """Whether a token may see more than index_topk keys, so that the indexer has to choose."""
     return meta.max_length > c.index_topk
 
 
@@ -242,7 +247,7 @@ def _select(
     c: DeepseekV32Config,
     implementation: str | None,
 ) -> Array:
-    """The result of `select_positions`, from that of `index_query`."""
+    """`select_positions` from the result of `index_query`, or from None if the indexer is not needed."""
     if inputs is None:
         return select_visible(meta.lengths, meta.max_length)
     return lightning_indexer(
@@ -265,14 +270,14 @@ def _per_head(x: Array, weight: Array) -> Array:
         return product(x, weight)
 
     def widen(x: Array, weight: Array) -> Array:
-        # XLA:CPU refuses a batched bfloat16 product with a float32 result, and sums one with a bfloat16 result in bf16.
+        # XLA:CPU has no batched bfloat16 product with a float32 result; with a bfloat16 result it sums in bfloat16.
         return product(x.astype(jnp.float32), weight.astype(jnp.float32))
 
     return jax.lax.platform_dependent(x, weight, cpu=widen, default=product)
 
 
 def _absorb(params: dict[str, Any], query: Array) -> Array:
-    """Queries [T, H, dn + dr], rotated, as the cache's keys are: [T, H, R + dr] in query's type."""
+    """Maps rotated queries [T, H, dn + dr] to the space of the cache's keys: [T, H, R + dr] in query's type."""
     if "q_absorb" in params:
         return _per_head(query, params["q_absorb"]).astype(query.dtype)
     nope = params["kv_b_k"].shape[1]
@@ -288,7 +293,7 @@ def _attend(
     config: DeepseekV32Config,
     implementation: str | None,
 ) -> Array:
-    """Absorbed attention: queries are taken into the latent space, results out of it, keys are never expanded."""
+    """Absorbed attention: maps queries to the latent space and results back; keys are never expanded. float32[T, D]."""
     out = sparse_mla(
         _absorb(params, query),
         cache,
@@ -313,30 +318,30 @@ def attention_step(
 ) -> tuple[Array, PagedKVCache, PagedIndexCache]:
     """Attention sub-layer of one step: writes this step's keys, selects, attends. Call it inside your own `jax.jit`.
 
-    `hidden` is the RMS-normed input of the sub-layer, and the result is the sub-layer's output without the residual:
-    the norm before it and the addition after it are the caller's. New latents, rotary keys and index keys are written
-    first, so that a token sees itself and the earlier tokens of its own chunk. Where the page table can not hold more
-    than index_topk tokens the indexer does not run, but its keys are written all the same. Donate the caches: they
-    are then updated in place. Method: DeepSeek-V3.2 (arXiv:2512.02556), multi-head latent attention in the absorbed
-    form of DeepSeek-V2 (arXiv:2405.04434, appendix C).
+    The caller applies the norm before the sub-layer and adds the residual after it. New latents, rotary keys and index
+    keys are written first, so that a token sees itself and the earlier tokens of its chunk. If the page table can not
+    hold more than index_topk tokens, the indexer does not run, but its keys are still written. Donated caches are
+    updated in place. Method: DeepSeek-V3.2 (arXiv:2512.02556); multi-head latent attention in the absorbed form of
+    DeepSeek-V2 (arXiv:2405.04434, appendix C).
 
     Args:
-      params: one layer's weights, with D hidden size, H heads, R latent width, dn/dr/dv head widths, Hi/Di indexer
-        heads and width: q_a_proj [D, r_q], q_a_layernorm [r_q], q_b_proj [r_q, H, dn + dr], kv_a_proj_with_mqa
-        [D, R + dr], kv_a_layernorm [R], kv_b_k [H, dn, R], kv_b_v [H, R, dv], o_proj [H, dv, D], indexer: wq_b
-        [r_q, Hi, Di], wk [D, Di], k_norm {weight [Di], bias [Di]}, weights_proj [D, Hi]; or what `fuse_projections`
-        makes of them, which is quicker on a GPU.
-      hidden: [T, D] float32 or bfloat16; rows of padding may hold anything.
+      params: one layer's weights: q_a_proj [D, r_q], q_a_layernorm [r_q], q_b_proj [r_q, H, dn + dr],
+        kv_a_proj_with_mqa [D, R + dr], kv_a_layernorm [R], kv_b_k [H, dn, R], kv_b_v [H, R, dv], o_proj [H, dv, D],
+        indexer: wq_b [r_q, Hi, Di], wk [D, Di], k_norm {weight [Di], bias [Di]}, weights_proj [D, Hi]; or the result
+        of `fuse_projections`, which is faster on a GPU. With D hidden size, H heads, r_q query latent width, R latent
+        width, dn/dr/dv head widths, Hi/Di indexer heads and width.
+      hidden: [T, D] float32 or bfloat16, the RMS-normed input of the sub-layer; padding may hold anything.
       cache: latents and rotary keys of this layer.
       index_cache: the indexer's keys of this layer.
       metadata: of this step, from `build_metadata`.
-      config: the model's shapes (static). With quantize_index_query, and FP8 keys in index_cache, the indexer's queries
-        are quantised to their type too, one scale per token and head: scores at twice the speed on an H200, rounded to
-        three bits of mantissa as in DeepSeek's own code (which rotates q and k by a Hadamard matrix first; we do not).
+      config: the model's shapes (static). With quantize_index_query and FP8 keys in index_cache, the indexer's queries
+        are quantised to the same type, one scale per token and head. Scores are then twice as fast on an H200; queries
+        are rounded to three bits of mantissa, as in DeepSeek's own code (which first rotates q and k by a Hadamard
+        matrix; this library does not).
       implementation: None, "triton", "xla" or "reference", for every operator of the layer.
 
     Returns:
-      (output [T, D] in hidden.dtype, cache, index_cache). Rows of padding are 0.
+      (output [T, D] in hidden.dtype, without the residual; cache; index_cache). Padding gives 0.
 
     Raises:
       ValueError: shapes of hidden, caches, metadata and config that do not fit together (at trace time).
@@ -355,8 +360,7 @@ def attention_step(
         index_weights=known.index_weights if _needs_indexer(metadata, config) else None,
     )
     chosen = _select(queries.index_inputs, index_cache, metadata, config, implementation)
-    # Dense rows: top-k puts -1 at their ends, and packing them would take five more kernels.
-    # Padding has length 0 and selects nothing.
+    # Pass dense rows: top-k ends them with -1, and packing would take five more kernels. Padding selects nothing.
     rows = slots_from_positions(chosen, metadata.request_ids, metadata.page_table, page_size=metadata.page_size)
     out = _attend(params, queries.heads, cache, rows, config, implementation)
     return out.astype(hidden.dtype), cache, index_cache

@@ -18,7 +18,7 @@ __all__ = ["clamped_moe", "matmul", "moe", "moe_v4", "routed_experts", "swiglu"]
 
 
 def _activate(gate: Array, up: Array, limit: float | None) -> Array:
-    """silu(gate) * up; with a limit the gate is cut above it and up on both sides, as DeepSeek-V4 does."""
+    """silu(gate) * up. With a limit, gate is clipped from above and up to +-limit, as in DeepSeek-V4."""
     if limit is not None:
         gate, up = jnp.minimum(gate, limit), jnp.clip(up, -limit, limit)
     return jax.nn.silu(gate) * up
@@ -32,8 +32,8 @@ def swiglu(
     Args:
       params: gate_proj [D, I], up_proj [D, I], down_proj [I, D].
       x: [T, D].
-      row_weights: float32[T] multiplied into the inner activation (a router's weights), or None.
-      limit: bound of W_gate x from above and of W_up x on both sides; None for none.
+      row_weights: float32[T], a router's weights, multiplied into the inner activation; or None.
+      limit: upper bound of W_gate x, and bound of W_up x on both sides; None for no limit.
 
     Returns:
       float32[T, D].
@@ -45,7 +45,7 @@ def swiglu(
 
 
 def _by_pair(experts: dict[str, Array], x: Array, weights: Array, ids: Array, limit: float | None = None) -> Array:
-    """One (token, expert) pair after the other: reads the chosen experts only, best for a handful of tokens."""
+    """Goes over (token, expert) pairs one by one: reads the chosen experts only; best for very few tokens."""
     k = ids.shape[1]
 
     def body(pair: Array, total: Array) -> Array:
@@ -60,7 +60,7 @@ def _by_pair(experts: dict[str, Array], x: Array, weights: Array, ids: Array, li
 
 
 def _by_expert(experts: dict[str, Array], x: Array, weights: Array, ids: Array, limit: float | None = None) -> Array:
-    """Every expert over every token, weight 0 where it was not chosen: dense products only."""
+    """Applies every expert to every token, with weight 0 if it was not chosen: dense products only."""
     num_experts = experts["gate_proj"].shape[0]
     dense = jnp.zeros((x.shape[0], num_experts), jnp.float32)
     dense = dense.at[jnp.arange(x.shape[0])[:, None], ids].add(weights, mode="drop", wrap_negative_indices=False)
@@ -74,7 +74,7 @@ def _by_expert(experts: dict[str, Array], x: Array, weights: Array, ids: Array, 
 
 
 def _grouped(experts: dict[str, Array], x: Array, weights: Array, ids: Array, limit: float | None = None) -> Array:
-    """Pairs sorted by expert, grouped products: each expert's weights are read once, for its own rows."""
+    """Sorts pairs by expert and uses grouped products: each expert's weights are read once, for its own rows."""
     order = jnp.argsort(ids.reshape(-1), stable=True)
     sizes = jnp.bincount(ids.reshape(-1), length=experts["gate_proj"].shape[0]).astype(jnp.int32)
     rows = x[order // ids.shape[1]]
@@ -84,7 +84,7 @@ def _grouped(experts: dict[str, Array], x: Array, weights: Array, ids: Array, li
 
     inner = _activate(product(rows, "gate_proj"), product(rows, "up_proj"), limit) * weights.reshape(-1)[order][:, None]
     out = product(inner.astype(x.dtype), "down_proj")
-    # Back to token order by a gather: a scatter-add would sum in no fixed order on a GPU.
+    # Gather back to token order: a scatter-add has no fixed order of sums on a GPU.
     return out[jnp.argsort(order)].reshape(*ids.shape, -1).sum(axis=1)
 
 
@@ -93,9 +93,9 @@ def routed_experts(
 ) -> Array:
     """sum_j weights[t, j] * SwiGLU_{ids[t, j]}(x[t]).
 
-    Three ways with the same result, chosen by static shapes and platform. On a 2-core CPU (float32, ms): 8 tokens, 64
-    experts of 256x128, k 8: 1.3 by pair, 2.0 by expert, 9.5 grouped; 512 tokens: 38 by expert, 350 grouped. XLA's CPU
-    backend has no grouped product, GPUs do.
+    Static shapes and the platform choose one of three methods with the same result. XLA has a grouped product on GPUs
+    but not on CPUs. Measured on a 2-core CPU (float32, 64 experts of 256x128, k 8), in ms: 8 tokens: 1.3 by pair, 2.0
+    by expert, 9.5 grouped; 512 tokens: 38 by expert, 350 grouped.
 
     Args:
       experts: gate_proj [E, D, I], up_proj [E, D, I], down_proj [E, I, D]; any number of experts.
@@ -121,7 +121,7 @@ def routed_experts(
 
 
 def _router_logits(gate: dict[str, Array], x: Array) -> Array:
-    """float32[T, E]. A router decides by comparing: exact products even where the platform's default is less."""
+    """float32[T, E], at highest precision even if the platform's default is lower: a router compares logits."""
     return jnp.dot(x, gate["weight"], precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
 
 
@@ -130,7 +130,7 @@ def moe(params: dict[str, Any], x: Array, *, config: DeepseekV32Config) -> Array
 
     Args:
       params: gate {weight [D, E], e_score_correction_bias float32[E]}, experts (see `routed_experts`), and
-        shared_experts (see `swiglu`) where config.n_shared_experts > 0.
+        shared_experts (see `swiglu`) if config.n_shared_experts > 0.
       x: [T, D], already normed.
       config: the model's shapes.
 
@@ -157,11 +157,10 @@ def moe_v4(params: dict[str, Any], x: Array, token_ids: Array, *, config: Deepse
     """DeepSeek-V4's mixture of experts: sqrt(softplus) router or a table of token ids, clamped SwiGLU everywhere.
 
     Args:
-      params: gate {weight [D, E], and e_score_correction_bias float32[E] or, in layers that go by the token,
-        token_experts int32[V, k]}, experts (see `routed_experts`), and shared_experts where config.n_shared_experts is
-        not 0.
+      params: gate {weight [D, E], and e_score_correction_bias float32[E] or, in hash layers, token_experts
+        int32[V, k]}, experts (see `routed_experts`), and shared_experts if config.n_shared_experts is not 0.
       x: [T, D], already normed.
-      token_ids: int[T], read where the gate has a table.
+      token_ids: int[T], read if the gate has token_experts.
       config: the model's shapes.
 
     Returns:

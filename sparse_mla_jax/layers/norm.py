@@ -1,4 +1,4 @@
-"""Normalisation: float32 arithmetic whatever comes in, the input's type out."""
+"""Norms: float32 arithmetic, the result in the input's type."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Products of an attention layer: the weights of one input as one matrix, or each by itself.
+"""Matrix products of an attention layer, with fused or separate weights.
 
-A layer multiplies its input by several weights, and the query's low-rank form by others. `fuse` makes one matrix of
-those that share an input: one product and one launch of `norm_rope`. `project` takes either form. Products of separate
-weights are not concatenated: that would copy all of them.
+A layer multiplies its input by several weights, and the query latent (the query's low-rank form) by others. `fuse`
+concatenates the weights of one input into one matrix: one product and one launch of `norm_rope`. `project` accepts
+fused and separate weights. It does not concatenate the products of separate ones, which would copy all of them.
 
 T tokens, D values of the input.
 """
@@ -33,7 +33,7 @@ def flat(weight: Array) -> Array:
 
 
 def fuse(params: dict[str, Any], groups: Mapping[str, Sequence[Path]]) -> dict[str, Any]:
-    """`params` with one matrix [D, columns] per group, under the group's name, in place of the weights at its paths."""
+    """Replaces the weights at the paths of each group by one matrix [D, columns] under the group's name."""
     fused = {
         name: jnp.concatenate([flat(_weight_at(params, path)) for path in paths], axis=1)
         for name, paths in groups.items()
@@ -49,19 +49,19 @@ def project(
     parts: Sequence[Section],
     finish: Callable[[Array, Sequence[Section]], list[Any]],
 ) -> list[Any]:
-    """Finished parts of x times the weights of a group.
+    """Multiplies x by the weights of a group and finishes the sections of the product.
 
     Args:
-      params: one layer's weights, fused or not.
+      params: one layer's weights, fused or separate.
       group: name of the fused matrix.
       x: [T, D].
-      paths: the weights of the group where they are separate, in order of columns.
-      parts: columns of the fused matrix, none of which span two weights. A separate weight that no part names is not
-        read.
+      paths: paths of the separate weights of the group, in the order of their columns.
+      parts: sections (columns) of the fused matrix; none may span two weights. A separate weight without a section is
+        not read.
       finish: norm, rotation, scale and cast of a product [T, columns]: `norm_rope` of one layer and step.
 
     Returns:
-      What `finish` gives for each part.
+      The result of `finish` for each section.
     """
     if group in params:
         return finish(matmul(x, params[group]), parts)
@@ -78,7 +78,7 @@ def project(
 
 
 def place(parts: Iterable[Section]) -> list[Section]:
-    """The parts with starts that follow each other, from column 0 on."""
+    """The sections one after the other, from column 0 on."""
     placed, start = [], 0
     for part in parts:
         placed.append(dataclasses.replace(part, start=start))
@@ -87,7 +87,7 @@ def place(parts: Iterable[Section]) -> list[Section]:
 
 
 def unchanged(width: int) -> Section:
-    """A part of `width` columns that stay what the product gives."""
+    """A section of `width` columns that is not changed: no norm, rotation, scale or cast."""
     return Section(0, 1, width, "float32")
 
 
@@ -96,12 +96,12 @@ def _finish_some(
 ) -> list[Any]:
     if any(_changes(part) for part in parts):
         return finish(product, parts)
-    # Nothing to do is no launch.
+    # Unchanged sections need no launch.
     return [product[:, part.start : part.start + part.columns].reshape(-1, part.heads, part.width) for part in parts]
 
 
 def _changes(part: Section) -> bool:
-    """Whether it is another than those of `unchanged`."""
+    """Whether a section needs `norm_rope`."""
     return part.weight is not None or part.rotated is not None or part.scale != 1.0 or part.dtype != "float32"
 
 

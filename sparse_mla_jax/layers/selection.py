@@ -1,4 +1,4 @@
-"""What both families need to select keys: the indexer's inputs, and the selection where it has nothing to choose."""
+"""Shared by both model families: the indexer's inputs, and the selection of all visible keys without the indexer."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from jax import Array
 
 
 class IndexInputs(NamedTuple):
-    """What the indexer scores keys with.
+    """The indexer's query and head weights.
 
     Attributes:
       query: [T, Hi, Di], floating or FP8.
@@ -21,11 +21,11 @@ class IndexInputs(NamedTuple):
 
 
 class Queries(NamedTuple):
-    """Products of the query's low-rank form.
+    """Products of the query latent.
 
     Attributes:
       heads: [T, H, d], rotated.
-      index_inputs: None where the indexer is not needed.
+      index_inputs: None if the indexer is not needed.
     """
 
     heads: Array
@@ -33,6 +33,6 @@ class Queries(NamedTuple):
 
 
 def select_visible(lengths: Array, width: int) -> Array:
-    """All that a token sees: int32[T, width], 0 to lengths[t] - 1, then -1."""
+    """Selects everything that a token sees: int32[T, width], 0 to lengths[t] - 1, then -1."""
     column = jnp.arange(width, dtype=jnp.int32)[None, :]
     return jnp.where(column < lengths[:, None], column, -1)

@@ -1,8 +1,7 @@
-"""Hugging Face folders (config.json with safetensors, published tensor names) to parameters and back.
+"""Reads and writes Hugging Face folders: config.json, and safetensors with the published tensor names.
 
-What the tensors of a model family are called, and how our arrays are made of them, is a table in `families`; shapes and
-types follow from the model's own `param_specs` (`tensor_table`). `weight_files` knows folders and files,
-`quantized_weights` FP8 and FP4.
+A table in `families` maps a model family's tensor names to our arrays. Shapes and types come from the model's
+`param_specs` (`tensor_table`). `weight_files` reads folders and files, `quantized_weights` dequantises FP8 and FP4.
 """
 
 from __future__ import annotations
@@ -42,7 +41,7 @@ __all__ = [
 
 Params = dict[str, Any]
 
-# What safetensors files call types, by what a tensor holds.
+# numpy types by their safetensors names, for each kind of tensor: values, scales, integer tables, FP4.
 _FLOATS: dict[str, Any] = {
     "F64": np.float64,
     "F32": np.float32,
@@ -56,12 +55,12 @@ _FP4: dict[str, Any] = {"I8": np.uint8, "U8": np.uint8, "F4": np.uint8}
 
 
 def config_to_json(config: Config, dtype: Any = jnp.float32) -> dict[str, Any]:
-    """The fields of a config.json that `load_config` reads back, as Hugging Face transformers (5.23) does.
+    """The fields of a config.json that `load_config` and Hugging Face transformers (5.23) read.
 
-    Choices of the run (quantize_index_query) are no field of it.
+    Options of a run (quantize_index_query) are not part of it.
 
     Raises:
-      ValueError: a rotation that the published spelling of DeepSeek-V4 can not say.
+      ValueError: rotary parameters that a published DeepSeek-V4 config can not express.
     """
     return published_family(config).write_config(config, dtype)
 
@@ -74,7 +73,7 @@ def _name_some(names: list[str]) -> str:
 
 
 class _Form(NamedTuple):
-    """How a tensor lies in its file: the shape and the types that it may have, and the name of its scales."""
+    """The expected shape and types of a tensor in its file, and the name of its scales."""
 
     shape: tuple[int, ...]
     types: dict[str, Any]
@@ -82,7 +81,7 @@ class _Form(NamedTuple):
 
 
 def _form(tensor: Tensor, files: dict[str, WeightFile], config: Config, folder: str) -> _Form:
-    """The form of a tensor that is there."""
+    """The expected form of a tensor of the folder: plain, FP8 or FP4, told by its safetensors type."""
     family, name, shape = published_family(config), tensor.name, tensor.shape
     kind = files[name].dtype(name)
     packed = kind in _FP4 and family.fp4_experts and tensor.expert is not None
@@ -101,10 +100,10 @@ def _form(tensor: Tensor, files: dict[str, WeightFile], config: Config, folder: 
 def _check_tensors(
     files: dict[str, WeightFile], tensors: list[Tensor], config: Config, block: tuple[int, int], folder: str
 ) -> dict[str, _Form]:
-    """The form of every tensor, scales included.
+    """The expected form of every tensor, scales included. Checks all headers before any tensor is read.
 
     Raises:
-      ValueError: tensors that are missing, surplus, or of another shape or type, before anything is read.
+      ValueError: a tensor is missing, surplus, or of another shape or type.
     """
     missing = [tensor.name for tensor in tensors if tensor.name not in files]
     require(not missing, f"{folder!r} lacks tensor {_name_some(missing)}; config.json promises it. Fetch all files.")
@@ -155,7 +154,7 @@ def _check_dtype(dtype: Any) -> Any:
 
 
 def _check_table(name: str, table: np.ndarray, config: Any) -> None:
-    """Raises ValueError where a table of token ids names an expert that there is not."""
+    """Raises ValueError if a table of token ids names an expert that does not exist."""
     if not table.size:
         return
     low, high = int(table.min()), int(table.max())
@@ -167,14 +166,14 @@ def _check_table(name: str, table: np.ndarray, config: Any) -> None:
 
 
 def _build_params(specs: Any, tensors: list[Tensor], read: Callable[[Tensor], np.ndarray]) -> Params:
-    """The pytree of device arrays like `specs`; a stack of experts is on the host while its tensors are read."""
+    """Reads the tensors into a pytree of device arrays like `specs`; experts are stacked on the host first."""
     stacks: dict[Keys, np.ndarray] = {}
     arrays: dict[Keys, jax.Array] = {}
     for tensor in tensors:
         values = tensor.layout.read(read(tensor), [spec.shape for spec in tensor.specs])
         for keys, spec, value in zip(tensor.keys, tensor.specs, values):
             if tensor.expert is None:
-                # A copy: jax on a CPU would else share memory with the mapped file.
+                # Copy: jax on a CPU would otherwise share memory with the mapped file.
                 arrays[keys] = jnp.array(np.asarray(value, spec.dtype))
                 continue
             if keys not in stacks:
@@ -192,15 +191,15 @@ def _keys(path: Any) -> Keys:
 def load_checkpoint(
     folder: str | os.PathLike[str], *, dtype: Any = jnp.float32, progress: bool = True
 ) -> tuple[Config, Params]:
-    """Reads config.json and the weights beside it, of DeepSeek-V3.2 or DeepSeek-V4.
+    """Reads config.json and the weights of a folder of DeepSeek-V3.2 or DeepSeek-V4.
 
-    One model.safetensors, or several with model.safetensors.index.json. FP8 (e4m3fn) matrices are dequantised by their
-    128x128 blocks (`weight_scale_inv`, or V4's `scale`), V4's FP4 experts by their groups of 32; `families.deepseek_v4`
-    lists its forms. Tensors of multi-token-prediction layers and rotary buffers are skipped.
+    The weights are one model.safetensors, or several files with model.safetensors.index.json. FP8 (e4m3fn) matrices
+    are dequantised by their 128x128 blocks (`weight_scale_inv`, or V4's `scale`), V4's FP4 experts by groups of 32
+    values; see `families.deepseek_v4`. Multi-token-prediction layers and rotary buffers are skipped.
 
     Args:
       folder: a Hugging Face model folder.
-      dtype: float32 or bfloat16, of the matrices; norms, biases and what else is small are float32 always (see
+      dtype: float32 or bfloat16, of the matrices; norms, biases and other small weights are always float32 (see
         `param_specs` of the family).
       progress: show a progress bar on stderr, if that is a terminal.
 
@@ -208,8 +207,8 @@ def load_checkpoint(
       (config, params), arrays on the default device.
 
     Raises:
-      ValueError: no such folder or file, a truncated or corrupt file, a tensor that is missing, surplus, of another
-        shape or type than config.json promises; the message names it.
+      ValueError: no such folder or file, a truncated or corrupt file, or a tensor that is missing, surplus, or of
+        another shape or type than config.json requires; the message names it.
     """
     folder, dtype = os.fspath(folder), _check_dtype(dtype)
     config = load_config(folder)
@@ -259,7 +258,7 @@ def _check_params(params: Params, config: Config) -> None:
 
 
 def _publish(params: Params, tensors: list[Tensor]) -> Iterator[tuple[str, np.ndarray]]:
-    """Published names and arrays in the type in which they are written, one at a time."""
+    """Yields published names with arrays in the type in which they are saved, one at a time."""
     for tensor in tensors:
         arrays = [np.asarray(at(params, keys)) for keys in tensor.keys]
         if tensor.expert is not None:
@@ -275,7 +274,7 @@ def _replace_json(path: str, data: dict[str, Any]) -> None:
 
 
 def _replace_weights(folder: str, files: list[str]) -> None:
-    """Puts the written files in the place of those that lie there."""
+    """Replaces the folder's weight files by the newly written ones (FILE.part)."""
     for old in os.listdir(folder):
         if old in (SINGLE, INDEX) or SHARD.fullmatch(old):
             with contextlib.suppress(FileNotFoundError):
@@ -294,18 +293,17 @@ def save_checkpoint(
     extra: dict[str, Any] | None = None,
     progress: bool = False,
 ) -> None:
-    """Writes a folder in the published naming, which `load_checkpoint` and Hugging Face transformers both read.
+    """Writes a folder with the published names, which `load_checkpoint` and Hugging Face transformers both read.
 
-    What is float32 always (norms, biases, ...) is written as float32. Weights that an earlier call left there are
-    replaced.
+    Weights that are always float32 (norms, biases, ...) are written as float32. The folder's old weights are replaced.
 
     Args:
       folder: made if it does not exist.
       config: the model's shapes.
       params: the parameters' pytree.
-      dtype: float32 or bfloat16, of the matrices; None keeps the type that embed_tokens has.
-      max_shard_bytes: a file holds no more than this, unless one tensor alone does.
-      extra: further fields of config.json, say {"eos_token_id": 0}.
+      dtype: float32 or bfloat16, of the matrices; None means the type of embed_tokens.
+      max_shard_bytes: most bytes of a file, unless a single tensor is larger.
+      extra: further fields of config.json, such as {"eos_token_id": 0}.
       progress: show a progress bar on stderr, if that is a terminal.
 
     Raises:

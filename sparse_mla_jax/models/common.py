@@ -1,4 +1,4 @@
-"""Shared by all models: what a model module exports, argument checks, embedding, logits."""
+"""Shared by all models: the exports of a model module, argument checks, embedding, logits."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from sparse_mla_jax.metadata import StepMetadata
 
 
 class Family(NamedTuple):
-    """What a model module exports as FAMILY: its functions, with the same arguments in every module.
+    """The functions that a model module exports as FAMILY, with the same arguments in every module.
 
     Attributes:
       forward, prefill, decode: the steps.
-      logits: scores of the next token from what `forward` gives.
+      logits: scores of the next token from the result of `forward`.
       param_specs, init_params, fuse_projections: parameters.
       create_caches, default_page_size: caches, and tokens per page that suit the model.
-      bytes_per_token, bytes_per_request: what caches cost, per token of context and per running request.
+      bytes_per_token, bytes_per_request: size of the caches per token of context and per running request.
     """
 
     forward: Callable[..., tuple[Array, Any]]
@@ -59,10 +59,10 @@ def check_prompt(token_ids: Array) -> None:
 
 
 def check_page_size(page_size: int | None, of_caches: int | None) -> int:
-    """Tokens per page, from the caches where they say it.
+    """Tokens per page: `of_caches`, or `page_size` if the caches do not know it (None).
 
     Raises:
-      ValueError: `page_size` is given and says otherwise, or neither says it.
+      ValueError: the two differ, or both are None.
     """
     if of_caches is None:
         return size("page_size", page_size, hint="These caches do not say it; make them with create_caches.")
@@ -81,7 +81,7 @@ def embed(params: dict[str, Any], token_ids: Array) -> Array:
 
 
 def logits(params: dict[str, Any], hidden: Array, config: Config) -> Array:
-    """Scores of the next token, float32[..., V], from final-normed hidden [..., D]; ask only for rows that you need."""
+    """Scores of the next token, float32[..., V], from final-normed hidden [..., D]; pass only the rows you need."""
     if config.tie_word_embeddings:
         return jnp.einsum("...d,vd->...v", hidden, params["embed_tokens"], preferred_element_type=jnp.float32)
     return matmul(hidden, params["lm_head"])

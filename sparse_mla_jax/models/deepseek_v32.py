@@ -45,10 +45,10 @@ Caches = tuple[tuple[PagedKVCache, PagedIndexCache], ...]
 
 
 def fuse_projections(params: Params) -> Params:
-    """The same model for steps on a GPU: `layers.mla.fuse_projections` of every layer, one product per input.
+    """Fuses the projections of every layer (`layers.mla.fuse_projections`), which makes steps on a GPU faster.
 
-    Call it once, when weights are loaded (`jax.jit(fuse_projections, donate_argnums=0)`). Every step here takes the
-    result; writers of checkpoints do not.
+    Call it once, when weights are loaded (`jax.jit(fuse_projections, donate_argnums=0)`). Every step of this module
+    accepts the result; `save_checkpoint` does not.
     """
     layers = [{**layer, "self_attn": mla.fuse_projections(layer["self_attn"])} for layer in params["layers"]]
     return {**params, "layers": layers}
@@ -68,13 +68,13 @@ def create_caches(
     max_query_len: int = 1,
     dtype: Any = jnp.float8_e4m3fnuz,
 ) -> Caches:
-    """Empty paged caches, one pair of arrays structs per layer, all addressed by the same slots.
+    """Empty paged caches, one pair per layer, all addressed by the same slots.
 
     Args:
       config: the model's shapes.
       num_pages: pages of each cache.
       page_size: tokens per page.
-      num_requests, max_query_len: of no effect; this model keeps nothing per request.
+      num_requests, max_query_len: no effect; this model keeps no state per request.
       dtype: float8_e4m3fnuz, float8_e4m3fn, bfloat16 or float32, of latents and index keys.
 
     Returns:
@@ -110,7 +110,7 @@ def bytes_per_token(caches: Caches, page_size: int) -> float:
 
 
 def bytes_per_request(caches: Caches) -> int:
-    """Bytes that a running request holds besides: none."""
+    """Cache bytes per running request besides its tokens: 0."""
     return 0
 
 
@@ -132,7 +132,7 @@ def forward(
       caches: from `create_caches`; donate them to update in place.
       metadata: of this step.
       config: the model's shapes (static).
-      state_ids: of no effect; this model keeps nothing per request.
+      state_ids: no effect; this model keeps no state per request.
       implementation: None, "triton", "xla" or "reference", for every operator.
 
     Returns:
@@ -153,7 +153,7 @@ def forward(
 
 
 def attention_input(params: Params, number: int, hidden: Array, *, config: DeepseekV32Config) -> Array:
-    """What layer `number` hands to `layers.mla.attention_step`: the normed residual stream [T, D]."""
+    """The input of `layers.mla.attention_step` in layer `number`: the normed residual stream [T, D]."""
     return rms_norm(hidden, params["layers"][number]["input_layernorm"], eps=config.rms_norm_eps)
 
 
@@ -196,12 +196,12 @@ def prefill(
     """One step over prompts, chunks of prompts, or a mix with decode tokens; see `build_metadata` for the layout.
 
     Args:
-      params, token_ids, caches, config, state_ids, implementation: as in `forward`; token_ids of all requests one after
-        the other, padded behind, at least one.
+      params, token_ids, caches, config, state_ids, implementation: as in `forward`. token_ids: the tokens of all
+        requests one after the other, then padding; at least one.
       seq_lens: int[B] tokens of each request, those of this step included.
       query_lens: int[B] tokens of each request in this step.
       page_table: int[B, P].
-      page_size: tokens per page (static); the caches know it, so it may be left out.
+      page_size: tokens per page (static); may be omitted, because the caches know it.
 
     Returns:
       (float32[B, V] logits after each request's last token; meaningless for requests without tokens, caches).
@@ -232,7 +232,7 @@ def decode(
 ) -> tuple[Array, Caches]:
     """One token of every request; row b belongs to request b, and rows with seq_lens[b] <= 0 are padding.
 
-    Arguments as in `prefill`, but token_ids int[B], the newest token of each request, and no query_lens.
+    Arguments as in `prefill`, except: token_ids int[B] holds the newest token of each request; no query_lens.
 
     Returns:
       (float32[B, V] logits, caches).

@@ -1,7 +1,7 @@
 """DeepSeek-V4 as pure functions of (params, tokens, caches, metadata), with prefill and decode steps on top.
 
-The residual stream is n streams wide (`layers.hyper_connections`); every layer attends to a sliding window and, most of
-them, to compressed entries (`layers.compressed_attention`). Parameters: see `models.params_v4`.
+There are n residual streams (`layers.hyper_connections`). Every layer attends to a sliding window, and most layers also
+attend to compressed entries (`layers.compressed_attention`). Parameters: see `models.params_v4`.
 """
 
 from __future__ import annotations
@@ -48,10 +48,10 @@ Caches = tuple[LayerCaches, ...]
 
 
 def fuse_projections(params: Params) -> Params:
-    """The same model for steps on a GPU: `layers.compressed_attention.fuse_projections` of every layer.
+    """Fuses the projections of every layer (`layers.compressed_attention.fuse_projections`): faster steps on a GPU.
 
-    Call it once, when weights are loaded (`jax.jit(fuse_projections, donate_argnums=0)`). Every step here takes the
-    result; writers of checkpoints do not.
+    Call it once, when weights are loaded (`jax.jit(fuse_projections, donate_argnums=0)`). Every step of this module
+    accepts the result; `save_checkpoint` does not.
     """
     fuse = compressed_attention.fuse_projections
     layers = [{**layer, "self_attn": fuse(layer["self_attn"])} for layer in params["layers"]]
@@ -72,17 +72,17 @@ def create_caches(
     max_query_len: int = 1,
     dtype: Any = jnp.float8_e4m3fnuz,
 ) -> Caches:
-    """Empty caches: entries by pages of tokens, windows and compressor states by running requests.
+    """Empty caches: compressed entries in pages of tokens; windows and compressor states per running request.
 
-    Memory: per token of context what `bytes_per_token` says; per request `bytes_per_request`, however long it grows.
+    Memory: `bytes_per_token` per token of context, and a fixed `bytes_per_request` per request.
 
     Args:
       config: the model's shapes.
       num_pages: pages for the compressed entries of all requests.
-      page_size: tokens per page, a multiple of every compress ratio (256 for published models) or a divisor of it; a
-        divisor below a ratio stores one entry where a page may hold none, so it costs memory.
-      num_requests: requests that run at a time: rings and states.
-      max_query_len: most tokens of one request in a step; rings are that much longer than the window.
+      page_size: tokens per page, a multiple (256 for published models) or a divisor of every compress ratio. If a page
+        is smaller than a ratio, it has memory for one entry even when it holds none.
+      num_requests: most requests that run at a time, the number of rings and states.
+      max_query_len: most tokens of one request in a step. Rings have window - 1 + max_query_len slots.
       dtype: float8_e4m3fnuz, float8_e4m3fn, bfloat16 or float32, of keys and index keys; states are float32.
 
     Returns:
@@ -127,7 +127,7 @@ def create_caches(
 
 
 def _page_size(caches: Caches) -> int | None:
-    """Tokens per page; None where the caches do not say it."""
+    """Tokens per page; None if the caches do not know it."""
     require(len(caches) > 0, "caches is empty; make one per layer with create_caches.")
     return caches[0].page_size
 
@@ -171,7 +171,7 @@ def forward(
       caches: from `create_caches`; donate them to update in place.
       metadata: of this step.
       config: the model's shapes (static).
-      state_ids: int32[B], the ring and state of each request; None: row b's is b.
+      state_ids: int32[B], the ring and state of each request; None means b for request b.
       implementation: None, "triton", "xla" or "reference", for every operator.
 
     Returns:
@@ -214,7 +214,7 @@ def decoder_layer(
     state_ids: Array | None = None,
     implementation: str | None = None,
 ) -> tuple[Array, LayerCaches]:
-    """Layer number `layer` on streams [T, n, D]: attention, then the mixture of experts, each between its mixings."""
+    """Layer number `layer` on streams [T, n, D]: attention, then experts, each with its hyper-connections."""
     normed, weights = split_streams(
         params["attn_hc"], streams, config=config, norm=params["input_layernorm"], implementation=implementation
     )
@@ -252,12 +252,12 @@ def prefill(
     """One step over prompts, chunks of prompts, or a mix with decode tokens; see `build_metadata` for the layout.
 
     Args:
-      params, token_ids, caches, config, state_ids, implementation: as in `forward`; token_ids of all requests one after
-        the other, padded behind, at least one.
+      params, token_ids, caches, config, state_ids, implementation: as in `forward`. token_ids: the tokens of all
+        requests one after the other, then padding; at least one.
       seq_lens: int[B] tokens of each request, those of this step included.
       query_lens: int[B] tokens of each request in this step.
       page_table: int[B, P].
-      page_size: tokens per page (static); the caches know it, so it may be left out.
+      page_size: tokens per page (static); may be omitted if the caches know it.
 
     Returns:
       (float32[B, V] logits after each request's last token; meaningless for requests without tokens, caches).
@@ -288,7 +288,7 @@ def decode(
 ) -> tuple[Array, Caches]:
     """One token of every request; row b belongs to request b, and rows with seq_lens[b] <= 0 are padding.
 
-    Arguments as in `prefill`, but token_ids int[B], the newest token of each request, and no query_lens.
+    Arguments as in `prefill`, except: token_ids int[B] holds the newest token of each request; no query_lens.
 
     Returns:
       (float32[B, V] logits, caches).

@@ -1,4 +1,4 @@
-"""Dispatches to a model module by the config's type, and checks the parameters that a caller hands over."""
+"""Dispatches to a model module by the config's type, and checks a caller's parameters."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ def _name(path: Any) -> str:
 
 
 def check_params(params: Any, config: Config, dtype: Any = None) -> Any:
-    """Puts `params` on the device, matrices as `dtype` (None: as they are); norms stay float32.
+    """Puts `params` on the device, matrices cast to `dtype` (None keeps their type); norms stay float32.
 
     Raises:
-      ValueError: a parameter that is missing, surplus or of another shape than `config` wants.
+      ValueError: a parameter is missing, surplus, or not of the shape that `config` requires.
     """
     if dtype is None:
         dtype = params["embed_tokens"].dtype if isinstance(params, dict) and "embed_tokens" in params else jnp.float32
@@ -66,5 +66,5 @@ def check_params(params: Any, config: Config, dtype: Any = None) -> Any:
 
 
 def matmul_precision(params: Any) -> Any:
-    """A context: float32 models multiply in full float32 on every device, others at the default precision."""
+    """A context manager: float32 models multiply in full float32 on every device, others at the default precision."""
     return jax.default_matmul_precision("highest" if params["embed_tokens"].dtype == jnp.float32 else None)

@@ -1,6 +1,6 @@
 """DeepSeek-V3.2's parameters as a pytree: shapes, types, random weights.
 
-A plain pytree of arrays, matrices stored input-first ([D_in, ...]) so that a product reads `x @ w`:
+A plain pytree of arrays. Matrices are stored input-first ([D_in, ...]), so that a product reads `x @ w`:
 
     embed_tokens [V, D], norm [D], lm_head [D, V] (absent when tied), layers: one dict per layer with
       input_layernorm [D], post_attention_layernorm [D], self_attn (see `layers.mla.attention_step`), mlp: SwiGLU
@@ -20,7 +20,7 @@ from sparse_mla_jax.config import DeepseekV32Config
 
 Params = dict[str, Any]
 
-# Kept in float32 whatever the type of the matrices: small, and rounding them is felt.
+# Always float32, whatever the type of the matrices: they are small, and rounding them costs accuracy.
 _FLOAT32_NAMES = frozenset(
     {
         "norm",
@@ -79,7 +79,7 @@ def param_specs(config: DeepseekV32Config, dtype: Any = jnp.float32) -> Params:
 
     Args:
       config: the model's shapes.
-      dtype: float32 or bfloat16, of the matrices; norms and the router's bias are float32 always.
+      dtype: float32 or bfloat16, of the matrices; norms and the router's bias are always float32.
 
     Returns:
       A pytree like that of `init_params`.
@@ -119,7 +119,7 @@ def init_params(key: Array, config: DeepseekV32Config, dtype: Any = jnp.float32)
       The parameters' pytree.
     """
     leaves, tree = jax.tree_util.tree_flatten_with_path(param_specs(config, dtype))
-    # The axes that a product sums over, where it is not the axis before the last one.
+    # Axes that a product sums over, unless it is the second to last one.
     inputs = {"q_b_proj": (0,), "wq_b": (0,), "kv_b_k": (2,), "o_proj": (0, 1), "embed_tokens": (1,)}
 
     def init(number: int, path: tuple, spec: jax.ShapeDtypeStruct) -> Array:

@@ -1,9 +1,9 @@
 """DeepSeek-V4's parameters as a pytree: shapes, types, random weights.
 
-A plain pytree of arrays, matrices stored input-first so that a product reads `x @ w`. D hidden, n = hc_mult streams, H
-heads of width d, r_q and r_o the ranks of query and output, g = o_groups, Hi and Di the indexer's heads and their
-width, m a layer's compression ratio, c = 2 where its windows overlap (m = 4) and 1 elsewhere, E experts of inner width
-I, k of them a token:
+A plain pytree of arrays. Matrices are stored input-first, so that a product reads `x @ w`. V vocabulary, D hidden, n =
+hc_mult streams, H heads of width d, r_q and r_o ranks of query and output, g = o_groups, Hi and Di the indexer's heads
+and their width, m a layer's compression ratio, c = 2 if its windows overlap (m = 4), else 1, E experts of inner width
+I, k experts per token:
 
     embed_tokens [V, D], norm [D], lm_head [D, V] (absent when tied), hc_head {fn [n*D, n], base [n], scale [1]},
     layers: one dict per layer with
@@ -31,7 +31,7 @@ from sparse_mla_jax.config import DeepseekV4Config
 
 Params = dict[str, Any]
 
-# Kept in float32 whatever the type of the matrices, with all that is under them: small, and rounding them is felt.
+# Always float32 with their subtrees, whatever the type of the matrices: small, and rounding them costs accuracy.
 _FLOAT32_NAMES = frozenset(
     {
         "norm",
@@ -121,7 +121,7 @@ def layer_shapes(config: DeepseekV4Config, layer: int) -> Params:
 
 
 def rest_shapes(config: DeepseekV4Config) -> Params:
-    """The pytree of what lies outside the layers with shapes (tuples) in place of arrays."""
+    """The pytree of the parameters outside the layers, with shapes (tuples) in place of arrays."""
     c = config
     shapes: Params = {
         "embed_tokens": (c.vocab_size, c.hidden_size),
@@ -138,8 +138,8 @@ def param_specs(config: DeepseekV4Config, dtype: Any = jnp.float32) -> Params:
 
     Args:
       config: the model's shapes.
-      dtype: float32 or bfloat16, of the matrices; norms, sinks, biases and everything of the hyper-connections are
-        float32 always, token_experts int32.
+      dtype: float32 or bfloat16, of the matrices. Norms, sinks, biases and the hyper-connections' weights are always
+        float32; token_experts is int32.
 
     Returns:
       A pytree like that of `init_params`.
@@ -156,10 +156,10 @@ def param_specs(config: DeepseekV4Config, dtype: Any = jnp.float32) -> Params:
 
 
 def init_params(key: Array, config: DeepseekV4Config, dtype: Any = jnp.float32) -> Params:
-    """Random weights under which every layer is well behaved.
+    """Random weights with which every layer is numerically well behaved.
 
-    Matrices are normal with variance 1 / inputs, those of the hyper-connections a hundredth of that; norms and the
-    hyper-connections' scales 1, biases and sinks 0; token_experts are k different experts of each token.
+    Matrices are normal with variance 1 / inputs, those of the hyper-connections with a hundredth of that. Norms and the
+    hyper-connections' scales are 1, biases and sinks 0. token_experts holds k different experts for each token.
 
     Args:
       key: a `jax.random.key`.
@@ -170,7 +170,7 @@ def init_params(key: Array, config: DeepseekV4Config, dtype: Any = jnp.float32) 
       The parameters' pytree.
     """
     leaves, tree = jax.tree_util.tree_flatten_with_path(param_specs(config, dtype))
-    # The axes that a product sums over, where it is not the axis before the last one.
+    # The axis that a product sums over, unless it is the second to last one.
     inputs = {"q_b_proj": 0, "wq_b": 0, "embed_tokens": 1}
 
     def init(number: int, path: tuple, spec: jax.ShapeDtypeStruct) -> Array:

@@ -1,4 +1,4 @@
-"""Quantised forms of published matrices: FP8 with a scale for every block, FP4 with one for every 32 values."""
+"""Dequantises published matrices: FP8 with one scale per block, FP4 with one scale per 32 values."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ FP4_GROUP = 32
 
 
 def scale_shape(shape: tuple[int, ...], block: tuple[int, int]) -> tuple[int, ...]:
-    """Shape of the scales of a matrix of that shape; blocks at the edges may be cut."""
+    """Shape of the scales of a matrix; blocks at the edges may be cut."""
     return tuple(-(-size // step) for size, step in zip(shape, block))
 
 
@@ -19,7 +19,7 @@ def dequantize_blocks(values: np.ndarray, scales: np.ndarray, block: tuple[int, 
 
     Args:
       values: [out, in], FP8.
-      scales: [ceil(out / block[0]), ceil(in / block[1])], what the checkpoint calls weight_scale_inv.
+      scales: [ceil(out / block[0]), ceil(in / block[1])], the checkpoint's weight_scale_inv.
       block: rows and columns that share a scale.
 
     Returns:
@@ -35,10 +35,10 @@ def dequantize_blocks(values: np.ndarray, scales: np.ndarray, block: tuple[int, 
 
 
 def dequantize_fp4(packed: np.ndarray, scales: np.ndarray) -> np.ndarray:
-    """FP4 values, two to a byte, times the scale of every 32 of a row, float32 (exact but for over- and underflow).
+    """FP4 values, two per byte, times the scale of each 32 values of a row, float32 (exact up to over- and underflow).
 
     Args:
-      packed: int8 or uint8 [out, in / 2]: e2m1 codes, that of the even column in the low four bits.
+      packed: int8 or uint8 [out, in / 2]: e2m1 codes, the even column in the low four bits.
       scales: [out, ceil(in / 32)], E8M0 or any floating type; the last group of a row may be cut.
 
     Returns:

@@ -1,4 +1,4 @@
-"""A family's table of tensors joined with the shapes and types of our arrays: what a folder of a config holds."""
+"""The tensors that a published folder of a config holds: a family's table, joined with our arrays' shapes and types."""
 
 from __future__ import annotations
 
@@ -20,9 +20,11 @@ class Tensor(NamedTuple):
     """One published tensor.
 
     Attributes:
-      keys: where each of our arrays lies in the parameters, without an expert's number.
-      expert: its number in the stacks that ours are, or None.
-      specs: shape and type of each of our arrays; of one expert, where they are stacks.
+      name: the published name.
+      keys: path of each of our arrays in the parameters, without the expert's number.
+      expert: index into our arrays, which stack the experts; None if it is not an expert's tensor.
+      layout: conversion between the tensor and our arrays.
+      specs: shape and type of each of our arrays; of one expert if they stack experts.
     """
 
     name: str
@@ -33,7 +35,7 @@ class Tensor(NamedTuple):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """As published."""
+        """The published shape."""
         return self.layout.published_shape([spec.shape for spec in self.specs])
 
     @property
@@ -43,12 +45,12 @@ class Tensor(NamedTuple):
 
     @property
     def stored_dtype(self) -> np.dtype:
-        """The type in which it is written; what is float32 always is so in files too."""
+        """The type in which it is saved: int64 for integer tables, otherwise that of our arrays."""
         return np.dtype(np.int64 if self.is_table else self.specs[0].dtype)
 
 
 def list_tensors(config: Config, dtype: Any) -> list[Tensor]:
-    """Every tensor of a folder of this config whose matrices are `dtype`, in the order in which they are written."""
+    """All tensors of a folder of this config with matrices of type `dtype`, in the order in which they are written."""
     specs = family_of(config).param_specs(config, dtype)
     tensors = []
     for row in published_family(config).tensors(config):
@@ -65,12 +67,12 @@ def list_tensors(config: Config, dtype: Any) -> list[Tensor]:
 
 
 def at(tree: Any, keys: Keys) -> Any:
-    """What lies there in a pytree of dicts and lists."""
+    """The subtree at the path `keys` of a pytree of dicts and lists."""
     for key in keys:
         tree = tree[key]
     return tree
 
 
 def published_shapes(config: Config) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor that a folder of this config holds, in the order in which they are written."""
+    """Name and shape of every tensor of a folder of this config, in the order in which they are written."""
     return {tensor.name: tensor.shape for tensor in list_tensors(config, jnp.float32)}

@@ -1,4 +1,4 @@
-"""Folders of safetensors files: which file holds each tensor, and its bytes as an array of any type."""
+"""Folders of safetensors files: finds the file of each tensor, and reads its bytes as an array of any type."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 
 
 class WeightFile:
-    """One safetensors file, mapped; tensors of every type come as ml_dtypes views of its bytes.
+    """One safetensors file, memory-mapped; tensors are views of its bytes, in any type of numpy or ml_dtypes.
 
     Raises:
-      ValueError: truncated, or another format.
+      ValueError: the file is truncated or has another format.
     """
 
     def __init__(self, path: str):
@@ -39,15 +39,15 @@ class WeightFile:
         self.header.pop("__metadata__", None)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Shape of a tensor as its header says it."""
+        """Shape of a tensor, from the header."""
         return tuple(self.header[name]["shape"])
 
     def dtype(self, name: str) -> str:
-        """Type of a tensor as safetensors calls it: "F32", "BF16", "F8_E4M3", ..."""
+        """Type of a tensor, by its safetensors name: "F32", "BF16", "F8_E4M3", ..."""
         return self.header[name]["dtype"]
 
     def read(self, name: str, types: dict[str, Any]) -> np.ndarray:
-        """Its bytes as `types` reads them; of F4, two values to a byte, [..., N / 2] bytes."""
+        """Reads a tensor in the numpy type that `types` gives for its safetensors type; F4 as bytes [..., N / 2]."""
         dtype, shape = types[self.dtype(name)], self.shape(name)
         if self.dtype(name) == "F4":
             shape = (*shape[:-1], shape[-1] // 2)
@@ -71,10 +71,10 @@ def _read_index(path: str) -> dict[str, str]:
 
 
 def open_folder(folder: str) -> dict[str, WeightFile]:
-    """Which file holds each tensor of the folder.
+    """The file of each tensor of the folder.
 
     Raises:
-      ValueError: no weights there, an index that names what is missing, or a damaged file.
+      ValueError: no weights in the folder, an index that names a missing file or tensor, or a damaged file.
     """
     single, index = os.path.join(folder, SINGLE), os.path.join(folder, INDEX)
     if os.path.isfile(single):

@@ -1,6 +1,6 @@
 """Operators in the order in which data flows: fp8, cache, indexer, topk, ragged, attention; then router, rope."""
 
-# Operators that have kernels, by the names that they give to `dispatch`; lightning_indexer is two of them in turn.
+# Operators that have kernels, by their names in `dispatch`. lightning_indexer runs two of them: scores, then top_k.
 KERNEL_OPERATORS = (
     "top_k",
     "indexer_scores",

@@ -1,4 +1,4 @@
-"""Bounded memory: rows of an operator in equal chunks, without padding copies, inside one jitted program."""
+"""Runs an operator over equal chunks of rows inside one jitted program, to bound its memory, without padded copies."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from jax import Array
 
 
 def _axes(leaf: Any) -> frozenset:
-    """The shard_map axes over which an array varies."""
+    """Names of the shard_map axes over which an array varies."""
     kind = jax.typeof(leaf)
     return kind.manual_axis_type.varying if hasattr(kind, "manual_axis_type") else getattr(kind, "vma", frozenset())
 
 
 def varying(x: Any, *like: Any) -> Any:
-    """`x` (a pytree) marked as varying over the shard_map axes of `like`, so that it may start a loop's carry."""
+    """Marks the pytree `x` as varying over the shard_map axes of `like`; a loop's initial carry needs it."""
     axes = frozenset().union(*(_axes(leaf) for leaf in jax.tree.leaves(like)))
 
     def mark(leaf):
@@ -28,10 +28,10 @@ def varying(x: Any, *like: Any) -> Any:
 
 
 def map_row_chunks(body: Callable[[Array], Any], num_rows: int, chunk: int, *, like: Any) -> Any:
-    """Rows 0..num_rows-1 of `body` in chunks: `body(first)` gives arrays [chunk, ...] for rows first..first+chunk-1.
+    """Computes rows 0..num_rows-1 by chunks: `body(first)` gives arrays [chunk, ...] for rows first..first+chunk-1.
 
     The last chunk starts early enough to be whole, so some rows may be computed twice, with the same result. `like`:
-    arrays that `body` closes over (their shard_map axes are those of the result).
+    the arrays that `body` closes over; the result varies over their shard_map axes.
     """
     if chunk >= num_rows:
         return body(jnp.int32(0))

@@ -1,4 +1,4 @@
-"""The call of `compressor.compress` in release 0.1: the step's metadata and the weights field by field.
+"""Accepts the release 0.1 call of `compressor.compress`, which passes metadata and weights field by field.
 
 Kept for one release. To drop it, delete this file and the decorator of `compress`.
 """
@@ -63,7 +63,7 @@ class _EitherCall(Protocol):
 
 
 def accept_fields(compress: Callable[..., Any]) -> _EitherCall:
-    """`compress`, which takes besides its own arguments those of release 0.1: recognised by `positions=`."""
+    """Wraps `compress` so that it also accepts the arguments of release 0.1, recognised by `positions=`."""
 
     @functools.wraps(compress)
     def call(cache: Any, state: Any, kv: Any, gate: Any, *args: Any, **kwargs: Any) -> Any:

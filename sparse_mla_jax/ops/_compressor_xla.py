@@ -3,10 +3,11 @@
     pooled[c] = sum_s softmax_s(gate[s, c]) * kv[s, c]
     entry = rotate(norm * pooled / sqrt(mean(pooled ** 2) + eps))
 
-Both read the same rows (`gather_rows`). XLA:CPU rounds by how it fuses, and fuses by the step's size; `_pool_blocks`,
-`_compile_apart` and `_multiply_rotation` with `_rotate_products` keep every entry's bits the same in steps of any size.
+Both read the same rows (`gather_rows`). On XLA:CPU the rounding depends on how operations are fused, and the fusion on
+the step's size. Three measures keep an entry's bits the same in steps of any size: blocks of one size (`_pool_blocks`),
+barriers (`_compile_apart`), and a rotation in two stages (`_multiply_rotation`, `_rotate_products`).
 
-K windows at a time; other letters as in `_compressor_state`.
+K windows of a block; other letters as in `_compressor_state`.
 """
 
 from __future__ import annotations
@@ -23,12 +24,12 @@ from sparse_mla_jax import reference
 from sparse_mla_jax.ops._chunks import varying
 from sparse_mla_jax.ops._compressor_state import Closings, CompressorState, CompressorWeights
 
-# Rows of windows that are pooled at a time.
+# Window rows (tokens) of a block: a block pools _ROWS // S windows.
 _ROWS = 128
 
 
 class PoolInputs(NamedTuple):
-    """What every body reads: weights in float32, the state before, kv and gate float32[T, C], and what closes."""
+    """Inputs of every body: weights in float32, the state before, kv and gate float32[T, C], the windows that close."""
 
     weights: CompressorWeights
     state: CompressorState
@@ -38,7 +39,7 @@ class PoolInputs(NamedTuple):
 
     @property
     def angles(self) -> Array:
-        """float32[M, r / 2], rotation of every entry."""
+        """float32[M, r / 2], rotation angles of every entry."""
         positions = (self.closings.window * self.weights.ratio).astype(jnp.float32)
         return positions[:, None] * self.weights.frequencies
 
@@ -52,7 +53,7 @@ class WindowRows(NamedTuple):
 
 
 def xla_entries(inputs: PoolInputs) -> Array:
-    """float32[M, hd]; zeros behind the windows that close."""
+    """Entries float32[M, hd] by XLA; zeros after the windows that close."""
     weights = inputs.weights
 
     def pool(closings: Closings) -> Array:
@@ -65,13 +66,13 @@ def xla_entries(inputs: PoolInputs) -> Array:
 
 
 def reference_entries(inputs: PoolInputs) -> Array:
-    """float32[M, hd], of every closing at once."""
+    """Entries float32[M, hd] by the reference, all at once."""
     rows = gather_rows(inputs)
     return reference.pool(*rows, inputs.weights.norm, inputs.angles, eps=inputs.weights.eps)
 
 
 def gather_rows(inputs: PoolInputs) -> WindowRows:
-    """Every closing's tokens, from the step or from the state."""
+    """Gathers the tokens of every closing window, from the step or from the state."""
     weights, state, kv, gate, closings = inputs
     size = weights.rows
     back = jnp.arange(size, dtype=jnp.int32) - (size - 1)
@@ -90,7 +91,7 @@ def gather_rows(inputs: PoolInputs) -> WindowRows:
 
 
 def _select_channels(x: Array, weights: CompressorWeights) -> Array:
-    """Of rows x[..., S, C] each one's contribution to the window [..., S, hd]: the previous window's tokens' first."""
+    """The channels of rows x[..., S, C] that contribute to the window: [..., S, hd], previous window's tokens first."""
     m, dim = weights.ratio, weights.dim
     parts = [x[..., i * m : (i + 1) * m, i * dim : (i + 1) * dim] for i in range(weights.channels // dim)]
     return jnp.concatenate(parts, axis=-2)
@@ -108,9 +109,10 @@ def _pool(weights: CompressorWeights, rows: WindowRows) -> Array:
 
 
 def _multiply_rotation(weights: CompressorWeights, entry: Array, position: Array) -> Array:
-    """[K, hd + r] of entries [K, hd]: in place of the r rotated values the 2 * r products that they are sums of.
+    """Replaces the r rotated values of entries [K, hd] by the 2 * r products that they are sums of: [K, hd + r].
 
-    XLA:CPU rounds a product and its sum once where it fuses them: `_rotate_products` adds up outside of the loop.
+    If XLA:CPU fuses a product with its sum, it rounds once instead of twice. `_rotate_products` therefore adds outside
+    of the loop.
     """
     split = weights.dim - 2 * weights.frequencies.shape[0]
     angle = position.astype(jnp.float32)[:, None] * weights.frequencies
@@ -120,7 +122,7 @@ def _multiply_rotation(weights: CompressorWeights, entry: Array, position: Array
 
 
 def _rotate_products(weights: CompressorWeights, terms: Array) -> Array:
-    """Entries [M, hd] from what `_multiply_rotation` gave: interleaved pairs (a cos - b sin, b cos + a sin)."""
+    """Adds the products of `_multiply_rotation`: entries [M, hd], interleaved pairs (a cos - b sin, b cos + a sin)."""
     split = weights.dim - 2 * weights.frequencies.shape[0]
     a_cos, b_cos, b_sin, a_sin = jnp.split(terms[:, split:], 4, axis=-1)
     rotated = jnp.stack([a_cos - b_sin, b_cos + a_sin], axis=-1).reshape(terms.shape[0], -1)
@@ -129,14 +131,14 @@ def _rotate_products(weights: CompressorWeights, terms: Array) -> Array:
 
 # --- the same bits in steps of any size
 def _compile_apart(x: Any) -> Any:
-    """`x`, computed by a fusion of its own: XLA:CPU fuses, and so rounds, sums by where their terms come from."""
+    """Computes `x` in a fusion of its own: fused with its inputs, XLA:CPU would round its sums differently."""
     return lax.optimization_barrier(x)
 
 
 def _pool_blocks(pool: Callable[[Closings], Array], inputs: PoolInputs, block: int, width: int) -> Array:
-    """float32[M, width] of `pool`, `block` closings at a time; zeros behind the last closing.
+    """Calls `pool` on `block` closings at a time: float32[M, width], zeros after the last closing.
 
-    Blocks of one size: a sum whose shape depends on the step is rounded by the step's size.
+    All blocks have one size: the rounding of a sum would depend on the step's size if its shape did.
     """
     most = inputs.closings.row.shape[0]
     short = -most % block

@@ -1,4 +1,4 @@
-"""Chooses the implementation of an operator: a name means that one, None means the best that runs here."""
+"""Chooses the implementation of an operator: the named one, or for None the best that runs here."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from sparse_mla_jax._choices import IMPLEMENTATIONS
 
 
 def preferred() -> tuple[str, ...]:
-    """The order in which `implementation=None` tries, for the device that is traced for."""
+    """Implementations in the order in which `implementation=None` tries them, for the device that is traced for."""
     return ("xla",) if traced_gpu() is None else ("triton", "xla")
 
 
@@ -24,7 +24,7 @@ def check_implementation(implementation: str | None) -> None:
 def with_plan[Plan](
     implementation: str | None, plan: Plan | None, config: Plan | None, kind: type[Plan]
 ) -> tuple[str | None, Plan | None]:
-    """The implementation to ask for, and the plan: a plan is one of the kernel, so it asks for "triton".
+    """(implementation, plan) of a call; a plan belongs to the kernel, so it implies "triton".
 
     Args:
       implementation: as the caller passed it.
@@ -33,7 +33,7 @@ def with_plan[Plan](
       kind: the operator's plan class.
 
     Raises:
-      ValueError: both names, a plan that is no `kind`, or another implementation beside it.
+      ValueError: both plan and config, a plan that is no `kind`, or a plan with another implementation.
     """
     if plan is not None and config is not None:
         raise ValueError("plan and config are two names of one argument; pass plan alone.")
@@ -50,10 +50,10 @@ def with_plan[Plan](
 
 
 def dispatch(operator: str, implementation: str | None, bodies: Mapping[str, Callable[[], Any]]) -> Any:
-    """Runs one of `bodies` (name to nullary function); only NotImplementedError falls through to the next.
+    """Runs one of `bodies` (name to function without arguments). Only NotImplementedError leads to the next one.
 
     Raises:
-      ValueError: unknown name, or the named implementation does not serve this case (with its reason).
+      ValueError: an unknown name, or the named implementation does not support this case (with its reason).
     """
     check_implementation(implementation)
     if implementation is not None:

@@ -62,23 +62,24 @@ def sparse_mla(
     give the same bits on every call.
 
     The "xla" and "reference" bodies compute in float32, and so does the kernel if `q` or an unquantised key is float32.
-    Otherwise the kernel reads keys as bfloat16 (exact for FP8) and sums in float32. NVIDIA GPUs differ for FP8 caches:
-    logits are FP8 products on tensor cores, whose sums keep about 14 bits, and values are float16 (docs/numerics.md).
+    Otherwise the kernel reads keys as bfloat16 (exact for FP8) and sums in float32. On NVIDIA GPUs, FP8 caches differ:
+    values are float16, and in most shapes logits are FP8 products on tensor cores, whose sums keep about 14 bits. See
+    docs/numerics.md.
 
     Args:
       q: bfloat16 or float32 [T, H, D]; absorbed queries, latent dimensions first, rotated dimensions last.
-      kv: a PagedKVCache with latent_dim + rope_dim = D, or a plain array [N, D] whose rows are the slots. This library
-        writes no NaN as FP8. NaN codes from elsewhere give NaN only in "reference". "xla", and the kernel in interpret
-        mode, read 0x7F of e4m3fn as 480 and 0x80 of e4m3fnuz as 0. GPU kernels differ; on NVIDIA 0x80 may count as 0.
+      kv: a PagedKVCache with latent_dim + rope_dim = D, or a plain array [N, D] whose rows are the slots. FP8 NaN
+        codes, which this library never writes, are NaN in "reference". "xla", and the kernel in interpret mode, read
+        0x7F of e4m3fn as 480 and 0x80 of e4m3fnuz as 0. GPU kernels vary; on NVIDIA, 0x80 of e4m3fnuz may count as 0.
       rows: int32 [T, W] of slots (-1: none), or Ragged or DenseRows with T rows, which cost by their lengths. Slot =
         page * page_size + offset.
-      sm_scale: a Python number that multiplies the logits. Required: the width of absorbed queries does not give it.
+      sm_scale: a Python number that multiplies the logits; required, since it does not follow from absorbed queries.
       value_dim: the first `value_dim` entries of a key are its value (latent_dim for DeepSeek-V3.2).
       sinks: float32 [H] natural-log logits, not scaled by sm_scale, in the denominator only; -inf has no effect.
       extra: (kv, rows) of a second source under the same softmax.
       return_lse: also return the log-sum-exp.
       implementation: None for the best that runs here, or "triton", "xla", "reference".
-      plan: block sizes and warps of the kernel (static), instead of the heuristic; implies "triton".
+      plan: block sizes and warps of the kernel (static) in place of the heuristic ones; implies "triton".
       config: the former name of `plan`.
 
     Returns:

@@ -1,8 +1,8 @@
 """Paged caches as pytrees of typed arrays: create, write, gather.
 
 A slot is page * page_size + offset, int32; -1 means none. A write returns a new cache; it is in place if the caller
-donates the old one (`jax.jit(step, donate_argnums=...)`). FP8 values are stored as words or bytes: XLA:CPU would convert
-a whole FP8-typed array to move one row of it.
+donates the old one (`jax.jit(step, donate_argnums=...)`). FP8 values are stored as words or bytes, because XLA:CPU
+converts a whole FP8-typed array to move one row of it.
 """
 
 from __future__ import annotations
@@ -177,7 +177,7 @@ def write_token(
     plan: CacheWritePlan | None = None,
     config: CacheWritePlan | None = None,
 ) -> tuple[PagedKVCache, PagedIndexCache]:
-    """`write` and `write_index` of the same tokens: one launch on a GPU, in place where the caller donates the caches.
+    """`write` and `write_index` of the same tokens: one launch on a GPU, in place if the caller donates the caches.
 
     Args:
       cache: latents and rotary keys before.
@@ -216,8 +216,8 @@ def write(
     """Stores tokens, quantised by groups if the cache is FP8; in place if the caller donates `cache`.
 
     Every implementation writes the same bytes. FP8 follows `fp8.quantize`. Other values are rounded to nearest, ties to
-    even; a NaN that is converted to bfloat16 becomes the quiet NaN of its sign. Measured on an H200: float32 tokens give
-    the bytes of a CPU; for bfloat16 tokens with subnormals and NaN a few bytes differ, from the kernel and from XLA.
+    even; a NaN that is converted to bfloat16 becomes the quiet NaN of its sign. Measured on an H200: float32 tokens
+    gave the bytes of a CPU; for bfloat16 tokens with subnormals and NaN, a few bytes of kernel and XLA alike differed.
 
     Args:
       cache: the cache before.
@@ -226,7 +226,7 @@ def write(
       slots: integer [T]. Tokens whose slot is below 0 or at least num_slots are skipped. If several tokens have the
         same slot, the last one is stored.
       implementation: None for the best that runs here, or "triton", "xla", "reference".
-      plan: block sizes and warps of the kernel (static), instead of the heuristic; implies "triton".
+      plan: block sizes and warps of the kernel (static) in place of the heuristic ones; implies "triton".
       config: the former name of `plan`.
 
     Returns:
@@ -257,7 +257,7 @@ def write_index(
       key: floating [T, D], normalised and rotated.
       slots: integer [T], see `write`.
       implementation: None for the best that runs here, or "triton", "xla", "reference".
-      plan: block sizes and warps of the kernel (static), instead of the heuristic; implies "triton".
+      plan: block sizes and warps of the kernel (static) in place of the heuristic ones; implies "triton".
       config: the former name of `plan`.
 
     Returns:

@@ -1,12 +1,16 @@
 """DeepSeek-V4's compressors: every `ratio` tokens become one entry of a paged cache, in steps of any mix of requests.
 
-Token t of a request gives kv_t and gate_t, float32 [C]. With overlap (C = 2 * dim) the first `dim` channels are its
-contribution to the next window, the others to its own; without (C = dim) there is only its own. Where
-(t + 1) % ratio == 0, window w = t // ratio closes: a softmax of the gates per channel over the rows (previous window's
-tokens, which window 0 lacks, then its own) weighs their kv; the sum passes an RMSNorm and is rotated at position
-ratio * w. Source: the model DeepSeek-V4 as published (its inference code of 2026-04-24, class Compressor).
+Token t of a request has kv_t and gate_t, float32 [C]. Windows of `ratio` tokens may overlap:
 
-A query at position t sees entries w < (t + 1) // ratio, the one that it closes among them.
+* Without overlap, C = dim: a token contributes to its own window only.
+* With overlap, C = 2 * dim: the first `dim` channels contribute to the next window, the others to the token's own.
+
+Window w = t // ratio closes with the token t for which (t + 1) % ratio == 0. Its rows are the previous window's tokens
+(with overlap, and except for window 0), then its own. A softmax of the gates over the rows, per channel, weighs their
+kv. The sum passes an RMSNorm and is rotated by position ratio * w. A query at position t sees the entries
+w < (t + 1) // ratio, including the one that it closes.
+
+Source: the model DeepSeek-V4 as published (its inference code of 2026-04-24, class Compressor).
 """
 
 from __future__ import annotations
@@ -40,9 +44,9 @@ __all__ = ["CompressorState", "CompressorWeights", "compress", "entry_pages", "n
 
 
 def entry_pages(page_table: Array, *, page_size: int, ratio: int) -> tuple[Array, int]:
-    """The page table of a cache of entries that lives in the same pages as the cache of tokens.
+    """The page table of a cache of entries that shares its page numbers with the cache of tokens.
 
-    An entry lies in the page of the token that closes its window: window w at entry w % E of page table[b, w // E].
+    An entry lies in the page of the token that closes its window: window w is entry w % E of page table[b, w // E].
 
     Args:
       page_table: integer [B, P], pages of tokens; -1 for none.
@@ -50,8 +54,8 @@ def entry_pages(page_table: Array, *, page_size: int, ratio: int) -> tuple[Array
       ratio: tokens of a window.
 
     Returns:
-      (table [B, P'], E entries per page): page_table itself and page_size // ratio where ratio divides page_size, every
-      (ratio // page_size)-th of its columns and 1 where page_size divides ratio.
+      (table [B, P'], E entries per page). If ratio divides page_size: page_table itself and page_size // ratio. If
+      page_size divides ratio: every (ratio // page_size)-th column of page_table, and 1.
 
     Raises:
       ValueError: neither divides the other, a size below 1, or page_table is no integer array of two axes.
@@ -70,7 +74,7 @@ def entry_pages(page_table: Array, *, page_size: int, ratio: int) -> tuple[Array
 
 
 def num_entries(lengths: Array, *, ratio: int) -> Array:
-    """Entries that exist after `lengths` tokens of a request (also: that the query at position lengths - 1 sees)."""
+    """Number of entries after `lengths` tokens of a request; the query at position lengths - 1 sees as many."""
     return jnp.maximum(jnp.asarray(lengths), 0) // size("ratio", ratio)
 
 
@@ -88,30 +92,30 @@ def compress[Cache: (PagedKVCache, PagedIndexCache)](
     plan: CompressPlan | None = None,
     config: CompressPlan | None = None,
 ) -> tuple[Cache, CompressorState]:
-    """Takes in a step's tokens: stores the entries of the windows that they close, and keeps what open windows need.
+    """Compresses a step's tokens: stores the entries of windows that close, keeps the tokens of windows still open.
 
-    Arithmetic is float32 up to the cache, which rounds or quantises as `cache.write` does. However a sequence is cut
-    into steps, each implementation gives the same entries and state, bit for bit. Both arguments `cache` and `state`
-    are updated in place where the caller donates them.
+    Arithmetic is float32; the cache then rounds or quantises as `cache.write` does. Each implementation gives the same
+    entries and state, bit for bit, however a sequence is cut into steps. `cache` and `state` are updated in place if
+    the caller donates them.
 
     Args:
       cache: entries before; hd = latent_dim + rope_dim (the rotated values) of a PagedKVCache, dim of a
-        PagedIndexCache. Its page_size is the entries per page that `entry_pages` gives.
+        PagedIndexCache. Its page_size must be the entries per page that `entry_pages` gives.
       state: open windows before.
       kv: floating [T, C], C = hd, or 2 * hd with overlap.
       gate: floating [T, C], without position bias.
-      weights: of the compressor; its position_bias [m, C] says how many tokens a window has.
-      metadata: of this step. Of a request's rows the first one's position is read, the others follow it; rows outside
-        query_indptr, and those of requests of length 0, are padding. An entry whose page is -1 is not stored. Slots,
+      weights: of the compressor. The windows have m tokens, the rows of its position_bias [m, C].
+      metadata: of this step. The position of a request's first row counts; the other rows follow it. Rows outside
+        query_indptr and rows of requests of length 0 are padding. An entry whose page is -1 is not stored. slots,
         lengths, valid, last_token and max_length are not read.
-      state_ids: int [B], each request's row of `state`; None means row b for request b. Requests whose row is not
-        there store nothing. Two requests must not have one row.
+      state_ids: int [B], each request's row of `state`; None means row b for request b. A request with an id outside
+        the state stores nothing. Two requests must not share a row.
       implementation: None for the best that runs here, or "triton", "xla", "reference".
       plan: block sizes of the kernel in place of the heuristic ones (static); implies "triton".
       config: the former name of `plan`.
 
-    Until the next release the call of release 0.1 works too: position_bias, norm and frequencies in place of `weights`,
-    and by keyword ratio, eps, positions, request_ids, query_indptr, seq_lens, page_table and page_size.
+    Until the next release, the call of release 0.1 works too: position_bias, norm and frequencies in place of
+    `weights`, and ratio, eps, positions, request_ids, query_indptr, seq_lens, page_table and page_size by keyword.
 
     Returns:
       (cache, state) after.
@@ -142,12 +146,12 @@ def compress[Cache: (PagedKVCache, PagedIndexCache)](
             "reference": lambda: _write_entries(cache, reference_entries(inputs), closings, "reference"),
         },
     )
-    # XLA keeps a copy of the old state unless all that reads it is over before it is overwritten.
+    # Finish all reads of the old state before it is overwritten: XLA would copy it otherwise.
     written, state = lax.optimization_barrier((written, state))
     return written, update_state(state, kv, gate, weights.position_bias, spans, metadata.request_ids)
 
 
-# --- bodies (XLA's and the reference's are in _compressor_xla)
+# --- bodies ("xla" and "reference" are in _compressor_xla)
 def _triton[Cache: (PagedKVCache, PagedIndexCache)](
     cache: Cache, inputs: PoolInputs, plan: CompressPlan | None
 ) -> Cache:
@@ -226,7 +230,7 @@ def _check_state(state: CompressorState, weights: CompressorWeights) -> None:
 
 
 def _check_metadata(metadata: StepMetadata, tokens: int) -> StepMetadata:
-    """What is read of it in int32."""
+    """`metadata` with the fields that `compress` reads checked and in int32."""
     require(
         isinstance(metadata, StepMetadata),
         f"metadata is a {type(metadata).__name__}; expected a StepMetadata. Make it with metadata.build_metadata.",
@@ -248,11 +252,11 @@ def _check_pages(cache: PagedKVCache | PagedIndexCache, entries: int, page_size:
 
 
 def _check_state_ids(state_ids: Array | None, state: CompressorState, requests: int) -> Array:
-    """int32[B], -1 where the id is no row of the state."""
+    """Row of the state of each request, int32[B]; -1 for an id outside the state."""
     if state_ids is not None:
         ids = jnp.asarray(state_ids)
         known = integers("state_ids", ids, requests).astype(jnp.int32)
-        # Compare what came: the cast may wrap a wide id into another request's row.
+        # Compare before the cast: a 64-bit id may wrap into another request's row.
         return jnp.where((ids >= 0) & (ids < state.num_rows), known, -1)
     require(
         state.num_rows >= requests,

@@ -1,12 +1,12 @@
 """FP8 values with one scale per group: quantise, dequantise, and move between the two e4m3 flavours.
 
-All arithmetic here is on bit patterns, so that every backend gives the same bytes whether or not it has the type.
-(Kernels have their own copy of the decoder, `pallas_kernels.fp8_bits`, made for what a kernel can express.)
+All arithmetic is on bit patterns, so that every backend gives the same bytes whether or not it has the type. Kernels
+use the decoder of `pallas_kernels.fp8_bits` instead, which needs only operations that Pallas supports.
 
 The two flavours are e4m3fn (OCP: exponent bias 7, largest 448, NaN 0x7F and 0xFF, has -0) and e4m3fnuz (gfx942: bias
-8, largest 240, NaN 0x80 only). Normalised to 448 and to 224, and with neither -0 nor NaN ever written, one byte serves
-both: read as fnuz it is exactly half of what it is as fn. Sources: the OCP 8-bit floating point specification (OFP8);
-for fnuz, Noune et al., "8-bit numerical formats for deep neural networks" (arXiv:2206.02915).
+8, largest 240, NaN 0x80 only). One byte serves both, because amax is mapped to 448 or 224 and neither -0 nor NaN is
+ever written: read as fnuz, a byte is exactly half of what it is as fn. Sources: the OCP 8-bit floating point
+specification (OFP8); for fnuz, Noune et al., "8-bit numerical formats for deep neural networks" (arXiv:2206.02915).
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ E4M3FNUZ = jnp.dtype(jnp.float8_e4m3fnuz)
 E8M0 = jnp.dtype(jnp.float8_e8m0fnu)
 FLOAT32 = jnp.dtype(jnp.float32)
 
-# exponent bias, largest value that quantize writes
+# (exponent bias, largest value that quantize writes)
 _FLAVOURS = {E4M3FN: (7, 448), E4M3FNUZ: (8, 224)}
 
-# Of float32 bits.
+# Bits of a float32: the sign, and infinity.
 SIGN, INFINITY = -(2**31), 0x7F800000
 AMAX_FLOOR = 1e-4
-# Larger magnitudes saturate here, so that whatever is written is finite again in bfloat16, under either type of scale.
+# Larger magnitudes saturate here, so that every written value dequantises to a finite bfloat16 with either scale type.
 SATURATION = 1.75 * 2.0**127
 
 
@@ -42,7 +42,7 @@ def is_fp8(dtype: Any) -> bool:
 
 
 def fp8_max(dtype: Any) -> float:
-    """What a group's amax is mapped to: 448.0 for float8_e4m3fn, 224.0 for float8_e4m3fnuz (its largest is 240).
+    """The number that a group's amax is mapped to: 448.0 for float8_e4m3fn, 224.0 for float8_e4m3fnuz (largest: 240).
 
     Raises:
       ValueError: another dtype.
@@ -55,9 +55,9 @@ def quantize(
 ) -> tuple[Array, Array]:
     """Rounds x to FP8 with one scale per `group_size` consecutive entries of the last axis.
 
-    scale = max(amax, 1e-4) / fp8_max(dtype); with scale_dtype float8_e8m0fnu, the least power of two not below that.
+    scale = max(amax, 1e-4) / fp8_max(dtype); with scale_dtype float8_e8m0fnu, the smallest power of two not below that.
     values = x / scale, rounded to nearest, ties to even. A value that rounds to zero is +0: neither -0 (0x80) nor a NaN
-    code is ever written. NaN counts as 0; infinities and magnitudes above 1.75 * 2**127 count as that number (and
+    code is ever written. NaN counts as 0. Magnitudes above 1.75 * 2**127, infinity included, count as that number (and
     dominate their group's scale).
 
     Args:
@@ -77,9 +77,9 @@ def quantize(
 
 
 def quantize_codes(x: Array, *, group_size: int, dtype: Any, scale_dtype: Any = jnp.float32) -> tuple[Array, Array]:
-    """`quantize` with the values as their bytes, uint8[..., D].
+    """`quantize` with the values as bytes, uint8[..., D].
 
-    For scatters: XLA:CPU converts a whole FP8 array to float16 to move a single row of it; bytes it moves in place.
+    Use it before a scatter: XLA:CPU converts a whole FP8 array to float16 to move one row, but moves bytes in place.
     """
     bias, largest = _flavour(dtype)
     x = _check.array("x", x, jnp.floating, ..., "D", hint="Cast or reshape it first.")
@@ -96,16 +96,16 @@ def quantize_codes(x: Array, *, group_size: int, dtype: Any, scale_dtype: Any = 
         scale = lax.bitcast_convert_type(exponent << 23, jnp.float32)
         scales = lax.bitcast_convert_type(exponent.astype(jnp.uint8), E8M0)
     else:
-        # The condition is always true and hides the divisor: under jit, XLA would multiply by its rounded reciprocal.
+        # Hide the constant divisor behind an always-true condition: XLA would multiply by its rounded reciprocal.
         scales = scale = _divide(amax, jnp.where(amax > 0, np.float32(largest), np.float32(1)))
     codes = _encode(_divide(x, scale[..., None]), bias, largest)
     return codes.reshape(*codes.shape[:-2], groups * group_size), scales
 
 
 def dequantize(values: Array, scales: Array, *, group_size: int, dtype: Any = jnp.bfloat16) -> Array:
-    """values times their group's scale, computed in float32 and rounded once to `dtype`.
+    """values times the scale of their group, computed in float32 and rounded once to `dtype`.
 
-    Exact decoding of all 256 codes; NaN codes (0x7F and 0xFF of e4m3fn, 0x80 of e4m3fnuz) give NaN.
+    All 256 codes are decoded exactly; NaN codes (0x7F and 0xFF of e4m3fn, 0x80 of e4m3fnuz) give NaN.
 
     Args:
       values: float8_e4m3fn or float8_e4m3fnuz [..., D].
@@ -126,7 +126,7 @@ def dequantize(values: Array, scales: Array, *, group_size: int, dtype: Any = jn
 
 
 def dequantize_codes(codes: Array, scales: Array, flavour: Any, *, group_size: int, dtype: Any) -> Array:
-    """`dequantize` of bytes uint8[..., D] that stand for values of type `flavour`."""
+    """`dequantize` of uint8[..., D], the bytes of values of type `flavour`."""
     require(codes.ndim >= 1, "values have shape []; expected [..., D].")
     dtype = _check.dtype("dtype", dtype, jnp.floating)
     groups = check_groups(codes.shape[-1], group_size, "values' last axis")
@@ -142,13 +142,13 @@ def dequantize_codes(codes: Array, scales: Array, flavour: Any, *, group_size: i
 def reinterpret(values: Array, scales: Array, dtype: Any) -> tuple[Array, Array]:
     """The same numbers in the other flavour: the bytes stay, the scales are doubled (fn to fnuz) or halved.
 
-    Exact for every code that `quantize` writes. The codes that it never writes do not survive: -0 of e4m3fn (0x80) is
-    NaN in e4m3fnuz, NaN (0x7F, 0xFF) is 240 and -240, and back. An E8M0 scale saturates at 2**-127 and 2**127.
+    Exact for every code that `quantize` writes. The other codes change their meaning: -0 of e4m3fn (0x80) becomes NaN
+    in e4m3fnuz, NaN (0x7F, 0xFF) becomes 240 and -240, and vice versa. E8M0 scales saturate at 2**-127 and 2**127.
 
     Args:
       values: float8_e4m3fn or float8_e4m3fnuz [..., D].
       scales: float32 or float8_e8m0fnu [..., D // group_size].
-      dtype: the flavour wanted; the present one gives both arguments back.
+      dtype: the flavour to change to; the type of `values` returns both arguments unchanged.
 
     Returns:
       (values dtype[..., D], scales).
@@ -165,7 +165,7 @@ def reinterpret(values: Array, scales: Array, dtype: Any) -> tuple[Array, Array]
 
 
 def reinterpret_scales(scales: Array, source: Any, target: Any) -> Array:
-    """Scales that give bytes read as `target` the values that they have as `source` with the given scales."""
+    """Scales for the same bytes read as `target`, given their scales as `source`: the numbers stay the same."""
     shift = _flavour(target)[0] - _flavour(source)[0]
     check_scale_dtype(scales.dtype)
     if shift == 0:
@@ -178,10 +178,10 @@ def reinterpret_scales(scales: Array, source: Any, target: Any) -> Array:
 
 
 def pack_words(values: Array) -> Array:
-    """Four FP8 values (or bytes) to a word, little endian: values[..., D] -> uint32[..., D // 4].
+    """Packs four FP8 values (or bytes) into a word, little endian: values[..., D] -> uint32[..., D // 4].
 
     Raises:
-      ValueError: not FP8 nor uint8, or D is not a multiple of 4.
+      ValueError: values are neither FP8 nor uint8, or D is not a multiple of 4.
     """
     if values.dtype != jnp.uint8:
         _flavour(values.dtype, "values are")
@@ -209,12 +209,12 @@ def unpack_words(words: Array, dtype: Any) -> Array:
 
 
 def decode(codes: Array, flavour: Any) -> Array:
-    """Exact float32 of bytes uint8[...] read as `flavour` (NaN codes give NaN)."""
+    """Decodes bytes uint8[...] of type `flavour` to float32, exactly; NaN codes give NaN."""
     bias, _ = _flavour(flavour)
     code = codes.astype(jnp.int32)
     magnitude = code & 0x7F
     normal = lax.bitcast_convert_type((magnitude << 20) + ((127 - bias) << 23), jnp.float32)
-    # A float32 subnormal as an intermediate would be flushed to zero, so small codes are converted as integers.
+    # Convert small codes as integers: a float32 subnormal as an intermediate result would be flushed to zero.
     small = magnitude.astype(jnp.float32) * np.float32(2.0 ** (-bias - 2))
     value = jnp.where(magnitude < 8, small, normal)
     signed = jnp.where(code >= 128, -value, value)
@@ -223,7 +223,7 @@ def decode(codes: Array, flavour: Any) -> Array:
 
 
 def scales_to_float32(scales: Array) -> Array:
-    """float32 of scales stored as float32 (returned as they are) or E8M0 (exact; 2**-127 may flush to zero)."""
+    """Scales as float32: float32 is returned unchanged, E8M0 converts exactly (2**-127 may flush to zero)."""
     check_scale_dtype(scales.dtype)
     if scales.dtype != E8M0:
         return scales
@@ -256,13 +256,13 @@ def _flavour(dtype: Any, what: str = "dtype is") -> tuple[int, int]:
 
 
 def _divide(a: Array, b: Array) -> Array:
-    """a / b rounded once, for finite a and normal positive b; XLA's own division on NVIDIA GPUs errs by 2 units."""
+    """a / b rounded once, for finite a and normal positive b. XLA's own division on NVIDIA GPUs errs by up to 2 ulp."""
     a, b = jnp.broadcast_arrays(a, b)
     return lax.platform_dependent(a, b, cuda=lambda a, b: divide_bits(a, b, lax.div), default=lax.div)
 
 
 def divide_bits(a: Array, b: Array, divide: Callable[[Array, Array], Array]) -> Array:
-    """a / b rounded once, from a division of significands that errs by 2 units in the last place at most.
+    """a / b rounded once, from a division of significands that errs by at most 2 units in the last place.
 
     Args:
       a: finite float32.
@@ -277,7 +277,7 @@ def divide_bits(a: Array, b: Array, divide: Callable[[Array, Array], Array]) -> 
     less = (m < n).astype(jnp.int32)
     near = divide((m << less).astype(jnp.float32), n.astype(jnp.float32))
     near = (near * np.float32(2.0**23)).astype(jnp.int32)
-    # The remainder is small: 32 bits hold it exactly, although the two products do not fit.
+    # The remainder fits int32 exactly, although the two products wrap around.
     twice = 2 * ((m << (23 + less)) - near * n)
     for odd in (1, 3, 5, 7):
         near += (twice > odd * n).astype(jnp.int32) - (twice < -odd * n).astype(jnp.int32)
@@ -287,11 +287,12 @@ def divide_bits(a: Array, b: Array, divide: Callable[[Array, Array], Array]) -> 
 
 
 def _encode(x: Array, bias: int, largest: int) -> Array:
-    """Bytes of finite float32 x clipped to +-largest, rounded to nearest even, +0 for whatever rounds to zero."""
+    """FP8 bytes of finite float32 x, clipped to +-largest, rounded to nearest even; zero results are +0."""
     magnitude = jnp.minimum(jnp.abs(x), np.float32(largest))
     bits = lax.bitcast_convert_type(magnitude, jnp.int32)
     normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) >> 20) - ((127 - bias) << 3)
-    # Multiples of the smallest subnormal; the product is exact, and 8 of them are the smallest normal number.
+    # Below the normal range: the code is the multiple of the smallest subnormal, rounded. The product is exact, and
+    # code 8 is the smallest normal number.
     small = lax.round(magnitude * np.float32(2.0 ** (bias + 2)), lax.RoundingMethod.TO_NEAREST_EVEN).astype(jnp.int32)
     code = jnp.where(magnitude < np.float32(2.0 ** (1 - bias)), small, normal)
     return jnp.where((x < 0) & (code > 0), code | 0x80, code).astype(jnp.uint8)

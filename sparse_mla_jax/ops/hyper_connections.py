@@ -1,8 +1,9 @@
-"""Manifold-constrained hyper-connections around a sub-layer: what it reads of n streams, how its output goes back.
+"""Manifold-constrained hyper-connections: the input of a sub-layer from n residual streams, and the mixing weights.
 
-Everything but one matrix product: from the streams and their product with `fn` to the sub-layer's input, the weights
-of its output and the doubly stochastic mixing matrix of every token; one launch on a GPU. Sources: mHC
-(arXiv:2512.24880), hyper-connections (arXiv:2409.19606); DeepSeek-V4's form and constants.
+Takes the streams and their matrix product with `fn`. Gives the sub-layer's input, the weights with which its output is
+added to the streams, and a doubly stochastic mixing matrix per token: one launch on a GPU. T tokens, n streams, D
+values of a stream. Sources: mHC (arXiv:2512.24880), hyper-connections (arXiv:2409.19606); formulas and constants are
+DeepSeek-V4's.
 """
 
 from __future__ import annotations
@@ -34,23 +35,26 @@ def split(
     plan: HyperConnectionPlan | None = None,
     config: HyperConnectionPlan | None = None,
 ) -> tuple[Array, Array, Array]:
-    """What a sub-layer reads, the weights with which its output goes back, and how the streams are mixed meanwhile.
+    """The sub-layer's input, the weights of its output, and the matrix that mixes the streams.
 
-    With z = product / rms(all n * D values of the token): the sub-layer reads sum_i (sigmoid(scale[0] z_i + base_i) +
-    eps) streams_i; its output is added to stream j with weight 2 sigmoid(scale[1] z_(n+j) + base_(n+j)); the mixing
-    matrix is `doubly_stochastic` of the last n * n columns of scale[2] z + base, row by row. float32 throughout. A
-    token's results depend on no other token.
+    With z = product / rms(all n * D values of the token), float32 throughout:
+
+        input = sum_i (sigmoid(scale[0] z_i + base_i) + eps) streams_i
+        weight_j = 2 sigmoid(scale[1] z_(n+j) + base_(n+j)), of the output when it is added to stream j
+        mixing = doubly_stochastic(last n * n columns of scale[2] z + base, row by row)
+
+    A token's results do not depend on other tokens.
 
     Args:
       streams: floating [T, n, D].
-      product: float32 [T, n * (n + 2)], flat(streams) @ fn of values as they are; or [S, T, n * (n + 2)], parts of it
-        that are summed here (what a product split over its inner dimension leaves).
+      product: float32 [T, n * (n + 2)], flat(streams) @ fn, without a norm; or [S, T, n * (n + 2)], whose sum over S is
+        that product (from a matrix product split over its inner dimension).
       base: floating [n * (n + 2)].
       scale: floating [3].
       iterations: of Sinkhorn's normalisation, at least 1 (static).
-      eps: added to reading weights, entries and sums.
+      eps: added to the weights of the input, to the matrix entries and to the sums by which they are divided.
       norm_eps: added to mean squares, here and in `norm`.
-      norm: [D] weight of an RMS norm of what the sub-layer reads, before it is rounded; None for none.
+      norm: [D] weight of an RMS norm of the input, applied before rounding; None for no norm.
       implementation: None for the best that runs here, or "triton", "xla", "reference".
       plan: block sizes and warps of the kernel (static) in place of the heuristic ones; implies "triton".
       config: the former name of `plan`.
@@ -100,7 +104,7 @@ def merge(
     plan: HyperConnectionPlan | None = None,
     config: HyperConnectionPlan | None = None,
 ) -> Array:
-    """The weighted sum of the streams alone, as the output head reads it: `split` without weights and matrices.
+    """The weighted sum of the streams, as the output head reads it: the first result of `split`.
 
     Args:
       streams: floating [T, n, D].
@@ -165,7 +169,7 @@ def doubly_stochastic(logits: Array, *, iterations: int, eps: float) -> Array:
         mixing = mixing / (mixing.sum(axis=-1, keepdims=True) + eps)
         return mixing / (mixing.sum(axis=-2, keepdims=True) + eps)
 
-    # A loop: unrolled, XLA takes half a minute to compile the one fusion that it makes of it.
+    # Keep the loop: unrolled, it becomes one fusion that XLA compiles for half a minute.
     return jax.lax.fori_loop(0, iterations - 1, once, mixing)
 
 
@@ -173,7 +177,7 @@ def doubly_stochastic(logits: Array, *, iterations: int, eps: float) -> Array:
 def _as_arrays(
     streams: Array, product: Array, base: Array, scale: Array, norm: Array | None, *, matrices: bool
 ) -> tuple[Array, Array, Array, Array, Array | None]:
-    """The arguments as arrays that fit together, product as [S, T, O], what is small as float32."""
+    """The arguments as arrays that fit together: product as [S, T, O], base and scale as float32."""
     streams, product = _check.array("streams", streams, jnp.floating, "T", "n", "D"), jnp.asarray(product)
     tokens, n, width = streams.shape
     require(min(n, width) >= 1, f"streams is {describe(streams)}; expected n and D of at least 1.")
@@ -194,7 +198,7 @@ def _as_arrays(
 
 # --- XLA body
 def _normed(streams: Array, product: Array, norm_eps: float) -> Array:
-    """float32 [T, O]: the product of the root-mean-square-normed streams."""
+    """z float32 [T, O]: the summed product, divided by the root mean square of the token's streams."""
     wide = streams.astype(jnp.float32)
     return product.sum(0) * jax.lax.rsqrt(jnp.mean(wide * wide, axis=(1, 2)) + norm_eps)[:, None]
 
@@ -202,9 +206,9 @@ def _normed(streams: Array, product: Array, norm_eps: float) -> Array:
 def _read(
     streams: Array, z: Array, base: Array, scale: Array, norm: Array | None, *, eps: float, norm_eps: float
 ) -> Array:
-    """[T, D] in streams.dtype: the weighted sum, normed where there is a norm."""
+    """The weighted sum of the streams, then the norm if given: [T, D] in streams.dtype."""
     weights = jax.nn.sigmoid(z * scale + base) + eps
-    # Elementwise, not a product of matrices: n is 4.
+    # Elementwise instead of a matrix product: n is 4.
     joined = jnp.sum(weights[:, :, None] * streams.astype(jnp.float32), axis=1)
     if norm is not None:
         mean = jnp.mean(joined * joined, axis=-1, keepdims=True)

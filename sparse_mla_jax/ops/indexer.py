@@ -1,9 +1,9 @@
-"""The lightning indexer: cheap scores of every visible key, from which top-k chooses what attention reads.
+"""The lightning indexer: cheap scores of every visible key. Top-k of the scores selects the keys that attention reads.
 
     score[t, n] = key_scale[n] * sum_h weights[t, h] * relu(q[t, h] . key[n])
 
-Quantised keys enter at face value and their positive scale multiplies after the sum over heads. Source of the method:
-DeepSeek-V3.2-Exp's technical report (arXiv:2512.02556), section 2.1.
+T tokens, H indexer heads, D dimensions of a key, N keys (columns). Quantised keys enter the product without their
+scale, which is positive and multiplies the sum over heads. Source: arXiv:2512.02556 (DeepSeek-V3.2-Exp), section 2.1.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from sparse_mla_jax.ops._dispatch import check_implementation, dispatch, with_pl
 from sparse_mla_jax.ops.cache import PagedIndexCache
 
 HIGHEST = jax.lax.Precision.HIGHEST
-# Per-head products of one step of the XLA body: more leaves the CPU's cache and gains nothing (measured).
+# Per-head products of one step of the XLA body. More do not fit the CPU's cache and gain nothing (measured).
 STEP_BYTES = 512 << 10
-# Bytes of scores that lightning_indexer holds at a time by default.
+# Default bound on the scores that lightning_indexer holds at a time, in bytes.
 MEMORY_LIMIT = 512 << 20
 
 
@@ -48,19 +48,20 @@ def indexer_scores(
     """Scores of contiguous keys (prefill): row t scores columns row_starts[t] .. row_starts[t] + row_lengths[t] - 1.
 
     Args:
-      q: [T, H, D] bfloat16, float32 or FP8 (taken at face value, its scale belongs into `weights`; with FP8 keys of
-        their flavour, so that NVIDIA's tensor cores multiply them as they are; there +-240 of e4m3fnuz, which this
-        library never stores, counts as +-224).
+      q: [T, H, D] bfloat16, float32 or FP8. FP8 queries have no scale here: multiply it into `weights`. They must have
+        the flavour of FP8 keys; NVIDIA's tensor cores then multiply both without decoding. With FP8 queries and keys,
+        +-240 of e4m3fnuz (never stored by this library) counts as +-224 on NVIDIA GPUs and in interpret mode.
       keys: [N, D] FP8, bfloat16 or float32.
       key_scales: float32 [N] or [N, 1], positive; None when keys are not quantised.
       weights: float32 [T, H], any sign.
-      row_starts, row_lengths: int32 [T] in columns; clamped to the array, negative lengths are 0.
+      row_starts, row_lengths: int32 [T] in columns. Intervals are clamped to the array; negative lengths count as 0.
       implementation: None for the best that runs here, or "triton", "xla", "reference".
       plan: block sizes and warps of the kernel (static) in place of the heuristic ones; implies "triton".
       config: the former name of `plan`.
 
     Returns:
       float32 [T, N], -inf outside the row's columns. Sums are float32; float32 q is multiplied at highest precision.
+      On NVIDIA GPUs, sums of FP8 queries with FP8 keys keep about 14 bits.
 
     Raises:
       ValueError: shapes or types that do not fit, or an implementation that does not support the case.
@@ -107,11 +108,11 @@ def paged_indexer_scores(
     """Scores of the keys of each token's own request, read through its page table (decode, prefill and mixed steps).
 
     Args:
-      q: [T, H, D] bfloat16, float32 or FP8 (at face value, see indexer_scores).
+      q: [T, H, D] bfloat16, float32 or FP8 (without its scale, see `indexer_scores`).
       weights: float32 [T, H].
-      cache: the index cache; its keys are taken at face value, its scales multiply the sums.
-      page_table: int32 [B, P], the page of every page_size positions of a request.
-      request_ids: int32 [T]; outside [0, B) the token sees nothing.
+      cache: the index cache; the scales of its keys multiply the sums.
+      page_table: int32 [B, P]; column p is the page of the request's positions from p * page_size on.
+      request_ids: int32 [T]; a token whose id is outside [0, B) sees nothing.
       lengths: int32 [T], how many positions the token sees (its own included).
       max_length: columns of the result, at most P * page_size.
       implementation: None for the best that runs here, or "triton", "xla", "reference".
@@ -119,8 +120,8 @@ def paged_indexer_scores(
       config: the former name of `plan`.
 
     Returns:
-      float32 [T, max_length]; column = position in the request; -inf at columns >= lengths[t] and where the page table
-      names no page of the cache.
+      float32 [T, max_length]. A column is a position in the request. Columns from lengths[t] on are -inf, and so are
+      positions whose page is not one of the cache.
 
     Raises:
       ValueError: shapes or types that do not fit, or an implementation that does not support the case.
@@ -155,18 +156,18 @@ def lightning_indexer(
     memory_limit: int = MEMORY_LIMIT,
     implementation: str | None = None,
 ) -> Array:
-    """The k best positions of each token's request: paged_indexer_scores followed by top_k, a chunk of rows at a time.
+    """The k highest-scored positions of each token's request: `paged_indexer_scores`, then `top_k`, by chunks of rows.
 
     Arguments as for `paged_indexer_scores`, and:
       k: how many positions a row selects.
-      memory_limit: bytes; the float32 scores [rows, max_length] alive at a time never exceed it.
+      memory_limit: most bytes of float32 scores [rows, max_length] alive at a time.
 
     Returns:
-      int32 [T, k]: positions in ascending order, then -1; min(k, lengths[t]) of them, ties to the lower position. When
-      max_length <= k nothing is scored: every visible position is selected.
+      int32 [T, k]: min(k, lengths[t]) positions in ascending order, then -1; ties go to the lower position. If
+      max_length <= k, nothing is scored and every visible position is selected.
 
     Raises:
-      ValueError: as above; k below 1; a memory_limit that does not hold one row of scores.
+      ValueError: as `paged_indexer_scores`; k below 1; a memory_limit below one row of scores.
     """
     weights = _check_queries(q, weights, getattr(cache, "dtype", None))
     keys = _check_paged(q, cache, page_table, request_ids, lengths, max_length)
@@ -192,7 +193,7 @@ def lightning_indexer(
 
 # --- validation
 def _check_queries(q: Any, weights: Any, key_dtype: Any) -> Array:
-    """Raises ValueError for what does not fit; returns weights as float32."""
+    """Raises ValueError for shapes and types that do not fit; returns the weights as float32."""
     require(
         q.ndim == 3 and (q.dtype in (jnp.bfloat16, jnp.float32) or fp8.is_fp8(q.dtype)) and q.shape[1] * q.shape[2] > 0,
         f"q is {describe(q)}; expected bfloat16, float32 or FP8 [T, H, D].",
@@ -215,11 +216,11 @@ def _check_keys(name: str, keys: Any, dim: int) -> None:
 
 
 def _clamp_rows(row_starts: Any, row_lengths: Any, tokens: int, columns: int) -> tuple[Array, Array]:
-    """First column of every row and the one behind its last, int32 [T], both from 0 to `columns`."""
+    """First column of every row and the column after its last one, int32 [T], both in 0..columns."""
     starts = _check.int32("row_starts", row_starts, tokens, hint="One per token.")
     lengths = _check.int32("row_lengths", row_lengths, tokens, hint="One per token.")
     first = jnp.clip(starts, 0, columns)
-    # What a start before column 0 takes off, then what fits: no sum exceeds int32.
+    # Subtract the columns before 0, then clip to the columns that fit. In this order no sum exceeds int32.
     seen = jnp.maximum(lengths, 0) - jnp.maximum(-jnp.maximum(starts, -(2**31) + 1), 0)
     return first, first + jnp.clip(seen, 0, columns - first)
 
@@ -227,14 +228,14 @@ def _clamp_rows(row_starts: Any, row_lengths: Any, tokens: int, columns: int) ->
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class _PagedKeys:
-    """The keys that each token sees: the first positions of its request.
+    """The keys that each token sees: the first `lengths[t]` positions of its request.
 
     Attributes:
       cache: the index cache.
-      pages: int32 [B, P], pages of every request; -1, or any other number that is no page, for none.
-      requests: int32 [T]; not in [0, B) only where the length is 0.
+      pages: int32 [B, P], pages of every request. -1, or any number that is not a page of the cache, means none.
+      requests: int32 [T]; may be outside [0, B) only if the length is 0.
       lengths: int32 [T], from 0 to `columns`.
-      columns: static, positions that are scored.
+      columns: static, number of positions that are scored.
     """
 
     cache: PagedIndexCache
@@ -245,7 +246,7 @@ class _PagedKeys:
 
 
 def _check_paged(q: Any, cache: Any, page_table: Any, request_ids: Any, lengths: Any, max_length: Any) -> _PagedKeys:
-    """Raises ValueError for what does not fit."""
+    """The checked arguments as _PagedKeys; raises ValueError for shapes and types that do not fit."""
     is_cache = isinstance(cache, PagedIndexCache)
     require(is_cache, f"cache is {type(cache).__name__}; expected a PagedIndexCache (see create).")
     width = q.shape[2]
@@ -265,22 +266,22 @@ def _check_paged(q: Any, cache: Any, page_table: Any, request_ids: Any, lengths:
 
 # --- XLA bodies
 def _widen(q: Array) -> Array:
-    """FP8 queries as bfloat16, exact."""
+    """FP8 queries as bfloat16, exact; others unchanged."""
     return q.astype(jnp.bfloat16) if fp8.is_fp8(q.dtype) else q
 
 
 def _stored(keys: Array) -> Array:
-    """Keys as caches store them: FP8 as bytes (XLA:CPU moves FP8-typed rows by converting whole arrays)."""
+    """Keys as caches store them, FP8 as bytes: XLA:CPU would convert a whole FP8-typed array to move its rows."""
     return jax.lax.bitcast_convert_type(keys, jnp.uint8) if fp8.is_fp8(keys.dtype) else keys
 
 
 def _float32(data: Array, dtype) -> Array:
-    """Stored keys of type `dtype` at face value: FP8 codes decoded (not scaled), the rest cast."""
+    """Stored keys of type `dtype` as float32: FP8 codes are decoded but not scaled, others are cast."""
     return fp8_bits.decode_float32(data, dtype) if fp8.is_fp8(dtype) else data.astype(jnp.float32)
 
 
 def _score(q: Array, keys: Array, scales: Array | None, weights: Array) -> Array:
-    """float32 [T, N] from q[T, H, D] and keys[N, D], or keys[T, N, D] of each token's own."""
+    """Scores float32 [T, N] of q[T, H, D] and shared keys[N, D], or each token's own keys[T, N, D]."""
     spec = "thd,nd->thn" if keys.ndim == 2 else "thd,tnd->thn"
     dots = jnp.einsum(spec, q.astype(jnp.float32), keys, precision=HIGHEST)
     scores = (jnp.maximum(dots, 0.0) * weights[..., None]).sum(axis=1)
@@ -288,12 +289,12 @@ def _score(q: Array, keys: Array, scales: Array | None, weights: Array) -> Array
 
 
 def _block(per_column: int, columns: int) -> int:
-    """Columns per step, so that `per_column` bytes each stay within STEP_BYTES; at least 128 of them."""
+    """Columns per step, `per_column` bytes each: a multiple of 128 within STEP_BYTES; from 128 to `columns`."""
     return max(1, min(columns, max(128, STEP_BYTES // per_column // 128 * 128)))
 
 
 def _over_columns(out: Array, last: Array, block: int, score) -> Array:
-    """Writes score(start) [T, block] into out[T, N] for the blocks of columns that begin before `last`."""
+    """Writes score(start, out) [T, block] into out[T, N] for each block of columns that begins before `last`."""
     columns = out.shape[1]
 
     def step(i, out):
@@ -304,7 +305,7 @@ def _over_columns(out: Array, last: Array, block: int, score) -> Array:
 
 
 def _xla_ragged(q: Array, keys: Array, scales: Array | None, weights: Array, starts: Array, ends: Array) -> Array:
-    """Chunks of rows times blocks of columns; blocks past a chunk's last visible column are not computed."""
+    """Scores chunks of rows by blocks of columns. Blocks past a chunk's last visible column are not computed."""
     tokens, heads, _ = q.shape
     dtype, keys = keys.dtype, _stored(keys)
     chunk = min(tokens, 64)
@@ -327,14 +328,14 @@ def _xla_ragged(q: Array, keys: Array, scales: Array | None, weights: Array, sta
 
 
 def _slots(pages: Array, cache: PagedIndexCache, columns: Array) -> Array:
-    """Slots of positions `columns`[n] in page rows `pages`[..., P]: int32 [..., n], -1 where there is no such page."""
+    """Slots of positions `columns`[n] in page rows `pages`[..., P]: int32 [..., n], -1 if the page does not exist."""
     page = jnp.take(pages, columns // cache.page_size, axis=-1, mode="clip")
     is_page = (page >= 0) & (page < cache.num_pages)
     return jnp.where(is_page, page * cache.page_size + columns % cache.page_size, -1)
 
 
 def _gather(cache: PagedIndexCache, slots: Array) -> tuple[Array, Array | None]:
-    """Keys float32 [..., D] and scales [...] of `slots`; those of -1 are slot 0's, and are masked by the caller."""
+    """Keys float32 [..., D] and scales [...] of `slots`. Slot -1 gives the key of slot 0; the caller masks it."""
     safe = jnp.maximum(slots, 0)
     keys = _float32(cache.data.reshape(cache.num_slots, -1).at[safe].get(mode="promise_in_bounds"), cache.dtype)
     if cache.scale is None:
@@ -343,7 +344,7 @@ def _gather(cache: PagedIndexCache, slots: Array) -> tuple[Array, Array | None]:
 
 
 def _xla_paged(q: Array, weights: Array, keys: _PagedKeys) -> Array:
-    """Few tokens per request: keys are gathered for every token. Many: once per request and chunk of tokens."""
+    """Gathers keys once per token (few tokens per request), or once per request and chunk of tokens (many)."""
     tokens, heads, dim = q.shape
     by_token = tokens <= 4 * keys.pages.shape[0]
     chunk = min(tokens, 32 if by_token else 64)
@@ -356,7 +357,7 @@ def _xla_paged(q: Array, weights: Array, keys: _PagedKeys) -> Array:
         out = varying(jnp.full((chunk, keys.columns), -jnp.inf, jnp.float32), q, weights, keys)
 
         def score(start: Array, request: Array) -> tuple[Array, Array]:
-            """Scores of `block` columns of one request, or of each token's, and which of them lie before its length."""
+            """Scores of `block` columns, and which are visible. `request`: int32 scalar, or one per token [chunk]."""
             columns = start + jnp.arange(block, dtype=jnp.int32)
             slots = _slots(keys.pages.at[request].get(mode="clip"), keys.cache, columns)
             is_visible = (slots >= 0) & (columns[None, :] < lengths[:, None])

@@ -1,8 +1,8 @@
-"""Norm, rotation, scale and cast of the parts of a projection: the work between the products of an attention layer.
+"""Norm, rotation, scale and cast of sections of a projection: the work between the matrix products of a layer.
 
-One product gives the inputs of several parts of a layer, side by side. Each part is normalised over its heads, rotated,
-scaled and cast, or quantised to FP8 with one scale per token and head: one launch on a GPU, where XLA makes one or two
-per part.
+One matrix product gives several sections side by side: say queries, latents and index keys. Each head of a section is
+normalised, rotated, scaled and cast, or quantised to FP8 with one scale per token and head. The kernel does this in
+one launch for all sections; XLA makes one or two launches per section.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from sparse_mla_jax.ops.rope import rotate
 
 __all__ = ["Section", "norm_rope"]
 
-# The sizes of a part, and the least that each may be.
+# The sizes of a section, and the smallest value of each.
 _SIZES = {"start": 0, "heads": 1, "width": 1}
 _TYPES = (jnp.dtype(jnp.bfloat16), fp8.FLOAT32, fp8.E4M3FN, fp8.E4M3FNUZ)
 
-# The name of a release before.
+# The name of an earlier release.
 Part = Section
 
 
@@ -44,11 +44,11 @@ def norm_rope(
     plan: NormRopePlan | None = None,
     config: NormRopePlan | None = None,
 ) -> list[Any]:
-    """Finishes parts of a projection: norm over each head, rotation, scale, cast.
+    """Finishes sections of a projection: norm over each head, rotation, scale, cast.
 
     Args:
-      x: bfloat16 or float32 [T, W]; whatever it is, arithmetic is float32, rounded once at the end.
-      parts: columns of x and how they are finished, in any order; they may leave columns out.
+      x: bfloat16 or float32 [T, W]. The arithmetic is float32, rounded once at the end.
+      parts: the sections: columns of x and how they are finished. In any order; not all columns need to be in one.
       positions: integer [T].
       frequencies: [pairs] radians per position of the rotated pairs, from `rope_frequencies`.
       eps: of the norms, added to the mean square.
@@ -57,8 +57,8 @@ def norm_rope(
       config: the former name of `plan`.
 
     Returns:
-      Of each part [T, heads, width] in its dtype; of an FP8 part a pair of it and its scales float32 [T, heads], which
-      are those of `fp8.quantize` times the part's factor.
+      A list with one result per section: [T, heads, width] in its dtype. For an FP8 section, a pair of it and its
+      scales float32 [T, heads], which are those of `fp8.quantize` times the section's factor.
 
     Raises:
       ValueError: types, shapes or columns that do not fit.
@@ -118,7 +118,7 @@ def _check_part(name: str, part: Section, x: Array, pairs: int) -> Section:
 
 # --- bodies
 def _shaped(part: Section, arrays: Sequence[Array]) -> Any:
-    """Results [T, heads * width] (and scales) as the caller gets them."""
+    """The result of a section from arrays [T, heads * width] (and scales): see `norm_rope`'s Returns."""
     heads = arrays[0].reshape(-1, part.heads, part.width)
     if not part.quantized:
         return heads.astype(part.dtype)
@@ -126,7 +126,7 @@ def _shaped(part: Section, arrays: Sequence[Array]) -> Any:
 
 
 def _heads(x: Array, part: Section) -> Array:
-    """The part of x as float32 [T, heads, width]."""
+    """The section's columns of x as float32 [T, heads, width]."""
     columns = x[:, part.start : part.start + part.columns]
     return columns.reshape(-1, part.heads, part.width).astype(jnp.float32)
 
@@ -174,7 +174,7 @@ def _reference(x: Array, part: Section, positions: Array, frequencies: Array, ep
 def _triton(
     x: Array, parts: Sequence[Section], positions: Array, frequencies: Array, eps: float, plan: NormRopePlan | None
 ) -> list[Any]:
-    # Computed once for all parts; under one jit, XLA also shares it between the layers of a step.
+    # Compute the angles once for all sections; under one jit, XLA also shares them between the layers of a step.
     angles = positions.astype(jnp.float32)[:, None] * frequencies
     cos, sin = jnp.cos(angles), jnp.sin(angles)
     finished = kernel.norm_rope(x, parts, cos, sin, eps=eps, plan=plan)

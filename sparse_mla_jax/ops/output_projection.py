@@ -1,7 +1,7 @@
-"""The first half of DeepSeek-V4's output projection: attention's result rotated back, and a product per group of heads.
+"""The first half of DeepSeek-V4's output projection: rotates attention's result back, multiplies per group of heads.
 
-Values carry the rotation of their own positions. The sum over them is rotated back by the query's position inside the
-product: one launch on a GPU.
+Each value was rotated by its own position, so their weighted sum is rotated back by the query's position. The kernel
+does it inside the product: one launch on a GPU. T tokens, H heads of d values, g groups, O outputs of a group.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ def rotated_projection(
     plan: ProjectionPlan | None = None,
     config: ProjectionPlan | None = None,
 ) -> Array:
-    """low[t, g] = rotated(out[t])[g-th H // g heads, one after the other] @ weight[g].
+    """Rotates every head of `out` back, then multiplies the concatenated heads of group i by weight[i].
 
     The last r values of every head are rotated by -position * frequency in interleaved pairs, in float32, and rounded
-    to out.dtype; products of bfloat16 are summed in float32, those of float32 at the platform's highest precision.
+    to out.dtype. bfloat16 products are summed in float32; float32 products use the platform's highest precision.
 
     Args:
-      out: floating [T, H, d], attention's result; rows of padding may hold anything.
-      weight: floating [g, H // g * d, O].
+      out: floating [T, H, d], attention's result; padding may hold anything.
+      weight: floating [g, H // g * d, O]; group i has H // g consecutive heads.
       positions: integer [T].
       frequencies: [r / 2] radians per position, from `rope_frequencies`; r at most d.
       implementation: None for the best that runs here, or "triton", "xla", "reference".
@@ -88,7 +88,7 @@ def _check_widths(out: Array, weight: Array, frequencies: Array) -> None:
 
 
 def _triton(out: Array, weight: Array, positions: Array, frequencies: Array, plan: ProjectionPlan | None) -> Array:
-    # Under one jit, XLA computes these once for all layers of a step with the same frequencies.
+    # Under one jit, XLA computes the angles once for all layers of a step that have the same frequencies.
     angles = positions.astype(jnp.float32)[:, None] * frequencies
     return kernel.rotated_projection(out, weight, jnp.cos(angles), jnp.sin(angles), plan=plan)
 
@@ -105,7 +105,7 @@ def _by_group(x: Array, weight: Array) -> Array:
     product = functools.partial(jnp.einsum, "tgi,gio->tgo", preferred_element_type=jnp.float32)
 
     def widen(x: Array, weight: Array) -> Array:
-        # XLA:CPU refuses a batched bfloat16 product with a float32 result.
+        # XLA:CPU does not support a batched bfloat16 product with a float32 result.
         return product(x.astype(jnp.float32), weight.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST)
 
     if jnp.float32 in (x.dtype, weight.dtype):

@@ -1,7 +1,7 @@
-"""Ragged rows of slots: a flat array of fixed capacity, and where each row starts in it.
+"""Ragged rows of slots: a flat array of fixed capacity, and the offsets at which its rows start.
 
-Sizes depend on shapes only, so that a jitted step never asks the host how many entries there are: `indptr` alone says
-where the valid ones end. Invalid entries are dropped, not kept as holes.
+Array sizes depend on shapes only, so a jitted step never asks the host for the number of entries: `indptr` says where
+the valid ones end. Invalid entries are dropped, not kept as holes.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Ragged:
     """Rows of different lengths: row r is values[indptr[r] : indptr[r + 1]].
 
     Attributes:
-      values: int32[capacity]; whatever lies from indptr[-1] on has no meaning and is not read.
+      values: int32[capacity]; entries from indptr[-1] on have no meaning and are not read.
       indptr: int32[rows + 1], from 0, ascending, at most capacity.
     """
 
@@ -60,14 +60,14 @@ class Ragged:
 
     @property
     def width(self) -> int:
-        """Static: a row's even share of the capacity, rounded up."""
+        """Static: capacity divided by the number of rows, rounded up."""
         return -(-self.capacity // max(1, self.rows))
 
     def check(self, name: str, rows: int) -> Ragged:
         """The same rows in int32.
 
         Raises:
-          ValueError: other types, or another number of rows; `name` is the argument's name in the message.
+          ValueError: another type or number of rows; `name` is the argument's name in the message.
         """
         require(self.rows == rows, f"{name} holds {self.rows} rows; q has {rows} tokens: one row for each.")
         values = _check.int32(f"{name}, values", self.values, "capacity")
@@ -78,20 +78,20 @@ class Ragged:
         return Ragged(self.values, rows_from(self.indptr, first, count + 1))
 
     def flatten(self) -> FlatRows:
-        """The rows as intervals, indptr clamped to capacity."""
+        """The rows as intervals of `values`, indptr clamped to capacity."""
         bounds = jnp.clip(self.indptr, 0, self.capacity)
         return FlatRows(self.values, bounds[:-1], bounds[1:] - bounds[:-1])
 
     def masked(self) -> Array:
-        """int32[rows, capacity] (at least one column) with -1 behind every row."""
+        """Dense rows int32[rows, capacity] (at least one column), -1 after the end of each."""
         return self.to_dense(max(1, self.capacity))
 
     def kernel_arguments(self) -> dict[str, Any]:
-        """The fields of a kernel's source that say which rows there are."""
+        """The row fields of a kernel's `Source`."""
         return {"values": self.values, "indptr": self.indptr, "lengths": None}
 
     def to_dense(self, width: int, fill: int = -1) -> Array:
-        """int32[rows, width]: each row from the left, then `fill`; longer rows are cut off, indptr clamped to capacity.
+        """Dense rows int32[rows, width]: each row, then `fill`. Longer rows are cut; indptr is clamped to capacity.
 
         Raises:
           ValueError: width is negative, or fill does not fit int32.
@@ -110,12 +110,12 @@ class Ragged:
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["values", "lengths"], meta_fields=[])
 @dataclasses.dataclass(frozen=True)
 class DenseRows:
-    """Rows of one width, of which the first entries count: row r is values[r, : lengths[r]].
+    """Rows of one width with a length each: row r is values[r, : lengths[r]].
 
-    Cheaper to make than `Ragged` where entries are in front already, and attention over them costs by length alike.
+    If the valid entries already come first, this is cheaper to make than `Ragged`. Attention costs by length for both.
 
     Attributes:
-      values: int32[rows, width]; whatever lies from lengths[r] on has no meaning and is not read.
+      values: int32[rows, width]; entries from lengths[r] on have no meaning and are not read.
       lengths: int32[rows], clamped to 0..width; None means that all entries count.
     """
 
@@ -134,7 +134,7 @@ class DenseRows:
 
     @property
     def longest(self) -> int:
-        """As `width`: no row has more entries."""
+        """Static: no row has more entries than the width."""
         return self.width
 
     def check(self, name: str, rows: int) -> DenseRows:
@@ -154,29 +154,29 @@ class DenseRows:
         return jax.tree.map(lambda x: rows_from(x, first, count), self)
 
     def flatten(self) -> FlatRows:
-        """The rows as intervals, lengths clamped."""
+        """The rows as intervals of the flattened values, lengths clamped."""
         starts = jnp.arange(self.rows, dtype=jnp.int32) * self.width
         whole = jnp.full((self.rows,), self.width, jnp.int32)
         lengths = whole if self.lengths is None else jnp.clip(self.lengths, 0, self.width)
         return FlatRows(self.values.reshape(-1), starts, lengths)
 
     def masked(self) -> Array:
-        """int32[rows, width] with -1 behind every row."""
+        """int32[rows, width] with -1 after the end of each row."""
         if self.lengths is None:
             return self.values
         column = jnp.arange(self.width, dtype=jnp.int32)[None, :]
         return jnp.where(column < self.lengths[:, None], self.values, -1)
 
     def kernel_arguments(self) -> dict[str, Any]:
-        """The fields of a kernel's source that say which rows there are."""
+        """The row fields of a kernel's `Source`."""
         return {"values": self.values, "indptr": None, "lengths": self.lengths}
 
 
 def indptr_from_lengths(lengths: Array) -> Array:
-    """Where each row starts: int32[R + 1] from integer lengths[R], beginning with 0; negative lengths count as 0.
+    """Start of each row and end of the last: int32[R + 1] from integer lengths[R]. Negative lengths count as 0.
 
     Raises:
-      ValueError: lengths are not integers of one axis.
+      ValueError: lengths is not an integer array of one axis.
     """
     lengths = _check.int32("lengths", lengths, "R")
     ends = jnp.cumsum(jnp.maximum(lengths, 0), dtype=jnp.int32)
@@ -184,7 +184,7 @@ def indptr_from_lengths(lengths: Array) -> Array:
 
 
 def pack_rows(indices: Array, lengths: Array | None = None, *, limit: int | Array | None = None) -> Ragged:
-    """Packs dense rows, dropping what is invalid and keeping the order of the rest.
+    """Packs dense rows: drops invalid entries and keeps the order of the others.
 
     An entry is valid when it is not negative, below `limit`, and among the first lengths[r] of its row.
 
@@ -224,8 +224,8 @@ def pack_rows(indices: Array, lengths: Array | None = None, *, limit: int | Arra
 def slots_from_positions(positions: Array, request_ids: Array, page_table: Array, *, page_size: int) -> Array:
     """Slots of positions through their request's page table: page_table[b, p // page_size] * page_size + p % page_size.
 
-    Negative positions, positions past the page table, requests that do not exist, and negative pages (or pages so large
-    that the slot would not fit int32) give -1.
+    The slot is -1 for a position that is negative or past the page table, for a request outside [0, B), and for a page
+    that is negative or so large that the slot would not fit int32.
 
     Args:
       positions: integer [T, W] (or [T]): positions in the request, -1 for none.
@@ -239,7 +239,7 @@ def slots_from_positions(positions: Array, request_ids: Array, page_table: Array
     Raises:
       ValueError: other types or shapes.
     """
-    # Wide types stay wide up to the end: what int32 does not hold is no position, page or request.
+    # Keep 64-bit types until the end: values beyond int32 must count as invalid, not wrap into range.
     positions = _check.integers("positions", positions, *(("T",) if np.ndim(positions) == 1 else ("T", "W")))
     hint = "One per row of positions."
     request_ids = _check.integers("request_ids", request_ids, positions.shape[0], hint=hint)
@@ -255,7 +255,7 @@ def slots_from_positions(positions: Array, request_ids: Array, page_table: Array
     row = request_ids.reshape(-1, *[1] * (positions.ndim - 1))
     column = positions // page_size
     valid = (positions >= 0) & (column < pages) & (row >= 0) & (row < requests)
-    # Gather along one axis: XLA launches a gather of two coordinates separately.
+    # Gather along one flat axis: XLA makes a gather with two coordinates a launch of its own.
     at = jnp.where(valid, row * pages + column, 0)
     page = page_table.reshape(-1).at[at].get(mode="promise_in_bounds")
     valid &= (page >= 0) & (page <= (INT32_MAX - page_size + 1) // page_size)
@@ -269,7 +269,7 @@ def select_to_ragged(
     """Selected positions as ragged rows of slots: `slots_from_positions`, then `pack_rows`.
 
     Args:
-      positions: integer [T, W]: top-k's result, -1 (anywhere) for none.
+      positions: integer [T, W]: the result of top-k; -1 (anywhere in a row) for none.
       request_ids: integer [T].
       page_table: integer [B, P].
       page_size: tokens of a page.
@@ -299,19 +299,19 @@ def combine_with_window(
     first_position: Array | int = 0,
     valid: Array | None = None,
 ) -> Ragged:
-    """Rows of a gathered array in which chosen compressed entries and the sliding window of a request lie in two runs.
+    """Rows for prefill that first gathers its keys: the chosen compressed entries, then the sliding window.
 
-    For prefill that gathers its keys first: row t holds compressed_start + positions[t, :] (what is not negative),
-    then window_start + p - first_position for the last `window` positions p up to the token's own, ascending. Attention
-    that reads the caches themselves takes them as two sources instead (`sparse_mla`'s extra).
+    The gathered array holds the entries of a request in one run and the tokens of its window in another. Row t indexes
+    compressed_start + e for each chosen entry e, then window_start + p - first_position for the last `window` positions
+    p up to the token's own, ascending. To read the caches without gathering, pass two sources to `sparse_mla` (extra).
 
     Args:
-      positions: integer [T, W], chosen entries of the token's request, -1 (anywhere) for none; W may be 0.
-      query_positions: integer [T], the tokens' own positions; below 0 the window is empty.
+      positions: integer [T, W], chosen entries of the token's request; -1 (anywhere in a row) for none; W may be 0.
+      query_positions: integer [T], the tokens' own positions; if negative, the window is empty.
       window: positions that a token sees, its own included.
-      compressed_start: integer or [T], where entry 0 of the token's request lies.
-      window_start: integer or [T], where position `first_position` of the token's request lies.
-      first_position: integer or [T], first gathered position of the request; earlier ones are no keys.
+      compressed_start: integer or [T], index in the gathered array of entry 0 of the token's request.
+      window_start: integer or [T], index in the gathered array of position `first_position` of the token's request.
+      first_position: integer or [T], first gathered position of the request; earlier positions are not attended to.
       valid: bool[T]; False empties the row (padding). None means all True.
 
     Returns:

@@ -1,4 +1,4 @@
-"""Rotary position embedding: YaRN's frequencies, and the rotation in its two pairings, both ways round.
+"""Rotary position embedding: YaRN's frequencies, and the rotation (interleaved or half-split pairs, and its inverse).
 
 Sources: RoFormer (arXiv:2104.09864); YaRN (arXiv:2309.00071) as DeepSeek-V3.2 uses it: no factor on the amplitude.
 """
@@ -20,18 +20,18 @@ from sparse_mla_jax.config import RopeConfig
 
 @functools.lru_cache(maxsize=64)
 def _frequencies(rope: RopeConfig, dim: int) -> np.ndarray:
-    """float64[dim // 2], the formula itself."""
+    """The frequencies in float64 [dim // 2]; see `rope_frequencies`."""
     plain = rope.theta ** (-2.0 * np.arange(dim // 2, dtype=np.float64) / dim)
     if rope.factor <= 1.0:
         return plain
 
     def index_of(rotations: float) -> float:
-        """The (fractional) pair that turns `rotations` times over the original context."""
+        """The (fractional) index of the pair that turns `rotations` times over the original context."""
         return dim * math.log(rope.original_max_position / (2 * math.pi * rotations)) / (2 * math.log(rope.theta))
 
     low = max(math.floor(index_of(rope.beta_fast)), 0)
     high = min(math.ceil(index_of(rope.beta_slow)), dim - 1)
-    # Tiny models can have both ends at one pair: then the ramp is a step there.
+    # In tiny models both ends of the ramp may be the same pair: it becomes a step.
     ramp = np.clip((np.arange(dim // 2) - low) / (high - low if high != low else 1e-3), 0.0, 1.0)
     return plain * (1.0 - ramp) + plain / rope.factor * ramp
 
@@ -39,8 +39,8 @@ def _frequencies(rope: RopeConfig, dim: int) -> np.ndarray:
 def rope_frequencies(rope: RopeConfig, dim: int) -> np.ndarray:
     """Radians per position of every rotated pair: float32[dim // 2], computed in float64 at trace time.
 
-    Pairs that turn more than `beta_fast` times over the original context keep their frequency, those that turn less
-    than `beta_slow` times are slowed by `factor`, a linear ramp lies between; factor 1 is plain RoPE.
+    Pairs that turn more than `beta_fast` times over the original context keep their frequency. The frequency of those
+    that turn less than `beta_slow` times is divided by `factor`. A linear ramp lies between. Factor 1 is plain RoPE.
 
     Args:
       rope: the constants.

@@ -1,8 +1,8 @@
-"""Which experts a token goes to, and with what weights.
+"""Routers: the experts of each token and their weights.
 
-Source: DeepSeek-V3's technical report (arXiv:2412.19437), section 2.1.2: a bias that balances the load takes part in
-the choice of experts and never in their weights. DeepSeek-V4 has other scores, sqrt(softplus), no groups, and in its
-first layers a table in place of a choice.
+A bias that balances the load takes part in the choice of experts, but not in their weights. Source: DeepSeek-V3's
+technical report (arXiv:2412.19437), section 2.1.2. DeepSeek-V4 scores with sqrt(softplus) and has no groups; its first
+layers look the experts up by token id. T tokens, E experts, V token ids.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ def biased_grouped_topk(
 ) -> tuple[Array, Array]:
     """Chooses `k` experts inside the best `groups_kept` groups (the noaux_tc method of DeepSeek-V3).
 
-    Scores are sigmoid(logits); the biased score, score + bias, decides. A group is worth the sum of its two largest
-    biased scores (or its only one); ties go to the lower group and the lower expert. A NaN logit counts as score 0.
+    Scores are sigmoid(logits); experts are chosen by score + bias. The score of a group is the sum of its two largest
+    biased scores (or its only one). Ties go to the lower group and the lower expert. A NaN logit counts as score 0.
 
     Args:
       logits: [T, E] float32 or bfloat16 outputs of the gate; widened to float32 before anything else.
-      bias: float32 [E]. Narrower types are refused: in bfloat16 near-equal biases collapse and other experts win.
+      bias: float32 [E]. Narrower types are refused: in bfloat16, near-equal biases become equal and other experts win.
       num_groups: groups of consecutive experts, a divisor of E.
-      groups_kept: groups that experts are chosen from.
+      groups_kept: groups of a token from which its experts are chosen.
       k: experts per token.
       scale: multiplies the weights.
       renormalize: divide the weights by their sum first (a sum of 0 leaves them 0).
@@ -64,13 +64,13 @@ def biased_grouped_topk(
 def sqrt_softplus_topk(
     logits: Array, bias: Array, *, k: int, scale: float, renormalize: bool = True
 ) -> tuple[Array, Array]:
-    """Chooses the `k` experts of largest sqrt(softplus(logits)) + bias (DeepSeek-V4: no groups).
+    """Chooses the `k` experts with the largest sqrt(softplus(logits)) + bias (DeepSeek-V4, no groups).
 
     Ties go to the lower expert. A NaN logit counts as score 0, an infinite one as the largest finite float32.
 
     Args:
       logits: [T, E] float32 or bfloat16 outputs of the gate; widened to float32 before anything else.
-      bias: float32 [E], in the choice only. Narrower types are refused.
+      bias: float32 [E], added for the choice only. Narrower types are refused.
       k: experts per token.
       scale: multiplies the weights.
       renormalize: divide the weights by their sum first (a sum of 0 leaves them 0).
@@ -92,11 +92,11 @@ def sqrt_softplus_topk(
 def hash_route(
     logits: Array, token_ids: Array, table: Array, *, scale: float, renormalize: bool = True
 ) -> tuple[Array, Array]:
-    """Experts by a table of token ids, weights from sqrt(softplus(logits)) (the first layers of DeepSeek-V4).
+    """Looks up experts by token id; weights are sqrt(softplus(logits)) (the first layers of DeepSeek-V4).
 
     Args:
       logits: [T, E] float32 or bfloat16 outputs of the gate.
-      token_ids: integer [T]; ids outside the table, those of padding say, are clamped into it.
+      token_ids: integer [T]; ids outside the table, such as those of padding, are clamped into it.
       table: integer [V, k] experts of every token id, clamped into [0, E).
       scale: multiplies the weights.
       renormalize: divide the weights by their sum first (a sum of 0 leaves them 0).
@@ -117,13 +117,13 @@ def hash_route(
 
 
 def _sqrt_softplus(logits: Array) -> Array:
-    """float32 scores of finite size from float32 logits."""
+    """sqrt(softplus(logits)) in float32, always finite: NaN gives 0, infinity counts as the largest float32."""
     largest = jnp.finfo(jnp.float32).max
     return jnp.sqrt(jax.nn.softplus(jnp.clip(jnp.where(jnp.isnan(logits), -jnp.inf, logits), None, largest)))
 
 
 def _weights(score: Array, ids: Array, scale: float, renormalize: bool) -> Array:
-    """float32 [T, k]: scores of the chosen, divided by their sum, times `scale`."""
+    """Weights float32 [T, k]: scores of the chosen experts, divided by their sum if `renormalize`, times `scale`."""
     weights = jnp.take_along_axis(score, ids, axis=-1, mode="clip")
     if renormalize:
         total = weights.sum(axis=-1, keepdims=True)

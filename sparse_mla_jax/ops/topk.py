@@ -1,13 +1,14 @@
 """Exact top-k of the rows of a score matrix: the same array from every implementation, run and device.
 
-Contract, for each row: among columns start <= c < start + length, the k largest scores; NaN counts as -inf, -0.0 equals
-0.0, ties go to the lower column; exactly min(k, length) row-local indices in ascending order, then -1. Columns outside
-are never selected, whatever they hold.
+Contract of each row: select the k largest scores of columns start <= c < start + length. NaN counts as -inf, -0.0
+equals 0.0, ties go to the lower column. The result is exactly min(k, length) column indices, counted from the row's
+start, in ascending order, then -1. Columns outside the interval are never selected, whatever they hold.
 
-Method of the XLA body: floats become integers of the same order, the k-th largest of a row is found bit by bit, each
-bit one count, and what is above it (and the first of its equals) is written where a running count says. Measured
-on 2 CPU cores against lax.top_k and a sort: equal at [8, 2048] with k 128 (0.3 ms), 1.2 times faster at [512, 2048]
-(15 ms), 1.7 times at [64, 20000] with k 2048 (25 ms); and rows that start anywhere need no gather.
+Method of the XLA body: map floats to integers of the same order and find the k-th largest of a row bit by bit, with
+one count per bit. Then select the columns above it and the first columns equal to it; a running count gives each
+its place in the result. Measured on 2 CPU cores against lax.top_k and a sort: equal at [8, 2048] with k 128 (0.3 ms),
+1.2 times faster at [512, 2048] (15 ms), 1.7 times at [64, 20000] with k 2048 (25 ms). Rows may start at any column
+without a gather.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from sparse_mla_jax.ops._chunks import map_row_chunks, rows_from, varying
 from sparse_mla_jax.ops._dispatch import check_implementation, dispatch, with_plan
 
 OUTSIDE = -(2**31)
-# Rows at a time on a CPU: 32 counts over a chunk stay in its cache (16 was best of 4 to 512, by up to 1.7 times).
+# Rows per chunk on a CPU: the 32 counts over a chunk read it from the cache (16 is best of 4 to 512, up to 1.7 times).
 CPU_ROWS = 16
 
 
@@ -42,13 +43,13 @@ def top_k(
     plan: TopKPlan | None = None,
     config: TopKPlan | None = None,
 ) -> Any:
-    """Row-local columns of the k largest scores of each row, in ascending order, then -1 (see the module's contract).
+    """Columns of the k largest scores of each row, counted from its start, ascending, then -1 (contract: see above).
 
     Args:
       scores: [R, N] float32, or bfloat16 (widened).
       k: how many to select, a Python int of at least 1; more than N is legal.
-      row_lengths: int32 [R], columns that a row has from its start on; clamped to the array, negative is 0; None means
-        up to the last column.
+      row_lengths: int32 [R], number of columns from the row's start on; clamped to the array, negative counts as 0;
+        None means up to the last column.
       row_starts: int32 [R], a row's first column, clamped to [0, N]; None means 0.
       return_scores: also return the selected scores.
       implementation: None for the best that runs here, or "triton", "xla", "reference".
@@ -56,8 +57,7 @@ def top_k(
       config: the former name of `plan`.
 
     Returns:
-      int32 [R, k]; with return_scores a pair of it and float32 [R, k]: the scores of these columns, -inf for a NaN and
-      where the index is -1.
+      int32 [R, k]; with return_scores also float32 [R, k], the scores of these columns: -inf for NaN and for index -1.
 
     Raises:
       ValueError: shapes or types that do not fit, k below 1, or an implementation that does not support the case.
@@ -90,7 +90,7 @@ def top_k(
 def top_k_prefill(
     scores: Array, k: int, *, row_starts: Array, row_ends: Array, implementation: str | None = None
 ) -> Array:
-    """`top_k` of columns row_starts[r] <= c < row_ends[r]: int32 [R, k], relative to row_starts.
+    """`top_k` of columns row_starts[r] <= c < row_ends[r]: int32 [R, k], counted from row_starts.
 
     Args:
       scores: [R, N] float32 or bfloat16.
@@ -114,7 +114,7 @@ def top_k_decode(scores: Array, k: int, *, seq_lens: Array, next_n: int, impleme
       scores: [B * next_n, N] float32 or bfloat16; row b * next_n + j is token j of request b.
       k: how many to select, at least 1.
       seq_lens: int32 [B], the request's length with all its next_n tokens: token j sees seq_lens[b] - next_n + j + 1
-        columns; or int32 [B, next_n], what each token sees. Below 1 the row is empty (padding).
+        columns; or int32 [B, next_n], how many columns each token sees. A token that sees less than 1 is padding.
       next_n: query tokens per request, at least 1 (more than 1 in speculative decoding).
       implementation: None for the best that runs here, or "triton", "xla", "reference".
 
@@ -139,7 +139,7 @@ def top_k_decode(scores: Array, k: int, *, seq_lens: Array, next_n: int, impleme
 
 # --- validation
 def check_k(k: Any) -> int:
-    """`k` as an int from 1 to what int32 indices can count."""
+    """`k` as an int in 1..2**31 - 1."""
     return _check.size("k", k, 1, 2**31 - 1, hint="It is a shape: mark it static under jit.")
 
 
@@ -154,7 +154,7 @@ def _ints(name: str, x: Any, rows: int, high: int) -> Array:
 
 
 def _narrow(given: Any, clamped: Array) -> Array | None:
-    """int32 as given, which the kernel clamps itself; wider and narrower types clamped; None for none."""
+    """`given` if it is int32, since the kernel clamps it; `clamped` for other types; None for None."""
     if given is None:
         return None
     given = jnp.asarray(given)
@@ -163,10 +163,10 @@ def _narrow(given: Any, clamped: Array) -> Array | None:
 
 # --- arithmetic
 def _threshold(keys: Array, wanted: Array) -> Array:
-    """Per row the largest t with at least wanted[R, 1] of keys[R, N] at or above it: int32 [R, 1], bit by bit."""
+    """The largest t per row such that at least wanted[R, 1] of keys[R, N] are >= t: int32 [R, 1], bit by bit."""
 
     def one_bit(i, t):
-        # t starts at the most negative integer: the first bit is the sign, and setting it flips the sign.
+        # t starts at INT32_MIN. The first bit is the sign: xor clears it. Later bits are 0: xor sets them.
         candidate = t ^ jnp.left_shift(jnp.int32(1), 31 - i)
         enough = (keys >= candidate).sum(axis=1, keepdims=True, dtype=jnp.int32) >= wanted
         return jnp.where(enough, candidate, t)
@@ -176,7 +176,7 @@ def _threshold(keys: Array, wanted: Array) -> Array:
 
 
 def _xla(scores: Array, k: int, starts: Array, lengths: Array) -> Array:
-    """The XLA body: all rows at once, on a CPU in chunks that its cache holds."""
+    """The XLA body: all rows at once; on a CPU in chunks that fit its cache."""
 
     def whole(scores, starts, lengths):
         return _bisect(scores, k, starts, lengths)
@@ -199,7 +199,7 @@ def _bisect(scores: Array, k: int, starts: Array, lengths: Array) -> Array:
     keys = jnp.where(inside, kernel.monotone_keys(scores), OUTSIDE)
     wanted = jnp.minimum(lengths, k)[:, None]
     threshold = _threshold(keys, wanted)
-    # The threshold of an empty row, or of one selected whole, means nothing: `inside` decides there.
+    # If a row is empty or selected whole, its threshold is meaningless and `inside` decides alone.
     above = inside & (keys > threshold)
     equal = inside & (keys == threshold)
     ties = wanted - above.sum(axis=1, keepdims=True, dtype=jnp.int32)
@@ -213,7 +213,7 @@ def _bisect(scores: Array, k: int, starts: Array, lengths: Array) -> Array:
 
 
 def _selected(scores: Array, local: Array, starts: Array) -> Array:
-    """float32 [R, k]: scores of row-local columns, -inf for NaN and for -1."""
+    """Scores float32 [R, k] of the columns `local`, counted from `starts`; -inf for NaN and for -1."""
     if scores.size == 0:
         return jnp.full(local.shape, -jnp.inf, jnp.float32)
     at = jnp.where(local >= 0, local + starts[:, None], 0)

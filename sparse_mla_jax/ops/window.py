@@ -1,8 +1,8 @@
-"""The sliding window of a request: a ring of slots that its newest tokens share, whatever its length.
+"""The sliding window of a request: a ring of slots that holds its newest tokens, however long it gets.
 
-Position p of the request with state s lies in slot s * ring + p % ring of a `PagedKVCache` whose pages are rings, one
-per request that runs. A step that writes n tokens of a request before they attend needs `ring_size(window, n)` slots:
-its first token still sees the window - 1 positions before it.
+Position p of the request with state s is stored in slot s * ring + p % ring of a `PagedKVCache` with one page (ring)
+per running request. A step writes its n tokens of a request before they attend, so the ring needs
+`ring_size(window, n)` slots: the step's first token still sees the window - 1 positions before it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def ring_size(window: int, max_query_len: int) -> int:
 
 
 def ring_slots(positions: Array, states: Array, *, ring: int) -> Array:
-    """Slots of positions[T] of the requests with states[T]: int32[T], -1 where either is negative.
+    """Slots of positions[T] in the rings states[T]: int32[T], -1 if either is negative.
 
     Raises:
       ValueError: other types or shapes, or a ring below 1.
@@ -39,7 +39,7 @@ def window_slots(positions: Array, states: Array, *, window: int, ring: int) -> 
 
     Args:
       positions: integer [T], of the tokens.
-      states: integer [T], the ring of each token's request; below 0 the row is empty.
+      states: integer [T], the ring of each token's request; if negative, the row is empty.
       window: positions that a token sees, its own included.
       ring: slots of a request, at least `window`.
 

@@ -1,9 +1,9 @@
 """The engine: requests in, tokens out, continuous batching around one jitted step per token bucket.
 
 A step is one pure function on the device: metadata from the lengths, the model's forward pass over a ragged mix of
-decode tokens and prefill chunks, logits of each request's last token, sampling. The host prepares a handful of small
-numpy arrays, hands them over in one call, and fetches nothing but the sampled tokens. Caches are donated, so they are
-updated in place. Shapes depend on the bucket only: after `warm_up` nothing is traced or compiled again.
+decode tokens and prefill chunks, logits of each request's last token, sampling. The host prepares a few small numpy
+arrays, passes them in one call, and fetches only the sampled tokens. Caches are donated, so they are updated in place.
+Shapes depend on the bucket only: after `warm_up` nothing is traced or compiled again.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ from sparse_mla_jax.serving.scheduler import Request, Scheduled, Scheduler
 
 
 class StepInputs(NamedTuple):
-    """What the host hands to a step: T tokens and B = max_batch rows, both padded, P pages per row.
+    """The host's inputs of a step: T tokens and B = max_batch rows (requests), both padded; P pages per row.
 
     Attributes:
       token_ids: int32 [T], the rows' tokens one after the other.
       seq_lens: int32 [B], each sequence's length after this step; 0 in padded rows.
-      query_lens: int32 [B], how many tokens of the step are the row's; 0 in padded rows.
-      page_table: int32 [B, P], -1 where there is no page.
-      state_ids: int32 [B], where the request's per-request state lies (models that have one); -1 in padded rows.
+      query_lens: int32 [B], number of tokens that the row has in this step; 0 in padded rows.
+      page_table: int32 [B, P], -1 for no page.
+      state_ids: int32 [B], row of the per-request state (in models that have one); -1 in padded rows.
       temperature: float32 [B].
       top_p: float32 [B].
       seeds: uint32 [B].
@@ -62,7 +62,7 @@ def model_step(
     page_size: int,
     implementation: str | None,
 ) -> tuple[jax.Array, Any]:
-    """The pure function behind `Engine.step`: (sampled tokens int32 [B], caches); rows of padding give any token."""
+    """The pure function behind `Engine.step`: (sampled tokens int32 [B], caches); padded rows give any token."""
     with matmul_precision(params):
         metadata = build_metadata(
             inputs.seq_lens,
@@ -81,7 +81,7 @@ def model_step(
             implementation=implementation,
         )
         scores = family_of(config).logits(params, hidden[metadata.last_token], config)
-        # The sampled token's position is the length before it: the same however the tokens before it were computed.
+        # Position of the sampled token: the length before it, however the earlier tokens were cut into steps.
         tokens = sample(scores, inputs.temperature, inputs.top_p, inputs.seeds, metadata.seq_lens)
     return tokens, caches
 
@@ -94,8 +94,8 @@ _jitted_step = jax.jit(
 def default_buckets(max_batch: int, token_budget: int) -> tuple[int, ...]:
     """Token counts to which steps are padded: a full decode batch, then growing fourfold up to the budget.
 
-    Every bucket is a program to compile; a coarser ladder than doubling starts twice as fast, and a long prompt fills
-    whole budgets anyway.
+    Every bucket is a program to compile. Compared with doubling, there are half as many programs, so the engine starts
+    twice as fast; and a long prompt fills whole budgets anyway.
     """
     ladder = buckets(token_budget, min_size=max_batch)
     return tuple(sorted({ladder[0], *ladder[::-1][::2]}))
@@ -108,22 +108,22 @@ class Engine:
     >>> request = engine.submit(b"def main(", max_tokens=64, stop=[b"\\n\\n"])   # doctest: +SKIP
     >>> bytes(engine.stream(request))                                           # doctest: +SKIP
 
-    A request's tokens do not depend on what else is served: sampling uses the request's seed and the token's position
+    A request's tokens do not depend on the other requests: sampling uses the request's seed and the token's position
     only, and preemption keeps the tokens. (Logits of another bucket may differ in the last bits of a float32; only an
     exact tie could show it.) Host memory and pages of a request are returned when it ends.
 
-    If a step fails, by an exception of the device, of the model or by Ctrl-C in the middle, the donated caches are
-    lost. The exception is passed on, every unfinished request ends with finish_reason "error", all pages are returned,
-    and the engine refuses further `submit`, `step` and `warm_up` with a RuntimeError that names the cause: make a new
-    engine. Tokens given out before stay valid. `failed` tells.
+    If a step fails, by an exception of the device or model or by Ctrl-C in the middle, the donated caches are lost. The
+    exception is passed on, every unfinished request ends with finish_reason "error", all pages are returned, and
+    `failed` becomes True. Further `submit`, `step` and `warm_up` raise a RuntimeError that names the cause: make a new
+    engine. Tokens given out before the failure stay valid.
 
     Not thread-safe: one thread submits, steps and cancels.
 
     Attributes:
       config: the model's shapes.
       params: the model's weights on the device.
-      caches: tuple over layers, of (PagedKVCache, PagedIndexCache) or of DeepSeek-V4's LayerCaches; replaced by every
-        step.
+      caches: tuple over layers, of (PagedKVCache, PagedIndexCache) or of DeepSeek-V4's LayerCaches; every step replaces
+        it.
       scheduler: the waiting and running requests.
       token_buckets: token counts to which steps are padded, ascending.
     """
@@ -148,14 +148,14 @@ class Engine:
         Args:
           params: from `init_params` or `load_checkpoint`.
           config: the model's shapes.
-          dtype: float32 or bfloat16, what matrices are cast to; None keeps them.
+          dtype: float32 or bfloat16, to which matrices are cast; None keeps their type.
           cache_dtype: float8_e4m3fnuz, float8_e4m3fn, bfloat16 or float32.
-          page_size: tokens per page; None: 64, of DeepSeek-V4 256 (a multiple or a divisor of every compress ratio).
-          num_pages: pages in all; None: enough for max_batch sequences of max_context.
+          page_size: tokens per page; None: 64, or 256 for DeepSeek-V4 (a multiple or divisor of every compress ratio).
+          num_pages: total number of pages; None: enough for max_batch sequences of max_context.
           max_batch: most requests in a step.
           max_context: most tokens of a request, prompt and generated; None: 4096 or the model's own limit if smaller.
-          prefill_chunk: most tokens in a step (raised to max_batch if below): longer prompts take several steps, in
-            which the other requests decode as well.
+          prefill_chunk: most tokens in a step, at least max_batch (smaller values are raised to it). Longer prompts
+            take several steps, in which other requests decode as well.
           token_buckets: token counts to which steps are padded; None: see `default_buckets`.
           implementation: of all operators: None, "triton", "xla" or "reference".
 
@@ -210,12 +210,12 @@ class Engine:
 
     @property
     def bytes_per_request(self) -> int:
-        """Cache bytes that a running request costs besides, whatever its length: windows, open compressions."""
+        """Further cache bytes per running request, whatever its length: windows and compressor states."""
         return family_of(self.config).bytes_per_request(self.caches)
 
     @property
     def failed(self) -> bool:
-        """Whether a step failed; the engine does nothing more then."""
+        """Whether a step failed, after which the engine can not be used."""
         return self._failure is not None
 
     def has_work(self) -> bool:
@@ -234,22 +234,22 @@ class Engine:
     ) -> Request:
         """Queues a request; `step`, `run` or `stream` then work on it.
 
-        A request that reaches max_context (or has all pages and fills them) is cut there with finish_reason "length".
+        A request that reaches max_context (or has all pages and fills them) ends there with finish_reason "length".
 
         Args:
           prompt: text, bytes (ids are the bytes) or token ids, at least one.
           max_tokens: most tokens to generate, at least 1.
           temperature: 0 is greedy.
           top_p: nucleus, above 0 and at most 1.
-          seed: 0..2**32 - 1; the same seed gives the same tokens whatever else is served.
+          seed: 0..2**32 - 1; the same seed gives the same tokens, whatever other requests run.
           stop: texts, bytes or sequences of ids that end the request (an int is a sequence of one id), or a single text
             or bytes. They do not appear in the tokens.
 
         Returns:
-          The request; its `tokens` grow as steps are made.
+          The request; steps append to its `tokens`.
 
         Raises:
-          ValueError: an argument that is not as described, or a prompt that can never fit; nothing is queued then.
+          ValueError: an argument that is not as described, or a prompt that can never fit; then nothing is queued.
           RuntimeError: the engine has failed.
         """
         self._check_usable()
@@ -262,18 +262,18 @@ class Engine:
         return request
 
     def cancel(self, request: Request) -> bool:
-        """Ends `request` now with finish_reason "cancelled"; False when it has ended already."""
+        """Ends `request` now with finish_reason "cancelled"; returns False if it has ended already."""
         return self.scheduler.cancel(request)
 
     def step(self) -> list[tuple[Request, int]]:
         """Makes one step for the requests that the scheduler chooses.
 
         Returns:
-          (request, token) for every token given out, in order; empty when there is nothing to do, when the step was
-          prefill only, or when tokens are held back because they may begin a stop sequence.
+          (request, token) for every token given out, in order. Empty if no request waits or runs, if the step was
+          prefill only, or if tokens are held back because they may begin a stop sequence.
 
         Raises:
-          RuntimeError: the engine has failed before. Whatever makes this step fail is passed on; see the class.
+          RuntimeError: the engine has failed before. An exception of this step is passed on; see the class.
         """
         self._check_usable()
         try:
@@ -292,7 +292,7 @@ class Engine:
             self.step()
 
     def stream(self, request: Request) -> Iterator[int]:
-        """Yields the tokens of `request` as they come, stepping the engine (and so all other requests) between them.
+        """Yields the tokens of `request` as they come; in between it steps the engine, with all other requests.
 
         Raises:
           RuntimeError: the engine has failed.
@@ -311,7 +311,7 @@ class Engine:
         """Compiles and runs the step of every bucket, on padding only: requests and caches keep their contents.
 
         Args:
-          progress: whether a bar on stderr counts the buckets.
+          progress: show a progress bar of the buckets on stderr.
 
         Raises:
           RuntimeError: the engine has failed.
@@ -329,7 +329,7 @@ class Engine:
             raise
 
     def _execute(self, inputs: StepInputs) -> np.ndarray:
-        """Runs the jitted step; waits for, and fetches, the sampled tokens int32 [B] only."""
+        """Runs the jitted step, waits for it, and fetches only the sampled tokens int32 [B]."""
         tokens, self.caches = self._step(self.params, self.caches, inputs)
         return np.asarray(tokens)
 
@@ -348,7 +348,7 @@ class Engine:
         )
 
     def _inputs(self, batch: Sequence[Scheduled]) -> StepInputs:
-        """The arrays of a step over `batch`. Fresh ones: the last step's may still be read by the device."""
+        """The arrays of a step over `batch`, newly allocated: the device may still read those of the last step."""
         count = sum(row.num_tokens for row in batch)
         inputs = self._padding(bucket_for(count, self.token_buckets))
         start = 0
@@ -370,6 +370,6 @@ class Engine:
             raise RuntimeError(f"the engine failed in an earlier step ({self._failure}); make a new Engine.")
 
     def _fail(self, error: BaseException) -> None:
-        """Ends every request; the caches may be half written or already given away."""
+        """Ends every request: the caches may be half written or already donated."""
         self._failure = f"{type(error).__name__}: {error}".splitlines()[0]
         self.scheduler.abort(f"the engine failed: {self._failure}")

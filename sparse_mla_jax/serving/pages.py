@@ -1,4 +1,4 @@
-"""Which cache pages are free: host bookkeeping only, no arrays, no device."""
+"""Keeps track of the free cache pages: host bookkeeping only, no arrays, no device."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from sparse_mla_jax._check import require
 class PageAllocator:
     """Hands out page numbers 0..num_pages-1; each page has at most one owner at a time.
 
-    Taking or returning one page is O(1). The page returned last is handed out first, so that a small working set stays
-    small. Not thread-safe: one scheduler owns an allocator.
+    Taking or returning one page is O(1). The page returned last is handed out first, which keeps the working set small.
+    Not thread-safe: one scheduler owns an allocator.
     """
 
     def __init__(self, num_pages: int):
@@ -29,21 +29,21 @@ class PageAllocator:
 
     @property
     def num_pages(self) -> int:
-        """Pages in all."""
+        """Total number of pages."""
         return len(self._owned)
 
     @property
     def num_free(self) -> int:
-        """Pages that nobody owns."""
+        """Pages without an owner."""
         return len(self._free)
 
     @property
     def num_used(self) -> int:
-        """Pages that somebody owns."""
+        """Pages with an owner."""
         return self.num_pages - self.num_free
 
     def allocate(self, count: int) -> list[int] | None:
-        """Takes `count` pages, all or none: None (and no change) when fewer are free.
+        """Takes `count` pages; returns None and takes none if fewer are free.
 
         Raises:
           ValueError: `count` is negative.
@@ -60,7 +60,7 @@ class PageAllocator:
         """Returns `pages`, all or none.
 
         Raises:
-          ValueError: a page that does not exist, that nobody owns, or that is named twice; nothing is returned then.
+          ValueError: a page does not exist, has no owner, or is named twice; then no page is returned.
         """
         returned: list[int] = []
         try:

@@ -1,4 +1,4 @@
-"""What a request must be: prompts and stop sequences as token ids, sampling options in range."""
+"""Checks requests: turns prompts and stop sequences into token ids and validates the sampling options."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Prompt = str | bytes | Sequence[int] | np.ndarray
 
 
 def encode(name: str, text: Prompt, vocab_size: int) -> tuple[int, ...]:
-    """Token ids of a prompt or stop sequence: bytes (text as UTF-8) are their own ids, ids are checked.
+    """Token ids of a prompt or stop sequence. Bytes (of text: its UTF-8 encoding) are their own ids; ids are checked.
 
     Raises:
       ValueError: not text, bytes or integers; an id outside the vocabulary.
@@ -51,7 +51,7 @@ def check_request(
     seed: int,
     stop: Prompt | Sequence[Prompt | int],
 ) -> Request:
-    """A request that no scheduler knows yet.
+    """Makes a checked request, which is not yet in a scheduler.
 
     Raises:
       ValueError: an argument that is not as `Engine.submit` describes it.

@@ -1,17 +1,17 @@
-"""Who runs in the next step: continuous batching over a fixed number of cache pages. Host bookkeeping, no device.
+"""Chooses the requests of the next step: continuous batching over a fixed number of cache pages. No device code.
 
 The policy, in the order in which a step is filled:
 
-1. Decode first: every running request whose cache lacks only its newest token gets that token.
-2. Prefill: what is left of the token budget goes to prompts under way, oldest first, in chunks.
-3. Admission: waiting requests enter in order of arrival while a place, pages for all their known tokens, one spare
-   page per running request that may still grow, and budget are left. Nobody overtakes the first
-   in the queue, so nobody starves.
+1. Decode: every running request whose cache lacks only its newest token gets that token.
+2. Prefill: the rest of the token budget goes to prompts that are partly cached, oldest first, in chunks.
+3. Admission: waiting requests enter in order of arrival, as long as max_batch and the budget allow and there are free
+   pages for all known tokens of the request, plus one spare page per running request that may still grow. No request
+   overtakes the first in the queue, so none starves.
 
-Pages are taken at admission (all known tokens at once) and one by one while decoding. When none is left, the youngest
+Pages are taken at admission (for all known tokens at once) and one by one while decoding. If none is left, the youngest
 running request is preempted: it loses its pages, keeps its tokens, returns to the head of the queue, and later prefills
-prompt and generated tokens again. Age is order of arrival: whoever runs is older than whoever waits, so the oldest
-request always moves on and every request ends.
+prompt and generated tokens again. Age is the order of arrival. Every running request is older than every waiting one,
+so the oldest request always advances and every request ends.
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ from sparse_mla_jax.serving.pages import PageAllocator
 
 @dataclasses.dataclass(eq=False)
 class Request:
-    """One prompt and what became of it. Made by `Engine.submit`; read by anybody, written by the scheduler alone.
+    """A prompt and its generated tokens. Made by `Engine.submit`; anyone may read it, only the scheduler writes it.
 
     Attributes:
       prompt: token ids.
       max_tokens: most tokens to generate.
       temperature, top_p, seed: sampling parameters, see `sampling.sample`.
       stop: token sequences that end the request; they are not part of `tokens`.
-      tokens: tokens given out so far. One that may turn out to begin a stop sequence is held back until that is known.
+      tokens: tokens given out so far. A token that may begin a stop sequence is held back until that is decided.
       finish_reason: None while waiting or running, then "stop" (a stop sequence came), "length" (max_tokens or the
         context is reached), "cancelled" or "error".
-      error: what went wrong, when finish_reason is "error".
+      error: the reason, if finish_reason is "error".
       num_preemptions: how often the request lost its pages.
     """
 
@@ -53,7 +53,7 @@ class Request:
     finish_reason: str | None = None
     error: str | None = None
     num_preemptions: int = 0
-    # The scheduler's own: prompt and generated tokens; how many of them are in the cache; the pages; the state.
+    # Private to the scheduler: prompt and generated tokens; how many of them are cached; pages; row of the state.
     _sequence: list[int] = dataclasses.field(default_factory=list, repr=False)
     _num_cached: int = dataclasses.field(default=0, repr=False)
     _page_row: np.ndarray | None = dataclasses.field(default=None, repr=False)
@@ -108,12 +108,12 @@ class Scheduled:
 
     @property
     def state(self) -> int:
-        """Where what the model keeps per request lies: no two running requests share it."""
+        """Row of the model's per-request state; no two running requests share it."""
         return self.request._state
 
 
 def held_back(generated: Sequence[int], stop: Sequence[Sequence[int]]) -> int:
-    """How many of the last `generated` tokens may still become a stop sequence: the longest suffix that begins one."""
+    """How many of the last `generated` tokens may begin a stop sequence: the longest suffix that is a prefix of one."""
     longest = 0
     for sequence in stop:
         for length in range(min(len(sequence) - 1, len(generated)), longest, -1):
@@ -124,19 +124,19 @@ def held_back(generated: Sequence[int], stop: Sequence[Sequence[int]]) -> int:
 
 
 class Scheduler:
-    """Decides, step by step, which tokens of which requests run; owns every request's pages. Not thread-safe.
+    """Decides which tokens of which requests run in each step, and owns the pages of every request. Not thread-safe.
 
-    Use: `batch = schedule()`, run the model on it, `commit(batch, sampled)`. Between the two only `cancel` and `add`
-    are allowed; rows of a request cancelled in between are ignored by `commit`.
+    Use: `batch = schedule()`, run the model on it, `commit(batch, sampled)`. Between the two, only `cancel` and `add`
+    are allowed. `commit` ignores the rows of a request that was cancelled in between.
     """
 
     def __init__(
         self, allocator: PageAllocator, *, page_size: int, max_batch: int, max_context: int, token_budget: int
     ):
-        """Starts with nothing to do.
+        """Makes a scheduler without requests.
 
         Args:
-          allocator: the pages, all of them this scheduler's.
+          allocator: the pages; no other scheduler may use it.
           page_size: tokens per page.
           max_batch: most requests that run at a time.
           max_context: most tokens of one request, prompt and generated.
@@ -162,11 +162,11 @@ class Scheduler:
         self.max_context = max_context
         self.token_budget = token_budget
         self.table_width = -(-max_context // page_size)
-        # Prompt and generated tokens of a request that has every page to itself.
+        # Most tokens (prompt and generated) of a request that has all pages.
         self.capacity = min(max_context, allocator.num_pages * page_size)
         self.waiting: collections.OrderedDict[int, Request] = collections.OrderedDict()
         self.running: list[Request] = []
-        # A request has one from admission to its end or preemption.
+        # A request holds one state from its admission to its end or preemption.
         self._free_states = list(range(max_batch))[::-1]
         self._arrivals = itertools.count()
 
@@ -178,8 +178,8 @@ class Scheduler:
     def add(self, request: Request) -> None:
         """Puts `request` at the end of the queue.
 
-        A request whose prompt can never fit is not queued: its finish_reason becomes "error", its `error` says which
-        sizes clash; other requests are not touched.
+        A request whose prompt can never fit is not queued: its finish_reason becomes "error", and its `error` says
+        which sizes clash.
         """
         longest = self.capacity - 1
         if not 1 <= len(request.prompt) <= longest:
@@ -198,7 +198,7 @@ class Scheduler:
         self.waiting[request._arrival] = request
 
     def cancel(self, request: Request) -> bool:
-        """Ends `request` now and returns its pages; False when it is already finished or not known here."""
+        """Ends `request` now and frees its pages; returns False if it is finished or not of this scheduler."""
         if request.finished:
             return False
         if self.waiting.get(request._arrival) is request:
@@ -221,14 +221,14 @@ class Scheduler:
         return requests
 
     def schedule(self) -> list[Scheduled]:
-        """Chooses the rows of the next step and takes their pages; empty only when there is no work.
+        """Chooses the rows of the next step and takes their pages; empty only if no request waits or runs.
 
         Returns:
           At most `max_batch` rows, together at most `token_budget` tokens, each with at least one.
         """
         batch = []
         for request in list(self.running):
-            # A request preempted further up in this loop waits again: it is not in `running` any more.
+            # A request preempted earlier in this loop has no pages and waits again.
             if request._num_pages and self._pending(request) == 1 and self._grow_or_preempt(request):
                 batch.append(Scheduled(request, 1))
         budget = self.token_budget - len(batch)
@@ -240,7 +240,7 @@ class Scheduler:
         while budget > 0 and self.waiting and len(self.running) < self.max_batch:
             request = next(iter(self.waiting.values()))
             needed = self._pages_for(len(request._sequence))
-            # Without a spare page for each, the newcomer would be preempted within a few steps, its prefill wasted.
+            # Keep a spare page for each: otherwise the new request is preempted within a few steps, its prefill wasted.
             if needed + sum(map(self._grows, self.running)) > self.allocator.num_free:
                 break
             del self.waiting[request._arrival]
@@ -255,7 +255,7 @@ class Scheduler:
         """Records that the tokens of `batch` are in the cache and that `sampled[i]` was chosen after row i.
 
         Returns:
-          (request, token) for every token given out, in order; a request may have none or several: `Request.tokens`.
+          (request, token) for every token given out, in order; a request may have none or several (held-back tokens).
         """
         events: list[tuple[Request, int]] = []
         ended = False
@@ -272,7 +272,7 @@ class Scheduler:
         return events
 
     def _extend(self, request: Request, token: int) -> list[int]:
-        """Appends a sampled token; returns the tokens that may now be given out. The request may end by it."""
+        """Appends a sampled token, which may end the request; returns the tokens that may now be given out."""
         request._sequence.append(token)
         count = request.num_generated
         reach = min(count, max(map(len, request.stop), default=0))
@@ -304,7 +304,7 @@ class Scheduler:
         return self._pages_for(longest) > request._num_pages
 
     def _take(self, request: Request, count: int) -> bool:
-        """Gives `count` more pages to a request, or none and False."""
+        """Gives `count` more pages to a request; returns False and gives none if fewer are free."""
         pages = self.allocator.allocate(count)
         if pages is None:
             return False
@@ -314,7 +314,7 @@ class Scheduler:
         return True
 
     def _release(self, request: Request) -> None:
-        """Returns all pages of a request; its cached tokens are gone."""
+        """Frees all pages of a request, which loses its cached tokens."""
         if request._num_pages:
             assert request._page_row is not None
             self.allocator.free(request._page_row[: request._num_pages].tolist())
@@ -330,13 +330,13 @@ class Scheduler:
         request.finish_reason = reason
 
     def _grow_or_preempt(self, request: Request) -> bool:
-        """Makes room for a request's next token, preempting the youngest ones; False if it was the youngest itself."""
+        """Takes a page for a request's next token, if need be from the youngest; False if it was preempted itself."""
         missing = self._pages_for(len(request._sequence)) - request._num_pages
         while missing > 0 and not self._take(request, missing):
             youngest = self.running.pop()
             self._release(youngest)
             youngest.num_preemptions += 1
-            # Whoever is preempted is older than whoever waits: the queue stays in order of arrival.
+            # The preempted request is older than all waiting ones: at the head, the queue stays in order of arrival.
             self.waiting[youngest._arrival] = youngest
             self.waiting.move_to_end(youngest._arrival, last=False)
             if youngest is request:

@@ -1,4 +1,4 @@
-"""Logits at every position of given sequences, through the same step, caches and kernels that serve requests."""
+"""Logits at every position of given sequences, computed by the step, caches and kernels that serve requests."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def _score_step(
     page_size: int,
     implementation: str | None,
 ) -> tuple[jax.Array, Any]:
-    """Logits after every one of token_ids [T]: (float32 [T, V], caches)."""
+    """Logits after each token of token_ids [T]: (float32 [T, V], caches)."""
     with matmul_precision(params):
         metadata = build_metadata(seq_lens, query_lens, page_table, num_tokens=token_ids.shape[0], page_size=page_size)
         rows = jnp.arange(seq_lens.shape[0], dtype=jnp.int32)
@@ -43,7 +43,7 @@ def _score_step(
 
 
 def check_token_ids(token_ids: Any, vocab_size: int) -> np.ndarray:
-    """Returns `token_ids` as int32 [B, L].
+    """`token_ids` as int32 [B, L].
 
     Raises:
       ValueError: not integers, not [B, L] with at least one token, or an id outside the vocabulary.
@@ -66,7 +66,7 @@ def check_token_ids(token_ids: Any, vocab_size: int) -> np.ndarray:
 def check_arguments(
     config: Config, token_ids: Any, *, prompt_length: int | None, chunk: int | None, page_size: int | None
 ) -> tuple[np.ndarray, int, int, int]:
-    """The arguments of `score` that need no weights, defaults filled in: (int32 [B, L], prompt length, chunk, page).
+    """Checks arguments of `score` and fills in defaults: (token_ids int32 [B, L], prompt length, chunk, page size).
 
     Raises:
       ValueError: an argument that is not as `score` describes it.
@@ -105,9 +105,9 @@ def score(
 ) -> np.ndarray:
     """Teacher-forced logits: entry [b, i] scores the token that follows token_ids[b, : i + 1].
 
-    The first `prompt_length` tokens of all sequences go through prefill, `chunk` at a time; the rest one by one through
-    the decode step. Float32 models multiply in full float32 precision. At most two programs are compiled: one for
-    B * chunk tokens, one for B.
+    The first `prompt_length` tokens of all sequences go through prefill, `chunk` at a time; the others go through the
+    decode step one by one. Float32 models multiply in full float32 precision. At most two programs are compiled: one
+    for B * chunk tokens, one for B.
 
     Args:
       params: from `init_params` or `load_checkpoint`; their type is the type of the computation.
@@ -116,9 +116,9 @@ def score(
       prompt_length: 0..L; None: L, so prefill only. 0 decodes from an empty cache.
       chunk: tokens per sequence and prefill step; None: the whole prompt at once.
       cache_dtype: float8_e4m3fnuz, float8_e4m3fn, bfloat16 or float32.
-      page_size: tokens per page; None: 64, of DeepSeek-V4 256 (a multiple or a divisor of every compress ratio).
+      page_size: tokens per page; None: 64, or 256 for DeepSeek-V4 (a multiple or divisor of every compress ratio).
       implementation: None, "triton", "xla" or "reference".
-      progress: whether a bar on stderr counts the tokens.
+      progress: show a progress bar of the tokens on stderr.
 
     Returns:
       float32 [B, L, V] on the host.
@@ -145,7 +145,7 @@ def score(
         while start < length:
             size = chunk if start < prompt_length else 1
             end = min(start + size, prompt_length) if start < prompt_length else start + 1
-            flat = np.zeros(batch * size, np.int32)  # the last chunk is padded: its program exists already
+            flat = np.zeros(batch * size, np.int32)  # pad the last chunk, so that no further program is compiled
             flat[: batch * (end - start)] = tokens[:, start:end].reshape(-1)
             scores, caches = _score_step(
                 params,

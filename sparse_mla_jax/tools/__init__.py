@@ -1,1 +1,1 @@
-"""What people run: the demo, generation, benchmarks, inspection of kernels and steps."""
+"""The commands: demo, generate, score, benchmarks, inspection of kernels and steps."""

@@ -25,7 +25,7 @@ from sparse_mla_jax.serving.engine import Engine
 from sparse_mla_jax.tools.text import stdlib_sources
 
 PACKAGE = pathlib.Path(__file__).parents[1]
-# In a wheel the small model lies inside the package; in a checkout, where it was trained, beside it.
+# Folders of the small model: inside the package in a wheel, beside it in a checkout.
 MODELS = (PACKAGE / "_assets" / "tiny_python", PACKAGE.parent / "examples" / "tiny_python")
 DEFAULT_MODEL = next((folder for folder in MODELS if folder.is_dir()), MODELS[-1])
 VARIANTS = (
@@ -70,7 +70,7 @@ def bits_per_byte(logits: np.ndarray, token_ids: np.ndarray) -> float:
 
 
 def serve(params: Any, config: DeepseekV32Config, arguments: argparse.Namespace) -> None:
-    """Continuous batching over FP8 (e4m3fnuz) paged caches; prints what was generated and how fast."""
+    """Serves requests with continuous batching over FP8 (e4m3fnuz) paged caches; prints the text and the speed."""
     engine = Engine(
         params,
         config,
@@ -113,7 +113,7 @@ def serve(params: Any, config: DeepseekV32Config, arguments: argparse.Namespace)
 
 
 def device() -> str:
-    """The machine in words: cores of this CPU, or the accelerator's name."""
+    """Name of the machine: the number of CPU cores, or the accelerator's name."""
     first = jax.devices()[0]
     return f"{os.cpu_count()} CPU cores" if first.platform == "cpu" else first.device_kind
 
@@ -134,7 +134,7 @@ def variant_bits(
 
 
 def table(results: list[float], windows: np.ndarray, topk: int) -> None:
-    """Prints the variants' bits per byte, and each one's distance from the first and the second."""
+    """Prints the variants' bits per byte, and their differences from the first and the second variant."""
     print(f"\nheld-out bits per byte, {windows.shape[0]} windows of {windows.shape[1]} bytes, top-{topk}")
     print(f"  {'':32} {'bits/byte':>9}  {'vs dense':>9}  {'vs float32 cache':>16}")
     for number, ((name, _, _), bits) in enumerate(zip(VARIANTS, results, strict=True)):
@@ -215,7 +215,7 @@ def run(arguments: argparse.Namespace) -> int:
     serve(params, config, arguments)
     names, texts = zip(*held_out_windows(arguments.windows, WINDOW), strict=True)
     windows = np.stack(texts)
-    # Compilation is most of the time and runs on one core: two variants at once.
+    # Run two variants at once: most of the time is compilation, which uses one core.
     with concurrent.futures.ThreadPoolExecutor(max_workers=2) as pool:
         scores = [
             pool.submit(variant_bits, params, config, windows, dense=dense, cache_dtype=cache_dtype)

@@ -39,7 +39,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def implementation() -> str:
-    """What `implementation=None` takes on this machine for an operator that has a kernel."""
+    """The implementation that `implementation=None` uses on this machine for an operator with a kernel."""
     from sparse_mla_jax.ops import _dispatch
 
     first = _dispatch.preferred()[0]
@@ -47,7 +47,7 @@ def implementation() -> str:
 
 
 def no_kernels() -> str:
-    """Why no kernel runs on the GPU of this machine; empty where they run, or where there is no GPU."""
+    """Reason why no kernel runs on this machine's GPU; empty if kernels run, or if there is no GPU."""
     from pallas_kernels.targets import target_of, traced_gpu
 
     gpu = traced_gpu()
@@ -61,7 +61,7 @@ def no_kernels() -> str:
 
 
 def check_backend() -> None:
-    """Says in words when jax finds no device; it answers a platform without a plugin with a bare assertion."""
+    """Raises RuntimeError with a readable message if jax finds no device; jax may raise a bare AssertionError."""
     import jax
 
     try:
@@ -98,7 +98,7 @@ def describe_device() -> dict[str, Any]:
 
 
 def fp8_flavour(backend: str, device: str, architecture: str) -> str:
-    """Which FP8 type the hardware computes with, from the names that JAX gives it."""
+    """The FP8 type that the hardware supports, from the names that JAX gives for it."""
     if backend == "cpu":
         return "both, by bit arithmetic (float8_e4m3fnuz and float8_e4m3fn)"
     from pallas_kernels.targets import target_of

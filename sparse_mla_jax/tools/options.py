@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def add_model_options(parser: argparse.ArgumentParser, *, cache_dtype: str) -> None:
-    """The options that every command with a model has."""
+    """Adds the options that every command with a model has."""
     parser.add_argument("model_dir", metavar="MODEL_DIR", help="Hugging Face folder: config.json and safetensors")
     parser.add_argument(
         "--cache-dtype", choices=CACHE_DTYPES, default=cache_dtype, help="type of the caches (default %(default)s)"
@@ -45,10 +45,10 @@ def load_array(path: str, name: str) -> np.ndarray:
 
 
 def check_writable(name: str, path: str) -> None:
-    """Refuses an output path before any work is done for it; `name` is the option's.
+    """Checks an output path before any work is done; `name` is the option's name.
 
     Raises:
-      ValueError: a folder, in a folder that does not exist, or not writable.
+      ValueError: the path is a folder, in a folder that does not exist, or not writable.
     """
     from sparse_mla_jax._check import require
 

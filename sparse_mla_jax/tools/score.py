@@ -37,7 +37,7 @@ def run(arguments: argparse.Namespace) -> int:
     from sparse_mla_jax.tools.info import check_backend
 
     check_writable("--output", arguments.output)
-    # Everything that can be wrong with the ids is said before gigabytes are read.
+    # Check the ids before reading gigabytes of weights.
     ids = scoring.check_arguments(
         config,
         tokens,

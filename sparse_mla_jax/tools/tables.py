@@ -1,4 +1,4 @@
-"""Tables for people."""
+"""Formats text tables."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """Aligned columns: the first to the left, numbers to the right."""
+    """A table with aligned columns: the first two to the left, the others to the right."""
     cells = [[str(c) for c in row] for row in [header, *rows]]
     widths = [max(len(row[k]) for row in cells) for k in range(len(header))]
     lines = [

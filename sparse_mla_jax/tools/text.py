@@ -1,11 +1,11 @@
-"""Real text that every interpreter has: the Python standard library's own sources, with whole modules held out."""
+"""Text that every Python installation has: the sources of its standard library, with whole modules held out."""
 
 from __future__ import annotations
 
 import pathlib
 import sysconfig
 
-# Whole modules, never trained on, tests included; the order is the order in which demos show them.
+# Whole modules, tests included, that are never trained on, in the order in which demos show them.
 HELD_OUT = (
     "heapq",
     "textwrap",
@@ -42,7 +42,7 @@ def stdlib_sources(held_out: bool) -> list[tuple[str, bytes]]:
         site-packages, and without the tests of held-out modules), sorted by path, for training.
 
     Returns:
-      An empty list where the interpreter carries no sources (a zipped library).
+      An empty list if the installation has no sources (a zipped library).
     """
     root = pathlib.Path(sysconfig.get_paths()["stdlib"])
     if held_out:

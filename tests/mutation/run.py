@@ -88,7 +88,9 @@ def _listed(records: list[dict], sites: list[Site]) -> list[Fault]:
         room = ordered((site for site in sites if site.room == record["room"]), 0)
         site = next((site for site in room if site.id not in taken), None)
         if site is not None:
-            note = f"in place of {record['id']}, which is gone or changes nothing: {record['function']}: {record['text']}"
+            note = (
+                f"in place of {record['id']}, which is gone or changes nothing: {record['function']}: {record['text']}"
+            )
             faults.append(Fault(site.id, site, note))
     return faults
 

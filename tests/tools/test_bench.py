@@ -152,30 +152,31 @@ def test_slots_are_distinct_and_of_ones_own():
 # --- the harness
 
 
+# By default two of each area, of one kernel each, and of the steps both families.
 @pytest.mark.parametrize(
     ("name", "flavour", "query"),
     [
         ("topk-32x8192", "", ""),
-        ("topk-64x131072-length4096", "", ""),
-        ("topk-64x32768-plateau", "", ""),
-        ("indexer-1024x8192", FP8[0], "bfloat16"),
+        slow("topk-64x131072-length4096", "", ""),
+        slow("topk-64x32768-plateau", "", ""),
+        slow("indexer-1024x8192", FP8[0], "bfloat16"),
         ("indexer-paged-8x16384", FP8[1], FP8[1]),
         ("indexer-select-64x65536", FP8[0], "bfloat16"),
         ("decode-v4-b128-h16-k2048-ragged", FP8[0], ""),
-        ("prefill-t1024-h16-k2048", "bfloat16", ""),
-        ("decode-v4-b128-h64-w128-k256-of-8192", FP8[1], ""),
+        slow("prefill-t1024-h16-k2048", "bfloat16", ""),
+        slow("decode-v4-b128-h64-w128-k256-of-8192", FP8[1], ""),
         ("prefill-v4-t2048-h64-w128-k512", FP8[0], ""),
-        ("prefill-v4-t2048-h64-w128-all-of-256", FP8[1], ""),
+        slow("prefill-v4-t2048-h64-w128-all-of-256", FP8[1], ""),
         ("cache-v4-t128", FP8[0], ""),
         ("cache-compress-4-b128", FP8[0], ""),
         ("projection-rotated-t32", "", ""),
-        ("projection-norm-v32-hidden-t32", "", ""),
+        slow("projection-norm-v32-hidden-t32", "", ""),
         ("projection-norm-v32-query-t32", "", FP8[1]),
         slow("projection-norm-v32-query-t32", "", "bfloat16"),
         ("projection-norm-v4-hidden-t32", "", ""),
         slow("projection-norm-v4-query-t32", "", ""),
         ("streams-split-t32", "", ""),
-        ("streams-merge-t1", "", ""),
+        slow("streams-merge-t1", "", ""),
         ("streams-sublayer-t32", "", ""),
         ("step-v32-attention-b64-h16", FP8[1], ""),
         slow("step-v4-ratio4-b32", FP8[0], ""),  # the layers of the next case in small

@@ -121,8 +121,12 @@ def compiled_step(request):
 
 def test_the_step_at_published_sizes_copies_no_cache(compiled_step):
     step, program = compiled_step
-    names = "norm_rope cache_write norm_rope paged_indexer_logits top_k sparse_mla merge_splits"
-    assert [k.name.removesuffix("__1") for k in program.pallas_kernels] == names.split()
+    names = [k.name.removesuffix("__1") for k in program.pallas_kernels]
+    # The queries need no cache: releases of XLA launch their kernel before the write or after it.
+    assert [name for name in names if name != "norm_rope"] == [
+        *("cache_write", "paged_indexer_logits", "top_k", "sparse_mla", "merge_splits")
+    ]
+    assert names[0] == "norm_rope" and names.count("norm_rope") == 2
     assert step_inspection.cache_copies(step, program) == []
     assert program.in_place == tuple(range(step.first_cache, step.first_cache + len(step.caches)))
     row = step_inspection.summary(step, program)

@@ -1,1 +1,1 @@
-"""Times kernels and models: `run` the cases, `model` a checkpoint, `report` tables, `device_timing`."""
+"""Times kernels and models: `run` for the cases, `model` for a checkpoint, `report` for tables, `device_timing`."""

@@ -1,7 +1,8 @@
-"""Time of compiled functions by the device's own counters, and the two ceilings of a machine.
+"""Times compiled functions by the device's own counters, and measures the two ceilings of a machine.
 
-On an NVIDIA GPU CUPTI says how long each kernel ran; a call's time is the sum over its kernels. Gaps between kernels,
-copies and fills by copy engines are not in it: `wall_microseconds` shows them. Elsewhere every time is wall clock.
+On an NVIDIA GPU, CUPTI gives the time of each kernel, and the time of a call is the sum over its kernels. It excludes
+gaps between kernels, and copies and fills by copy engines; `wall_microseconds` includes them. On other devices, every
+time is wall clock.
 """
 
 from __future__ import annotations
@@ -21,15 +22,15 @@ from jax import Array
 from sparse_mla_jax._check import require
 
 CUPTI, WALL_CLOCK = "CUPTI", "wall clock"
-# Last-level cache of an H200; inputs that together exceed it twice come from device memory.
+# Last-level cache of an H200. Inputs of more than twice this size in total are read from device memory.
 L2_BYTES = 50 << 20
-# All sets of arguments together.
+# Most bytes of all argument sets together.
 MEMORY_BYTES = 20 << 30
 
 
 @dataclasses.dataclass(frozen=True)
 class TimedKernel:
-    """Launches of one name within a call, and their time together in microseconds."""
+    """All launches of one kernel name within a call: their number and total time in microseconds."""
 
     name: str
     launches: int
@@ -38,15 +39,15 @@ class TimedKernel:
 
 @dataclasses.dataclass(frozen=True)
 class Timing:
-    """What one call takes.
+    """The time of one call.
 
     Attributes:
       microseconds: median over the calls.
       low, high: the fastest and the slowest call.
-      calls: how many were timed.
+      calls: number of timed calls.
       method: CUPTI or WALL_CLOCK.
-      kernels: what a call launches, slowest first; empty by wall clock.
-      wall_microseconds: per call, of many calls sent off without waiting.
+      kernels: the kernels of a call, slowest first; empty for wall clock.
+      wall_microseconds: wall-clock time per call, of many calls enqueued without waiting.
     """
 
     microseconds: float
@@ -65,29 +66,29 @@ class Timing:
 
 @dataclasses.dataclass(frozen=True)
 class Ceilings:
-    """What the machine reaches: device memory read in GB/s, bfloat16 matrix product in TFLOPS."""
+    """Measured limits of the machine: reading device memory in GB/s, bfloat16 matrix product in TFLOPS."""
 
     read_gbps: float
     matmul_tflops: float
 
     def percent(self, gbps: float, tflops: float) -> float:
-        """The larger of both shares."""
+        """The larger of both rates, in percent of its ceiling."""
         return 100 * max(gbps / self.read_gbps, tflops / self.matmul_tflops)
 
 
 def method() -> str:
-    """How times are taken on the default device."""
+    """The timing method of the default device."""
     return CUPTI if "NVIDIA" in jax.devices()[0].device_kind else WALL_CLOCK
 
 
 def number_of_sets(touched: int, held: int, calls: int) -> int:
-    """How many sets of arguments to rotate.
+    """Number of argument sets to rotate.
 
-    Enough that what lies between two uses of a set exceeds the last-level cache twice, or that no set is used twice.
+    Either more than twice the last-level cache is touched between two uses of a set, or no set is used twice.
 
     Args:
       touched: bytes that a call reads and writes.
-      held: bytes that a set occupies by itself.
+      held: bytes of one set, without shared arguments.
       calls: timed calls; one more warms up.
     """
     wanted = 1 + -(-2 * L2_BYTES // max(touched, 1))
@@ -100,9 +101,9 @@ def _twice_the_cache() -> Array:
 
 
 class Rotation:
-    """A compiled function on the next set of arguments at every call; waits for the result and keeps none.
+    """Calls a compiled function on the next argument set each time, waits for the result and drops it.
 
-    The profiler takes an object with `trace` and `lower` for a jitted function and calls it as it is.
+    `trace` and `lower` make the profiler take it for a jitted function and call it directly.
     """
 
     def __init__(self, fn: Callable[..., Any], sets: Sequence[tuple[Any, ...]], state: tuple[Any, ...] = ()):
@@ -119,21 +120,21 @@ class Rotation:
         self.last = out
 
     def finish(self) -> None:
-        """Waits for the last call and forgets its result."""
+        """Waits for the last call and drops its result."""
         jax.block_until_ready(self.last)
         self.last = None
 
     def trace(self, *args: Any, **kwargs: Any) -> Any:
-        """Not for calling."""
+        """Never called; see the class."""
         raise NotImplementedError
 
     def lower(self, *args: Any, **kwargs: Any) -> Any:
-        """Not for calling."""
+        """Never called; see the class."""
         raise NotImplementedError
 
 
 class _AfterFlush(Rotation):
-    """The untimed first call also drives the arguments, just made, out of the last-level cache."""
+    """A Rotation whose first, untimed call also evicts the newly made arguments from the last-level cache."""
 
     def __call__(self) -> None:
         first = self.calls == 0
@@ -153,7 +154,7 @@ def _by_counters(rotation: Rotation, calls: int) -> list[list[tuple[str, float]]
     except RuntimeError as error:
         if "iterations" not in str(error):
             raise
-        # Loops whose length depends on data: calls differ in their kernels and are measured one by one.
+        # Measure calls one by one: with loops of data-dependent length they launch different kernels.
         found = [profiler.measure(rotation, aggregate=False)()[1] for _ in range(calls)]
     if not found or not all(found):
         raise RuntimeError("the profiler saw no kernel")
@@ -161,7 +162,7 @@ def _by_counters(rotation: Rotation, calls: int) -> list[list[tuple[str, float]]
 
 
 def split(calls: Sequence[Sequence[tuple[str, float]]]) -> tuple[TimedKernel, ...]:
-    """Kernels of a call, slowest first: the median over calls of each name's time; (name, ms) in."""
+    """Kernels of a call, slowest first, from (name, ms) of each launch: the median over calls for each name."""
     times: dict[str, list[float]] = collections.defaultdict(list)
     launches: dict[str, int] = {}
     for call in calls:
@@ -179,8 +180,8 @@ def time_calls(
     """Times `calls` calls of a compiled function, after one that is not timed.
 
     Args:
-      fn: compiled, (*state, *arguments) -> outputs, of which the first are the state of the next call.
-      sets: arguments, used in turn.
+      fn: compiled, (*state, *arguments) -> outputs; the first outputs are the state of the next call.
+      sets: argument sets, used in turn.
       calls: at least 1.
       state: donated arguments.
 
@@ -209,7 +210,7 @@ def time_calls(
 
 
 def _without_waiting(rotation: Rotation, calls: int) -> float:
-    """Microseconds a call, of many sent off one after the other."""
+    """Wall-clock microseconds per call, of many calls enqueued without waiting."""
     rotation.waits = False
     start = time.perf_counter()
     for _ in range(calls):
@@ -221,7 +222,7 @@ def _without_waiting(rotation: Rotation, calls: int) -> float:
 def wall_time(
     fn: Callable[..., Any], sets: Sequence[tuple[Any, ...]], calls: int, state: tuple[Any, ...] = ()
 ) -> float:
-    """`Timing.wall_microseconds` alone, after three calls that are not timed; arguments as those of `time_calls`."""
+    """`Timing.wall_microseconds` alone, after three untimed calls; arguments as for `time_calls`."""
     rotation = Rotation(fn, sets, state)
     del state
     for _ in range(3):
@@ -233,8 +234,8 @@ def measure_ceilings(*, calls: int = 10, small: bool = False) -> Ceilings:
     """Measures both ceilings: the sum of 2 GiB, and a product of two random bfloat16 8192 x 8192 matrices.
 
     Args:
-      calls: of each, the median counts.
-      small: 16 MiB and 256 x 256, for a CPU.
+      calls: timed calls of each, of which the median is taken.
+      small: use 16 MiB and 256 x 256, for a CPU.
     """
     elements, side = (4 << 20, 256) if small else (512 << 20, 8192)
     key = jax.random.key(0)

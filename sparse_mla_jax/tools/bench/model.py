@@ -15,7 +15,7 @@ from sparse_mla_jax.tools.options import check_writable
 if TYPE_CHECKING:
     from sparse_mla_jax.serving.engine import Engine
 
-# Options of `bench MODEL_DIR` alone, and what they are unless given.
+# Options of `bench MODEL_DIR` only, with their defaults.
 MODEL_BENCH = {
     "batch": 8,
     "context": 2048,
@@ -31,8 +31,8 @@ def measure_decode(engine: Engine, *, context: int, steps: int, seed: int = 0) -
     """Times decode steps of a full batch on random prompts, prefilled by the engine itself.
 
     Args:
-      engine: fresh; its max_context at least `context`.
-      context: no sequence is longer; they are nearly that long while timed.
+      engine: newly made; its max_context must be at least `context`.
+      context: most tokens of a sequence; sequences are nearly that long while timed.
       steps: timed steps.
       seed: of the prompts.
 
@@ -40,12 +40,12 @@ def measure_decode(engine: Engine, *, context: int, steps: int, seed: int = 0) -
       Tokens per second of decode and of prefill, milliseconds per step (mean and median).
 
     Raises:
-      ValueError: `context` has no room for the steps.
+      ValueError: `context` is too short for the steps.
     """
     import numpy as np
 
     batch, budget, warm = engine.scheduler.max_batch, engine.scheduler.token_budget, 2
-    # Whoever is prefilled first decodes while the others prefill: that, too, must fit into the context.
+    # Leave room for the tokens that early requests decode while the others still prefill.
     prompt_length = context - steps - warm - 2 * (-(-batch * context // budget)) - 1
     require(
         prompt_length >= 1,

@@ -1,4 +1,4 @@
-"""Options of `bench`: those of both forms, those of a model, and those of the kernels."""
+"""Options of `bench`: for kernels (`bench [AREA]`), for a model (`bench MODEL_DIR`), and for both."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _MODEL_SIZES = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options of both forms; None unless given, so that each form can refuse the other's."""
+    """Adds all options. The default is None, so that `bench AREA` and `bench MODEL_DIR` can refuse each other's."""
     from sparse_mla_jax.tools.bench import run
 
     parser.add_argument(
@@ -53,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def check_form(arguments: argparse.Namespace, kernels: bool) -> None:
-    """Refuses options of the other form of `bench`."""
+    """Raises ValueError for options of `bench MODEL_DIR` in `bench [AREA]`, and vice versa."""
     from sparse_mla_jax.tools.bench import run
 
     here, other = ("[AREA]", "MODEL_DIR") if kernels else ("MODEL_DIR", "[AREA]")

@@ -1,4 +1,4 @@
-"""Others' implementations that `bench` times beside ours."""
+"""Implementations of other libraries that `bench` times for comparison."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import statistics
 
 
 def torch_topk(rows: int, columns: int, k: int, *, calls: int) -> float | str:
-    """Median microseconds of torch.topk on random float32 scores by CUDA events, after one warm call.
+    """Median microseconds of torch.topk on random float32 scores by CUDA events, after one untimed call.
 
     Raises:
       ModuleNotFoundError: torch is not installed.

@@ -1,4 +1,4 @@
-"""What `bench` measured, as text tables, as the README's table, as a picture, and beside an earlier run.
+"""Reports of `bench`: text tables, a markdown table, a picture, and the comparison with an earlier run.
 
 A document is the JSON of `bench --json FILE`: machine, method, ceilings and `results`, one row per case and flavour.
 """
@@ -14,7 +14,7 @@ from typing import Any
 
 from sparse_mla_jax._check import require
 
-# A case that takes so many times what it took is marked.
+# A case is marked as slower if its time grew by this factor.
 SLOWER = 1.1
 PEERS = {"xla": "XLA us", "lax_top_k": "lax.top_k us", "torch_topk": "torch.topk us"}
 
@@ -37,23 +37,23 @@ def load(path: str) -> dict[str, Any]:
 
 
 def key(row: dict[str, Any]) -> tuple[str, str, str]:
-    """What tells a row from all others of a document."""
+    """The key that is unique to a row in its document."""
     return row["case"], row["flavour"], row["query"]
 
 
 def kind(row: dict[str, Any]) -> str:
-    """Type of the caches, and of the queries where that was chosen."""
+    """Type of the caches, and of the queries if they have a type of their own."""
     flavour, query = (row[name].removeprefix("float8_") for name in ("flavour", "query"))
     return ", ".join(x for x in (flavour, query and f"q {query}") if x)
 
 
 def label(row: dict[str, Any]) -> str:
-    """Name of a row for people."""
+    """Readable name of a row."""
     return " ".join(x for x in (row["case"], kind(row)) if x)
 
 
 def number(x: Any) -> str:
-    """Three significant digits, without exponent above 1e-3; text as it is, None as nothing."""
+    """Formats a number with three significant digits, without exponent from 1e-3 on; text unchanged, None as ""."""
     if x is None or isinstance(x, str):
         return x or ""
     if x == 0 or not math.isfinite(x):
@@ -63,12 +63,12 @@ def number(x: Any) -> str:
 
 
 def _measured(row: dict[str, Any], name: str) -> str:
-    """A number of a row; nothing where there is none, or no matrix product."""
+    """A number of a row; "" if it has none, and for TFLOPS if the case has no matrix product."""
     return "" if name == "tflops" and not row.get("flops") else number(row.get(name))
 
 
 def _peer(row: dict[str, Any], name: str) -> str:
-    """A peer's time, or a dash where it could not be timed."""
+    """A peer's time, or a dash if it could not be timed."""
     time = row["peers"].get(name)
     return "-" if isinstance(time, str) else number(time)
 
@@ -92,7 +92,7 @@ def _note(row: dict[str, Any]) -> str:
 
 # --- text
 def ratios(document: dict[str, Any], old: dict[str, Any]) -> dict[tuple[str, str, str], float]:
-    """New time over old time of the rows that both have, where their sizes agree."""
+    """New time over old time, of rows that are in both documents with the same sizes."""
     before = {key(row): row for row in old["results"]}
     found = {}
     for row in document["results"]:
@@ -103,7 +103,7 @@ def ratios(document: dict[str, Any], old: dict[str, Any]) -> dict[tuple[str, str
 
 
 def area_table(rows: Sequence[dict[str, Any]], ratio: dict[tuple[str, str, str], float] | None = None) -> str:
-    """The rows of one area; `ratio` adds a column of ratios to an earlier run."""
+    """The table of one area; `ratio` adds a column with the ratio to an earlier run."""
     from sparse_mla_jax.tools.tables import table
 
     peers = [name for name in PEERS if any(name in row["peers"] for row in rows)]
@@ -118,7 +118,7 @@ def area_table(rows: Sequence[dict[str, Any]], ratio: dict[tuple[str, str, str],
             change = ratio.get(key(row))
             line += [number(change), "slower" if change and change > SLOWER else ""]
         cells.append(line)
-    # Notes are of any length and stay outside the columns; a column without an entry is left out.
+    # Notes follow after the columns, since they may be long. A column without an entry is left out.
     used = [c for c in range(len(header)) if c < 2 or any(line[c] for line in cells)]
     lines = table([header[c] for c in used], [[line[c] for c in used] for line in cells]).split("\n")
     notes = ["", "", *(_note(row) for row in rows)]
@@ -126,12 +126,12 @@ def area_table(rows: Sequence[dict[str, Any]], ratio: dict[tuple[str, str, str],
 
 
 def gap_percent(us: float, wall_us: float) -> float:
-    """Share of a call's wall-clock time in which no kernel runs; below 0 where kernels ran slower while counted."""
+    """Percentage of a call's wall-clock time without a kernel; negative if kernels were slower under the profiler."""
     return 100 * (1 - us / wall_us)
 
 
 def _gaps(row: dict[str, Any]) -> str:
-    """Launch gaps of a row, its time per token and per layer, and what of it needs the host, in words."""
+    """Text with the launch gaps of a row, its time per token and per layer, and its operations that need the host."""
     ways = {"": row["wall_us"], " without command buffers": row.get("wall_us_without_command_buffers")}
     gaps = [f"{gap_percent(row['us'], wall):.1f} %{way}" for way, wall in ways.items() if wall]
     words, sizes = [f"gaps {', '.join(gaps)}"], row["sizes"]
@@ -146,7 +146,7 @@ def _gaps(row: dict[str, Any]) -> str:
 
 
 def kernel_table(row: dict[str, Any]) -> str:
-    """What one call of a row launches, slowest first."""
+    """The table of the kernels in one call of a row, slowest first."""
     from sparse_mla_jax.tools.tables import table
 
     rows = [(k["name"], "", k["launches"], number(k["us"])) for k in row["kernels"]]
@@ -168,7 +168,7 @@ def heading(document: dict[str, Any]) -> str:
 
 
 def report(document: dict[str, Any], old: dict[str, Any] | None = None) -> str:
-    """All areas as tables, the kernels of the steps, and what became slower than in `old`."""
+    """Tables of all areas, of the kernels of the steps, and of the cases that are slower than in `old`."""
     rows = document["results"]
     ratio = None if old is None else ratios(document, old)
     parts = [heading(document)]
@@ -183,17 +183,17 @@ def report(document: dict[str, Any], old: dict[str, Any] | None = None) -> str:
     return "\n\n".join(parts)
 
 
-# --- the README's table
+# --- markdown
 def markdown(document: dict[str, Any], *, area: str | None = None, text: str | None = None) -> str:
     """A markdown table of the rows that were timed.
 
     Args:
-      document: what `load` gives.
-      area: of this one only.
-      text: only cases with this in their name.
+      document: from `load`.
+      area: only rows of this area.
+      text: only cases with this text in their name.
 
     Raises:
-      ValueError: no row is left.
+      ValueError: no row matches.
     """
     rows = [
         row for row in document["results"] if row["us"] and area in (None, row["area"]) and (text or "") in row["case"]
@@ -213,7 +213,7 @@ def markdown(document: dict[str, Any], *, area: str | None = None, text: str | N
 
 # --- a picture
 def check_plot(path: str) -> None:
-    """Refuses a picture that can not be written: no matplotlib, or a name that it does not know how to write."""
+    """Raises ValueError if a picture can not be written: no matplotlib, or an unsupported file type."""
     require(
         importlib.util.find_spec("matplotlib") is not None,
         "--plot needs matplotlib, which is not installed: pip install 'sparse-mla-jax[plot]'.",
@@ -226,7 +226,7 @@ def check_plot(path: str) -> None:
 
 
 def plot(document: dict[str, Any], path: str) -> None:
-    """Draws a bar per row, by area, with marks at its targets and peers; `path` ends in what matplotlib writes."""
+    """Draws one bar per row, by area, with marks for targets and peers; the suffix of `path` is the file type."""
     check_plot(path)
     from matplotlib.figure import Figure
 
@@ -248,7 +248,7 @@ def plot(document: dict[str, Any], path: str) -> None:
         axis.set_yticks(range(len(mine)), [label(row) for row in mine], fontsize=7)
         axis.set_ylim(len(mine) - 0.4, -0.6)
         axis.set_xscale("log")
-        # Bars begin at a power of ten, so that areas compare.
+        # Start bars at a power of ten, so that areas are comparable.
         axis.set_xlim(left=10 ** math.floor(math.log10(min(row["us"] for row in mine)) - 0.01))
         axis.set_title(area, loc="left")
         axis.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))

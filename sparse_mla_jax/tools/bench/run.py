@@ -1,6 +1,6 @@
-"""`python -m sparse_mla_jax bench [AREA]`: every kernel timed, checked and held against its targets, in one run.
+"""`python -m sparse_mla_jax bench [AREA]`: times every kernel, checks its result and compares it with its targets.
 
-The shapes are those of `sparse_mla_jax.cases`. Times are the device's own (see `device_timing`); ceilings are measured
+The sizes are those of `sparse_mla_jax.cases`. Times come from the device (see `device_timing`); ceilings are measured
 first.
 """
 
@@ -40,18 +40,18 @@ from sparse_mla_jax.tools.bench.peers import torch_topk
 from sparse_mla_jax.tools.options import check_writable
 
 FLAVOURS = (*FP8, "bfloat16")
-# Calls timed of each case unless told otherwise, and at most of each peer.
+# Default number of timed calls of a case, and most timed calls of a peer.
 REPEATS, PEER_REPEATS = 30, 5
-# An XLA body that wants more temporary memory is not run.
+# An XLA body that needs more temporary memory than this is not run.
 PEER_BYTES = 16 << 30
-# Kernels one by one, where XLA would send off a step as one CUDA graph.
+# Launch kernels one by one; otherwise XLA launches a step as one CUDA graph.
 NO_COMMAND_BUFFERS = {"xla_gpu_enable_command_buffer": ""}
-# Options of this form of `bench` alone; the model's form refuses them.
+# Options of `bench [AREA]` only; `bench MODEL_DIR` refuses them.
 OPTIONS = ("case", "flavour", "repeats", "shrink", "peers", "plot", "compare")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options of `bench` for kernels; all None unless given, so that the model's form can refuse them."""
+    """Adds the options of `bench [AREA]`. The default is None, so that `bench MODEL_DIR` can refuse them."""
     group = parser.add_argument_group(f"kernels (bench [{' | '.join(AREAS)}])")
     group.add_argument("--case", metavar="TEXT", help="only cases with this in their name")
     group.add_argument("--flavour", choices=FLAVOURS, help="only this type of caches (default: all that a case takes)")
@@ -70,14 +70,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """How cases are run.
+    """The settings of a run.
 
     Attributes:
-      repeats: timed calls.
-      shrink: small sizes; no target applies to them.
-      peers: also time what else does the same.
+      repeats: timed calls per case.
+      shrink: use small sizes, which have no targets.
+      peers: also time other implementations of the same operator.
       implementation: of the operators, None for the best that runs here.
-      ceilings: of this machine, in this run.
+      ceilings: of this machine, measured in this run.
     """
 
     repeats: int
@@ -88,13 +88,13 @@ class Settings:
 
     @property
     def has_targets(self) -> bool:
-        """Targets are kernel times of full sizes."""
+        """Whether targets apply: they are kernel times at full sizes."""
         return method() == CUPTI and not self.shrink
 
 
 # --- one case
 class NotSupported(Exception):
-    """The library refuses the case, with its reason."""
+    """The library does not support the case; the message is its reason."""
 
 
 def _lowered(fn: Callable[..., Any], shapes: tuple[Any, ...], donated: int) -> Any:
@@ -114,7 +114,7 @@ def _one_line(error: BaseException) -> str:
 
 
 def _sets(work: Work, calls: int) -> list[tuple[Any, ...]]:
-    """Arguments of the calls, without the state."""
+    """Argument sets of the calls, without the state."""
     shared = jax.block_until_ready(work.shared())
     held = nbytes(jax.eval_shape(lambda: work.each(0)))
     make = jax.jit(work.each)
@@ -125,10 +125,10 @@ def measure(case: Case, flavour: str, query: str, settings: Settings) -> dict[st
     """Runs one case: checks a result, times the calls and its peers.
 
     Returns:
-      Plain numbers and strings; `failure` says what is wrong, None if nothing is. See `bench_report` for the fields.
+      A row of plain numbers and strings; `failure` is a reason, or None. `tools.bench.report` prints the fields.
 
     Raises:
-      NotSupported: the library refuses the case.
+      NotSupported: the library does not support the case.
     """
     work = catalogue.build(case, flavour, query, shrink=settings.shrink)
     targets = case if settings.has_targets else case.shrunk()
@@ -141,7 +141,7 @@ def measure(case: Case, flavour: str, query: str, settings: Settings) -> dict[st
 
     out = jax.block_until_ready(run(*state, *sets[0]))
     in_place = all(leaf.is_deleted() for leaf in jax.tree.leaves(state)) if donated else None
-    # What went in was donated: the same again.
+    # The state was donated: make the same again for the check.
     error = work.error((*(work.state() if work.replays else ()), *sets[0]), out)
     failure = None if error <= work.bound else f"wrong: error {error:.2g} above {work.bound:.2g}"
     if in_place is False:
@@ -177,15 +177,15 @@ def measure(case: Case, flavour: str, query: str, settings: Settings) -> dict[st
 
 
 def _launched_singly(case: Case, lowered: Any, sets: list[tuple[Any, ...]], work: Work, calls: int) -> float | None:
-    """Wall-clock microseconds of a step whose kernels are launched one by one; None for other areas and machines."""
+    """Wall-clock microseconds of a step, kernels launched one by one; None for other areas and other machines."""
     if case.area != "step" or method() != CUPTI:
         return None
     return wall_time(lowered.compile(NO_COMMAND_BUFFERS), sets, calls, work.state())
 
 
-# Name and kind of an operation of a compiled program that may need the host.
+# Matches an operation of a compiled program that may need the host; groups: its name, its kind.
 _OPERATION = re.compile(r"\s*(?:ROOT )?%?(\S+) = .*? (infeed|outfeed|send|recv|while|conditional|custom-call)\(")
-# What makes it need the host: a callback as its target, or no length that is known; feeds and messages always do.
+# Operations that need the host only if their line matches: a callback as target, or a loop without known trip count.
 _NEEDS_HOST = {
     "custom-call": re.compile(r'custom_call_target="[^"]*callback'),
     "while": re.compile(r"^(?!.*known_trip_count)"),
@@ -193,10 +193,10 @@ _NEEDS_HOST = {
 
 
 def host_transfers(program: str) -> list[str]:
-    """Names of the operations of a compiled program (its text) that pass something to the host or wait for it.
+    """Names of the operations of a compiled program (its text) that send data to the host or wait for it.
 
-    Feeds, messages, callbacks into Python, branches, and loops that go on until a condition on the device says no (for
-    the last two XLA:GPU asks the device, unless a command buffer holds them).
+    These are infeeds, outfeeds, sends, receives, callbacks into Python, branches, and loops without a known trip count.
+    For branches and loops, XLA:GPU reads the condition from the device, unless they are in a command buffer.
     """
     found = ((line, _OPERATION.match(line)) for line in program.split("\n"))
     return [m[1] for line, m in found if m and (m[2] not in _NEEDS_HOST or _NEEDS_HOST[m[2]].search(line))]
@@ -219,7 +219,7 @@ def _time_fields(timing: Timing) -> dict[str, Any]:
 
 
 def verdict(us: float, reach: float | None, floor: float | None) -> str:
-    """ "reach" or "pass" where a time is within that target, "FAIL" within none, "" without targets."""
+    """ "reach" or "pass" if a time meets the target `reach` or `floor`, "FAIL" if it meets none, "" without targets."""
     if reach is not None and us <= reach:
         return "reach"
     if floor is not None and us <= floor:
@@ -231,7 +231,7 @@ def verdict(us: float, reach: float | None, floor: float | None) -> str:
 def _peers(
     case: Case, work: Work, sets: list[tuple[Any, ...]], shapes: tuple[Any, ...], donated: int, settings: Settings
 ) -> dict[str, float | str]:
-    """Microseconds of what else does the same, or why there are none."""
+    """Microseconds of each peer (another implementation of the same operator), or the reason why it was not timed."""
     calls = min(settings.repeats, PEER_REPEATS)
 
     def jax_peer(fn: Callable[..., Any]) -> float | str:
@@ -258,14 +258,14 @@ def _peers(
         except ModuleNotFoundError:
             continue
         except Exception as error:
-            # A peer that fails is no failure of ours.
+            # A failing peer does not fail the case.
             times[name] = _one_line(error)
     return times
 
 
 # --- the run
 def relate(rows: Sequence[dict[str, Any]]) -> None:
-    """Adds to each row what depends on others: `relation` to another case, `parts_us` of cases that do the same."""
+    """Adds the fields that depend on other rows: `relation` to another case, `parts_us` of cases with the same work."""
 
     def time_of(name: str, row: dict[str, Any]) -> float | None:
         same = [r for r in rows if r["case"] == name and r.get("us") is not None]
@@ -291,10 +291,10 @@ Variant = tuple[Case, str, str]
 
 
 def variants(area: str | None, text: str | None, flavour: str | None) -> list[Variant]:
-    """(case, type of the caches, type of the indexer's queries) of what is asked for; None asks for all.
+    """All (case, type of the caches, type of the indexer's queries) that match; None matches all.
 
     Raises:
-      ValueError: nothing is.
+      ValueError: nothing matches.
     """
     cases = catalogue.chosen(area, text)
     found = [
@@ -312,7 +312,7 @@ def variants(area: str | None, text: str | None, flavour: str | None) -> list[Va
 def run_variants(
     variants: Sequence[Variant], settings: Settings, done: Callable[[dict[str, Any]], None]
 ) -> list[dict[str, Any]]:
-    """Rows of the variants; one that fails says so in its row. `done` is called with each."""
+    """Runs the variants and returns their rows; a failure is noted in its row. Calls `done` with each row."""
     rows: list[dict[str, Any]] = []
     for case, kind, query in variants:
         print(" ".join(x for x in (case.name, kind, query and f"queries {query}") if x), file=sys.stderr, flush=True)
@@ -342,13 +342,13 @@ def _without_time(case: Case, flavour: str, query: str, settings: Settings, fiel
 
 
 def run(arguments: argparse.Namespace, area: str | None, machine: dict[str, Any]) -> int:
-    """The command: `area` one of AREAS or None for all, `machine` what the report says of it.
+    """The command `bench [AREA]`: `area` is one of AREAS, or None for all; `machine` goes into the report.
 
     Returns:
-      1 when a case failed or gave a wrong result, else 0.
+      1 if a case failed or gave a wrong result, else 0.
 
     Raises:
-      ValueError: options that do not fit, before anything is run.
+      ValueError: options that do not fit; nothing has run then.
     """
     asked = variants(area, arguments.case, arguments.flavour)
     repeats = REPEATS if arguments.repeats is None else arguments.repeats
@@ -374,7 +374,7 @@ def run(arguments: argparse.Namespace, area: str | None, machine: dict[str, Any]
     }
 
     def save(row: dict[str, Any]) -> None:
-        # After every case: a run that is cut short leaves what it has.
+        # Save after every case, so that an interrupted run keeps its results.
         document["results"].append(row)
         if arguments.json:
             with open(arguments.json, "w") as file:

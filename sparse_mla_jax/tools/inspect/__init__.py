@@ -1,1 +1,1 @@
-"""What kernels and whole steps cost on gfx942 and gfx950, compiled and executed without one."""
+"""Costs of kernels and whole steps on gfx942 and gfx950, compiled and executed without such a GPU."""

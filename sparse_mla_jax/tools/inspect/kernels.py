@@ -1,8 +1,8 @@
-"""`python -m sparse_mla_jax inspect`: what the kernels cost on gfx942 and gfx950, compiled and executed without one.
+"""`python -m sparse_mla_jax inspect`: costs of the kernels on gfx942 and gfx950, without such a GPU.
 
-Kernels are compiled by XLA:ROCm or by the public Triton wheel, and executed by our interpreter on the problems of
-`sparse_mla_jax.cases`. No number here was timed on an AMD GPU: cycles are LLVM's scheduling model summed over what was
-executed, and ignore latency.
+XLA:ROCm or the public Triton wheel compiles the kernels, and the interpreter of `pallas_kernels.cdna` executes them on
+the problems of `sparse_mla_jax.cases`. No number was timed on an AMD GPU: cycles are LLVM's scheduling model, summed
+over the executed instructions, and ignore latency.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from sparse_mla_jax.tools.tables import table
 if TYPE_CHECKING:
     from pallas_kernels.cdna.device_context import Launch
 
-# The FP8 type whose matrix instructions a machine has.
+# The FP8 type of each machine's matrix instructions.
 NATIVE = {target.name: target.native_fp8 or "" for target in CDNA}
 
 
@@ -39,12 +39,12 @@ class Measurement:
 
     Attributes:
       case: name of the problem.
-      kind: type of its cache, empty when it has none.
+      kind: type of its cache, empty if it has none.
       heads: query heads, None for the case's own number.
       launch: the kernel and its counts.
       error: of the outputs, see `cases.case.KernelProblem`.
       bound: largest error that passes.
-      bytes: what must be read and written once.
+      bytes: bytes that must be read and written once.
     """
 
     case: str
@@ -57,12 +57,12 @@ class Measurement:
 
     @property
     def label(self) -> str:
-        """Name for tables and pictures."""
+        """Its name in tables and pictures."""
         kind = self.kind.removeprefix("float8_")
         return " ".join(x for x in (self.case, kind, f"{self.heads} heads" if self.heads else "") if x)
 
     def problems(self) -> list[str]:
-        """What a shipped kernel must not do, in words; empty when all is well."""
+        """Messages about everything that a shipped kernel must not do; empty if there is nothing."""
         kernel, r = self.launch.kernel, self.launch.kernel.resources
         found = []
         if not self.error <= self.bound:
@@ -107,10 +107,10 @@ class Measurement:
 def measure(
     case: KernelCase, kind: str, arch: str, compiler: str, heads: int | None = None, changes: Mapping | None = None
 ) -> Measurement:
-    """Compiles and executes the kernel of one case, with some fields of its plan replaced.
+    """Compiles and executes the kernel of one case; `changes` replaces fields of its plan.
 
     Raises:
-      ValueError: a kind of cache that the case does not take, or a plan that can not be.
+      ValueError: a kind of cache that the case does not support, or an invalid plan.
       ToolMissing: a compiler or LLVM's tools are not installed.
     """
     from pallas_kernels import cdna
@@ -140,7 +140,7 @@ def changed_plan(problem: KernelProblem, arch: str, changes: Mapping[str, Any]) 
 
 
 def measurements(arguments: argparse.Namespace) -> Iterator[Measurement]:
-    """What the options ask for, one after the other."""
+    """Yields the measurements that the options select."""
     chosen = [catalogue.kernel_case(name) for name in arguments.kernel or catalogue.kernel_names()]
     for case in chosen:
         heads = arguments.heads if case.kinds else None
@@ -154,7 +154,7 @@ def measurements(arguments: argparse.Namespace) -> Iterator[Measurement]:
 
 # --- the command
 def run(arguments: argparse.Namespace) -> int:
-    """The command `inspect`; returns 1 when a kernel breaks a rule."""
+    """The command `inspect`; returns 1 if a kernel breaks a rule."""
     require(
         not arguments.plan or len(arguments.kernel or ()) == 1,
         "--plan replaces fields of one kernel's plan; name the kernel with --kernel.",

@@ -16,7 +16,7 @@ ARCH_CHOICES = (*ARCHITECTURES, "both")
 
 
 def chosen_architectures(arguments: argparse.Namespace) -> Sequence[str]:
-    """What `--arch` names."""
+    """The architectures that `--arch` names."""
     return ARCHITECTURES if arguments.arch == "both" else (arguments.arch,)
 
 

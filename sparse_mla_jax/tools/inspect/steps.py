@@ -1,7 +1,7 @@
 """`python -m sparse_mla_jax inspect --step`: DeepSeek-V3.2's decode step as XLA:ROCm compiles it, at published sizes.
 
-Shapes only: no weight and no cache is allocated. What is shown is what would be launched: every kernel in order, the
-temporary memory, and whether the caches are updated where they lie.
+Only shapes are used: no weight and no cache is allocated. The report lists every kernel of the step in order, the
+temporary memory, and whether the caches are updated in place.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from sparse_mla_jax.tools.tables import table
 
 
 def cache_copies(step: Step, program: Program) -> list[str]:
-    """What in a compiled step copies a cache or writes one anew, in words; none, if all is well."""
+    """Messages about operations of a compiled step that copy or rewrite a whole cache; empty if there are none."""
     found = []
     for number, array in enumerate(step.caches, step.first_cache):
         if number not in (program.in_place or ()):
             found.append(f"cache array {number}, {array.dtype}{list(array.shape)}, is not updated in place")
-    # XLA sees a cache [pages, page_size, ...] in this shape, with both first axes in one, or flat.
+    # XLA may give a cache its shape [pages, page_size, ...], or merge the first two axes, or flatten it.
     shapes = {
         (jnp.dtype(a.dtype), shape)
         for a in step.caches
@@ -43,13 +43,13 @@ def cache_copies(step: Step, program: Program) -> list[str]:
 
 
 def products(program: Program) -> list[str]:
-    """Names of the kernels that XLA made for matrix products, and of the libraries' that it calls for them."""
+    """Names of the kernels that XLA generates for matrix products, and of its library calls for them."""
     gemms = [k.name for k in program.kernels if k.origin == "xla" and k.name.startswith("gemm_fusion")]
     return gemms + [name for name in program.library_calls if "gemm" in name or "blas" in name]
 
 
 def summary(step: Step, program: Program) -> dict[str, Any]:
-    """What a compiled step launches and holds, as plain numbers and strings."""
+    """Launches and memory of a compiled step, as plain numbers and strings."""
     return {
         "arch": program.arch,
         "compiler": program.compiler,
@@ -99,7 +99,7 @@ def report(row: dict[str, Any]) -> str:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """The command `inspect --step`; returns 1 when a cache is copied or a Pallas kernel spills."""
+    """The command `inspect --step`; returns 1 if a cache is copied or a Pallas kernel spills."""
     step = decode_step(
         heads=arguments.heads or 16,
         batch=arguments.batch,
