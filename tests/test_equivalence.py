@@ -119,3 +119,16 @@ def test_programs_survive_cleared_caches():
     operator(X, implementation="xla")
     jax.clear_caches()
     np.testing.assert_array_equal(operator(X, implementation="xla")[0], 2 * X)
+
+
+def test_cleared_caches_are_no_second_trace():
+    """Two operators: what jax forgot, each of them compiles again, whichever of them is called first."""
+
+    def negate(x, *, implementation):
+        return -x
+
+    others = [Operator(negate, ("x",), {"x": Same()}) for _ in range(2)]
+    for _ in range(2):
+        for other in others:
+            other.check("xla", -X, X)
+        jax.clear_caches()

@@ -147,6 +147,18 @@ def _known(x):
     return x
 
 
+_generations = itertools.count(1)
+_generation = [0]
+
+
+def generation() -> int:
+    """Another number after each `jax.clear_caches`, for every operator that keeps programs."""
+    if not _known._cache_size():
+        _known(0)
+        _generation[0] = next(_generations)
+    return _generation[0]
+
+
 @functools.cache
 def _interpret_once():
     """Pallas adds a context to jit's keys when it first interprets a kernel: whatever was traced before is again."""
@@ -180,6 +192,7 @@ class Operator:
         self.static, self.name = frozenset(static), name or function.__name__
         self.signature = inspect.signature(function)
         self._compiled: dict[Any, Callable] = {}
+        self._generation = 0
         self._expected: dict[Any, Any] = {}
 
     def __call__(self, *args, implementation, **keywords):
@@ -206,9 +219,9 @@ class Operator:
         fixed, arrays = self._split(implementation, args, keywords)
         key = self._key(fixed, arrays)
         _interpret_once()
-        if not _known._cache_size():
+        if self._generation != generation():
             self._compiled.clear()
-            _known(0)
+            self._generation = generation()
         if key not in self._compiled:
             quick = implementation in ("triton", "reference") and jax.default_backend() == "cpu"
             options = QUICK_COMPILE if quick else None
