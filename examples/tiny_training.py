@@ -16,6 +16,7 @@ import numpy as np
 import optax
 from jax import lax
 from tiny_model import Mode, Params, cross_entropy, forward, loss_fn
+from tqdm import tqdm
 
 from sparse_mla_jax._check import require
 from sparse_mla_jax.config import DeepseekV32Config, config_from_json
@@ -272,7 +273,8 @@ def window_loss(params: Params, tokens: jax.Array, *, config: DeepseekV32Config,
 def evaluate(params: Params, windows: np.ndarray, config: DeepseekV32Config, sparse: bool, batch: int = 8) -> float:
     """Mean bits per byte over windows[N, S]."""
     total = 0.0
-    for i in range(0, len(windows), batch):
+    # disable=None: no bar where the output is no terminal.
+    for i in tqdm(range(0, len(windows), batch), desc="evaluating", unit="batch", leave=False, disable=None):
         part = windows[i : i + batch]
         padded = np.concatenate([part, np.zeros((batch - len(part), part.shape[1]), np.int32)])
         total += float(np.asarray(window_loss(params, padded, config=config, sparse=sparse))[: len(part)].sum())

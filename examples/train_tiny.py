@@ -284,11 +284,14 @@ def run(arguments: argparse.Namespace) -> dict[str, float]:
         max_steps=arguments.steps,
         evaluate_every=arguments.evaluate_every or math.inf,
     )
+    wanted = f"{arguments.steps} steps" if arguments.steps else f"{arguments.minutes:g} minutes, as many steps as fit"
+    say(f"training for {wanted}, {trainer.options.steps_per_call} steps a call")
     state, progress, seconds = train(trainer, state, plan, config_json, arguments.out)
     if arguments.out is not None:
         save_state(state, progress, config_json, arguments.out)
         say(f"saved to {arguments.out}: weights {export(state.params, config_json, arguments.out) / 1e6:.2f} MB")
     steps = int(state.step) - first
+    say(f"{steps} steps made in {seconds:.0f} s")
     result = {
         "lr": arguments.lr,
         "dense_bpb": trainer.bits(state, False),

@@ -95,7 +95,7 @@ if TYPE_CHECKING:
     from sparse_mla_jax.serving.engine import Engine as Engine
     from sparse_mla_jax.serving.scoring import score as score
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # The public names of each module.
 _MODULES = {
