@@ -1,11 +1,12 @@
-"""Kernels for AMD's CDNA GPUs without one: compiled, inspected, and executed by our interpreter.
+"""Compiles kernels for AMD's CDNA GPUs, inspects them and executes them in an interpreter. No GPU is needed.
 
-`compile` makes a `Program` of any jitted function for gfx942 (MI300X) or gfx950 (MI355X), by XLA:ROCm itself or by the
-public Triton wheel. `execute` runs one of its kernels on numpy arrays and counts what it executed. Within `device`,
-every kernel of a program on a CPU host runs as that machine code. Needs the extra `cdna`, and LLVM 22's tools.
+`compile` turns any jitted function into a `Program` for gfx942 (MI300X) or gfx950 (MI355X). The compiler is XLA:ROCm
+or the public Triton wheel. `execute` runs one kernel of the program on numpy arrays and counts the executed
+instructions. Inside the context `device`, a program on a CPU host runs every Pallas kernel as that machine code. The
+package needs the extra `cdna` and the tools of LLVM 22.
 
-Say "compiled by XLA:ROCm (or Triton) and executed by our interpreter": nothing here ran on a GPU. Not modelled are
-time, hazards, waits and denormal modes (see `pallas_kernels.cdna.interpreter`).
+Describe results as "compiled by XLA:ROCm (or Triton) and executed by our interpreter": nothing here ran on a GPU. The
+interpreter does not model time, hazards, waits or denormal modes (see `pallas_kernels.cdna.interpreter`).
 """
 
 from pallas_kernels.cdna.compiler import compile

@@ -1,4 +1,4 @@
-"""ELF code objects: text that the interpreter reads, and what a wave of each kernel occupies."""
+"""Reads ELF code objects: each kernel's assembly for the interpreter, and the resources it occupies."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import tempfile
 from pallas_kernels.cdna import toolchain
 from pallas_kernels.cdna.program import LDS_BYTES, Resources
 
-# Registers are given out in groups of eight; a SIMD lane has 512 of them and runs at most eight waves.
+# Registers are allocated in groups of eight. A SIMD has 512 vector registers per lane and runs at most eight waves.
 _VGPR_GRANULE, _VGPRS, _MAX_WAVES, _SIMDS = 8, 512, 8, 4
 _SECTION = struct.Struct("<IIQQQQIIQQ")
 _SYMBOL = struct.Struct("<IBBHQQ")
@@ -28,7 +28,7 @@ class KernelCode:
     metadata: dict[str, int]
 
     def resources(self, arch: str, threads: int, dynamic_lds: int = 0) -> Resources:
-        """What it occupies when launched with `threads` a workgroup and `dynamic_lds` bytes beside its own LDS."""
+        """Resources of a launch with `threads` per workgroup; LDS is the larger of static size and `dynamic_lds`."""
         m = self.metadata
         lds = max(m.get("group_segment_fixed_size", 0), dynamic_lds)
         vgprs = m.get("vgpr_count", 0)
@@ -63,10 +63,10 @@ def _text_at(table: bytes, at: int) -> str:
 
 
 def descriptors(elf: bytes) -> dict[str, bytes]:
-    """The 64 bytes of every kernel's descriptor, by kernel name.
+    """The 64-byte descriptor of every kernel, by kernel name.
 
     Raises:
-      ValueError: not an ELF file.
+      ValueError: `elf` is not an ELF file.
     """
     sections = _sections(elf)
     found = {}
@@ -86,7 +86,7 @@ def descriptors(elf: bytes) -> dict[str, bytes]:
 
 
 def directives(descriptor: bytes) -> dict[str, int]:
-    """The `.amdhsa_` settings that matter to execution, out of a kernel descriptor (LLVM's AMDGPU usage guide)."""
+    """The `.amdhsa_` settings that affect execution, from a kernel descriptor (LLVM's AMDGPU usage guide)."""
     lds, scratch, arguments = struct.unpack_from("<III", descriptor)
     (rsrc2,) = struct.unpack_from("<I", descriptor, 52)
     (properties,) = struct.unpack_from("<H", descriptor, 56)
@@ -110,7 +110,7 @@ def _run(tool: str, *arguments: str) -> str:
 
 
 def _metadata(notes: str) -> dict[str, dict[str, int]]:
-    """Numbers of `amdhsa.kernels` by kernel name, from llvm-readelf's YAML (keys of a kernel stand four columns in)."""
+    """Integer fields of `amdhsa.kernels` by kernel name, from llvm-readelf's YAML, indented by four."""
     found = {}
     for part in re.split(r"^  - ", notes, flags=re.M)[1:]:
         entry = dict(re.findall(r"^    \.(\w+):\s+(\S+)\s*$", f"    {part}", re.M))
@@ -120,12 +120,12 @@ def _metadata(notes: str) -> dict[str, dict[str, int]]:
 
 
 def _assembly(body: str, arch: str, settings: dict[str, int]) -> str:
-    """One function of a disassembly: directives, labels on lines of their own; addresses and padding left out."""
+    """Formats a disassembled function: adds directives, gives labels their own lines, drops addresses and padding."""
     text = re.sub(r"\s*//.*$", "", body, flags=re.M)
     text = re.sub(r"^[0-9a-f]{16} <([^>]+)>:", r"\1:", text, flags=re.M)
     text = re.sub(r"^<(L\d+)>:", r"\1:", text, flags=re.M)
     text = re.sub(r"(\ss_c?branch\w*\s+)<?(L\d+)>?", r"\1\2", text)
-    # What stands behind the last instruction that nothing falls through is padding.
+    # Control never falls through s_endpgm or s_branch, so text behind the last of these is padding.
     ends = list(re.finditer(r"^\s+(?:s_endpgm|s_branch\s+\S+)\s*$", text, flags=re.M))
     text = text[: ends[-1].end()] if ends else text
     head = [f'.amdgcn_target "amdgcn-amd-amdhsa--{arch}"', *(f".amdhsa_{k} {v}" for k, v in settings.items())]
@@ -136,8 +136,8 @@ def kernels(elf: bytes, arch: str) -> list[KernelCode]:
     """All kernels of a code object.
 
     Raises:
-      ValueError: not a code object of this architecture.
-      ToolMissing: no LLVM 22.
+      ValueError: `elf` is not a code object for this architecture.
+      ToolMissing: LLVM 22 is not installed.
     """
     found = descriptors(elf)
     with tempfile.TemporaryDirectory() as folder:
@@ -146,7 +146,7 @@ def kernels(elf: bytes, arch: str) -> list[KernelCode]:
         text = _run("llvm-objdump", "-d", f"--mcpu={arch}", "--symbolize-operands", "--no-show-raw-insn", str(path))
         metadata = _metadata(_run("llvm-readelf", "--notes", str(path)))
     out = []
-    # Local labels stay with the function that they are in.
+    # Split at functions only: local labels (L1, L2, ...) stay in the text of their function.
     for body in re.split(r"^(?=[0-9a-f]{16} <(?!L\d+>))", text, flags=re.M)[1:]:
         name = re.match(r"[0-9a-f]{16} <([^>]+)>", body)[1]  # type: ignore[index]
         if name in found:

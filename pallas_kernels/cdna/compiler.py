@@ -1,4 +1,4 @@
-"""`compile`: a jitted function to the kernels that would be launched on gfx942 or gfx950."""
+"""`compile` turns a jitted function into the kernels that JAX would launch on gfx942 or gfx950."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from pallas_kernels.cdna.container import Message
 from pallas_kernels.cdna.lowering import PallasCall
 from pallas_kernels.cdna.program import COMPILERS, Argument, Kernel, Program
 
-# Fields of xla.gpu.ThunkProto: steps that hold other steps, kernels, copies, and what calls a library.
+# Field numbers of xla.gpu.ThunkProto: steps that contain other steps, kernels, copies and library calls.
 _SEQUENTIAL, _CONDITIONAL, _WHILE, _ASYNC = 2, 6, 7, 57
 _CUSTOM_KERNEL, _KERNEL = 36, 8
 _COPIES = {3: "copy", 13: "device to device", 4: "device to host", 5: "host to device"}
@@ -26,11 +26,11 @@ _LIBRARIES = {
     **{25: "convolution", 27: "fft", 30: "custom call"},
 }
 _FILLS = {19: "fill with zeros", 28: "fill with a value"}
-# A Pallas kernel in the text of the optimised HLO.
+# Matches a Pallas kernel in the text of the optimised HLO.
 _PALLAS = re.compile(
     rf'^\s*(?:ROOT )?%?([\w.-]+) = .*custom_call_target="{re.escape(lowering.CUSTOM_CALL)}"', re.MULTILINE
 )
-# xla.PrimitiveType
+# xla.PrimitiveType -> dtype.
 _ELEMENT_TYPES: dict[int, Any] = {
     **{1: np.bool_, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 6: np.uint8, 7: np.uint16, 8: np.uint32},
     **{9: np.uint64, 10: np.float16, 11: np.float32, 12: np.float64, 16: ml_dtypes.bfloat16},
@@ -54,23 +54,23 @@ def compile(
     donate_argnums: int | Sequence[int] = (),
     cache: pathlib.Path | None = None,
 ) -> Program:
-    """Compiles `fn` for a GPU that need not be there.
+    """Compiles `fn` for a GPU that this host need not have.
 
     Args:
-      fn: what would be jitted; it may be jitted already.
+      fn: function to compile; it may be jitted already.
       *args: arrays or shapes (jax.ShapeDtypeStruct), in pytrees.
       arch: "gfx942" or "gfx950".
-      compiler: "xla": the whole program, as JAX would launch it; "triton": only its Pallas kernels, by the public
-        Triton wheel.
-      donate_argnums: arguments whose buffers the result may take over.
-      cache: folder of compiled code; None: `toolchain.default_cache()`.
+      compiler: "xla" compiles the whole program, as JAX would launch it; "triton" compiles only its Pallas kernels,
+        with the public Triton wheel.
+      donate_argnums: arguments whose buffers the result may reuse.
+      cache: folder of compiled code; None means `toolchain.default_cache()`.
 
     Returns:
-      The program: kernels in launch order, and for "xla" temporary memory, buffers written in place and copies.
+      The program: kernels in launch order, and for "xla" also temporary memory, buffers written in place and copies.
 
     Raises:
-      ValueError: an unknown architecture or compiler.
-      ToolMissing: something is not installed.
+      ValueError: `arch` or `compiler` is unknown.
+      ToolMissing: the compiler or a tool is not installed.
       RuntimeError: the compiler refused the program, or crashed.
     """
     _check(arch, compiler)
@@ -82,11 +82,11 @@ def compile(
 
 
 def compile_kernel(call: PallasCall, arch: str, compiler: str, *, cache: pathlib.Path | None = None) -> Kernel:
-    """Compiles one Pallas kernel; with "xla" the program that it was found in must hold nothing else.
+    """Compiles one Pallas kernel; with "xla" its program must contain no other Pallas kernel.
 
     Raises:
-      ValueError: an unknown architecture or compiler, or a program that holds more than this kernel.
-      ToolMissing: something is not installed.
+      ValueError: `arch` or `compiler` is unknown, or the program contains another Pallas kernel.
+      ToolMissing: the compiler or a tool is not installed.
       RuntimeError: the compiler refused the kernel, or crashed.
     """
     _check(arch, compiler)
@@ -110,7 +110,7 @@ def compile_kernel(call: PallasCall, arch: str, compiler: str, *, cache: pathlib
         made = _remember(key, (elf, lds, code), cache)
     elf, lds, code = made
     threads = 64 * call.num_warps
-    # Aliased outputs have a pointer of their own; it is the input's.
+    # An aliased output has its own pointer, which equals the pointer of its input.
     shared = dict(call.aliases)
     arguments = [Argument(shape, dtype, "input") for shape, dtype in call.inputs]
     for number, (shape, dtype) in enumerate(call.outputs):
@@ -129,10 +129,10 @@ def compile_kernel(call: PallasCall, arch: str, compiler: str, *, cache: pathlib
     )
 
 
-# --- memory and disk -------------------------------------------------------------------------------------------------
+# --- memory and disk
 @functools.lru_cache(maxsize=512)
 def _in_memory(key: str, cache: pathlib.Path | None) -> list:
-    """A box that lives as long as the process: empty until it is filled."""
+    """A list per key that the process keeps: empty until `_remember` or `_remembered` appends the value."""
     del key, cache
     return []
 
@@ -152,9 +152,9 @@ def _remember(key: str, value: Any, cache: pathlib.Path | None) -> Any:
     return value
 
 
-# --- what XLA made ---------------------------------------------------------------------------------------------------
+# --- XLA's executable
 def _program(text: str, arch: str, cache: pathlib.Path | None) -> Program:
-    """Compiles StableHLO with XLA:ROCm and takes its executable apart."""
+    """Compiles StableHLO with XLA:ROCm and parses the executable."""
     name = toolchain.compiler_name("xla")
     key = disk_cache.key_of(
         what="module", layout=2, module=text, arch=arch, compiler=name, jax=jax.__version__, llvm=toolchain.LLVM
@@ -167,7 +167,7 @@ def _program(text: str, arch: str, cache: pathlib.Path | None) -> Program:
 
 
 def _steps(thunks: Sequence[Message]) -> Iterator[tuple[int, Message, Message]]:
-    """(kind, what it is about, its info) of every step, in order; branches and loop bodies once."""
+    """Yields (kind, body, info) of every step in order; branches, loop conditions and loop bodies occur once."""
     for thunk in thunks:
         info = thunk.message(1)
         for kind in sorted(set(thunk.fields) - {1}):
@@ -206,12 +206,12 @@ def _array(shaped: Message) -> tuple[tuple[int, ...], np.dtype]:
 
 
 def _arguments(step: Message) -> tuple[Argument, ...]:
-    """Roles and shapes of a kernel's pointers: inputs, then outputs, which may lie where an input lies."""
+    """Roles and shapes of a kernel's pointers: inputs, then outputs. An output may share the buffer of an input."""
     written = step.numbers(2)
     places = [_slice(shaped) for shaped in step.messages(1)]
     out: list[Argument] = []
     for number, (shaped, where) in enumerate(zip(step.messages(1), places)):
-        # What XLA updates in place is named twice, and both times it says that it is written.
+        # XLA lists a buffer that is updated in place twice, both times as written: the last entry is the output.
         is_output = bool(written[number]) and where not in places[number + 1 :]
         same = places.index(where) if is_output and where in places[:number] else None
         out.append(Argument(*_array(shaped), "output" if is_output else "input", same))
@@ -219,7 +219,7 @@ def _arguments(step: Message) -> tuple[Argument, ...]:
 
 
 def _kernel(step: Message, info: Message, arch: str, compiler: str, pallas: set[str]) -> Kernel:
-    """A CustomKernelThunk: its code object, launch and arguments."""
+    """Reads a CustomKernelThunk: its code object, launch dimensions and arguments."""
     custom = step.message(3)
     elf = custom.message(2).message(2).data(1)
     threads, lds = _three(custom.message(4).message(1)), custom.number(6)
@@ -243,10 +243,10 @@ def _kernel(step: Message, info: Message, arch: str, compiler: str, pallas: set[
 
 
 def read_executable(made: dict[str, Any], arch: str, compiler: str) -> Program:
-    """The program in what the worker returned.
+    """Reads the program from the worker's reply.
 
     Raises:
-      ValueError: an executable laid out in a way that this version does not know.
+      ValueError: the executable has a layout that this version does not support.
     """
     executable = container.gpu_executable(made["executable"])
     pallas = set(_PALLAS.findall(made["hlo"]))
@@ -281,7 +281,7 @@ def read_executable(made: dict[str, Any], arch: str, compiler: str) -> Program:
 
 
 def _in_place(executable: Message) -> tuple[int, ...]:
-    """Inputs whose buffer an output takes over: outputs that live in the buffer of a parameter."""
+    """Numbers of the inputs whose buffer an output reuses."""
     parameters = {a.number(1): a.number(6) for a in executable.message(10).messages(1) if a.number(5)}
     outputs = [entry.message(2) for entry in executable.messages(11)]
     return tuple(sorted({parameters[o.number(1)] for o in outputs if 3 in o.fields and o.number(1) in parameters}))

@@ -1,9 +1,10 @@
-"""The container of a serialized XLA executable: Riegeli records, Snappy blocks, protocol buffers.
+"""Reads the container of a serialized XLA executable: Riegeli records, Snappy blocks, protocol buffers.
 
-A GPU executable is a protocol buffer about the interface, then a Riegeli file. Its records are a split protocol buffer:
-a manifest, then one record per field that was cut out, then the rest. The field `serialized_executable` holds another
-such file, whose message is `xla.gpu.GpuExecutableProto`. Formats: riegeli/records_file_format.md of google/riegeli,
-format_description.txt of google/snappy, and the descriptors inside jaxlib and the plugin.
+A serialized GPU executable is a protocol buffer that describes the interface, followed by a Riegeli file. The records
+of that file are a split protocol buffer: a manifest, one record per field that was stored separately, then one record
+with the remaining fields. The field `serialized_executable` holds a second such file, whose message is
+`xla.gpu.GpuExecutableProto`. The formats are documented in riegeli/records_file_format.md of google/riegeli, in
+format_description.txt of google/snappy, and by the descriptors inside jaxlib and the plugin.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import dataclasses
 import struct
 from collections.abc import Iterator
 
-# Riegeli: a block header at every multiple of 64 KiB, a chunk header before every chunk.
+# Riegeli puts a block header at every multiple of 64 KiB and a chunk header before every chunk.
 _BLOCK = 1 << 16
 _BLOCK_HEADER = 24
 _CHUNK_HEADER = struct.Struct("<QQQQQ")
@@ -20,10 +21,10 @@ _SIGNATURE, _RECORDS, _PADDING, _METADATA, _TRANSPOSED = b"srpmt"
 
 
 def varint(data: bytes, at: int) -> tuple[int, int]:
-    """A base-128 number: (value, where it ends).
+    """Decodes the base-128 number at byte `at`; returns (value, offset of the byte after it).
 
     Raises:
-      ValueError: it does not end within the data, or within ten bytes, or has more than 64 bits.
+      ValueError: the number does not end within the data or within ten bytes, or it has more than 64 bits.
     """
     value = 0
     for k in range(10):
@@ -38,10 +39,10 @@ def varint(data: bytes, at: int) -> tuple[int, int]:
     raise ValueError(f"a number at byte {at} is longer than ten bytes")
 
 
-# --- protocol buffers ------------------------------------------------------------------------------------------------
+# --- protocol buffers
 @dataclasses.dataclass(frozen=True)
 class Message:
-    """A protocol buffer without its schema: field number -> values, in order (int, or bytes for everything else)."""
+    """A protocol buffer without its schema: field number -> values in order; varints are int, all others bytes."""
 
     fields: dict[int, list[int | bytes]]
 
@@ -50,7 +51,7 @@ class Message:
         """Reads all fields.
 
         Raises:
-          ValueError: not a protocol buffer.
+          ValueError: `data` is not a protocol buffer.
         """
         fields: dict[int, list[int | bytes]] = {}
         at = 0
@@ -77,7 +78,7 @@ class Message:
         return [Message.parse(v) for v in self.fields.get(number, []) if isinstance(v, bytes)]
 
     def message(self, number: int) -> Message:
-        """The last submessage of a field, empty when there is none."""
+        """The last submessage of a field; an empty message when the field is absent."""
         found = self.messages(number)
         return found[-1] if found else Message({})
 
@@ -89,7 +90,7 @@ class Message:
         return value - (1 << 64) if value >> 63 else value
 
     def data(self, number: int) -> bytes:
-        """A bytes field, empty when absent."""
+        """A bytes field; empty when the field is absent."""
         value = self.fields.get(number, [b""])[-1]
         if not isinstance(value, bytes):
             raise ValueError(f"field {number} holds a number, bytes were expected")
@@ -113,9 +114,9 @@ class Message:
         return out
 
 
-# --- Riegeli ---------------------------------------------------------------------------------------------------------
+# --- Riegeli
 def _read(data: bytes, at: int, size: int) -> tuple[bytes, int]:
-    """`size` bytes from `at` on, block headers left out: (bytes, where they end)."""
+    """Reads `size` bytes from `at` on and skips block headers; returns (bytes, offset behind them)."""
     parts = []
     while size:
         if at % _BLOCK == 0:
@@ -130,7 +131,7 @@ def _read(data: bytes, at: int, size: int) -> tuple[bytes, int]:
 
 
 def _decompressed(data: bytes, compression: int) -> bytes:
-    """One compressed buffer: its size, then its contents."""
+    """Decompresses one buffer, which stores its uncompressed size before its contents."""
     if compression == 0:
         return data
     size, at = varint(data, 0)
@@ -148,7 +149,7 @@ def _decompressed(data: bytes, compression: int) -> bytes:
 
 
 def _simple_chunk(data: bytes, count: int, total: int) -> Iterator[bytes]:
-    """Records, `total` bytes in all, of a chunk that stores their sizes, then their contents."""
+    """Yields the records of a chunk that stores all sizes before all contents; contents have `total` bytes."""
     size, at = varint(data, 1)
     sizes = _decompressed(data[at : at + size], data[0])
     values = _decompressed(data[at + size :], data[0])
@@ -169,7 +170,7 @@ def riegeli_records(data: bytes) -> list[bytes]:
     """All records of a Riegeli file.
 
     Raises:
-      ValueError: not one, damaged, or with chunks that this reader does not know.
+      ValueError: `data` is not a Riegeli file, is damaged, or has chunks of a type that this reader does not support.
     """
     records: list[bytes] = []
     at = 0
@@ -187,19 +188,19 @@ def riegeli_records(data: bytes) -> list[bytes]:
             raise ValueError(f"the chunk at byte {start} is transposed, which this reader does not know")
         elif kind not in (_SIGNATURE, _PADDING, _METADATA):
             raise ValueError(f"the chunk at byte {start} is of unknown type {kind:#x}")
-        # A chunk is followed by as many zero bytes as make it no shorter than its number of records; the next one does
-        # not begin inside or right behind a block header.
+        # Zero bytes pad a chunk to at least as many bytes as it has records. The next chunk begins neither inside a
+        # block header nor right behind one.
         end = start + count
         at = max(at, end + max(0, -end % _BLOCK - (_BLOCK - _BLOCK_HEADER - 1)))
     return records
 
 
-# --- split protocol buffers ------------------------------------------------------------------------------------------
+# --- split protocol buffers
 def split_message(data: bytes) -> tuple[str, Message]:
-    """A split protocol buffer in a Riegeli file: (its type, the message with all fields in place).
+    """Reassembles a split protocol buffer from a Riegeli file; returns (type name, complete message).
 
     Raises:
-      ValueError: an override of a field inside another one, which does not occur here.
+      ValueError: the file is damaged, or a record replaces a nested field, which XLA's executables do not do.
     """
     records = riegeli_records(data)
     if not records:
@@ -222,10 +223,10 @@ def split_message(data: bytes) -> tuple[str, Message]:
 
 
 def gpu_executable(serialized: bytes) -> Message:
-    """`xla.gpu.GpuExecutableProto` of what `Executable.serialize` returned.
+    """Extracts `xla.gpu.GpuExecutableProto` from the bytes that `Executable.serialize` returned.
 
     Raises:
-      ValueError: another kind of executable, or a layout that is not as described above.
+      ValueError: the executable is of another kind, or its layout differs from the module's docstring.
     """
     size, at = varint(serialized, 0)
     name, outer = split_message(serialized[at + size :])

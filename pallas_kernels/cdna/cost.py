@@ -1,19 +1,19 @@
-"""What executed instructions cost by LLVM's scheduling model: cycles per pipe, and bounds by throughput.
+"""Cost of executed instructions by LLVM's scheduling model: cycles per pipe, and lower bounds by throughput.
 
-Everything here is an estimate of throughput. Latency, dependencies, waits, issue conflicts between waves, cache
-misses, bank conflicts and occupancy are ignored, so a kernel takes longer than any bound below, often many times.
+All results are estimates of throughput. They ignore latency, dependencies, waits, issue conflicts between waves, cache
+misses, bank conflicts and occupancy. A kernel therefore takes longer than any bound below, often many times as long.
 
-**Unit.** A cycle of LLVM's model for CDNA is one turn of a SIMD, four clocks of the engine: its file says that
-latencies are "1 / (operations / cycle) / 4" (SISchedule.td), a vector instruction of 64 lanes on a SIMD of 16 takes
-one, and the passes of a matrix instruction are such cycles. Functions here return LLVM's cycles; only `lower_bound`
-and `transfer_time` make microseconds of clocks.
+**Cycles.** A cycle of LLVM's model for CDNA is one turn of a SIMD, which is four engine clocks. SISchedule.td defines
+latencies as "1 / (operations / cycle) / 4". A vector instruction of 64 lanes on a SIMD of 16 takes one cycle, and the
+passes of a matrix instruction are counted in these cycles. Functions here return LLVM's cycles; only `lower_bound` and
+`transfer_time` convert clocks to microseconds.
 
-**Pipes.** LLVM's resource is the pipe, with one exception: HWLGKM, the counter that LDS and scalar loads share, is
-"LDS" for all instructions but those that begin with `s_`. These are "scalar": ROCm Compute Profiler's documentation
-has scalar loads issue with the scalar unit.
+**Pipes.** Each resource of LLVM's model is one pipe, with one exception: LDS accesses and scalar loads share the
+counter HWLGKM. Here an instruction that occupies HWLGKM belongs to "scalar" if its name begins with `s_`, else to
+"LDS". ROCm Compute Profiler's documentation says that scalar loads issue with the scalar unit.
 
-What the model says, held against AMD's data sheets at the peak clock (flops a clock and SIMD = peak / (4 compute units
-clock)); LLVM 22.1:
+The table compares the model of LLVM 22.1 with AMD's data sheets at the peak clock. Flops per clock and SIMD are
+peak / (4 compute units clock):
 
     instruction                          LLVM cycles   flops a clock and SIMD   data sheet
     v_fma_f32                            1             32                       gfx942 32, gfx950 32 (half of packed)
@@ -26,17 +26,18 @@ clock)); LLVM 22.1:
     v_mfma_f32_16x16x128_f8f6f4 (fp8)    4             4096                     gfx950 2048: LLVM is wrong by 2
     v_mfma_f64_16x16x4_f64               8, gfx950 16  64, 32                   gfx942 64, gfx950 32
 
-Where the model is wrong or silent; nothing of this is corrected here:
-  * Transcendental functions (v_exp_f32, v_rcp_f32, ...) are quarter rate by LLVM's own comment, but occupy the vector
-    pipe for one cycle as all others do; only their latency is 4. The same holds for conversions (v_cvt_f32_f16, ...).
-    The vector bound is too low by up to 4 on code made of them.
-  * f8f6f4 products of two FP8 matrices run at half the rate that LLVM gives them, which is that of FP6 and FP4.
-  * gfx950 has a model of its own, but of what both machines have only v_mfma_f64_16x16x4_f64 costs another number.
-  * All LDS and all vector memory instructions cost one cycle, whatever they move: `transfer_time` counts bytes instead.
-  * Waits, s_nop and s_endpgm are charged to the scalar unit, though the hardware issues them to no unit at all, and
-    vector instructions that write a carry to scalar registers are charged to it too. The scalar bound may be too high.
-  * s_barrier is one cycle of the branch unit; the wait at it is latency.
-  * Matrix instructions issue through the vector unit, and so take one of its turns that the model does not charge.
+The model is wrong or incomplete in these cases, and this module does not correct them:
+  * Transcendental functions (v_exp_f32, v_rcp_f32, ...) run at quarter rate by LLVM's own comment. The model charges
+    them one cycle of the vector pipe like any other instruction; only their latency is 4. The same holds for
+    conversions (v_cvt_f32_f16, ...). The vector bound is too low by up to 4 on code made of them.
+  * f8f6f4 products of two FP8 matrices run at half the rate that LLVM gives them. LLVM's rate is that of FP6 and FP4.
+  * gfx950 has its own model. Among instructions that both GPUs have, only the cost of v_mfma_f64_16x16x4_f64 differs.
+  * Every LDS and vector memory instruction costs one cycle regardless of its width. `transfer_time` counts bytes
+    instead.
+  * Waits, s_nop and s_endpgm are charged to the scalar unit, though the hardware issues them to no unit at all. Vector
+    instructions that write a carry to scalar registers are charged to it too. The scalar bound may be too high.
+  * s_barrier costs one cycle of the branch unit; waiting at the barrier is latency, which is ignored.
+  * Matrix instructions issue through the vector unit; the model does not charge the turn that they take from it.
   * Matrix products in double precision are charged to the vector pipe.
 """
 
@@ -61,12 +62,11 @@ _PIPE_OF = {
     "HWSALU": "scalar",
     "HWBranch": "branch",
 }
-SIMDS = 4  # of a compute unit
+SIMDS = 4  # per compute unit
 LANES = 64
-CLOCKS = 4  # of the engine in one cycle of LLVM's model
-# Bytes a clock and compute unit between registers and LDS: 32 banks of 4 bytes (ROCm Compute Profiler, "pipeline
-# descriptions"), twice that since CDNA 4 (AMD's white paper, reads only); and between registers and the vector L1
-# cache (ROCm Compute Profiler's peak of "vL1D Cache BW").
+CLOCKS = 4  # engine clocks per cycle of LLVM's model
+# Bytes per clock and compute unit. LDS: 32 banks of 4 bytes (ROCm Compute Profiler, "pipeline descriptions"), doubled
+# in CDNA 4 (AMD's white paper, reads only). Vector L1 cache: ROCm Compute Profiler's peak of "vL1D Cache BW".
 LDS_RATE = {"gfx942": 128, "gfx950": 256}
 L1_RATE = {"gfx942": 128, "gfx950": 128}
 _known: dict[tuple[str, str], dict[str, float]] = {}
@@ -74,12 +74,12 @@ _known: dict[tuple[str, str], dict[str, float]] = {}
 
 @dataclasses.dataclass(frozen=True)
 class Bound:
-    """Least time of a launch, were nothing but the throughput of its pipes to limit it.
+    """Least time of a launch if only the throughput of its pipes limited it.
 
     Attributes:
       arch: "gfx942" or "gfx950".
-      simds: SIMDs that the work was spread over.
-      microseconds: of each pipe of PIPES, all running side by side.
+      simds: SIMDs that share the work.
+      microseconds: busy time of each pipe of PIPES; all pipes run concurrently.
     """
 
     arch: str
@@ -88,12 +88,12 @@ class Bound:
 
     @property
     def pipe(self) -> str:
-        """The pipe that is busy for longest."""
+        """The pipe with the longest busy time."""
         return max(self.microseconds, key=self.microseconds.__getitem__)
 
     @property
     def total(self) -> float:
-        """Microseconds of that pipe."""
+        """Microseconds for which that pipe is busy."""
         return self.microseconds[self.pipe]
 
 
@@ -110,7 +110,7 @@ def _pipe(resource: str, text: str) -> str:
 
 
 def _ask(arch: str, instructions: list[Instruction]) -> None:
-    """Runs llvm-mca once over instructions of different text and remembers what each costs."""
+    """Runs llvm-mca once over instructions with distinct texts and caches the cost of each."""
     command = [toolchain.find_llvm("llvm-mca"), "-mtriple=amdgcn", f"-mcpu={arch}", "-instruction-tables", "-json", "-"]
     text = "".join(i.text + "\n" for i in instructions)
     done = subprocess.run(command, input=text, capture_output=True, text=True, check=False)
@@ -126,7 +126,7 @@ def _ask(arch: str, instructions: list[Instruction]) -> None:
     costs: list[dict[str, float]] = [{} for _ in instructions]
     names = report["TargetInfo"]["Resources"]
     for use in region["ResourcePressureView"]["ResourcePressureInfo"]:
-        # The row after the last instruction holds sums.
+        # The row after the last instruction holds totals.
         if use["InstructionIndex"] < len(instructions):
             cost = costs[use["InstructionIndex"]]
             pipe = _pipe(names[use["ResourceIndex"]], instructions[use["InstructionIndex"]].text)
@@ -138,14 +138,16 @@ def _ask(arch: str, instructions: list[Instruction]) -> None:
 def instruction_cycles(assembly: Assembly) -> list[dict[str, float]]:
     """Cycles for which one execution of each instruction by one wave occupies each pipe, by LLVM's model.
 
-    The time between the start of the instruction and that of the next one on the same pipe ("release at"), not the
-    latency of its result. A dependent instruction waits longer. Asks llvm-mca once for all texts not seen before.
+    A cost is the time from the start of the instruction to the start of the next one on the same pipe ("release at").
+    It is not the latency of the result: a dependent instruction waits longer. One run of llvm-mca covers all texts
+    that are not cached.
 
     Args:
-      assembly: of Triton or of llvm-objdump; comments and labels are left out.
+      assembly: parsed from the output of Triton or llvm-objdump; comments and labels are ignored.
 
     Returns:
-      For every instruction in textual order: pipe to cycles. Mostly one pipe; a load from memory to LDS takes two.
+      For every instruction in textual order: pipe to cycles. Most occupy one pipe; a load from memory to LDS occupies
+      two.
 
     Raises:
       ToolMissing: llvm-mca of LLVM 22 is not installed.
@@ -160,7 +162,7 @@ def instruction_cycles(assembly: Assembly) -> list[dict[str, float]]:
 
 
 def busy_cycles(counts: Counts) -> dict[str, float]:
-    """Cycles for which what was executed occupies each pipe: wave-instructions times cycles, over the whole grid.
+    """Busy cycles of each pipe: executed wave-instructions times their cycles, summed over the whole grid.
 
     Returns:
       Cycles of LLVM's model (four clocks) for every pipe of PIPES.
@@ -177,24 +179,25 @@ def lower_bound(
 ) -> Bound:
     """Least time of a launch by the throughput of each pipe: an estimate that ignores everything else.
 
-    Latency, dependencies, waits, barriers, the order of issue, caches, bank conflicts, the launch itself: none counts.
-    Nor does the clock fall under load. Expect a kernel to take longer, several times so where few waves are in flight.
+    The bound ignores latency, dependencies, waits, barriers, the order of issue, caches, bank conflicts and the launch
+    itself. It assumes that the clock does not fall under load. A kernel takes longer: several times as long if few
+    waves are in flight.
 
     Assumptions, from ROCm Compute Profiler's "pipeline descriptions":
-      * A compute unit has four SIMDs; vector and matrix instructions occupy one of them, each SIMD has both pipes.
-      * LDS, vector memory, scalar and branch unit: one of each per compute unit. The scheduler turns to the next SIMD
-        every clock and then issues at most one instruction per unit, so that a cycle of LLVM's model (a SIMD's turn
-        of four clocks) takes one clock of a unit that the four share. For LDS and memory this is the issue alone, see
-        `transfer_time` for the bytes.
-      * All pipes run side by side, and the work spreads evenly over all SIMDs, or, if `workgroups` says so, over those
-        that can have a wave: a workgroup stays on one compute unit, a wave on one SIMD.
+      * A compute unit has four SIMDs. Each SIMD has a vector and a matrix pipe; an instruction occupies one SIMD.
+      * A compute unit has one LDS, one vector memory, one scalar and one branch unit, which its four SIMDs share. The
+        scheduler turns to the next SIMD every clock and issues at most one instruction per unit. A cycle of LLVM's
+        model (a SIMD's turn of four clocks) therefore takes one clock of a shared unit. For LDS and memory the bound
+        covers the issue alone; `transfer_time` counts the bytes.
+      * All pipes run concurrently. The work spreads evenly over all SIMDs or, if `workgroups` is given, over the SIMDs
+        that can receive a wave: a workgroup stays on one compute unit, a wave on one SIMD.
       * The clock is the peak engine clock (`program.CLOCK`).
 
     Args:
-      counts: what was executed, over the whole grid.
-      arch: must be that of the kernel; it may be left out.
-      workgroups: of the grid; None for a grid that fills the machine.
-      threads: of a workgroup; None for at least four waves.
+      counts: executed instructions of the whole grid.
+      arch: architecture of the kernel; None takes it from `counts`.
+      workgroups: number of workgroups in the grid; None for a grid that fills the GPU.
+      threads: threads per workgroup; None for at least four waves.
     """
     arch = counts.assembly.arch if arch is None else arch
     _check_arch(arch)
@@ -204,7 +207,7 @@ def lower_bound(
         if value is not None and value < 1:
             raise ValueError(f"{name} is {value}; expected at least 1, or None")
     waves = SIMDS if threads is None else min(SIMDS, -(-threads // LANES))
-    # More workgroups than compute units fill all SIMDs, several to a compute unit where they are small.
+    # More workgroups than compute units fill all SIMDs: small workgroups share a compute unit.
     simds = SIMDS * COMPUTE_UNITS[arch]
     if workgroups is not None:
         simds = min(simds, workgroups * waves)
@@ -215,7 +218,7 @@ def lower_bound(
 def hbm_floor(nbytes: float, arch: str) -> float:
     """Microseconds to move `nbytes` at the peak bandwidth of memory (`program.BANDWIDTH`).
 
-    An estimate that ignores latency, caches, and that no kernel reaches the peak; bytes that stay in a cache take less.
+    The estimate ignores latency, and no kernel reaches the peak. Bytes that stay in a cache take less time.
     """
     _check_arch(arch)
     if nbytes < 0:
@@ -230,10 +233,10 @@ def lane_bytes(opcode: str) -> dict[str, int]:
     """Bytes that an instruction moves between the registers of one lane and LDS or memory (the vector L1 cache).
 
     Args:
-      opcode: without encoding, as in `Instruction.opcode`.
+      opcode: name without its encoding suffix, as in `Instruction.opcode`.
 
     Returns:
-      "LDS" and "memory" to bytes; empty for instructions that move none, scalar loads among them.
+      "LDS" and "memory" to bytes; empty for instructions without such a transfer, including scalar loads.
     """
     if opcode.startswith("ds_"):
         width = re.search(r"_[buif](\d+)", opcode)
@@ -252,11 +255,11 @@ def lane_bytes(opcode: str) -> dict[str, int]:
 
 
 def transfer_time(counts: Counts) -> dict[str, float]:
-    """Microseconds for the bytes that vector instructions move: what LLVM's model of LDS and memory leaves out.
+    """Microseconds for the bytes that vector instructions move, which LLVM's model of LDS and memory ignores.
 
-    All 64 lanes of every executed instruction are taken to move their data at LDS_RATE and L1_RATE on all compute units
-    at once. Masked lanes, and lanes that read the same address, make it less; bank conflicts, scattered addresses and
-    cache misses make it more.
+    The estimate assumes that all 64 lanes of every executed instruction move their data, at LDS_RATE and L1_RATE on all
+    compute units at once. Masked lanes, and lanes that read the same address, take less time. Bank conflicts,
+    scattered addresses and cache misses take more.
 
     Returns:
       Microseconds of "LDS" and of "memory".

@@ -1,4 +1,4 @@
-"""A context in which the kernels of a jitted program run as gfx942 or gfx950 machine code on a CPU host."""
+"""Provides a context in which the kernels of a jitted program run as gfx942 or gfx950 machine code on a CPU host."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from pallas_kernels.cdna.program import ARCHITECTURES, COMPILERS, Kernel
 
 @dataclasses.dataclass(frozen=True)
 class Launch:
-    """One execution of a kernel: the kernel and what was executed."""
+    """One launch: the kernel and its counts of executed instructions."""
 
     kernel: Kernel
     counts: Counts
@@ -31,9 +31,10 @@ class Launch:
 
 @functools.cache
 def _interpreter_thread() -> concurrent.futures.Executor:
-    """The thread in which kernels are executed.
+    """Starts the thread that executes kernels.
 
-    XLA's threads flush subnormals, the kernels' waves do not, and a thread inherits the mode of the one that starts it.
+    XLA's threads flush subnormals to zero; the interpreter must keep them. A thread inherits this mode from the thread
+    that starts it, so an XLA thread must not start this one.
     """
     pool = concurrent.futures.ThreadPoolExecutor(1, "cdna-interpreter")
     pool.submit(int).result()
@@ -41,7 +42,7 @@ def _interpreter_thread() -> concurrent.futures.Executor:
 
 
 class Device:
-    """Executes Pallas kernels as machine code; hashed by identity, so that jit keeps one trace per device.
+    """Executes Pallas kernels as machine code. Hashes by identity, so that jit keeps one trace per device.
 
     Attributes:
       arch: "gfx942" or "gfx950".
@@ -51,7 +52,7 @@ class Device:
     """
 
     def __init__(self, arch: str, compiler: str, order: str):
-        """Checks the choices; nothing is compiled yet."""
+        """Checks the arguments; compiles nothing."""
         for name, value, known in (
             ("arch", arch, ARCHITECTURES),
             ("compiler", compiler, COMPILERS),
@@ -62,11 +63,11 @@ class Device:
         self.arch, self.compiler, self.order = arch, compiler, order
         self.launches: list[Launch] = []
         self._lock = threading.Lock()
-        # Started here, outside of XLA.
+        # Start the thread here, outside of XLA's threads.
         self._thread = _interpreter_thread()
 
     def call(self, kernel_call: Callable, arrays: Sequence[jax.Array], out_shape: Any) -> Any:
-        """Compiles the one kernel of `kernel_call` and stages its execution; called while a program is traced."""
+        """Compiles the single kernel of `kernel_call` and stages its execution; runs while a program is traced."""
         avals = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in arrays]
         (lowered,) = lowering.pallas_calls(kernel_call, *avals, arch=self.arch)
         kernel = compiler.compile_kernel(lowered, self.arch, self.compiler)
@@ -87,22 +88,23 @@ class Device:
 
 @contextlib.contextmanager
 def device(arch: str, *, compiler: str = "triton", order: str = "together") -> Iterator[Device]:
-    """Within it, `implementation="triton"` on a CPU host runs every kernel as code of `arch`, in our interpreter.
+    """Makes `implementation="triton"` on a CPU host run every kernel as code of `arch` in our interpreter.
 
-    The rest of a program runs on XLA's CPU backend. Functions jitted before are traced anew: the context is part of
-    jit's cache keys. Arrays must be computed (`jax.block_until_ready`) before the context ends, if `launches` is read.
+    The rest of a program runs on XLA's CPU backend. The context is part of jit's cache key, so functions that were
+    jitted before are traced again. To read `launches`, wait for the arrays (`jax.block_until_ready`) before the
+    context ends.
 
     Args:
       arch: "gfx942" (MI300X) or "gfx950" (MI355X).
-      compiler: "triton" (the public Triton wheel, quick) or "xla" (XLA:ROCm, what jax would launch).
+      compiler: "triton" (the public Triton wheel, faster) or "xla" (XLA:ROCm, the code that jax would launch).
       order: "together", "forward" or "reverse"; see `pallas_kernels.cdna.execute`.
 
     Yields:
-      The device, whose `launches` lists what was executed.
+      The device, whose `launches` lists the executed kernels.
 
     Raises:
-      ValueError: an unknown choice.
-      ToolMissing: the compiler or the disassembler is not installed (while a program is traced).
+      ValueError: `arch`, `compiler` or `order` is unknown.
+      ToolMissing: the compiler or the disassembler is not installed (raised while a program is traced).
     """
     chosen = Device(arch, compiler, order)
     with targets.executor(chosen):

@@ -1,4 +1,4 @@
-"""Compiled code kept on disk, by a hash of everything that it was made from."""
+"""Caches compiled code on disk, under a hash of all inputs of its compilation."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from typing import Any
 
 from pallas_kernels.cdna import toolchain
 
-# Raised whenever what is stored changes its meaning.
+# Increase this number whenever the meaning of stored values changes.
 FORMAT = 1
 
 
 def key_of(**ingredients: Any) -> str:
-    """Hash of IR, options and versions; the ingredients must be JSON."""
+    """Hash of IR, options and versions; the ingredients must be serializable as JSON."""
     return hashlib.sha256(json.dumps({"format": FORMAT, **ingredients}, sort_keys=True).encode()).hexdigest()
 
 
@@ -26,25 +26,25 @@ def _path(key: str, folder: pathlib.Path | None) -> pathlib.Path:
 
 
 def read(key: str, folder: pathlib.Path | None = None) -> Any:
-    """What was stored under `key`; None when nothing was, or when the file is damaged."""
+    """The value stored under `key`; None if nothing is stored or the file is damaged."""
     path = _path(key, folder)
     try:
         stored, value = pickle.loads(path.read_bytes())
     except Exception:
-        # Absent, cut short, or of another version: it will be made again.
+        # The file is absent, truncated or from another version: the caller compiles again.
         return None
     return value if stored == key else None
 
 
 def write(key: str, value: Any, folder: pathlib.Path | None = None) -> None:
-    """Stores `value`; a folder that can not be written to only means that nothing is kept."""
+    """Stores `value`; does nothing if the folder is not writable."""
     path = _path(key, folder)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(dir=path.parent)
         with os.fdopen(handle, "wb") as file:
             pickle.dump((key, value), file)
-        # Whole or not at all, whoever else writes.
+        # Rename atomically: a reader never sees a partial file, even with several writers.
         os.replace(temporary, path)
     except OSError:
         return

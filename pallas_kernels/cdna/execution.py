@@ -1,4 +1,4 @@
-"""Executing a compiled kernel on arrays: results, and what was executed to get them."""
+"""Executes a compiled kernel on arrays; returns its outputs and the counts of executed instructions."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from pallas_kernels.cdna.program import Kernel
 
 @dataclasses.dataclass(frozen=True)
 class Counts:
-    """Executed wave-instructions of a whole grid.
+    """Wave-instructions that a whole grid executed. One wave that executes one instruction counts as one.
 
     Attributes:
       assembly: the parsed kernel.
-      per_block: executions of each block, int64 [blocks].
+      per_block: executions of each basic block by a wave, int64 [blocks].
     """
 
     assembly: Assembly
@@ -28,7 +28,7 @@ class Counts:
 
     @property
     def total(self) -> int:
-        """All wave-instructions, waits and branches included."""
+        """Number of all wave-instructions, including waits and branches."""
         return sum(self.by_class.values())
 
     @functools.cached_property
@@ -40,7 +40,7 @@ class Counts:
         return out
 
     def per_instruction(self) -> list[tuple[Instruction, int]]:
-        """Every instruction of the text with its executions."""
+        """(instruction, number of executions) of every instruction of the text."""
         pairs = zip(self.assembly.blocks, self.per_block)
         return [(i, int(times)) for block, times in pairs for i in block.instructions]
 
@@ -52,7 +52,7 @@ class Counts:
         return dict(sorted(out.items(), key=lambda item: -item[1]))
 
     def annotated(self) -> str:
-        """The assembly, every executed line preceded by its number of executions."""
+        """The assembly text with the number of executions before every instruction."""
         times = {i.line: n for i, n in self.per_instruction()}
         return "\n".join(
             f"{times[k]:>10} {line}" if k in times else f"{'':>10} {line}"
@@ -62,7 +62,7 @@ class Counts:
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """What `execute` returns.
+    """The return value of `execute`.
 
     Attributes:
       outputs: arrays of the output arguments, in argument order.
@@ -77,17 +77,17 @@ def execute(kernel: Kernel, arrays: Sequence[np.ndarray], *, order: str = "toget
     """Executes the machine code of `kernel` on numpy arrays with our interpreter.
 
     Args:
-      kernel: compiled for gfx942 or gfx950; its arguments must be known.
+      kernel: compiled for gfx942 or gfx950; its `arguments` must not be empty.
       arrays: one per input argument, in argument order.
       order: how the waves of a workgroup take turns: "together", "forward" or "reverse". Results differ only if
         the kernel has a race.
 
     Returns:
-      Outputs and counts. Bytes that the kernel does not write are 0xA5.
+      Outputs and counts. Output bytes that the kernel does not write are 0xA5.
 
     Raises:
-      ValueError: arrays that do not fit the arguments.
-      InterpreterError: the code does what it must not (see `interpreter.control_flow.run`).
+      ValueError: number, shape or dtype of the arrays differs from the arguments.
+      InterpreterError: the interpreter rejects the code (see `interpreter.control_flow.run`).
     """
     given = [a for a in kernel.arguments if a.role == "input"]
     if len(given) != len(arrays) or not kernel.arguments:
@@ -98,7 +98,7 @@ def execute(kernel: Kernel, arrays: Sequence[np.ndarray], *, order: str = "toget
                 f"arrays[{number}] is {array.dtype}{list(array.shape)}; kernel {kernel.name} expects"
                 f" {np.dtype(argument.dtype)}{list(argument.shape)}"
             )
-    # Buffer of every argument: an output written in place has that of its input.
+    # Assign a buffer to every argument; an output that is written in place shares the buffer of its input.
     rest = iter(arrays)
     buffers: list[tuple[str, np.ndarray, bool]] = []
     home: list[int] = []

@@ -1,7 +1,7 @@
-"""Lowering for an AMD GPU that this host does not have: StableHLO, and the Triton IR of the Pallas kernels in it.
+"""Lowers functions for an AMD GPU that this host lacks: to StableHLO, and to the Triton IR of its Pallas kernels.
 
-Nothing is compiled here and no plugin is needed. Private parts of jax that this file relies on: the MLIR bindings, and
-the context that parses Pallas' Triton IR.
+This file compiles nothing and needs no plugin. It relies on two private interfaces of jax: the MLIR bindings, and the
+context that parses Pallas' Triton IR.
 """
 
 from __future__ import annotations
@@ -42,13 +42,13 @@ class PallasCall:
     """A Pallas kernel inside a lowered program.
 
     Attributes:
-      name: of the kernel.
-      ir: its Triton IR.
+      name: name of the kernel.
+      ir: text of its Triton IR.
       grid: programs per axis.
       num_warps, num_stages: launch options.
       inputs, outputs: (shape, dtype) of the arrays, in argument order.
       aliases: (output, input) pairs that share a buffer.
-      module: StableHLO of the program that it was found in.
+      module: StableHLO of the program that contains the kernel.
     """
 
     name: str
@@ -63,14 +63,14 @@ class PallasCall:
 
 
 def check_arch(arch: str) -> None:
-    """Raises ValueError for an architecture that is not known."""
+    """Raises ValueError for an unknown architecture."""
     if arch not in ARCHITECTURES:
         raise ValueError(f"arch is {arch!r}; expected one of {', '.join(ARCHITECTURES)}")
 
 
 @contextlib.contextmanager
 def abstract_gpu(arch: str) -> Iterator[None]:
-    """Traces and lowers for a GPU that is not there."""
+    """Makes jax trace and lower for a GPU of `arch` that this host lacks."""
     check_arch(arch)
     device = jax.sharding.AbstractDevice(device_kind=arch, num_cores=COMPUTE_UNITS[arch], platform="gpu")
     axis = (jax.sharding.AxisType.Auto,)
@@ -82,7 +82,7 @@ def lower(fn: Callable, *args: Any, arch: str, donate_argnums: int | Sequence[in
     """`jax.stages.Lowered` of `fn` for an architecture; args are arrays or shapes, in pytrees."""
     avals = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), args)
     with abstract_gpu(arch):
-        # A new function object: traces made for another architecture must not be found again.
+        # Wrap `fn` in a new function object: jit must not reuse a trace made for another architecture.
         donated = (donate_argnums,) if isinstance(donate_argnums, int) else tuple(donate_argnums)
         traced = jax.jit(lambda *a: fn(*a), donate_argnums=donated, keep_unused=True).trace(*avals)
         return traced.lower(lowering_platforms=("rocm",))
@@ -97,7 +97,7 @@ def _array_type(value: ir.Value) -> tuple[tuple[int, ...], np.dtype]:
 
 
 def _triton_ir(serialized: bytes) -> str:
-    """Text of Triton IR, without locations, so that it does not depend on where the source stands."""
+    """Text of Triton IR without locations, so that it does not depend on file names and line numbers."""
     with _primitives.ir_context():
         return str(ir.Module.parse(serialized).operation.get_asm())
 
@@ -150,6 +150,6 @@ def pallas_calls(fn: Callable, *args: Any, arch: str) -> list[PallasCall]:
     """The Pallas kernels of `fn`, lowered for `arch`.
 
     Raises:
-      ValueError: an unknown architecture.
+      ValueError: `arch` is unknown.
     """
     return calls_in(lower(fn, *args, arch=arch))

@@ -1,4 +1,4 @@
-"""A picture of where a kernel's executed instructions go: by class, and along its text. Needs the extra `plot`."""
+"""Draws a kernel's executed instructions, by class and along its assembly text. Needs the extra `plot`."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from pallas_kernels.cdna.interpreter.assembly import CLASSES, classify
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# Okabe and Ito's colours, which tell apart for colour-blind readers too; waits recede.
+# Okabe and Ito's palette, which colour-blind readers can tell apart. Waits are grey.
 COLOURS = dict(
     zip(CLASSES, ("#0072b2", "#d55e00", "#56b4e9", "#009e73", "#f0e442", "#cc79a7", "#e69f00", "#b3b3b3"), strict=True)
 )
 _ROW = 2.3  # inches of height for one kernel
-_DARK = {"vector", "matrix", "memory read"}  # their colours need white text
+_DARK = {"vector", "matrix", "memory read"}  # classes whose colour needs white text
 
 
 def flame(counts: Counts) -> dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Rectangles whose area is executed wave-instructions, class by class, side by side along the kernel's text.
+    """Rectangles along the kernel's text, per class, whose area is the number of executed wave-instructions.
 
-    A block of the text is as wide as it has instructions and as high as the times it was executed by a wave. Within a
-    block, instructions of a class are put together.
+    A basic block is as wide as its number of instructions and as high as the number of its executions by a wave.
+    Within a block, instructions of one class are adjacent.
 
     Returns:
-      For each of CLASSES: left edges and widths in instructions, heights in executions; int64, one per block that has
-      instructions of that class.
+      For each of CLASSES: left edges and widths in instructions, heights in executions. Each is int64 with one element
+      per block that has instructions of that class.
     """
     rectangles: dict[str, list[tuple[int, int, int]]] = {name: [] for name in CLASSES}
     start = 0
@@ -48,20 +48,19 @@ def flame(counts: Counts) -> dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
 def picture(results: Sequence[tuple[str, Counts]], path: str | os.PathLike[str]) -> Figure:
-    """Draws, for every kernel, a bar of its wave-instructions by class above their flame along the text.
+    """Draws two charts per kernel: a bar of wave-instructions by class, and below it the flame along the text.
 
-    Every kernel has axes of its own, since totals differ by orders of magnitude: the bar spans the width, numbers are
-    wave-instructions.
+    Every kernel has its own axes, because totals differ by orders of magnitude. Its bar spans the full width.
 
     Args:
       results: label and counts of each kernel, drawn from top to bottom.
-      path: of the file to write; its suffix is the format (png, svg, pdf, ...).
+      path: file to write; its suffix selects the format (png, svg, pdf, ...).
 
     Returns:
-      The figure: for result k, axes 2k hold the bar and axes 2k + 1 the flame; one container for each of CLASSES.
+      The figure. For result k, axes 2k hold the bar and axes 2k + 1 the flame. Each has one container per class.
 
     Raises:
-      ValueError: no results.
+      ValueError: `results` is empty.
       ImportError: matplotlib is not installed.
     """
     if not results:
@@ -91,7 +90,7 @@ def picture(results: Sequence[tuple[str, Counts]], path: str | os.PathLike[str])
 
 
 def _draw_classes(axes, counts: Counts) -> None:
-    """One bar over the width: wave-instructions by class."""
+    """Draws one bar over the full width: wave-instructions by class."""
     total, left = max(counts.total, 1), 0
     for name in CLASSES:
         number = counts.by_class[name]
@@ -105,7 +104,7 @@ def _draw_classes(axes, counts: Counts) -> None:
 
 
 def _draw_flame(axes, counts: Counts) -> None:
-    """Executions along the text, see `flame`."""
+    """Draws executions along the text, see `flame`."""
     for name, (left, width, height) in flame(counts).items():
         axes.bar(left, height, width=width, align="edge", color=COLOURS[name], linewidth=0, label=name)
     axes.set_xlim(0, max(len(counts.assembly.instructions), 1))

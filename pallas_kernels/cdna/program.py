@@ -1,4 +1,4 @@
-"""What a compiler made of a jitted function: kernels in launch order, their code objects, assembly and resources."""
+"""A compiled function: its kernels in launch order, their code objects, assembly and resources."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 
 from pallas_kernels.targets import CDNA
 
-# By architecture, from `targets`.
+# Data from `targets`, by architecture.
 ARCHITECTURES = tuple(t.name for t in CDNA)
 LDS_BYTES = {t.name: t.lds_bytes for t in CDNA}
 COMPUTE_UNITS = {t.name: t.units for t in CDNA}
@@ -21,16 +21,16 @@ MAX_THREADS = 1024
 
 @dataclasses.dataclass(frozen=True)
 class Resources:
-    """What a wave of the kernel occupies.
+    """Registers and memory that a kernel occupies.
 
     Attributes:
-      vgprs: vector registers of a lane in all, accumulation registers included (512 at most).
-      agprs: those of them that are accumulation registers.
-      sgprs: scalar registers.
-      vgpr_spills, sgpr_spills: registers that the compiler moved out of the register file.
-      scratch: bytes of scratch memory a lane.
-      lds: bytes of LDS a workgroup, dynamic part included.
-      occupancy: waves that fit on one SIMD, by registers and LDS; 0 when a workgroup has more LDS than there is.
+      vgprs: vector registers per lane, including accumulation registers (512 at most).
+      agprs: accumulation registers per lane.
+      sgprs: scalar registers per wave.
+      vgpr_spills, sgpr_spills: registers that the compiler spilled.
+      scratch: bytes of scratch memory per lane.
+      lds: bytes of LDS per workgroup, including dynamic LDS.
+      occupancy: waves that fit on one SIMD, by registers and LDS; 0 if a workgroup needs more LDS than exists.
     """
 
     vgprs: int
@@ -45,12 +45,12 @@ class Resources:
 
 @dataclasses.dataclass(frozen=True)
 class Argument:
-    """One 64-bit pointer of a kernel's argument block, in order.
+    """One 64-bit pointer of a kernel's argument block.
 
     Attributes:
-      shape, dtype: of the array behind it.
+      shape, dtype: shape and dtype of the array at this address.
       role: "input" or "output".
-      in_place_of: for an output that is written over an input: number of that argument.
+      in_place_of: for an output that overwrites an input, the number of that input's argument; else None.
     """
 
     shape: tuple[int, ...]
@@ -66,19 +66,19 @@ class Argument:
 
 @dataclasses.dataclass(frozen=True)
 class Kernel:
-    """One launch.
+    """One launch of a kernel.
 
     Attributes:
       name: the symbol in the code object.
       arch: "gfx942" or "gfx950".
-      compiler: what made it, with version: "Triton 3.6.0" or "XLA:ROCm 0.12.0".
-      origin: "pallas" for a kernel of ours, "xla" for one that XLA added.
+      compiler: the compiler and its version, such as "Triton 3.6.0" or "XLA:ROCm 0.12.0".
+      origin: "pallas" for a Pallas kernel of the function, "xla" for a kernel that XLA generated.
       grid: workgroups per axis.
       block: threads per axis.
       code_object: the ELF file that the driver would load.
-      assembly: its text with `.amdhsa_` directives, as the interpreter reads it.
+      assembly: assembly text with `.amdhsa_` directives, the input of the interpreter.
       resources: registers, spills, LDS, occupancy.
-      arguments: pointers in the order of the argument block; empty for a kernel whose buffers are not known.
+      arguments: pointers in the order of the argument block; empty for a kernel whose buffers are unknown.
     """
 
     name: str
@@ -94,7 +94,7 @@ class Kernel:
 
     @property
     def threads(self) -> int:
-        """Threads of a workgroup."""
+        """Threads per workgroup."""
         return self.block[0] * self.block[1] * self.block[2]
 
 
@@ -105,11 +105,11 @@ class Program:
     Attributes:
       arch, compiler: as in `Kernel`.
       kernels: in launch order; the same code object may be launched more than once.
-      temporary_bytes: memory that XLA allocates beside inputs and outputs, None for the Triton wheel.
-      in_place: numbers of the (flattened) inputs whose buffer an output takes over, None for the Triton wheel.
-      copies: buffers that XLA copies as a step of their own: (bytes, what), None for the Triton wheel.
+      temporary_bytes: memory that XLA allocates beside inputs and outputs; None for the Triton wheel.
+      in_place: numbers of the (flattened) inputs whose buffer an output reuses; None for the Triton wheel.
+      copies: (bytes, description) of each copy that XLA runs as a separate step; None for the Triton wheel.
       library_calls: names of steps that are not kernels of this program (matrix products of hipBLASLt, for example).
-      hlo: text of the optimised program, empty for the Triton wheel.
+      hlo: text of the optimised program; empty for the Triton wheel.
     """
 
     arch: str
@@ -123,5 +123,5 @@ class Program:
 
     @property
     def pallas_kernels(self) -> tuple[Kernel, ...]:
-        """Launches that are kernels of ours."""
+        """Launches of the function's Pallas kernels."""
         return tuple(k for k in self.kernels if k.origin == "pallas")

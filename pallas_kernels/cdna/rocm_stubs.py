@@ -1,7 +1,8 @@
-"""Stand-ins for the ROCm libraries that JAX's ROCm plugin is linked against, so that it loads without ROCm.
+"""Builds stub libraries for the ROCm libraries that JAX's ROCm plugin links against, so that it loads without ROCm.
 
-Compiling for a described target needs none of them: the stubs define every wanted symbol, under its version, and every
-call reports failure (`hipErrorNoDevice`). They are built once, with gcc, into a folder named after the plugin.
+Deviceless compilation needs none of the real libraries. The stubs define every undefined symbol of the plugin under
+its version, and every call reports failure (`hipErrorNoDevice`). gcc builds them once per plugin, into a folder whose
+name is a hash of the plugin's name, size and version.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from pallas_kernels.cdna import toolchain
 
 _NO_DEVICE = 100
 _ROCM = re.compile(r"lib(roc|hip|hsa|rccl|MIOpen|amd)")
-# Versions of symbols that the C and C++ runtimes of any Linux define.
+# Symbol versions that the C and C++ runtimes of any Linux define.
 _SYSTEM = re.compile(r"@(GLIBC|GCC_|CXXABI|GLIBCXX)")
 
 
@@ -29,7 +30,7 @@ def _output(*command: str) -> str:
 
 
 def needed_libraries(plugin: pathlib.Path) -> list[str]:
-    """File names of the ROCm libraries that the plugin asks the loader for."""
+    """File names of the ROCm libraries that the plugin is linked against."""
     text = _output(toolchain.find_program("readelf", "binutils"), "-d", str(plugin))
     return [name for name in re.findall(r"\(NEEDED\).*\[(.*)\]", text) if _ROCM.match(name)]
 
@@ -48,7 +49,7 @@ def wanted_symbols(plugin: pathlib.Path) -> list[tuple[str, str]]:
 
 
 def _body(name: str) -> str:
-    """C body of a stub: failure, in whatever shape the caller expects of that function."""
+    """C body of a stub: it returns the failure value of that function's return type."""
     if "String" in name or "GetErrorName" in name:
         return 'return (long)"no ROCm here";'
     if name == "__hipRegisterFatBinary":
@@ -61,7 +62,7 @@ def _body(name: str) -> str:
 
 
 def _home(version: str, libraries: list[str]) -> str:
-    """The library that defines symbols of a version; any will do for those without."""
+    """The library that defines symbols of `version`; unversioned symbols may be in any library."""
     prefix = "libamd_smi" if version.startswith("AMDSMI") else "libamdhip64" if version else "librocblas"
     found = next((name for name in libraries if name.startswith(prefix)), None)
     return found or libraries[0]
@@ -83,7 +84,7 @@ def _source(symbols: list[tuple[str, str]]) -> tuple[str, str]:
 
 def _compile(folder: pathlib.Path, library: str, symbols: list[tuple[str, str]]) -> None:
     code, script = _source(symbols)
-    # Made apart and renamed into place, so that two processes may build at once.
+    # Build in a temporary folder and rename, so that two processes can build at the same time.
     with tempfile.TemporaryDirectory(dir=folder) as apart:
         source, versions, made = (pathlib.Path(apart) / name for name in ("stub.c", "stub.map", library))
         source.write_text(code)
@@ -95,7 +96,7 @@ def _compile(folder: pathlib.Path, library: str, symbols: list[tuple[str, str]])
 
 
 def _is_whole(library: pathlib.Path) -> bool:
-    """Whether a library is there up to its section headers, which are the last thing in it."""
+    """Whether a library exists and is complete: its section headers must end at the end of the file."""
     elf = library.read_bytes() if library.exists() else b""
     if len(elf) < 64 or elf[:4] != b"\x7fELF":
         return False
@@ -104,10 +105,10 @@ def _is_whole(library: pathlib.Path) -> bool:
 
 
 def build(plugin: pathlib.Path, cache: pathlib.Path) -> list[pathlib.Path]:
-    """Paths of the stub libraries of a plugin, built unless they are there and whole.
+    """Paths of the stub libraries of a plugin; builds them unless all exist and are complete.
 
     Raises:
-      ToolMissing: no gcc, nm or readelf.
+      ToolMissing: gcc, nm or readelf is not installed.
     """
     libraries = needed_libraries(plugin)
     stat = plugin.stat()
@@ -126,6 +127,6 @@ def build(plugin: pathlib.Path, cache: pathlib.Path) -> list[pathlib.Path]:
 
 
 def load(plugin: pathlib.Path, cache: pathlib.Path) -> None:
-    """Builds and loads the stubs into this process; afterwards the plugin's library can be opened."""
+    """Builds the stubs and loads them into this process; afterwards the plugin's library can be opened."""
     for path in build(plugin, cache):
         ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)

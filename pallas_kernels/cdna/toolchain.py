@@ -1,4 +1,4 @@
-"""What the compile side needs besides Python: where it is, and one line about what is missing."""
+"""Finds the compilers and tools that this package needs, and names the command that installs a missing one."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ import subprocess
 
 import jax
 
-# The release of jax that the extra `cdna` belongs to, and the version of its Triton.
+# The release of jax that the extra `cdna` installs compilers for, and the version of its Triton.
 JAX = "0.12.0"
 TRITON_VERSION = "3.6.0"
 LLVM = "22"
 TRITON = "triton"
-# ROCm's major is part of the plugin's name. The first that is installed is used.
+# The plugin's name contains ROCm's major version. The first installed plugin is used.
 PLUGINS = ("jax-rocm7-pjrt", "jax-rocm10-pjrt")
 
 
@@ -25,12 +25,12 @@ class ToolMissing(RuntimeError):
 
 
 def release(version: str) -> str:
-    """Three numbers of a version: plugins of 0.12.0 serve jax 0.12.0.1 too."""
+    """The first three numbers of a version: plugins of 0.12.0 also support jax 0.12.0.1."""
     return ".".join(version.split(".")[:3])
 
 
 def extra() -> str:
-    """The command that installs the compilers for the jax that is installed here."""
+    """The command that installs the compilers for the installed version of jax."""
     mine = release(jax.__version__)
     if mine == JAX:
         return "pip install 'sparse-mla-jax[cdna]'"
@@ -38,7 +38,7 @@ def extra() -> str:
 
 
 def default_cache() -> pathlib.Path:
-    """Where compiled kernels and stub libraries are kept."""
+    """Folder of compiled kernels and stub libraries."""
     return pathlib.Path.home() / ".cache" / "sparse_mla_jax"
 
 
@@ -47,7 +47,7 @@ def find_llvm(tool: str) -> str:
     """Path of an LLVM 22 tool: `llvm-objdump`, `llvm-readelf` or `llvm-mca`.
 
     Raises:
-      ToolMissing: it is not there; older ones do not know gfx950.
+      ToolMissing: it is not installed. Older versions of LLVM do not support gfx950.
     """
     for name in (f"{tool}-{LLVM}", f"/usr/lib/llvm-{LLVM}/bin/{tool}", tool):
         path = shutil.which(name)
@@ -66,7 +66,7 @@ def find_program(name: str, package: str) -> str:
     """Path of a program.
 
     Raises:
-      ToolMissing: it is not there.
+      ToolMissing: it is not installed.
     """
     path = shutil.which(name)
     if not path:
@@ -98,7 +98,7 @@ def plugin_library() -> pathlib.Path:
     """The shared library of JAX's ROCm plugin, found without importing it.
 
     Raises:
-      ToolMissing: no plugin, or not one of this release of jax.
+      ToolMissing: no plugin is installed, or its release differs from that of jax.
     """
     name, mine = plugin(), release(jax.__version__)
     version = version_of(name)
@@ -120,10 +120,10 @@ def compiler_name(compiler: str) -> str:
 
 
 def require(compiler: str) -> None:
-    """Checks that everything `compiler` ("xla" or "triton") needs is there.
+    """Checks that everything that `compiler` ("xla" or "triton") needs is installed.
 
     Raises:
-      ToolMissing: the first thing that is not.
+      ToolMissing: something is missing; the message names the first such tool.
     """
     find_llvm("llvm-objdump")
     find_llvm("llvm-readelf")
@@ -140,7 +140,7 @@ def require(compiler: str) -> None:
 
 
 def available(compiler: str) -> str | None:
-    """None when `compiler` can be used here, else the line that says what to install."""
+    """None if `compiler` can be used on this host, else a line that says what to install."""
     try:
         require(compiler)
     except ToolMissing as missing:

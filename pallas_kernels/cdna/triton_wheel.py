@@ -1,4 +1,4 @@
-"""The public Triton wheel as compiler: Triton IR to a code object. Runs in a worker process."""
+"""Compiles Triton IR to a code object with the public Triton wheel. Runs in a worker process."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import tempfile
 
 
 def compile_ir(text: str, arch: str, num_warps: int, num_stages: int) -> tuple[bytes, int]:
-    """(ELF code object, bytes of dynamic LDS) of one kernel, through all of Triton's passes."""
+    """Runs all of Triton's passes on one kernel; returns (ELF code object, bytes of dynamic LDS)."""
     from triton._C.libtriton import ir
     from triton.backends.amd.compiler import HIPBackend
     from triton.backends.compiler import GPUTarget
@@ -24,7 +24,7 @@ def compile_ir(text: str, arch: str, num_warps: int, num_stages: int) -> tuple[b
         backend.load_dialects(context)
         module = ir.parse_mlir_module(str(path), context)
         module.context = context
-        # `compile` takes a file of this kind to be finished with the passes on Triton IR.
+        # Run the passes on Triton IR here: `compile` skips them for a file with the suffix .ttir.
         path.write_text(str(backend.make_ttir(module, {}, backend.parse_options(options))))
         done = triton_compile(str(path), target=target, options=options)
     return done.asm["hsaco"], done.metadata.shared

@@ -1,7 +1,8 @@
-"""One process per architecture and compiler, in which compilation happens.
+"""Compiles in worker processes, one per architecture and compiler.
 
-Triton 3.6.0 leaks state from one architecture to the next, the ROCm plugin can only be loaded once, and a compiler
-that crashes must not take its caller along. Messages are pickles over pipes, each with its length before it.
+Separate processes are needed for three reasons: Triton 3.6.0 leaks state from one architecture to the next, the ROCm
+plugin can be loaded only once, and a crash of the compiler must not end the caller. Messages are pickles over pipes;
+the length precedes each pickle.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ def _send(stream: IO[bytes], value: Any) -> None:
 
 
 def _receive(stream: IO[bytes]) -> Any:
-    """The next message; EOFError when the other side has gone."""
+    """Reads the next message; raises EOFError when the other process has ended."""
     head = stream.read(_LENGTH.size)
     if len(head) < _LENGTH.size:
         raise EOFError
@@ -42,7 +43,7 @@ def _receive(stream: IO[bytes]) -> Any:
 
 
 class _Worker:
-    """The parent's side of a process."""
+    """A worker process, seen from its parent."""
 
     def __init__(self, arch: str, compiler: str):
         self.lock = threading.Lock()
@@ -70,12 +71,12 @@ class _Worker:
                 self.close()
                 raise RuntimeError(f"the compiler's process died: {why}") from None
             if not good:
-                # Compilers print what they refuse.
+                # Compilers print the reason of a refusal to stderr, so the message quotes it.
                 raise RuntimeError(f"{value}{self._last_lines(before)}")
         return value
 
     def _last_lines(self, since: int) -> str:
-        """The end of what was printed since `since`. The position in the file is the process', and left alone."""
+        """The last five lines printed since byte `since`; pread leaves the process's file position unchanged."""
         handle = self.errors.fileno()
         text = os.pread(handle, os.fstat(handle).st_size - since, since).decode(errors="replace")
         return "".join(f" / {line}" for line in text.strip().splitlines()[-5:])
@@ -90,10 +91,10 @@ class _Worker:
 
 
 def request(arch: str, compiler: str, what: str, *arguments: Any) -> Any:
-    """Has the worker of an architecture and compiler do something; starts it when it is not running.
+    """Sends the request `what` to the worker of an architecture and compiler; starts the worker if necessary.
 
     Raises:
-      RuntimeError: the compiler refused, or its process died; the next request starts a new one.
+      RuntimeError: the compiler refused, or its process died. The next request starts a new process.
     """
     with _lock:
         worker = _workers.get((arch, compiler))
@@ -114,7 +115,7 @@ def close_all() -> None:
         _workers.clear()
 
 
-# --- the worker's side -----------------------------------------------------------------------------------------------
+# --- the worker's side
 def _compile_ir(arch: str, *arguments: Any) -> Any:
     from pallas_kernels.cdna import triton_wheel
 
@@ -133,7 +134,7 @@ _HANDLERS = {"ir": _compile_ir, "module": _compile_module}
 
 
 def serve() -> None:
-    """Answers requests until the parent has gone; whatever a compiler prints goes to stderr."""
+    """Answers requests until the parent closes the pipe; output that a compiler prints goes to stderr."""
     arch = sys.argv[1]
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)

@@ -1,6 +1,6 @@
-"""XLA:ROCm as compiler: StableHLO to the executable that JAX would load on the GPU. Runs in a worker process.
+"""Compiles StableHLO with XLA:ROCm to the executable that JAX would load on the GPU. Runs in a worker process.
 
-The plugin is never asked for a device: the target comes from a description ("deviceless" compilation).
+The plugin never opens a device: it compiles for a textual description of the target ("deviceless" compilation).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy as np
 from pallas_kernels.cdna import rocm_stubs, toolchain
 from pallas_kernels.cdna.program import BANDWIDTH, CLOCK, COMPUTE_UNITS, LDS_BYTES, PRODUCT
 
-# xla.GpuTargetConfigProto; what is not architecture-specific are limits of the programming model.
+# An xla.GpuTargetConfigProto. The constants are limits of the programming model, equal for both architectures.
 _TARGET = """gpu_device_info {{
   threads_per_block_limit: 1024 threads_per_warp: 64 threads_per_core_limit: 2048
   shared_memory_per_block: {lds} shared_memory_per_block_optin: {lds} shared_memory_per_core: {lds}
@@ -31,7 +31,7 @@ MEMORY = {"gfx942": 192 << 30, "gfx950": 288 << 30}
 
 
 def target_config(arch: str) -> str:
-    """Description of the GPU, as text."""
+    """Description of the GPU as a text protocol buffer."""
     return _TARGET.format(
         arch=arch,
         lds=LDS_BYTES[arch],
@@ -51,7 +51,7 @@ def _device(arch: str, cache: pathlib.Path) -> Any:
     from jax._src.lib import xla_client
     from jax.experimental import topologies
 
-    # The plugin's own registration would look for a GPU and complain that there is none.
+    # Register the library here: the plugin's own registration looks for a GPU and logs an error without one.
     logging.getLogger("jax._src.xla_bridge").setLevel(logging.CRITICAL)
     jax.config.update("jax_platforms", "cpu")
     jax.devices()
@@ -67,7 +67,7 @@ def _device(arch: str, cache: pathlib.Path) -> Any:
 
 
 def compile_module(text: str, arch: str, cache: pathlib.Path) -> dict[str, Any]:
-    """Compiles StableHLO text: the serialized executable, the optimised HLO's text, memory statistics."""
+    """Compiles StableHLO text; returns the serialized executable, the optimised HLO's text and memory statistics."""
     from jax._src.interpreters import mlir
     from jax._src.lib import xla_client
     from jax._src.lib.mlir import ir

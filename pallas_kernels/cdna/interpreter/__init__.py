@@ -1,11 +1,11 @@
 """A functional interpreter of CDNA3 and CDNA4 machine code on numpy arrays.
 
-`assembly` reads the text, `machine` holds registers and memory, `operands` fetches and writes with modifiers, then one
-file per kind of instruction (`vector_alu`, `matrix`, `cross_lane`, `lds`, `memory_access`, `scalar_alu`), each with
-a table from opcode to meaning; `control_flow` runs the waves of a grid.
+`assembly` parses the text. `machine` holds registers and memory. `operands` reads operands and writes results with
+their modifiers. Each kind of instruction has a file (`vector_alu`, `matrix`, `cross_lane`, `lds`, `memory_access`,
+`scalar_alu`) with a table from opcode to meaning. `control_flow` runs the waves of a grid.
 
-Every instruction works on all waves that stand at it, so a wide grid costs little more than one workgroup. What is
-modelled: results, bit for bit where the hardware rounds correctly. What is not: time, hazards, `s_waitcnt` (a missing
-wait is not found), denormal modes (subnormals are kept), traps, and the last bit of the transcendental instructions,
-which are rounded correctly here and to within one unit on the hardware.
+One numpy operation executes an instruction for all waves that are at it, so a wide grid costs little more than one
+workgroup. The interpreter models results, bit for bit if the hardware rounds correctly. It does not model time,
+hazards, `s_waitcnt` (a missing wait is not detected), denormal modes (subnormals are kept) or traps. Transcendental
+instructions are rounded correctly here, but only to within one ulp on the hardware, so the last bit may differ.
 """

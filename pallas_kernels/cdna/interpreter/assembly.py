@@ -1,4 +1,4 @@
-"""Assembly text of one kernel -> directives and basic blocks of parsed instructions."""
+"""Parses the assembly text of a kernel into directives and basic blocks of instructions."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ import re
 
 
 class InterpreterError(RuntimeError):
-    """Code that can not or must not be executed: the message names the line, the instruction and what is wrong."""
+    """The interpreter rejects the code; the message names the line, the instruction and the fault."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Operand:
-    """One operand.
+    """One operand of an instruction.
 
     Attributes:
       kind: "v", "a" or "s" (registers), "int", "float" (constants), "off", or "word" (labels, hwreg and the like).
-      index: first register.
-      count: registers.
-      value: of a constant.
+      index: number of the first register.
+      count: number of registers.
+      value: value of a constant.
       negate, absolute, sign_extend: input modifiers.
-      text: as written.
+      text: text of the operand in the source.
     """
 
     kind: str
@@ -39,12 +39,12 @@ class Instruction:
     """One instruction.
 
     Attributes:
-      opcode: the name without its encoding (`_e32`, `_e64`, `_sdwa`, `_dpp`).
+      opcode: name without its encoding suffix (`_e32`, `_e64`, `_sdwa`, `_dpp`).
       encoding: "sdwa", "dpp" or "".
-      operands: in order, destinations first.
-      modifiers: `key:value` and flags (value True) after the operands.
-      line: in the text, from 1.
-      text: as written, without comments.
+      operands: operands in textual order, destinations first.
+      modifiers: `key:value` pairs and flags (value True) after the operands.
+      line: line number in the text, from 1.
+      text: text of the instruction without comments.
     """
 
     opcode: str
@@ -60,17 +60,17 @@ class Instruction:
         return None if value is None else [int(x) for x in str(value)[1:-1].split(",")]
 
     def int_modifier(self, name: str) -> int:
-        """`name:12` as a number; 0 when it is not there."""
+        """`name:12` as a number; 0 if the modifier is absent."""
         return int(str(self.modifiers.get(name, "0")), 0)
 
     def error(self, what: str) -> InterpreterError:
-        """An error that names this line."""
+        """An InterpreterError that names this line and instruction."""
         return InterpreterError(f"line {self.line}: `{self.text}`: {what}")
 
 
 @dataclasses.dataclass(frozen=True)
 class Block:
-    """Instructions that run one after the other; only the last may branch, wait at a barrier or end."""
+    """A basic block: only its last instruction may branch, wait at a barrier or end the program."""
 
     number: int
     instructions: tuple[Instruction, ...]
@@ -82,11 +82,11 @@ class Assembly:
 
     Attributes:
       arch: "gfx942" or "gfx950".
-      directives: `.amdhsa_*` numbers.
+      directives: values of the `.amdhsa_*` directives.
       blocks: basic blocks in textual order.
-      labels: label to number of the block that starts there.
-      entry: number of the first block.
-      lines: the text, line by line.
+      labels: label to number of the block that it starts.
+      entry: number of the block that executes first.
+      lines: lines of the assembly text.
     """
 
     arch: str
@@ -98,7 +98,7 @@ class Assembly:
 
     @property
     def instructions(self) -> list[Instruction]:
-        """All of them, in textual order."""
+        """All instructions in textual order."""
         return [i for block in self.blocks for i in block.instructions]
 
 
@@ -118,7 +118,7 @@ _REGISTER = re.compile(r"([vas])(?:(\d+)|\[(\d+):(\d+)\])")
 _KEYED = re.compile(r"\b([a-z_]\w*):(\[[^\]]*\]|swizzle\([^)]*\)|[-\w]+)")
 _FLAG = re.compile(r"\b(offen|idxen|glc|slc|sc0|sc1|nt|lds|gds|clamp|row_mirror|row_half_mirror)\b")
 _ENDS_BLOCK = re.compile(r"s_(branch|cbranch_\w+|endpgm\w*|barrier|setpc_b64|swappc_b64)")
-# Their operands (counters, priorities) mean nothing to results.
+# Instructions without effect on results. Their operands (counters, priorities) are not parsed.
 NO_EFFECT = {
     *("s_waitcnt", "s_waitcnt_vmcnt", "s_waitcnt_lgkmcnt", "s_nop", "v_nop", "s_sleep", "s_setprio"),
     *("s_sched_barrier", "s_icache_inv", "s_dcache_inv", "s_dcache_wb", "s_inst_prefetch", "s_ttracedata"),
@@ -128,7 +128,7 @@ NO_EFFECT = {
 
 @functools.lru_cache(maxsize=65536)
 def parse_operand(text: str) -> Operand:
-    """One operand with its modifiers."""
+    """Parses one operand with its modifiers."""
     body, negate, absolute, sign_extend = text, False, False, False
     if body.startswith("sext("):
         sign_extend, body = True, body[5:-1]
@@ -158,7 +158,7 @@ def parse_operand(text: str) -> Operand:
 
 
 def _split(text: str) -> list[str]:
-    """Operands, at commas and spaces outside brackets."""
+    """Splits operands at commas and spaces outside brackets."""
     parts, depth, word = [], 0, ""
     for c in text:
         depth += (c in "[(") - (c in "])")
@@ -171,7 +171,7 @@ def _split(text: str) -> list[str]:
 
 
 def parse_instruction(text: str, line: int) -> Instruction:
-    """One instruction without label and comment."""
+    """Parses one instruction; `text` has neither label nor comment."""
     mnemonic, _, rest = text.partition(" ")
     encoding = next((e for e in ("sdwa", "dpp") if mnemonic.endswith("_" + e)), "")
     opcode = re.sub(r"(_e32|_e64)?(_e32|_e64|_sdwa|_dpp)$", "", mnemonic)
@@ -198,7 +198,7 @@ def parse(text: str) -> Assembly:
     """Parses the assembly of one kernel.
 
     Raises:
-      InterpreterError: no target directive, or a branch to a label that is not there.
+      InterpreterError: the target directive is missing, or a branch names an undefined label.
     """
     target = re.search(r'\.amdgcn_target\s+"[^"]*-(gfx\d[0-9a-f]+)', text)
     if not target:

@@ -1,7 +1,7 @@
-"""Running the waves of a grid: branches, barriers, and which waves go next.
+"""Runs the waves of a grid: branches, barriers, and the choice of the waves that execute next.
 
-Waves that stand at the same basic block execute it together. Of the blocks that wait, the first in textual order goes
-first, so that waves that part at a branch meet again behind it.
+Waves that are at the same basic block execute it together. The scheduler picks the first such block in textual order,
+so that waves that diverge at a branch reconverge behind it.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from pallas_kernels.cdna.interpreter.assembly import (
 from pallas_kernels.cdna.interpreter.machine import ALL, LANE, LANES, Memory, Waves
 from pallas_kernels.cdna.interpreter.operands import Step
 
-# Who runs while several waves of a workgroup could: all together, or one after the other up to the next barrier. A
-# program without races gives the same result in all three.
+# Order in which the ready waves of a workgroup run: all together, or one after the other up to the next barrier. A
+# program without races gives the same result in all three orders.
 ORDERS = ("together", "forward", "reverse")
-# Waves that execute together; more would only fall out of the processor's caches.
+# Waves that execute together. With more, their registers no longer fit into the CPU's caches.
 MAX_WAVES = 256
-# Blocks executed by one batch of waves before a loop is taken for endless.
+# A batch of waves that executes more blocks than this is reported as an endless loop.
 MAX_BLOCKS = 50_000_000
 _READY, _WAITING, _DONE = 0, 1, 2
 
@@ -43,10 +43,13 @@ _BRANCHES: dict[str, Callable[[Waves], np.ndarray]] = {
 
 
 def bind(i: Instruction, arch: str) -> Step | None:
-    """What an instruction does; None for one without effect on results, or that ends a block.
+    """Binds an instruction to a function that executes it.
+
+    Returns:
+      The function; None for an instruction that has no effect on results or that ends a block.
 
     Raises:
-      InterpreterError: the instruction is not known.
+      InterpreterError: the instruction is unknown.
     """
     if i.opcode in NO_EFFECT or i.opcode in _BRANCHES or i.opcode in ("s_barrier", "s_endpgm"):
         return None
@@ -63,7 +66,7 @@ def bind(i: Instruction, arch: str) -> Step | None:
 
 @dataclasses.dataclass(frozen=True)
 class _Code:
-    """Bound steps of a block, and how it ends."""
+    """A basic block: its bound instructions, and how it ends."""
 
     steps: tuple[tuple[Instruction, Step], ...]
     size: int
@@ -73,7 +76,7 @@ class _Code:
 
 
 def bind_blocks(assembly: Assembly) -> list[_Code]:
-    """Every block, bound; unknown instructions raise here, before anything runs."""
+    """Binds every block; unknown instructions raise here, before any block runs."""
     out = []
     for block in assembly.blocks:
         steps = []
@@ -100,7 +103,7 @@ def bind_blocks(assembly: Assembly) -> list[_Code]:
 
 
 def _batches(grid: Sequence[int], waves: int) -> Iterator[np.ndarray]:
-    """Workgroup ids [n, 3] of the workgroups that execute together."""
+    """Yields batches of workgroups that execute together, as workgroup ids [n, 3]."""
     per_batch = max(1, MAX_WAVES // waves)
     total = grid[0] * grid[1] * grid[2]
     for first in range(0, total, per_batch):
@@ -109,7 +112,7 @@ def _batches(grid: Sequence[int], waves: int) -> Iterator[np.ndarray]:
 
 
 def _start(assembly: Assembly, memory: Memory, arguments: int, ids: np.ndarray, threads: int, lds_bytes: int) -> Waves:
-    """Waves of the workgroups `ids`, as the hardware sets them up."""
+    """Creates the waves of the workgroups `ids`, with registers initialized like the hardware's."""
     per_group = -(-threads // LANES)
     count = len(ids) * per_group
     registers = {"v": 1, "a": 1}
@@ -154,24 +157,24 @@ def run(
     lds_bytes: int = 0,
     order: str = "together",
 ) -> np.ndarray:
-    """Executes a grid; returns how often each block was executed by a wave, int64 [blocks].
+    """Executes a grid; returns the number of executions of each block by a wave, int64 [blocks].
 
-    Barriers are the hardware's: a wave at s_barrier goes on when every wave of its workgroup that has not ended stands
-    at one, be it another s_barrier of the text. So no barrier waits for ever.
+    Barriers behave like the hardware's: a wave at s_barrier continues when every wave of its workgroup that has not
+    ended is at an s_barrier, not necessarily the same one. Therefore no barrier waits forever.
 
     Args:
       assembly: the kernel.
-      memory: its buffers, changed in place.
+      memory: the kernel's buffers, changed in place.
       arguments: address of the argument block.
       grid: workgroups per axis.
-      threads: of a workgroup.
-      lds_bytes: dynamic LDS, beside what the assembly declares.
+      threads: threads per workgroup.
+      lds_bytes: bytes of LDS per workgroup; the assembly's own size applies if it is larger.
       order: one of ORDERS.
 
     Raises:
-      ValueError: an unknown order.
-      InterpreterError: an unknown instruction, an access outside a buffer, a write to a read-only one, or a loop
-        without end.
+      ValueError: `order` is unknown.
+      InterpreterError: an instruction is unknown, an access is outside every buffer, a write goes to a read-only
+        buffer, or a loop does not end.
     """
     if order not in ORDERS:
         raise ValueError(f"order is {order!r}; expected one of {', '.join(ORDERS)}")
@@ -185,7 +188,7 @@ def run(
 
 
 def _next_waves(at: np.ndarray, state: np.ndarray, rank: np.ndarray | None) -> np.ndarray:
-    """Indices of the ready waves that go next, all at one block; empty when none is ready."""
+    """Indices of the ready waves that execute next, all at one block; empty if none is ready."""
     ready = np.flatnonzero(state == _READY)
     if ready.size and rank is not None:
         ready = ready[rank[ready] == rank[ready].min()]
@@ -202,7 +205,7 @@ def _run_batch(m: Waves, blocks: list[_Code], entry: int, counts: np.ndarray, or
         if not waves.size:
             if (state == _DONE).all():
                 return
-            # Nobody can go on, so every workgroup waits at its barrier with all waves that have not ended.
+            # No wave is ready, so all waves that have not ended wait at a barrier: release them.
             state[state == _WAITING] = _READY
             continue
         block = int(at[waves[0]])

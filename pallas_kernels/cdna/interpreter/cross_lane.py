@@ -1,4 +1,4 @@
-"""Instructions that move values between lanes: DPP, readlane, permutations through the LDS crossbar, swaps."""
+"""Binds instructions that move values between lanes: readlane, permutations through the LDS crossbar, swaps."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pallas_kernels.cdna.interpreter.machine import LANE, LANES, Waves
 
 
 def _first_lane(m: Waves) -> np.ndarray:
-    """Lowest active lane of each wave; 0 when none is."""
+    """Lowest active lane of each wave; 0 if no lane is active."""
     return np.argmax(m.lanes, axis=1)
 
 
@@ -49,7 +49,7 @@ def _bind_write_lane(i: Instruction):
 
 
 def _bind_count_below(i: Instruction):
-    """v_mbcnt: bits of a mask below this lane, in one half of the wave, plus a base."""
+    """v_mbcnt: counts the mask bits below this lane in one half of the wave, and adds a base."""
     from pallas_kernels.cdna.interpreter.operands import raw_reader
 
     mask, base = raw_reader(i.operands[1], i), raw_reader(i.operands[2], i)
@@ -60,7 +60,7 @@ def _bind_count_below(i: Instruction):
 
 
 def _bind_permute(i: Instruction):
-    """ds_bpermute reads the value of the lane at address / 4, ds_permute sends to it; the highest sender wins."""
+    """ds_bpermute reads from lane address / 4; ds_permute writes to that lane, and the highest sender wins."""
     to, address, data = i.operands
     offset = np.uint32(i.int_modifier("offset"))
     pull = i.opcode == "ds_bpermute_b32"
@@ -120,7 +120,7 @@ def _bind_swizzle(i: Instruction):
 
 
 def _bind_permlane_swap(i: Instruction):
-    """v_permlane{16,32}_swap: the odd rows (halves) of the first register change places with the even of the second."""
+    """v_permlane{16,32}_swap: swaps the odd rows (halves) of the first register with the even ones of the second."""
     half = 32 if "permlane32" in i.opcode else 16
     odd = (LANE & half) != 0
     other = LANE ^ half

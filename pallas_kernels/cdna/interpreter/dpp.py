@@ -1,4 +1,4 @@
-"""Data parallel primitives: which lane each lane reads from."""
+"""Data parallel primitives (DPP): the lane that each lane reads from."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pallas_kernels.cdna.interpreter.machine import LANE, LANES
 
 
 def dpp_sources(instruction: Instruction) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(source lane of every lane, whether it is in range, whether row and bank masks enable the lane), each [64]."""
+    """Per lane, each [64]: source lane; whether that is in range; whether row and bank masks enable the lane."""
     m = instruction.modifiers
     control = next(((k, str(v)) for k, v in m.items() if k in _DPP), None)
     if control is None:
@@ -35,7 +35,7 @@ def _quad(value: str):
 ROW = LANE & ~15
 
 
-# Control -> (source lane, in range); a row is 16 lanes.
+# Control -> (source lane, whether it is in range). A row is 16 lanes.
 _DPP = {
     "quad_perm": _quad,
     "row_shl": lambda v: (LANE + int(v), LANE % 16 + int(v) < 16),

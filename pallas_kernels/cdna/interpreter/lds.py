@@ -1,4 +1,4 @@
-"""LDS: reads, writes and transposing reads of a workgroup's shared memory. Barriers are in `control_flow`."""
+"""LDS instructions: reads, writes and transposing reads of a workgroup's shared memory. `control_flow` has barriers."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _TRANSPOSED = re.compile(r"ds_read_b64_tr_b(8|16)")
 
 
 def _places(m: Waves, addresses: np.ndarray, size: int, i: Instruction) -> np.ndarray:
-    """Offsets of the active lanes' accesses into `m.lds`, checked, [n]; addresses are int64 [w, 64]."""
+    """Checks addresses, int64 [w, 64]; returns the offsets of the active lanes' accesses into `m.lds`, [n]."""
     active = addresses[m.lanes]
     if active.size and (int(active.max()) + size > m.lds_size or int(active.min()) < 0):
         raise i.error(f"access of {size} bytes at byte {int(active.max())} of an LDS of {m.lds_size}")
@@ -25,7 +25,7 @@ def _places(m: Waves, addresses: np.ndarray, size: int, i: Instruction) -> np.nd
 
 
 def put(m: Waves, to: Operand, words: np.ndarray, first: int = 0) -> None:
-    """Words [n, registers] of the active lanes to consecutive registers."""
+    """Writes words [n, registers] of the active lanes to consecutive registers."""
     for register in range(words.shape[1]):
         if m.full:
             m.set_vector(to, words[:, register].reshape(m.count, LANES), first + register)
@@ -36,18 +36,18 @@ def put(m: Waves, to: Operand, words: np.ndarray, first: int = 0) -> None:
 
 
 def take(m: Waves, of: Operand, registers: int) -> np.ndarray:
-    """Consecutive registers of the active lanes, uint32 [n, registers]."""
+    """Reads consecutive registers of the active lanes, uint32 [n, registers]."""
     return np.stack([m.vector(of, r)[m.lanes] for r in range(registers)], axis=1)
 
 
 def sign_extended(words: np.ndarray, bits: int) -> np.ndarray:
-    """The low bits of uint32 as signed numbers."""
+    """Sign-extends the low `bits` bits of uint32."""
     shift = np.int32(32 - bits)
     return (words.view(np.int32) << shift >> shift).view(np.uint32)
 
 
 def put_half(m: Waves, to: Operand, words: np.ndarray, upper: bool) -> None:
-    """d16 loads: 16 bits into one half of the destination, the other half kept."""
+    """Writes the 16 bits of a d16 load into one half of the destination; the other half keeps its value."""
     old = m.vector(to)[m.lanes]
     half = words[:, 0] & np.uint32(0xFFFF)
     new = old & np.uint32(0xFFFF) | half << np.uint32(16) if upper else old & np.uint32(0xFFFF0000) | half
@@ -83,7 +83,7 @@ def _bind_single(i: Instruction, match: re.Match) -> Step:
 
 
 def _bind_double(i: Instruction, match: re.Match) -> Step:
-    """Two accesses of one instruction, each at its own offset in elements (or in 64 elements)."""
+    """ds_read2, ds_write2: two accesses, each with its own offset in elements (`st64`: in multiples of 64 elements)."""
     direction, strided, bits = match.groups()
     size = int(bits) // 8
     offsets = [i.int_modifier(f"offset{k}") * size * (64 if strided else 1) for k in (0, 1)]
@@ -109,7 +109,7 @@ def _bind_double(i: Instruction, match: re.Match) -> Step:
 
 
 def _bind_transposed(i: Instruction, match: re.Match) -> Step:
-    """gfx950: sixteen lanes read rows of sixteen elements and receive columns (EXEC is ignored)."""
+    """ds_read_b64_tr (gfx950): sixteen lanes read rows of sixteen elements and receive columns; EXEC is ignored."""
     bits = int(match[1])
     per_lane, offset = 64 // bits, i.int_modifier("offset")
     to, address = i.operands
@@ -134,7 +134,7 @@ TABLE = {
 
 
 def bind(i: Instruction) -> Step | None:
-    """What an LDS instruction does, or None for one that is not here."""
+    """Binds an LDS instruction; returns None for an opcode that TABLE lacks."""
     for pattern, (_, binder) in TABLE.items():
         match = pattern.fullmatch(i.opcode)
         if match:

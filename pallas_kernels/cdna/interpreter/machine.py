@@ -1,4 +1,4 @@
-"""Registers of many waves, and the memory they address."""
+"""Registers of many waves, and the memory that they address."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ LANES = 64
 LANE = np.arange(LANES)
 ALL = np.uint64(0xFFFF_FFFF_FFFF_FFFF)
 LOW = np.uint64(0xFFFF_FFFF)
-# Fresh memory and LDS hold this byte: what is read before it is written is wrong, not luckily zero.
+# Fill byte of fresh memory and LDS: a read before the first write gives a wrong value instead of a plausible zero.
 POISON = 0xA5
 _BASE = 1 << 40
 _GUARD = 4096
@@ -32,14 +32,14 @@ def masks_of(lanes: NDArray[np.bool_]) -> NDArray[np.uint64]:
 
 
 class Memory:
-    """Buffers at addresses far apart; whatever lies between them is not there.
+    """Buffers separated by guard ranges; an access outside every buffer raises an error.
 
     Args:
       buffers: (name, array, writable); contents are copied.
     """
 
     def __init__(self, buffers: Sequence[tuple[str, np.ndarray, bool]]):
-        """Lays the buffers out."""
+        """Assigns addresses to the buffers and copies their contents."""
         self.names = [name for name, _, _ in buffers]
         self.writable = np.array([w for _, _, w in buffers], bool)
         starts, at = [], _GUARD
@@ -63,7 +63,7 @@ class Memory:
         return raw.view(dtype).reshape(tuple(shape))
 
     def _offsets(self, addresses: np.ndarray, size: int, write: bool, instruction: Instruction) -> np.ndarray:
-        """Offsets into `bytes` of accesses of `size` bytes, checked."""
+        """Checks accesses of `size` bytes; returns their offsets into `bytes`."""
         offsets = addresses.astype(np.int64) - _BASE
         owner = np.searchsorted(self.starts, offsets, side="right") - 1
         safe = np.maximum(owner, 0)
@@ -86,12 +86,12 @@ class Memory:
         return load_words(self.bytes, self.words, self._offsets(addresses, size, False, instruction), size)
 
     def store(self, addresses: np.ndarray, words: np.ndarray, size: int, instruction: Instruction) -> None:
-        """Writes uint32 [n, max(1, size / 4)] to addresses [n]; the last of equal addresses stays."""
+        """Writes uint32 [n, max(1, size / 4)] to addresses [n]; the last write to an address wins."""
         store_words(self.bytes, self.words, self._offsets(addresses, size, True, instruction), words, size)
 
 
 def load_words(raw: np.ndarray, words: np.ndarray, offsets: np.ndarray, size: int) -> np.ndarray:
-    """Gathers from bytes (`words` is the same memory as uint32): uint32 [n, max(1, size / 4)]."""
+    """Gathers uint32 [n, max(1, size / 4)] from the bytes `raw`; `words` is the same memory viewed as uint32."""
     if size < 4:
         value = raw[offsets].astype(np.uint32)
         return (value if size == 1 else value | (raw[offsets + 1].astype(np.uint32) << np.uint32(8)))[:, None]
@@ -101,7 +101,7 @@ def load_words(raw: np.ndarray, words: np.ndarray, offsets: np.ndarray, size: in
 
 
 def store_words(raw: np.ndarray, words: np.ndarray, offsets: np.ndarray, data: np.ndarray, size: int) -> None:
-    """Scatters what `load_words` gathers."""
+    """Scatters `data`, uint32 [n, max(1, size / 4)], to `offsets`: the inverse of `load_words`."""
     if size < 4:
         for byte in range(size):
             raw[offsets + byte] = (data[:, 0] >> np.uint32(8 * byte)).astype(np.uint8)
@@ -112,23 +112,23 @@ def store_words(raw: np.ndarray, words: np.ndarray, offsets: np.ndarray, data: n
 
 
 class Waves:
-    """The registers of W waves, of which a selection executes.
+    """The registers of W waves. The w waves in `sel` execute; reads and writes apply to these only.
 
     Attributes:
-      V, A: uint32 [registers, W, 64].
-      S: uint32 [128, W]; EXEC lives in `exec`.
-      exec: uint64 [W].
-      scc: bool [W].
+      V, A: vector and accumulation registers, uint32 [registers, W, 64].
+      S: scalar registers, uint32 [128, W]; `exec` holds EXEC instead.
+      exec: mask of active lanes, uint64 [W].
+      scc: scalar condition code, bool [W].
       sel: slice or indices of the waves that execute now.
-      lanes: bool [w, 64], active lanes of the selected waves.
-      full: whether all of them are active.
-      lds, lds_words: uint8 and uint32 view of the LDS of all workgroups, `lds_stride` bytes each.
-      group: int64 [W], workgroup of each wave.
-      scratch: uint8 [W, 64, bytes].
+      lanes: active lanes of the selected waves, bool [w, 64].
+      full: whether all lanes of the selected waves are active.
+      lds, lds_words: LDS of all workgroups, `lds_stride` bytes each, viewed as uint8 and as uint32.
+      group: workgroup of each wave, int64 [W].
+      scratch: private memory of each lane, uint8 [W, 64, bytes].
     """
 
     def __init__(self, count: int, registers: tuple[int, int], memory: Memory, arch: str):
-        """Waves with `registers` vector and accumulation registers, all lanes active."""
+        """Creates `count` waves with `registers` = (vector, accumulation) registers; all lanes are active."""
         self.V = np.zeros((registers[0], count, LANES), np.uint32)
         self.A = np.zeros((registers[1], count, LANES), np.uint32)
         self.S = np.zeros((128, count), np.uint32)
@@ -145,29 +145,29 @@ class Waves:
         self.select(slice(None))
 
     def set_lds(self, size: int, groups: int) -> None:
-        """`size` bytes of LDS for each of `groups` workgroups."""
+        """Allocates `size` bytes of LDS for each of `groups` workgroups."""
         self.lds_size, self.lds_stride = size, (size + 15) // 16 * 16
         self.lds = np.full(max(16, groups * self.lds_stride), POISON, np.uint8)
         self.lds_words = self.lds.view(np.uint32)
 
     def select(self, sel: Any) -> None:
-        """Chooses the waves that execute."""
+        """Selects the waves that execute."""
         self.sel = sel
         self.exec_changed()
 
     @property
     def count(self) -> int:
-        """Waves that execute now."""
+        """Number of waves that execute now."""
         return len(self.lanes)
 
     def exec_changed(self) -> None:
-        """Refreshes `lanes` and `full`."""
+        """Recomputes `lanes` and `full` from `exec`."""
         masks = self.exec[self.sel]
         self.lanes = lanes_of(masks)
         self.full = bool((masks == ALL).all())
 
     def set_exec(self, masks: Any) -> None:
-        """EXEC of the selected waves, uint64 [w]."""
+        """Sets EXEC of the selected waves, uint64 [w]."""
         self.exec[self.sel] = masks
         self.exec_changed()
 
@@ -177,13 +177,13 @@ class Waves:
 
     # Scalars.
     def scalar(self, index: int) -> np.ndarray:
-        """32-bit scalar register, uint32 [w]."""
+        """Reads a 32-bit scalar register, uint32 [w]."""
         if index >= EXEC:
             return (self.exec[self.sel] >> np.uint64(32 * (index - EXEC)) & LOW).astype(np.uint32)
         return self.S[index][self.sel]
 
     def scalar64(self, index: int) -> np.ndarray:
-        """Pair of scalar registers, uint64 [w]."""
+        """Reads a pair of scalar registers, uint64 [w]."""
         if index == EXEC:
             return self.exec[self.sel]
         return self.S[index][self.sel] | self.S[index + 1][self.sel].astype(np.uint64) << np.uint64(32)
@@ -216,7 +216,7 @@ class Waves:
 
     # Vectors.
     def set_vector(self, operand: Operand, value: Any, offset: int = 0, everywhere: bool = False) -> None:
-        """Writes uint32, broadcast to [w, 64], to the active lanes (all lanes with `everywhere`)."""
+        """Broadcasts uint32 to [w, 64] and writes it to the active lanes, or to all lanes with `everywhere`."""
         register = self._register(operand, offset)
         if self.full or everywhere:
             register[self.sel] = value
@@ -226,7 +226,7 @@ class Waves:
             register[self.sel] = np.where(self.lanes, value, register[self.sel])
 
     def vector(self, operand: Operand, offset: int = 0) -> np.ndarray:
-        """uint32 [w, 64] of a vector register; a view when all waves are selected."""
+        """Reads a vector register, uint32 [w, 64]; returns a view when all waves are selected."""
         return self._register(operand, offset)[self.sel]
 
     def _register(self, operand: Operand, offset: int) -> np.ndarray:

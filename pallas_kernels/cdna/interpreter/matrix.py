@@ -1,10 +1,14 @@
 """Matrix instructions (MFMA): D = A . B + C over the 64 lanes of a wave.
 
-Lane l of an M x N x K form holds row l % M of A and column l % N of B, and K / (64 / M) consecutive values of k, the
-(l // M)-th such run. D and C: with M = 16, register r of lane l is element (4 * (l // 16) + r, l % 16); with M = 32
-it is (8 * (r // 4) + 4 * (l // 32) + r % 4, l % 32); with M = 4 there are 16 blocks, (r, l % 4) of block l // 4.
-Sums are formed in float64 and rounded once: the hardware rounds more often, which tolerances of float32 sums cover.
-Source: the matrix instruction chapters of AMD's CDNA3 and CDNA4 ISA documents.
+In an M x N x K instruction, lane l holds row l % M of A and column l % N of B. It holds K / (64 / M) consecutive values
+of k; its run of k has the index l // M. Register r of lane l holds this element of C and D:
+
+  * M = 16: (4 * (l // 16) + r, l % 16).
+  * M = 32: (8 * (r // 4) + 4 * (l // 32) + r % 4, l % 32).
+  * M = 4: (r, l % 4) of block l // 4; these instructions compute 16 independent blocks.
+
+The interpreter sums in float64 and rounds once. The hardware rounds more often; the tolerances of float32 sums cover
+the difference. Source: the matrix instruction chapters of AMD's CDNA3 and CDNA4 ISA documents.
 """
 
 from __future__ import annotations
@@ -34,7 +38,7 @@ _NARROW: dict[str, Any] = {
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """Sizes and element types of one MFMA form."""
+    """Sizes and element types of an MFMA instruction."""
 
     m: int
     k: int
@@ -46,17 +50,17 @@ class Shape:
 
     @property
     def per_lane(self) -> int:
-        """Consecutive values of k that a lane holds."""
+        """Number of consecutive values of k that a lane holds."""
         return self.k if self.m == 4 else self.k * self.m // LANES
 
     @property
     def results(self) -> int:
-        """Registers of D."""
+        """Number of registers of D."""
         return 16 if self.m == 32 else 4
 
 
 def shape_of(i: Instruction, arch: str) -> Shape:
-    """The form of an instruction on a machine."""
+    """Shape of an MFMA instruction; the architecture determines its FP8 types."""
     match = _NAME.fullmatch(i.opcode)
     if not match:
         raise i.error("unknown matrix instruction")
@@ -81,12 +85,12 @@ def shape_of(i: Instruction, arch: str) -> Shape:
 
 @functools.cache
 def _widening(dtype: Any) -> np.ndarray:
-    """All 256 codes of an 8-bit type as float64."""
+    """Values of all 256 codes of an 8-bit type, float64."""
     return np.arange(256, dtype=np.uint8).view(dtype).astype(np.float64)
 
 
 def _values(words: np.ndarray, dtype: Any, per_lane: int, reduced: bool) -> np.ndarray:
-    """uint32 [w, 64, registers] -> float64 [w, 64, per_lane]."""
+    """Unpacks registers: uint32 [w, 64, registers] -> float64 [w, 64, per_lane]."""
     count = len(words)
     if np.dtype(dtype).itemsize == 1:
         codes = words.view(np.uint8).reshape(count, LANES, -1)[..., :per_lane]
@@ -100,7 +104,7 @@ def _values(words: np.ndarray, dtype: Any, per_lane: int, reduced: bool) -> np.n
 
 
 def multiply(shape: Shape, a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """A and B as lanes hold them, float64 [w, 64, per_lane] -> D float64 [w, results, 64]."""
+    """Multiplies A and B in lane layout: float64 [w, 64, per_lane] each -> A . B, float64 [w, results, 64]."""
     count, size = len(a), shape.m
     if size == 4:
         blocks = np.einsum("wbik,wbjk->wbij", *(x.reshape(count, 16, 4, -1) for x in (a, b)))
@@ -114,7 +118,7 @@ def multiply(shape: Shape, a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def _register_block(m: Waves, operand: Operand, count: int) -> np.ndarray:
-    """uint32 [w, 64, count] of consecutive registers."""
+    """Reads consecutive registers, uint32 [w, 64, count]."""
     block = m.file(operand.kind)[operand.index : operand.index + count]
     block = block if isinstance(m.sel, slice) else block[:, m.sel]
     return np.ascontiguousarray(np.moveaxis(block, 0, -1))
@@ -126,7 +130,7 @@ def _scales(words: np.ndarray, byte: int) -> np.ndarray:
 
 
 def bind(i: Instruction, arch: str) -> Step:
-    """What a matrix instruction does."""
+    """Binds a matrix instruction."""
     shape = shape_of(i, arch)
     to, a, b, c = i.operands[:4]
     widths = [-(-shape.per_lane * np.dtype(t).itemsize // 4) for t in (shape.a, shape.b)]

@@ -1,4 +1,4 @@
-"""Global, buffer, scratch and scalar memory accesses."""
+"""Binds global, buffer, scratch and scalar memory accesses."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _BASE_BITS = np.uint64((1 << 48) - 1)
 
 
 def _give(m: Waves, to: Operand, words: np.ndarray, kind: str, half, upper) -> None:
-    """A load's result to registers: sign extension and d16 halves."""
+    """Writes the result of a load to registers, with sign extension or into a d16 half."""
     if kind in ("sbyte", "sshort"):
         words = sign_extended(words, 8 * SIZES[kind])
     if half:
@@ -49,12 +49,12 @@ def _take(m: Waves, data: Operand, size: int, upper) -> np.ndarray:
 
 
 def _of_lanes(m: Waves, values: np.ndarray) -> np.ndarray:
-    """A number per wave [w] as int64 [n, 1] of the active lanes."""
+    """Broadcasts one number per wave [w] to the active lanes, int64 [n, 1]."""
     return np.broadcast_to(values.astype(np.int64)[:, None], m.lanes.shape)[m.lanes][:, None]
 
 
 def _addresses(i: Instruction, address: Operand, base: Operand):
-    """uint64 [w, 64]: a 64-bit vector address, or a scalar base plus a 32-bit vector offset."""
+    """Computes addresses, uint64 [w, 64], from a 64-bit vector address or a scalar base plus 32-bit vector offset."""
     offset = np.uint64(i.int_modifier("offset") & 0xFFFFFFFFFFFFFFFF)
     if base.kind == "s":
         return lambda m: m.scalar64(base.index)[:, None] + offset + m.vector(address).astype(np.uint64)
@@ -73,12 +73,12 @@ def _bind_global(i: Instruction, match: re.Match) -> Step:
 
 
 def _bind_buffer(i: Instruction, match: re.Match) -> Step:
-    """Accesses through a descriptor: words beyond its size are loaded as zero, and not stored."""
+    """Accesses memory through a buffer descriptor: words beyond its size load as zero and are not stored."""
     direction, kind, half, upper = match.groups()
     if any(x in i.modifiers for x in ("idxen", "lds")):
         raise i.error("indexed buffer accesses and buffer loads to LDS are not implemented")
     size, constant = SIZES[kind], i.int_modifier("offset")
-    # The range is checked for every word of an access on its own; the scalar offset does not count.
+    # The hardware checks the range of each word separately and ignores the scalar offset in this check.
     unit = min(size, 4)
     operands = [o for o in i.operands if o.kind != "off"]
     data = operands.pop(0)
@@ -109,7 +109,7 @@ def _bind_buffer(i: Instruction, match: re.Match) -> Step:
 
 
 def _bind_scratch(i: Instruction, match: re.Match) -> Step:
-    """Private memory of each lane, where spilled registers go."""
+    """Accesses the private memory of each lane, which holds spilled registers."""
     direction, kind, half, upper = match.groups()
     size, constant = SIZES[kind], i.int_modifier("offset")
     operands = list(i.operands)
@@ -137,7 +137,7 @@ def _bind_scratch(i: Instruction, match: re.Match) -> Step:
 
 
 def _bind_to_lds(i: Instruction, match: re.Match) -> Step:
-    """Global memory straight to LDS, lane after lane from M0 on; three words leave room for a fourth."""
+    """Copies global memory to LDS from M0 on, in lane order. Three-word items have a stride of four words."""
     size, constant = SIZES[match[1]], i.int_modifier("offset")
     stride = 4 if size == 4 else 16
     where = _addresses(i, i.operands[0], i.operands[1] if len(i.operands) > 1 else Operand("off", "off"))
@@ -154,7 +154,7 @@ def _bind_to_lds(i: Instruction, match: re.Match) -> Step:
 
 
 def _bind_scalar(i: Instruction, match: re.Match) -> Step:
-    """s_load: consecutive words at a scalar address."""
+    """s_load: loads consecutive words from a scalar address."""
     count = int(match[1] or 1)
     to, base, offset = i.operands[:3]
     constant = i.int_modifier("offset") + (int(offset.value) if offset.kind == "int" else 0)
@@ -180,7 +180,7 @@ TABLE = {
 
 
 def bind(i: Instruction) -> Step | None:
-    """What a memory instruction does, or None for one that is not here."""
+    """Binds a memory instruction; returns None for an opcode that TABLE lacks."""
     for pattern, (_, binder) in TABLE.items():
         match = pattern.fullmatch(i.opcode)
         if match:

@@ -1,7 +1,7 @@
-"""Fetching operands as arrays of a type, and writing results, with every input and output modifier.
+"""Reads operands as arrays of a type and writes results, with every input and output modifier.
 
-A type is one letter: u, i (32-bit), w, s (16-bit unsigned, signed), U, I (64-bit), f, h, b, d (float32, float16,
-bfloat16, float64). Arrays are [w, 64] for vector registers, [w, 1] for scalar ones, [] for constants.
+One letter names a type: u, i (uint32, int32), w, s (uint16, int16), U, I (uint64, int64), f, h, b, d (float32, float16,
+bfloat16, float64). Arrays are [w, 64] for vector registers, [w, 1] for scalar registers, [] for constants.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ Reader = Callable[[Waves], np.ndarray]
 
 
 def constant(operand: Operand, type_: str) -> np.ndarray:
-    """The bits of a constant as an instruction of that type sees them, as an array [] of the type."""
+    """Encodes a constant as an instruction of `type_` reads it: an array [] of that type."""
     dtype = np.dtype(TYPES[type_])
     if operand.kind == "float":
         value = INV_2PI if abs(operand.value - INV_2PI) < 1e-6 else operand.value
@@ -53,14 +53,14 @@ def constant(operand: Operand, type_: str) -> np.ndarray:
         bits = np.array(value, np.float32).view(np.uint32).astype(np.uint64)
     else:
         value = int(operand.value)
-        # A literal of a float64 instruction is the upper half; inline integers are the number itself.
+        # A float64 instruction reads a literal as the upper half of its bits, and an inline integer as 64 plain bits.
         bits = np.array((value << 32 if type_ == "d" and not -16 <= value <= 64 else value) & (2**64 - 1), np.uint64)
     unsigned = np.dtype(f"u{dtype.itemsize}")
     return (bits & np.uint64(2 ** (8 * dtype.itemsize) - 1)).astype(unsigned).view(dtype)
 
 
 def raw_reader(operand: Operand, instruction: Instruction, offset: int = 0) -> Reader:
-    """Reads 32 bits: uint32 [w, 64], [w, 1] or []. Offset counts registers; constants give their upper half as 1."""
+    """Reads 32 bits: uint32 [w, 64], [w, 1] or []. `offset` counts registers; 1 reads a constant's upper half."""
     if operand.kind in ("v", "a"):
         file, index = ("V" if operand.kind == "v" else "A"), operand.index + offset
         return lambda m: getattr(m, file)[index][m.sel]
@@ -85,7 +85,7 @@ def _sub_dword(bits: np.ndarray, selector: str, sign_extend: bool) -> np.ndarray
 
 
 def reader(instruction: Instruction, number: int, type_: str, source: int | None = None) -> Reader:
-    """Reads operand `number` as `type_` with its modifiers; `source` is its place among the sources (from 0)."""
+    """Reads operand `number` as `type_` with its modifiers; `source` is its index among the sources (from 0)."""
     operand = instruction.operands[number]
     source = number - 1 if source is None else source
     dtype = TYPES[type_]
@@ -110,7 +110,7 @@ def reader(instruction: Instruction, number: int, type_: str, source: int | None
 def _wide_reader(operand: Operand, instruction: Instruction, type_: str) -> Reader:
     dtype = TYPES[type_]
     if operand.kind in ("int", "float"):
-        # A float constant is a float64, whatever the instruction makes of its bits.
+        # A float constant is encoded as float64, even for an integer instruction.
         value = constant(operand, "d" if operand.kind == "float" else type_).view(dtype)
         return lambda m: value
     if operand.kind == "s":
@@ -137,7 +137,7 @@ def _narrow_reader(operand: Operand, instruction: Instruction, source: int, type
 
 
 def _permuted(bits: Reader, instruction: Instruction) -> Reader:
-    """DPP: the value of another lane; 0 where that lane is out of range or inactive."""
+    """DPP: reads the value of another lane; gives 0 if that lane is out of range or inactive."""
     lane, in_range, _ = dpp_sources(instruction)
 
     def read(m):
@@ -165,7 +165,7 @@ def writer(instruction: Instruction, type_: str) -> Callable[[Waves, Any], None]
             return
         bits = value.view(np.uint32) if value.dtype.itemsize == 4 else value.view(np.uint16).astype(np.uint32)
         chosen = instruction.list_modifier("op_sel")
-        # A 16-bit result clears the upper half, unless op_sel sends it there.
+        # A 16-bit result clears the upper half, unless op_sel directs it to the upper half and keeps the lower.
         if chosen and chosen[-1] and value.dtype.itemsize == 2 and not instruction.encoding:
             bits = (m.vector(operand) & np.uint32(0xFFFF)) | bits << np.uint32(16)
         if instruction.encoding == "sdwa":
@@ -180,7 +180,7 @@ def writer(instruction: Instruction, type_: str) -> Callable[[Waves, Any], None]
 
 
 def _adjusted(value: np.ndarray, type_: str, modifiers: dict) -> np.ndarray:
-    """Output modifiers of floats: omod, then clamp to [0, 1] with NaN to 0."""
+    """Applies the output modifiers of floats: omod, then clamp to [0, 1], which turns NaN into 0."""
     dtype = TYPES[type_]
     value = value.astype(dtype, copy=False)
     if type_ in FLOATS:
@@ -194,7 +194,7 @@ def _adjusted(value: np.ndarray, type_: str, modifiers: dict) -> np.ndarray:
 
 
 def _placed(bits: np.ndarray, old: np.ndarray, modifiers: dict) -> np.ndarray:
-    """SDWA destination: the chosen byte or word, the rest zero or kept."""
+    """SDWA destination: writes the selected byte or word; the other bits become 0, keep `old` or extend the sign."""
     shift, width = _SELECTORS[str(modifiers.get("dst_sel", "DWORD"))]
     if width == 32:
         return bits

@@ -1,4 +1,4 @@
-"""Binding of vector instructions that pack several values in a register: halves, FP8, dot products."""
+"""Binds vector instructions that pack several values in a register: 16-bit halves, FP8, dot products."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from pallas_kernels.cdna.interpreter.vector_arithmetic import (
 
 
 def bind_packed_f32(i: Instruction) -> Step:
-    """v_pk_{add,mul,fma}_f32: two float32 operations on register pairs, halves chosen by op_sel."""
+    """v_pk_{add,mul,fma}_f32: two float32 operations on register pairs; op_sel selects the halves."""
     meanings: dict[str, Callable[..., Any]] = {"add": lambda a, b: a + b, "mul": lambda a, b: a * b, "fma": fma}
     meaning = meanings[i.opcode.split("_")[2]]
     sources = i.operands[1:]
@@ -34,7 +34,7 @@ def bind_packed_f32(i: Instruction) -> Step:
     for half, chosen, negated in ((0, "op_sel", "neg_lo"), (1, "op_sel_hi", "neg_hi")):
         which = i.list_modifier(chosen) or [half] * len(sources)
         signs = i.list_modifier(negated) or [0] * len(sources)
-        # A constant is the same for both halves.
+        # A constant has the same value for both halves.
         reads = [raw_reader(o, i, w if o.kind in "vas" else 0) for o, w in zip(sources, which)]
         halves.append(list(zip(reads, signs)))
     to = i.operands[0]
@@ -44,7 +44,7 @@ def bind_packed_f32(i: Instruction) -> Step:
         for half in halves:
             values = [-r(m).view(F32) if negative else r(m).view(F32) for r, negative in half]
             out.append(np.asarray(meaning(*values), F32).view(U32))
-        # Both halves are computed before either is written: the destination may be a source.
+        # Compute both halves before writing either: the destination may also be a source.
         m.set_vector(to, out[0])
         m.set_vector(to, out[1], 1)
 
@@ -52,7 +52,7 @@ def bind_packed_f32(i: Instruction) -> Step:
 
 
 def bind_packed16(i: Instruction) -> Step:
-    """Two 16-bit operations on the halves of each source, chosen by op_sel and op_sel_hi."""
+    """Two 16-bit operations; op_sel and op_sel_hi select the half of each source."""
     if i.modifiers.get("clamp"):
         raise i.error("clamp of packed instructions is not implemented")
     types, meaning = PACKED16[i.opcode]
@@ -74,7 +74,7 @@ def bind_packed16(i: Instruction) -> Step:
 def _half_reader(i: Instruction, operand: Operand, letter: str, upper: int, negative: int):
     dtype = TYPES[letter]
     if operand.kind == "float":
-        # A float constant stands in the low half, of the width of the instruction.
+        # A float constant is a float16 in the low half; the high half is 0.
         bits = np.array(0 if upper else operand.value, F16).view(np.uint16)
         return lambda m: bits.view(dtype)
     whole, shift = raw_reader(operand, i), U32(16 if upper else 0)
@@ -87,7 +87,7 @@ def _half_reader(i: Instruction, operand: Operand, letter: str, upper: int, nega
 
 
 def bind_packed_move(i: Instruction) -> Step:
-    """v_pk_mov_b32: one register of each source pair."""
+    """v_pk_mov_b32: copies one register of each source pair."""
     chosen = i.list_modifier("op_sel") or [0, 0]
     a, b = (raw_reader(o, i, which) for o, which in zip(i.operands[1:], chosen))
     to = i.operands[0]
@@ -101,7 +101,7 @@ def bind_packed_move(i: Instruction) -> Step:
 
 
 def bind_from_fp8(i: Instruction) -> Step:
-    """v_cvt_f32_fp8, v_cvt_pk_f32_fp8 and the bf8 forms, in the flavour of the machine."""
+    """v_cvt_f32_fp8, v_cvt_pk_f32_fp8 and their bf8 variants, with the FP8 types of the architecture."""
     pair = "_pk_" in i.opcode
     selector = str(i.modifiers.get("src0_sel", "DWORD"))
     chosen = i.list_modifier("op_sel") or [0, 0]
@@ -121,7 +121,7 @@ def bind_from_fp8(i: Instruction) -> Step:
 
 
 def bind_to_fp8(i: Instruction) -> Step:
-    """v_cvt_pk_fp8_f32 and v_cvt_pk_bf8_f32: two codes into one half of the destination, the other half kept."""
+    """v_cvt_pk_fp8_f32 and v_cvt_pk_bf8_f32: write two codes to one half of the destination and keep the other."""
     a, b, to = reader(i, 1, "f"), reader(i, 2, "f"), i.operands[0]
     upper = (i.list_modifier("op_sel") or [0])[-1]
     which = 1 if "bf8" in i.opcode else 0
@@ -145,7 +145,7 @@ def _power(bits: np.ndarray) -> np.ndarray:
 
 
 def bind_scaled_from_fp8(i: Instruction) -> Step:
-    """v_cvt_scalef32_pk_{f32,f16,bf16}_{fp8,bf8}: two codes of one half times a power of two (gfx950)."""
+    """v_cvt_scalef32_pk_{f32,f16,bf16}_{fp8,bf8} (gfx950): multiplies two codes of one half by a power of two."""
     code, scale, to = raw_reader(i.operands[1], i), raw_reader(i.operands[2], i), i.operands[0]
     shift = U32(16 if (i.list_modifier("op_sel") or [0])[0] else 0)
     flavour = FP8["gfx950"][1 if i.opcode.endswith("bf8") else 0]
@@ -165,7 +165,7 @@ def bind_scaled_from_fp8(i: Instruction) -> Step:
 
 
 def bind_scaled_to_fp8(i: Instruction) -> Step:
-    """v_cvt_scalef32_pk_{fp8,bf8}_{f32,f16,bf16}: two values over a power of two, as codes in one half (gfx950)."""
+    """v_cvt_scalef32_pk_{fp8,bf8}_{f32,f16,bf16} (gfx950): divides two values by a power of two, writes their codes."""
     flavour = FP8["gfx950"][1 if "_pk_bf8" in i.opcode else 0]
     source = i.opcode.rsplit("_", 1)[1]
     upper, to = (i.list_modifier("op_sel") or [0])[-1], i.operands[0]
@@ -186,7 +186,7 @@ def bind_scaled_to_fp8(i: Instruction) -> Step:
 
 
 def bind_dot2(i: Instruction) -> Step:
-    """v_dot2_f32_{f16,bf16} and v_dot2c: two products and an addend, in float32."""
+    """v_dot2_f32_{f16,bf16} and v_dot2c: sum of two products and a float32 addend."""
     narrow = BF16 if "bf16" in i.opcode else F16
     a, b = raw_reader(i.operands[1], i), raw_reader(i.operands[2], i)
     c = raw_reader(i.operands[3 if len(i.operands) > 3 else 0], i)

@@ -1,4 +1,4 @@
-"""Scalar arithmetic, one value a wave: a table from opcode to width, meaning and what becomes of SCC."""
+"""Scalar arithmetic, one value per wave: a table from opcode to types, meaning and the new value of SCC."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ _DTYPES: dict[str, Any] = {"u": U32, "i": I32, "U": U64, "I": I64}
 
 
 def read(operand: Operand, i: Instruction, letter: str) -> Callable[[Waves], np.ndarray]:
-    """Reads a scalar operand as u, i (32-bit), U or I (64-bit): [w] or []."""
+    """Reads a scalar operand as u, i (32-bit), U or I (64-bit), see `operands`: [w], or [] for a constant."""
     if operand.kind in ("int", "float"):
-        # A float is a double for 64-bit operands.
+        # A 64-bit operand encodes a float constant as float64.
         value = constant(operand, letter if operand.kind == "int" else "d" if letter in "UI" else "f")
         value = value.view(_DTYPES[letter]) if value.dtype != _DTYPES[letter] else value
         return lambda m: value
@@ -62,7 +62,8 @@ def _s6(b):
     return (b & U32(63)).astype(U64)
 
 
-# Opcode -> (types of the sources, type of the result, meaning, SCC: of sources, "nonzero" of the result, or None).
+# Opcode -> (types of the sources, type of the result, meaning, SCC). SCC is a function of the sources, "nonzero" (set
+# if the result is not 0) or None (unchanged). Type "d" is the old destination.
 TABLE: dict[str, tuple[str, str, Callable[..., Any], Any]] = {
     "s_mov_b32": ("u", "u", lambda a: a, None),
     "s_mov_b64": ("U", "U", lambda a: a, None),
@@ -123,7 +124,7 @@ for _name, _meaning in _LOGIC.items():
 
 
 def _field(value, control, signed: bool):
-    """s_bfe: offset in the low bits of the control word, width from bit 16 on."""
+    """s_bfe: the control word holds the offset in its low bits and the width from bit 16 on."""
     return bits_extracted(value, control & U32(31), control >> U32(16) & U32(127), signed)
 
 
@@ -169,14 +170,14 @@ def _bind_with_carry(i: Instruction) -> Step:
 
 
 def _bind_select(i: Instruction) -> Step:
-    """s_cselect: the first source where SCC is set."""
+    """s_cselect: the first source if SCC is set, else the second."""
     letter = "U" if i.opcode.endswith("b64") else "u"
     to, a, b = i.operands[0], read(i.operands[1], i, letter), read(i.operands[2], i, letter)
     return lambda m: _write(m, to, np.where(m.scc[m.sel], a(m), b(m)), letter == "U")
 
 
 def _bind_move_if(i: Instruction) -> Step:
-    """s_cmov: only where SCC is set."""
+    """s_cmov: moves only if SCC is set."""
     letter = "U" if i.opcode.endswith("b64") else "u"
     to, a, old = i.operands[0], read(i.operands[1], i, letter), read(i.operands[0], i, letter)
     return lambda m: _write(m, to, np.where(m.scc[m.sel], a(m), old(m)), letter == "U")
@@ -207,14 +208,14 @@ def _bind_test_bit(i: Instruction) -> Step:
 
 
 def _short_constant(i: Instruction, number: int, signed: bool = True):
-    """A 16-bit constant, sign-extended or not."""
+    """Reads a 16-bit constant, sign-extended if `signed`, else zero-extended."""
     raw = int(i.operands[number].value) & 0xFFFF
     value = np.array(raw - 65536 if signed and raw & 0x8000 else raw, I32 if signed else U32)
     return lambda m: value
 
 
 def _bind_short(i: Instruction) -> Step:
-    """s_movk, s_addk, s_mulk: the destination and a 16-bit constant."""
+    """s_movk, s_addk, s_mulk: combines the destination with a 16-bit constant."""
     to, value, old = i.operands[0], _short_constant(i, 1), read(i.operands[0], i, "i")
     if i.opcode == "s_movk_i32":
         return lambda m: _write(m, to, value(m), False)
@@ -259,7 +260,7 @@ SPECIAL: dict[str, tuple[str, Callable[[Instruction], Step]]] = {
 
 
 def bind(i: Instruction) -> Step | None:
-    """What a scalar instruction does, or None for one that is not here."""
+    """Binds a scalar instruction; returns None for an opcode that neither TABLE nor SPECIAL has."""
     if i.opcode in TABLE:
         return _bind_table(i)
     for pattern, (_, binder) in SPECIAL.items():

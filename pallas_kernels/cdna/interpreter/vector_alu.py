@@ -1,4 +1,4 @@
-"""Vector arithmetic: one table from opcode to types and meaning, and the few instructions that need more than that."""
+"""Binds vector instructions: those of `vector_table`, and the ones in SPECIAL that need more than a table entry."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ _LETTER = {"f16": "h", "f32": "f", "f64": "d", "i16": "s", "i32": "i", "i64": "I
 
 # --- binding
 def bind_table(i: Instruction) -> Step:
-    """An instruction of TABLE: read, compute, write."""
+    """Binds an instruction of TABLE: read the sources, compute, write the result."""
     types, result, meaning = TABLE[i.opcode]
     if len(i.operands) != 1 + len(types):
         raise i.error(f"{len(i.operands)} operands, {1 + len(types)} expected")
@@ -71,7 +71,7 @@ def _saturating(i: Instruction, result: str):
 
 
 def write_lanes(m: Waves, operand: Operand, flags: Any) -> None:
-    """A lane mask as scalar result: bits of inactive lanes are 0."""
+    """Writes a lane mask to a scalar register pair; bits of inactive lanes are 0."""
     m.set_scalar64(operand, masks_of(np.broadcast_to(flags, m.lanes.shape) & m.lanes))
 
 
@@ -90,7 +90,7 @@ def _bind_compare(i: Instruction) -> Step:
 
 
 def _bind_class(i: Instruction) -> Step:
-    """v_cmp_class_f32: whether the value is of one of ten classes."""
+    """v_cmp_class_f32: whether the value belongs to one of the wanted classes, out of ten."""
     to = i.operands[0]
     value, wanted = reader(i, 1, "f"), raw_reader(i.operands[2], i)
 
@@ -111,7 +111,7 @@ def _bind_class(i: Instruction) -> Step:
 
 
 def _bind_select(i: Instruction) -> Step:
-    """v_cndmask: the second source where the mask bit is set."""
+    """v_cndmask: selects the second source in lanes whose mask bit is set, else the first."""
     mask = i.operands[3].index if len(i.operands) > 3 else VCC
     letter = "f" if any(o.negate or o.absolute for o in i.operands[1:3]) else "u"
     a, b, write = reader(i, 1, letter), reader(i, 2, letter), writer(i, letter)
@@ -119,7 +119,7 @@ def _bind_select(i: Instruction) -> Step:
 
 
 def _bind_carry(i: Instruction) -> Step:
-    """v_add_co, v_addc_co, v_sub_co, v_subb_co and the reversed ones: result and carry mask."""
+    """v_add_co, v_addc_co, v_sub_co, v_subb_co and their reversed variants: result and carry mask."""
     carry_out, carry_in = i.operands[1], i.operands[4].index if len(i.operands) > 4 else None
     a, b, write = reader(i, 2, "u", 0), reader(i, 3, "u", 1), writer(i, "u")
     subtract, reverse = "sub" in i.opcode, "rev" in i.opcode
@@ -130,7 +130,7 @@ def _bind_carry(i: Instruction) -> Step:
         carry = lanes_of(m.scalar64(carry_in)).astype(I64) if carry_in is not None else I64(0)
         total = x - y - carry if subtract else x + y + carry
         total = np.broadcast_to(total, m.lanes.shape)
-        # The carry of a lane that does not run is 0, so the mask is written before the registers are.
+        # Flags of inactive lanes may hold anything: `write_lanes` clears them.
         flags = (total < 0) | (total > 0xFFFFFFFF)
         write(m, low32(total))
         write_lanes(m, carry_out, flags)
@@ -146,14 +146,14 @@ def _bind_accumulate(i: Instruction) -> Step:
 
 
 def _bind_literal_fma(i: Instruction) -> Step:
-    """v_fmamk (S0 * K + S1) and v_fmaak (S0 * S1 + K): the operands stand in the order of the formula."""
+    """v_fmamk (S0 * K + S1) and v_fmaak (S0 * S1 + K): the text lists operands in the order of the formula."""
     letter = _LETTER[i.opcode.rsplit("_", 1)[1]]
     a, b, c, write = (*(reader(i, k, letter) for k in (1, 2, 3)), writer(i, letter))
     return lambda m: write(m, fma(a(m), b(m), c(m)))
 
 
 def _bind_wide_multiply(i: Instruction) -> Step:
-    """v_mad_u64_u32 and v_mad_i64_i32: 32 x 32 + 64 bits, with carry."""
+    """v_mad_u64_u32 and v_mad_i64_i32: 32-bit x 32-bit + 64-bit, with carry."""
     small, wide = ("i", "I") if "i64" in i.opcode else ("u", "U")
     carry = i.operands[1]
     a, b, c, write = reader(i, 2, small), reader(i, 3, small), reader(i, 4, wide), writer(i, wide)
@@ -168,7 +168,7 @@ def _bind_wide_multiply(i: Instruction) -> Step:
 
 
 def _bind_truth_table(i: Instruction) -> Step:
-    """v_bitop3: any function of three bits, given as its truth table."""
+    """v_bitop3: any bitwise function of three sources, given as its truth table."""
     letter = "w" if i.opcode.endswith("b16") else "u"
     table = i.int_modifier("bitop3")
     reads, write = [reader(i, k, letter) for k in (1, 2, 3)], writer(i, letter)
@@ -186,7 +186,7 @@ def _bind_truth_table(i: Instruction) -> Step:
 
 
 def _bind_divide_scale(i: Instruction) -> Step:
-    """v_div_scale: D = S0, scaled where a quotient S2 / S1 asks for it, and the mask of lanes to scale back."""
+    """v_div_scale: D = S0, scaled in lanes whose quotient S2 / S1 needs it, and the mask of lanes to scale back."""
     to, mask = i.operands[0], i.operands[1]
     reads = [reader(i, k, "f", k - 2) for k in (2, 3, 4)]
 
@@ -240,7 +240,7 @@ SPECIAL: dict[str, tuple[str, Callable[[Instruction], Step]]] = {
 
 
 def bind(i: Instruction) -> Step | None:
-    """What a vector instruction does, or None for one that is not here."""
+    """Binds a vector instruction; returns None for an opcode that neither TABLE nor SPECIAL has."""
     if i.opcode in TABLE:
         return bind_table(i)
     for pattern, (_, binder) in SPECIAL.items():

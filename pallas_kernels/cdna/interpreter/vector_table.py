@@ -1,4 +1,4 @@
-"""Vector instructions that a table describes: opcode, types, meaning."""
+"""Table of vector instructions: opcode, types, meaning."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ from pallas_kernels.cdna.interpreter.vector_arithmetic import (
     trailing_zeros,
 )
 
-# Opcode -> (types of the sources, type of the result, meaning).
+# Opcode -> (types of the sources, type of the result, meaning). `operands` lists the letters of the types.
 TABLE: dict[str, tuple[str, str, Callable[..., Any]]] = {
     # Moves and conversions.
     "v_mov_b32": ("u", "u", lambda a: a),
@@ -100,7 +100,7 @@ TABLE: dict[str, tuple[str, str, Callable[..., Any]]] = {
     "v_min3_u32": ("uuu", "u", lambda a, b, c: np.minimum(np.minimum(a, b), c)),
     "v_med3_i32": ("iii", "i", median),
     "v_med3_u32": ("uuu", "u", median),
-    # Bits.
+    # Bitwise operations and shifts.
     "v_not_b32": ("u", "u", lambda a: ~a),
     "v_and_b32": ("uu", "u", lambda a, b: a & b),
     "v_or_b32": ("uu", "u", lambda a, b: a | b),
@@ -193,7 +193,7 @@ TABLE: dict[str, tuple[str, str, Callable[..., Any]]] = {
 }
 
 
-# Saturating forms of integer arithmetic (`clamp`): the same in 64 bits, cut to the range of the result.
+# Integer arithmetic with `clamp`: computed in 64 bits here, then clipped to the range of the result in `vector_alu`.
 SATURATING = {
     "v_add_u32": lambda a, b: a.astype(I64) + b.astype(I64),
     "v_sub_u32": lambda a, b: a.astype(I64) - b.astype(I64),
