@@ -20,8 +20,8 @@ from jax.experimental import pallas as pl
 
 from pallas_kernels._call import executor
 
-# For kernels in interpret mode and for the reference, of which tests ask what they compute, not how XLA:CPU optimises
-# it: half the time to compile. XLA bodies are compiled as users compile them.
+# For kernels in interpret mode and for the reference, also with `--optimize`: tests ask what they compute, not how
+# XLA:CPU optimises it.
 QUICK_COMPILE = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 # For the few tests that ask for bits which XLA:CPU gives only where it optimises, in runs without `--optimize` too.
 OPTIMIZED = {"xla_backend_optimization_level": 2, "xla_llvm_disable_expensive_passes": False}
