@@ -28,8 +28,8 @@ def share_compiled_programs():
 
 share_compiled_programs()
 
-# In jax 0.11, XLA:CPU's older way to make loops of fusions takes 60 % of the time of the newer way. jax 0.12 has only the
-# newer way and ignores this.
+# In jax 0.11, XLA:CPU's older way to make loops of fusions takes 60 % of the time of the newer way. jax 0.12 has only
+# the newer way and ignores this.
 QUICK_FUSIONS = "--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters"
 
 import jax  # noqa: E402
