@@ -61,7 +61,7 @@ def dispatch(operator: str, implementation: str | None, bodies: Mapping[str, Cal
             return bodies[implementation]()
         except NotImplementedError as error:
             raise ValueError(
-                f"implementation={implementation!r} of {operator} does not serve this case: {error}."
+                f"implementation={implementation!r} of {operator} does not support this case: {error}."
                 " Pass implementation=None to let the library choose."
             ) from error
     reasons = []

@@ -213,7 +213,7 @@ def test_other_values_do_not_retrace(implementation):
 
 def test_what_the_kernel_does_not_serve():
     arguments = problem(1, 4, 2**14 + 1)
-    with pytest.raises(ValueError, match=r"does not serve this case: 4 streams of 16385 values"):
+    with pytest.raises(ValueError, match=r"does not support this case: 4 streams of 16385 values"):
         split(*arguments, implementation="triton")
     assert split(*arguments)[0].shape == (1, 2**14 + 1)
     half = problem(2, 4, 8, dtype="float16")

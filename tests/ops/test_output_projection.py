@@ -190,7 +190,7 @@ def test_nothing_to_do_and_nothing_to_turn():
     assert project(*problem(0, 4, 8, 2, 4, 5)).shape == (0, 2, 5)
     arguments = problem(3, 4, 8, 2, 0, 5)
     check(project(*arguments), *arguments)
-    with pytest.raises(ValueError, match=r"does not serve this case: no values are rotated"):
+    with pytest.raises(ValueError, match=r"does not support this case: no values are rotated"):
         kernel_or_body(*arguments, implementation="triton")
 
 
