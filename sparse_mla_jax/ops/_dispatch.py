@@ -70,4 +70,4 @@ def dispatch(operator: str, implementation: str | None, bodies: Mapping[str, Cal
             return bodies[name]()
         except NotImplementedError as error:
             reasons.append(f"{name}: {error}")
-    raise ValueError(f"no implementation of {operator} serves this case ({'; '.join(reasons)}).")
+    raise ValueError(f"no implementation of {operator} supports this case ({'; '.join(reasons)}).")
