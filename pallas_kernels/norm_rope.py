@@ -206,7 +206,9 @@ def norm_rope(
     """
     for dtype in (x.dtype.name, *(p.dtype for p in parts)):
         if dtype not in _TYPES:
-            raise NotImplementedError(f"a projection or a part of it is {dtype}; the kernel supports {', '.join(_TYPES)}")
+            raise NotImplementedError(
+                f"a projection or a part of it is {dtype}; the kernel supports {', '.join(_TYPES)}"
+            )
     rotated = [cos, sin] if any(p.rotated is not None for p in parts) else []
 
     def run(target: Target, x, rotated, parts):
