@@ -82,6 +82,7 @@ def indexer_scores(
 ) -> Array:
     """Scores key_scale[n] * sum_h weights[t, h] * relu(q[t, h] . key[n]) inside the row's interval, -inf outside.
 
+    The start of an interval is clamped to 0..N first; its length counts from there.
     q[T, H, D], keys[N, D], key_scales[N] or None, weights[T, H], row_starts[T], row_lengths[T] -> dtype[T, N].
     """
     dots = jnp.einsum("thd,nd->thn", q.astype(dtype), keys.astype(dtype), precision=HIGHEST)
@@ -89,7 +90,8 @@ def indexer_scores(
     if key_scales is not None:
         scores = scores * key_scales.astype(dtype)[None, :]
     columns = jnp.arange(keys.shape[0])[None, :]
-    inside = (columns >= row_starts[:, None]) & (columns < row_starts[:, None] + row_lengths[:, None])
+    start = jnp.clip(row_starts, 0, keys.shape[0])[:, None]
+    inside = (columns >= start) & (columns - start < row_lengths[:, None])
     return jnp.where(inside, scores, -jnp.inf)
 
 

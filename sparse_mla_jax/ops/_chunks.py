@@ -9,22 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-
-def _axes(leaf: Any) -> frozenset:
-    """Names of the shard_map axes over which an array varies."""
-    kind = jax.typeof(leaf)
-    return kind.manual_axis_type.varying if hasattr(kind, "manual_axis_type") else getattr(kind, "vma", frozenset())
-
-
-def varying(x: Any, *like: Any) -> Any:
-    """Marks the pytree `x` as varying over the shard_map axes of `like`; a loop's initial carry needs it."""
-    axes = frozenset().union(*(_axes(leaf) for leaf in jax.tree.leaves(like)))
-
-    def mark(leaf):
-        missing = tuple(axes - _axes(leaf))
-        return jax.lax.pcast(leaf, missing, to="varying") if missing else leaf
-
-    return jax.tree.map(mark, x) if axes else x
+from pallas_kernels.mesh_axes import varying
 
 
 def map_row_chunks(body: Callable[[Array], Any], num_rows: int, chunk: int, *, like: Any) -> Any:

@@ -20,8 +20,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from pallas_kernels.mesh_axes import varying
 from sparse_mla_jax import reference
-from sparse_mla_jax.ops._chunks import varying
 from sparse_mla_jax.ops._compressor_state import Closings, CompressorState, CompressorWeights
 
 # Window rows (tokens) of a block: a block pools _ROWS // S windows.

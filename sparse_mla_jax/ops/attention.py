@@ -20,10 +20,11 @@ import numpy as np
 from jax import Array
 
 from pallas_kernels import fp8_bits, sparse_attention
+from pallas_kernels.mesh_axes import varying
 from pallas_kernels.plans.attention import AttentionPlan
 from sparse_mla_jax import _check, reference
 from sparse_mla_jax._check import describe, require
-from sparse_mla_jax.ops._chunks import map_row_chunks, rows_from, varying
+from sparse_mla_jax.ops._chunks import map_row_chunks, rows_from
 from sparse_mla_jax.ops._dispatch import dispatch, with_plan
 from sparse_mla_jax.ops.cache import PagedKVCache
 from sparse_mla_jax.ops.ragged import DenseRows, Ragged
@@ -121,11 +122,8 @@ def merge(outs: Array, lses: Array) -> tuple[Array, Array]:
     its out holds. If all are -inf, the result is 0 and -inf. Returns out in outs' dtype and lse in float32 (natural
     log).
     """
-    require(
-        outs.ndim == 4 and lses.shape == outs.shape[:3],
-        f"outs is {describe(outs)} and lses {describe(lses)}; expected [S, T, H, V] and [S, T, H]: stack the parts.",
-    )
-    lses = lses.astype(jnp.float32)
+    outs = _check.array("outs", outs, jnp.floating, "S", "T", "H", "V", hint="Stack the parts.")
+    lses = _check.floats("lses", lses, *outs.shape[:3], hint="One for each row and head of outs.")
     top = jnp.max(lses, axis=0, initial=-jnp.inf)
     weights = jnp.exp(lses - jnp.where(jnp.isneginf(top), 0.0, top))
     total = weights.sum(axis=0)
@@ -140,11 +138,9 @@ def apply_sinks(out: Array, lse: Array, sinks: Array) -> Array:
 
     `lse` is the natural logarithm, without the sink. A row with lse -inf stays 0, even if the sink is -inf.
     """
-    require(
-        out.ndim == 3 and lse.shape == out.shape[:2] and sinks.shape == out.shape[1:2],
-        f"out is {describe(out)}, lse {describe(lse)}, sinks {describe(sinks)}; expected [T, H, V], [T, H] and [H].",
-    )
-    lse, sinks = lse.astype(jnp.float32), sinks.astype(jnp.float32)
+    out = _check.array("out", out, jnp.floating, "T", "H", "V")
+    lse = _check.floats("lse", lse, *out.shape[:2], hint="One for each row and head of out.")
+    sinks = _check_sinks(sinks, out.shape[1])
     share = jnp.where(jnp.isneginf(lse), 0.0, 1.0 / (1.0 + jnp.exp(sinks[None, :] - lse)))
     return (out.astype(jnp.float32) * share[..., None]).astype(out.dtype)
 
@@ -166,17 +162,13 @@ def key_dim(kv: PagedKVCache | Array) -> int:
 def _check_source(name: str, kv: Any, rows: Any, q: Array) -> _Source:
     """(kv, rows) with one int32 row for each token of q."""
     if not isinstance(kv, PagedKVCache):
-        require(
-            hasattr(kv, "ndim") and kv.ndim == 2 and jnp.issubdtype(kv.dtype, jnp.floating) and kv.dtype.itemsize > 1,
-            f"{name} is {describe(kv)}; expected a PagedKVCache or a float array [N, D]. Quantised rows belong into a"
-            " PagedKVCache.",
-        )
+        hint = "Or a PagedKVCache, where quantised rows belong."
+        kv = _check.array(name, kv, (jnp.float32, jnp.bfloat16, jnp.float16), "N", "D", hint=hint)
     require(
         key_dim(kv) == q.shape[2],
         f"{name} has keys of {key_dim(kv)} dimensions and q of {q.shape[2]}; they must agree (latent_dim + rope_dim).",
     )
     if not isinstance(rows, Ragged | DenseRows):
-        require(hasattr(rows, "dtype"), f"rows of {name} is {type(rows).__name__}; expected int32 slots [T, W].")
         rows = DenseRows(rows)
     return kv, rows.check(f"rows of {name}", q.shape[0])
 
@@ -190,9 +182,7 @@ def _check_scale(sm_scale: Any) -> float:
 
 
 def _check_sinks(sinks: Any, heads: int) -> Array:
-    shape = getattr(sinks, "shape", None)
-    require(shape == (heads,), f"sinks is {describe(sinks)}; expected [{heads}], one logit per head.")
-    return jnp.asarray(sinks).astype(jnp.float32)
+    return _check.floats("sinks", sinks, heads, hint="One logit per head.")
 
 
 # --- keys

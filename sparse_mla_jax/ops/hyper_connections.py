@@ -158,11 +158,9 @@ def doubly_stochastic(logits: Array, *, iterations: int, eps: float) -> Array:
       ValueError: iterations below 1, or logits whose last two axes differ.
     """
     iterations = _check.size("iterations", iterations)
-    require(
-        logits.ndim >= 2 and logits.shape[-1] == logits.shape[-2],
-        f"logits is {describe(logits)}; expected [..., n, n].",
-    )
-    mixing = jax.nn.softmax(logits.astype(jnp.float32), axis=-1) + eps
+    logits = _check.floats("logits", logits, ..., "n", "n")
+    require(logits.shape[-1] == logits.shape[-2], f"logits is {describe(logits)}; expected [..., n, n].")
+    mixing = jax.nn.softmax(logits, axis=-1) + eps
     mixing = mixing / (mixing.sum(axis=-2, keepdims=True) + eps)
 
     def once(_: Array, mixing: Array) -> Array:
@@ -178,7 +176,8 @@ def _as_arrays(
     streams: Array, product: Array, base: Array, scale: Array, norm: Array | None, *, matrices: bool
 ) -> tuple[Array, Array, Array, Array, Array | None]:
     """The arguments as arrays that fit together: product as [S, T, O], base and scale as float32."""
-    streams, product = _check.array("streams", streams, jnp.floating, "T", "n", "D"), jnp.asarray(product)
+    streams = _check.array("streams", streams, jnp.floating, "T", "n", "D")
+    product = _check.array("product", product, jnp.floating, ...)
     tokens, n, width = streams.shape
     require(min(n, width) >= 1, f"streams is {describe(streams)}; expected n and D of at least 1.")
     columns, factors = (n * (n + 2), 3) if matrices else (n, 1)

@@ -13,19 +13,24 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from pallas_kernels import fp8_bits
 from pallas_kernels import indexer_logits as kernel
+from pallas_kernels.mesh_axes import varying
 from pallas_kernels.plans.indexer import IndexerPlan
 from sparse_mla_jax import _check, reference
 from sparse_mla_jax._check import describe, require
 from sparse_mla_jax.ops import fp8, topk
-from sparse_mla_jax.ops._chunks import map_row_chunks, rows_from, varying
+from sparse_mla_jax.ops._chunks import map_row_chunks, rows_from
 from sparse_mla_jax.ops._dispatch import check_implementation, dispatch, with_plan
+from sparse_mla_jax.ops._row_bounds import clamp_rows
 from sparse_mla_jax.ops.cache import PagedIndexCache
 
 HIGHEST = jax.lax.Precision.HIGHEST
+# Types of queries and keys.
+_TYPES = (jnp.float32, jnp.bfloat16, fp8.E4M3FNUZ, fp8.E4M3FN)
 # Per-head products of one step of the XLA body. More do not fit the CPU's cache and gain nothing (measured).
 STEP_BYTES = 512 << 10
 # Default bound on the scores that lightning_indexer holds at a time, in bytes.
@@ -54,7 +59,8 @@ def indexer_scores(
       keys: [N, D] FP8, bfloat16 or float32.
       key_scales: float32 [N] or [N, 1], positive; None when keys are not quantised.
       weights: float32 [T, H], any sign.
-      row_starts, row_lengths: int32 [T] in columns. Intervals are clamped to the array; negative lengths count as 0.
+      row_starts, row_lengths: int32 [T] in columns, clamped as in `top_k`: first the start to [0, N], then the length,
+        counted from there, to the columns that are left; negative lengths count as 0.
       implementation: None for the best that runs here, or "triton", "xla", "reference".
       plan: block sizes and warps of the kernel (static) in place of the heuristic ones; implies "triton".
       config: the former name of `plan`.
@@ -67,15 +73,14 @@ def indexer_scores(
       ValueError: shapes or types that do not fit, or an implementation that does not support the case.
     """
     implementation, plan = with_plan(implementation, plan, config, IndexerPlan)
-    weights = _check_queries(q, weights, keys.dtype)
-    _check_keys("keys", keys, q.shape[2])
+    keys = _check.array("keys", keys, _TYPES, "N", "D")
+    q, weights = _check_queries(q, weights, keys.dtype)
+    require(keys.shape[1] == q.shape[2], f"keys has {keys.shape[1]} dimensions and q {q.shape[2]}; they must agree.")
     if key_scales is not None:
-        require(
-            key_scales.size == keys.shape[0],
-            f"key_scales is {describe(key_scales)}; expected [N] with N = {keys.shape[0]}, one scale per key.",
-        )
-        key_scales = key_scales.reshape(-1).astype(jnp.float32)
-    starts, ends = _clamp_rows(row_starts, row_lengths, q.shape[0], keys.shape[0])
+        axes = (keys.shape[0], 1)[: max(1, np.ndim(key_scales))]
+        key_scales = _check.floats("key_scales", key_scales, *axes, hint="One scale per key.").reshape(-1)
+    bounds = clamp_rows(row_starts, row_lengths, rows=q.shape[0], columns=keys.shape[0])
+    starts, ends = bounds.starts, bounds.ends
     if q.shape[0] == 0 or keys.shape[0] == 0:
         check_implementation(implementation)
         return jnp.zeros((q.shape[0], keys.shape[0]), jnp.float32)
@@ -127,7 +132,7 @@ def paged_indexer_scores(
       ValueError: shapes or types that do not fit, or an implementation that does not support the case.
     """
     implementation, plan = with_plan(implementation, plan, config, IndexerPlan)
-    weights = _check_queries(q, weights, getattr(cache, "dtype", None))
+    q, weights = _check_queries(q, weights, getattr(cache, "dtype", None))
     keys = _check_paged(q, cache, page_table, request_ids, lengths, max_length)
     if 0 in (q.shape[0], keys.pages.shape[0], cache.num_slots):
         check_implementation(implementation)
@@ -169,7 +174,7 @@ def lightning_indexer(
     Raises:
       ValueError: as `paged_indexer_scores`; k below 1; a memory_limit below one row of scores.
     """
-    weights = _check_queries(q, weights, getattr(cache, "dtype", None))
+    q, weights = _check_queries(q, weights, getattr(cache, "dtype", None))
     keys = _check_paged(q, cache, page_table, request_ids, lengths, max_length)
     k, tokens, columns = topk.check_k(k), q.shape[0], keys.columns
     check_implementation(implementation)
@@ -192,37 +197,17 @@ def lightning_indexer(
 
 
 # --- validation
-def _check_queries(q: Any, weights: Any, key_dtype: Any) -> Array:
-    """Raises ValueError for shapes and types that do not fit; returns the weights as float32."""
-    require(
-        q.ndim == 3 and (q.dtype in (jnp.bfloat16, jnp.float32) or fp8.is_fp8(q.dtype)) and q.shape[1] * q.shape[2] > 0,
-        f"q is {describe(q)}; expected bfloat16, float32 or FP8 [T, H, D].",
-    )
+def _check_queries(q: Any, weights: Any, key_dtype: Any) -> tuple[Array, Array]:
+    """(q, weights in float32); raises ValueError for shapes and types that do not fit."""
+    q = _check.array("q", q, _TYPES, "T", "H", "D")
+    require(q.shape[1] * q.shape[2] > 0, f"q is {describe(q)}; expected H and D of at least 1.")
     weights = _check.floats("weights", weights, *q.shape[:2], hint="One per query head.")
     require(
         not (fp8.is_fp8(q.dtype) and key_dtype is not None and fp8.is_fp8(key_dtype)) or q.dtype == key_dtype,
         f"q is {q.dtype} and the keys are {key_dtype}; FP8 queries of FP8 keys must have their flavour. Quantise q to"
         f" {key_dtype}, or pass it as bfloat16.",
     )
-    return weights
-
-
-def _check_keys(name: str, keys: Any, dim: int) -> None:
-    require(
-        keys.ndim == 2 and (keys.dtype in (jnp.bfloat16, jnp.float32) or fp8.is_fp8(keys.dtype)),
-        f"{name} is {describe(keys)}; expected FP8, bfloat16 or float32 [N, D].",
-    )
-    require(keys.shape[1] == dim, f"{name} has {keys.shape[1]} dimensions and q {dim}; they must agree.")
-
-
-def _clamp_rows(row_starts: Any, row_lengths: Any, tokens: int, columns: int) -> tuple[Array, Array]:
-    """First column of every row and the column after its last one, int32 [T], both in 0..columns."""
-    starts = _check.int32("row_starts", row_starts, tokens, hint="One per token.")
-    lengths = _check.int32("row_lengths", row_lengths, tokens, hint="One per token.")
-    first = jnp.clip(starts, 0, columns)
-    # Subtract the columns before 0, then clip to the columns that fit. In this order no sum exceeds int32.
-    seen = jnp.maximum(lengths, 0) - jnp.maximum(-jnp.maximum(starts, -(2**31) + 1), 0)
-    return first, first + jnp.clip(seen, 0, columns - first)
+    return q, weights
 
 
 @jax.tree_util.register_dataclass
@@ -247,8 +232,7 @@ class _PagedKeys:
 
 def _check_paged(q: Any, cache: Any, page_table: Any, request_ids: Any, lengths: Any, max_length: Any) -> _PagedKeys:
     """The checked arguments as _PagedKeys; raises ValueError for shapes and types that do not fit."""
-    is_cache = isinstance(cache, PagedIndexCache)
-    require(is_cache, f"cache is {type(cache).__name__}; expected a PagedIndexCache (see create).")
+    _check.instance("cache", cache, PagedIndexCache, hint="Make it with PagedIndexCache.create.")
     width = q.shape[2]
     require(cache.dim == width, f"cache has keys of {cache.dim} dimensions and q of {width}; they must agree.")
     page_table = _check.int32("page_table", page_table, "B", "P", hint="The pages of every request.")

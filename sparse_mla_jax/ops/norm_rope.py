@@ -65,9 +65,8 @@ def norm_rope(
     """
     implementation, plan = with_plan(implementation, plan, config, NormRopePlan)
     x = _check.array("x", x, (jnp.bfloat16, jnp.float32), "T", "W")
-    positions = _check.integers("positions", positions, x.shape[0], hint="One per row of x.")
-    frequencies = jnp.asarray(frequencies, jnp.float32)
-    require(frequencies.ndim == 1, f"frequencies has shape {list(frequencies.shape)}; expected [pairs].")
+    positions = _check.int32("positions", positions, x.shape[0], hint="One per row of x.")
+    frequencies = _check.floats("frequencies", frequencies, "pairs")
     parts = [_check_part(f"parts[{i}]", part, x, frequencies.shape[0]) for i, part in enumerate(parts)]
     if x.shape[0] == 0 or not parts:
         check_implementation(implementation)
@@ -103,17 +102,18 @@ def _check_part(name: str, part: Section, x: Array, pairs: int) -> Section:
         f"{name} is rotated from column {part.rotated} on; {pairs} frequencies turn {2 * pairs} of {part.width}.",
     )
     require(part.bias is None or part.weight is not None, f"{name} has a bias and no weight; a layer norm has both.")
-    for what, array in (("weight", part.weight), ("bias", part.bias)):
-        require(
-            array is None or array.shape == (part.width,),
-            f"{name} has a {what} {describe(array)}; expected [{part.width}], as its heads.",
-        )
     require(
-        part.factor is None or (part.quantized and part.factor.shape == (x.shape[0], part.heads)),
-        f"{name} is {part.dtype} with a factor {describe(part.factor)}; a factor belongs to the scales of an FP8 part,"
-        f" [T, heads] = {[x.shape[0], part.heads]}.",
+        part.factor is None or part.quantized,
+        f"{name} is {part.dtype} with a factor {describe(part.factor)}; a factor belongs to the scales of an FP8 part.",
     )
-    return part
+    axes = {"weight": (part.width,), "bias": (part.width,), "factor": (x.shape[0], part.heads)}
+    given = {what: getattr(part, what) for what in axes}
+    arrays: dict[str, Any] = {
+        what: _check.array(f"{name}.{what}", array, jnp.floating, *axes[what])
+        for what, array in given.items()
+        if array is not None
+    }
+    return dataclasses.replace(part, **arrays)
 
 
 # --- bodies

@@ -54,8 +54,8 @@ def rotated_projection(
     implementation, plan = with_plan(implementation, plan, config, ProjectionPlan)
     out = _check.array("out", out, jnp.floating, "T", "H", "d")
     weight = _check.array("weight", weight, jnp.floating, "g", "H // g * d", "O")
-    positions = _check.integers("positions", positions, out.shape[0], hint="One per row of out.")
-    frequencies = jnp.asarray(frequencies, jnp.float32)
+    positions = _check.int32("positions", positions, out.shape[0], hint="One per row of out.")
+    frequencies = _check.floats("frequencies", frequencies, "r / 2")
     _check_widths(out, weight, frequencies)
     if 0 in (out.shape[0], weight.shape[0], weight.shape[2]):
         check_implementation(implementation)
@@ -82,7 +82,7 @@ def _check_widths(out: Array, weight: Array, frequencies: Array) -> None:
         f" [{weight.shape[0]}, {heads} // {weight.shape[0]} * {width}, O]: g must divide H.",
     )
     require(
-        frequencies.ndim == 1 and 2 * frequencies.shape[0] <= width,
+        2 * frequencies.shape[0] <= width,
         f"frequencies has shape {list(frequencies.shape)}; expected [r / 2], r at most {width}, the width of a head.",
     )
 
