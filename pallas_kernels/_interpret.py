@@ -29,9 +29,9 @@ def interpret_on_each_device(run: Callable[..., Any], arrays: Sequence[jax.Array
       out_shape: pytree of jax.ShapeDtypeStruct that state these axes.
 
     Returns:
-      The results of `run`, varying over these axes.
+      The results of `run`, varying over these axes; a tuple for a list, as `pallas_call` returns.
     """
-    leaves, tree = jax.tree.flatten(out_shape)
+    leaves, tree = jax.tree.flatten(tuple(out_shape) if isinstance(out_shape, list) else out_shape)
     outs = _interpret.bind(*arrays, run=lambda *xs: jax.tree.leaves(run(*xs)), outs=tuple(leaves))
     return jax.tree.unflatten(tree, outs)
 

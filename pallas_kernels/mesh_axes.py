@@ -37,3 +37,22 @@ def declare(shapes: Any, axes: frozenset) -> Any:
     return jax.tree.map(
         lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, manual_axis_type=ManualAxisType(varying=axes)), shapes
     )
+
+
+def explicit_axes() -> frozenset:
+    """Axes of type Explicit (`jax.make_mesh`'s default) of the mesh in use; none inside `jax.shard_map`."""
+    return frozenset(jax.sharding.get_abstract_mesh().explicit_axes)
+
+
+def on_shards(body: Any, args: Any, in_specs: Any, out_specs: Any) -> Any:
+    """Runs `body(*args)` on every device's shards in a mesh with Explicit axes, where no kernel can be called.
+
+    Args:
+      body: a function of arrays, the same on every device.
+      args: tuple of pytrees; arrays that lie otherwise are moved to `in_specs` first.
+      in_specs: pytree of PartitionSpec, one per array of `args`.
+      out_specs: pytree of PartitionSpec or a prefix of it, for the results.
+    """
+    placed = jax.tree.map(jax.sharding.reshard, args, in_specs)
+    run = jax.shard_map(body, in_specs=in_specs, out_specs=out_specs, axis_names=explicit_axes())
+    return run(*placed)

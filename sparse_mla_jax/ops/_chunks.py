@@ -12,6 +12,27 @@ from jax import Array
 from pallas_kernels.mesh_axes import varying
 
 
+def loop_to(stop: Array, most: int, step: Callable[[Array, Any], Any], state: Any, *, reversible: bool) -> Any:
+    """Runs state = step(i, state) for i = 0 .. min(stop, most) - 1; `stop` is known at run time only.
+
+    Args:
+      stop: int32 scalar.
+      most: static.
+      step: of one number and the state.
+      state: pytree of arrays, varying over the axes of what `step` closes over.
+      reversible: whether reverse mode must work, which needs a static number of steps: then all `most` are taken,
+        those from `stop` on leave the state as it is, and the values of a step are computed again for its derivative.
+    """
+    if not reversible:
+        return jax.lax.fori_loop(0, jnp.minimum(stop, most), step, state)
+
+    @jax.checkpoint
+    def maybe(i: Array, state: Any) -> Any:
+        return jax.lax.cond(i < stop, step, lambda i, state: state, i, state)
+
+    return jax.lax.fori_loop(0, most, maybe, state)
+
+
 def map_row_chunks(body: Callable[[Array], Any], num_rows: int, chunk: int, *, like: Any) -> Any:
     """Computes rows 0..num_rows-1 by chunks: `body(first)` gives arrays [chunk, ...] for rows first..first+chunk-1.
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from functools import partial
 from typing import Any, ClassVar
 
 import jax.numpy as jnp
@@ -21,6 +22,7 @@ from pallas_kernels.cache_parts import CachePart
 from pallas_kernels.plans.cache_write import CacheWritePlan
 from sparse_mla_jax import reference
 from sparse_mla_jax.ops import fp8
+from sparse_mla_jax.ops._derivative import with_derivative_of
 from sparse_mla_jax.ops._dispatch import check_implementation, dispatch
 
 # (field of an array of pages, field of its scales or None).
@@ -116,15 +118,11 @@ def write_parts(
         operator,
         implementation,
         {
-            "triton": lambda: _triton_write(parts, slots, plan),
+            "triton": lambda: with_derivative_of(_xla_write, partial(kernel.write, plan=plan), parts, slots),
             "xla": lambda: _xla_write(parts, slots),
             "reference": lambda: _reference_write(parts, slots),
         },
     )
-
-
-def _triton_write(parts: list[CachePart], slots: Array, plan: CacheWritePlan | None) -> list[list[Array]]:
-    return kernel.write(parts, slots, plan=plan)
 
 
 def _xla_write(parts: list[CachePart], slots: Array) -> list[list[Array]]:

@@ -16,6 +16,7 @@ Source: the model DeepSeek-V4 as published (its inference code of 2026-04-24, cl
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 from typing import Any
 
 import jax.numpy as jnp
@@ -36,6 +37,7 @@ from sparse_mla_jax.ops._compressor_state import (
     update_state,
 )
 from sparse_mla_jax.ops._compressor_xla import PoolInputs, reference_entries, xla_entries
+from sparse_mla_jax.ops._derivative import with_derivative_of
 from sparse_mla_jax.ops._dispatch import check_implementation, dispatch, with_plan
 from sparse_mla_jax.ops.cache import PagedIndexCache, PagedKVCache
 
@@ -135,13 +137,13 @@ def compress[Cache: (PagedKVCache, PagedIndexCache)](
         return cache, state
     spans = find_spans(metadata, state_ids, state.num_rows)
     closings = find_closings(spans, table, entries=entries, tokens=metadata.num_tokens, ratio=weights.ratio)
-    inputs = PoolInputs(weights, state, kv, gate, closings)
+    inputs, definition = PoolInputs(weights, state, kv, gate, closings), partial(_xla, reversible=True)
     written = dispatch(
         "compress",
         implementation,
         {
-            "triton": lambda: _triton(cache, inputs, plan),
-            "xla": lambda: _write_entries(cache, xla_entries(inputs), closings, "xla"),
+            "triton": lambda: with_derivative_of(definition, partial(_triton, plan=plan), cache, inputs),
+            "xla": lambda: with_derivative_of(definition, _xla, cache, inputs),
             "reference": lambda: _write_entries(cache, reference_entries(inputs), closings, "reference"),
         },
     )
@@ -152,7 +154,7 @@ def compress[Cache: (PagedKVCache, PagedIndexCache)](
 
 # --- bodies ("xla" and "reference" are in _compressor_xla)
 def _triton[Cache: (PagedKVCache, PagedIndexCache)](
-    cache: Cache, inputs: PoolInputs, plan: CompressPlan | None
+    cache: Cache, inputs: PoolInputs, *, plan: CompressPlan | None
 ) -> Cache:
     weights, state, closings, angles = inputs.weights, inputs.state, inputs.closings, inputs.angles
     rotation = jnp.stack([jnp.cos(angles), jnp.sin(angles)], axis=1)
@@ -169,6 +171,12 @@ def _triton[Cache: (PagedKVCache, PagedIndexCache)](
         plan=plan,
     )
     return cache_ops.with_parts(cache, written)
+
+
+def _xla[Cache: (PagedKVCache, PagedIndexCache)](
+    cache: Cache, inputs: PoolInputs, *, reversible: bool = False
+) -> Cache:
+    return _write_entries(cache, xla_entries(inputs, reversible=reversible), inputs.closings, "xla")
 
 
 def _write_entries[Cache: (PagedKVCache, PagedIndexCache)](

@@ -9,6 +9,7 @@ scale, which is positive and multiplies the sum over heads. Source: arXiv:2512.0
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 from typing import Any
 
 import jax
@@ -23,9 +24,10 @@ from pallas_kernels.plans.indexer import IndexerPlan
 from sparse_mla_jax import _check, reference
 from sparse_mla_jax._check import describe, require
 from sparse_mla_jax.ops import fp8, topk
-from sparse_mla_jax.ops._chunks import map_row_chunks, rows_from
+from sparse_mla_jax.ops._chunks import loop_to, map_row_chunks, rows_from
+from sparse_mla_jax.ops._derivative import with_derivative_of
 from sparse_mla_jax.ops._dispatch import check_implementation, dispatch, with_plan
-from sparse_mla_jax.ops._row_bounds import clamp_rows
+from sparse_mla_jax.ops._row_bounds import RowBounds, clamp_rows
 from sparse_mla_jax.ops.cache import PagedIndexCache
 
 HIGHEST = jax.lax.Precision.HIGHEST
@@ -80,18 +82,18 @@ def indexer_scores(
         axes = (keys.shape[0], 1)[: max(1, np.ndim(key_scales))]
         key_scales = _check.floats("key_scales", key_scales, *axes, hint="One scale per key.").reshape(-1)
     bounds = clamp_rows(row_starts, row_lengths, rows=q.shape[0], columns=keys.shape[0])
-    starts, ends = bounds.starts, bounds.ends
     if q.shape[0] == 0 or keys.shape[0] == 0:
         check_implementation(implementation)
         return jnp.zeros((q.shape[0], keys.shape[0]), jnp.float32)
+    args, definition = (q, keys, key_scales, weights, bounds), partial(_xla_ragged, reversible=True)
     return dispatch(
         "indexer_scores",
         implementation,
         {
-            "triton": lambda: kernel.ragged(q, _stored(keys), keys.dtype, key_scales, weights, starts, ends, plan=plan),
-            "xla": lambda: _xla_ragged(_widen(q), keys, key_scales, weights, starts, ends),
+            "triton": lambda: with_derivative_of(definition, partial(_triton_ragged, plan=plan), *args),
+            "xla": lambda: with_derivative_of(definition, _xla_ragged, *args),
             "reference": lambda: reference.indexer_scores(
-                _widen(q), keys, key_scales, weights, row_starts=starts, row_lengths=ends - starts
+                _widen(q), keys, key_scales, weights, row_starts=bounds.starts, row_lengths=bounds.lengths
             ),
         },
     )
@@ -137,12 +139,13 @@ def paged_indexer_scores(
     if 0 in (q.shape[0], keys.pages.shape[0], cache.num_slots):
         check_implementation(implementation)
         return jnp.full((q.shape[0], keys.columns), -jnp.inf, jnp.float32)
+    args, definition = (q, weights, keys), partial(_xla_paged, reversible=True)
     return dispatch(
         "paged_indexer_scores",
         implementation,
         {
-            "triton": lambda: _triton_paged(q, weights, keys, plan),
-            "xla": lambda: _xla_paged(_widen(q), weights, keys),
+            "triton": lambda: with_derivative_of(definition, partial(_triton_paged, plan=plan), *args),
+            "xla": lambda: with_derivative_of(definition, _xla_paged, *args),
             "reference": lambda: _reference_paged(_widen(q), weights, keys),
         },
     )
@@ -178,6 +181,8 @@ def lightning_indexer(
     keys = _check_paged(q, cache, page_table, request_ids, lengths, max_length)
     k, tokens, columns = topk.check_k(k), q.shape[0], keys.columns
     check_implementation(implementation)
+    # Positions are integers: they have no derivative, whatever q and the keys have.
+    q, weights, cache = jax.lax.stop_gradient((q, weights, cache))
     if columns <= k or tokens == 0:
         positions = jnp.arange(k, dtype=jnp.int32)[None, :]
         return jnp.where(positions < keys.lengths[:, None], positions, -1)
@@ -277,7 +282,7 @@ def _block(per_column: int, columns: int) -> int:
     return max(1, min(columns, max(128, STEP_BYTES // per_column // 128 * 128)))
 
 
-def _over_columns(out: Array, last: Array, block: int, score) -> Array:
+def _over_columns(out: Array, last: Array, block: int, score, *, reversible: bool) -> Array:
     """Writes score(start, out) [T, block] into out[T, N] for each block of columns that begins before `last`."""
     columns = out.shape[1]
 
@@ -285,19 +290,32 @@ def _over_columns(out: Array, last: Array, block: int, score) -> Array:
         start = jnp.minimum(i * block, columns - block)
         return jax.lax.dynamic_update_slice_in_dim(out, score(start, out), start, 1)
 
-    return jax.lax.fori_loop(0, (jnp.minimum(last, columns) + block - 1) // block, step, out)
+    return loop_to((last + block - 1) // block, -(-columns // block), step, out, reversible=reversible)
 
 
-def _xla_ragged(q: Array, keys: Array, scales: Array | None, weights: Array, starts: Array, ends: Array) -> Array:
-    """Scores chunks of rows by blocks of columns. Blocks past a chunk's last visible column are not computed."""
-    tokens, heads, _ = q.shape
+def _xla_ragged(
+    q: Array,
+    keys: Array,
+    scales: Array | None,
+    weights: Array,
+    bounds: RowBounds,
+    *,
+    reversible: bool = False,
+) -> Array:
+    """Scores chunks of rows by blocks of columns. Blocks past a chunk's last visible column are not computed.
+
+    See `loop_to` for `reversible`.
+    """
+    q, (tokens, heads, _) = _widen(q), q.shape
     dtype, keys = keys.dtype, _stored(keys)
     chunk = min(tokens, 64)
     block = _block(4 * chunk * heads, keys.shape[0])
 
     def body(first: Array) -> Array:
-        queries, head_weights, start, end = (rows_from(x, first, chunk) for x in (q, weights, starts, ends))
-        out = varying(jnp.full((chunk, keys.shape[0]), -jnp.inf, jnp.float32), q, keys, scales, weights, starts, ends)
+        queries, head_weights, start, end = (
+            rows_from(x, first, chunk) for x in (q, weights, bounds.starts, bounds.ends)
+        )
+        out = varying(jnp.full((chunk, keys.shape[0]), -jnp.inf, jnp.float32), q, keys, scales, weights, bounds)
 
         def score(at: Array, _: Array) -> Array:
             columns = _float32(jax.lax.dynamic_slice_in_dim(keys, at, block, 0), dtype)
@@ -306,9 +324,10 @@ def _xla_ragged(q: Array, keys: Array, scales: Array | None, weights: Array, sta
             is_visible = (column >= start[:, None]) & (column < end[:, None])
             return jnp.where(is_visible, _score(queries, columns, scale, head_weights), -jnp.inf)
 
-        return _over_columns(out, jnp.max(jnp.where(end > start, end, 0)), block, score)
+        last = jnp.max(jnp.where(end > start, end, 0))
+        return _over_columns(out, last, block, score, reversible=reversible)
 
-    return map_row_chunks(body, tokens, chunk, like=(q, keys, scales, weights, starts, ends))
+    return map_row_chunks(body, tokens, chunk, like=(q, keys, scales, weights, bounds))
 
 
 def _slots(pages: Array, cache: PagedIndexCache, columns: Array) -> Array:
@@ -327,9 +346,12 @@ def _gather(cache: PagedIndexCache, slots: Array) -> tuple[Array, Array | None]:
     return keys, cache.scale.reshape(-1).at[safe].get(mode="promise_in_bounds")
 
 
-def _xla_paged(q: Array, weights: Array, keys: _PagedKeys) -> Array:
-    """Gathers keys once per token (few tokens per request), or once per request and chunk of tokens (many)."""
-    tokens, heads, dim = q.shape
+def _xla_paged(q: Array, weights: Array, keys: _PagedKeys, *, reversible: bool = False) -> Array:
+    """Gathers keys once per token (few tokens per request), or once per request and chunk of tokens (many).
+
+    See `loop_to` for `reversible`.
+    """
+    q, (tokens, heads, dim) = _widen(q), q.shape
     by_token = tokens <= 4 * keys.pages.shape[0]
     chunk = min(tokens, 32 if by_token else 64)
     block = _block(4 * chunk * (heads + dim if by_token else heads), keys.columns)
@@ -357,13 +379,19 @@ def _xla_paged(q: Array, weights: Array, keys: _PagedKeys) -> Array:
                 is_visible &= (requests == request)[:, None]
                 return jnp.where(is_visible, scores, jax.lax.dynamic_slice_in_dim(out, start, block, 1))
 
-            return _over_columns(out, jnp.max(jnp.where(requests == request, lengths, 0)), block, replace)
+            last = jnp.max(jnp.where(requests == request, lengths, 0))
+            return _over_columns(out, last, block, replace, reversible=reversible)
 
         if by_token:
-            return _over_columns(out, jnp.max(lengths), block, score_own)
-        is_scored = lengths > 0
-        low = jnp.min(jnp.where(is_scored, requests, keys.pages.shape[0]))
-        return jax.lax.fori_loop(low, jnp.max(jnp.where(is_scored, requests, -1)) + 1, score_request, out)
+            return _over_columns(out, jnp.max(lengths), block, score_own, reversible=reversible)
+        is_scored, count = lengths > 0, keys.pages.shape[0]
+        low = jnp.min(jnp.where(is_scored, requests, count))
+        high = jnp.max(jnp.where(is_scored, requests, -1)) + 1
+
+        def score_next(i: Array, out: Array) -> Array:
+            return score_request(low + i, out)
+
+        return loop_to(high - low, count, score_next, out, reversible=reversible)
 
     return map_row_chunks(body, tokens, chunk, like=(q, weights, keys))
 
@@ -378,7 +406,19 @@ def _reference_paged(q: Array, weights: Array, keys: _PagedKeys) -> Array:
     return reference.paged_indexer_scores(q, values, scales, weights, slots)
 
 
-def _triton_paged(q: Array, weights: Array, keys: _PagedKeys, plan: IndexerPlan | None) -> Array:
+def _triton_ragged(
+    q: Array,
+    keys: Array,
+    scales: Array | None,
+    weights: Array,
+    bounds: RowBounds,
+    *,
+    plan: IndexerPlan | None,
+) -> Array:
+    return kernel.ragged(q, _stored(keys), keys.dtype, scales, weights, bounds.starts, bounds.ends, plan=plan)
+
+
+def _triton_paged(q: Array, weights: Array, keys: _PagedKeys, *, plan: IndexerPlan | None) -> Array:
     stored = keys.cache.data, keys.cache.dtype, keys.cache.scale
     where = keys.pages, keys.requests, keys.lengths
     return kernel.paged(q, *stored, weights, *where, max_length=keys.columns, plan=plan)

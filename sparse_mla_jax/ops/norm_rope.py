@@ -8,18 +8,24 @@ one launch for all sections; XLA makes one or two launches per section.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.sharding import PartitionSpec
 
 from pallas_kernels import norm_rope as kernel
+from pallas_kernels.mesh_axes import explicit_axes, on_shards
 from pallas_kernels.norm_rope import Section
 from pallas_kernels.plans.norm_rope import NormRopePlan
 from sparse_mla_jax import _check, reference
 from sparse_mla_jax._check import describe, require
 from sparse_mla_jax.ops import fp8
+from sparse_mla_jax.ops._derivative import with_derivative_of
 from sparse_mla_jax.ops._dispatch import check_implementation, dispatch, with_plan
 from sparse_mla_jax.ops.rope import rotate
 
@@ -71,15 +77,10 @@ def norm_rope(
     if x.shape[0] == 0 or not parts:
         check_implementation(implementation)
         return [_shaped(part, [jnp.zeros((0, part.columns), jnp.uint8), jnp.zeros((0, 1))]) for part in parts]
-    return dispatch(
-        "norm_rope",
-        implementation,
-        {
-            "triton": lambda: _triton(x, parts, positions, frequencies, eps, plan),
-            "xla": lambda: [_xla(x, part, positions, frequencies, eps) for part in parts],
-            "reference": lambda: [_reference(x, part, positions, frequencies, eps) for part in parts],
-        },
-    )
+    run = partial(_dispatch, eps=eps, implementation=implementation, plan=plan)
+    if explicit_axes() and _splits_by_head(x, parts):
+        return _on_shards(run, x, parts[0], positions, frequencies)
+    return run(x, parts, positions, frequencies)
 
 
 # --- validation
@@ -114,6 +115,54 @@ def _check_part(name: str, part: Section, x: Array, pairs: int) -> Section:
         if array is not None
     }
     return dataclasses.replace(part, **arrays)
+
+
+# --- choice of a body
+def _dispatch(
+    x: Array,
+    parts: Sequence[Section],
+    positions: Array,
+    frequencies: Array,
+    *,
+    eps: float,
+    implementation: str | None,
+    plan: NormRopePlan | None,
+) -> list[Any]:
+    args = x, parts, positions, frequencies
+    return dispatch(
+        "norm_rope",
+        implementation,
+        {
+            "triton": lambda: with_derivative_of(
+                partial(_xla_all, eps=eps), partial(_triton, eps=eps, plan=plan), *args
+            ),
+            "xla": lambda: _xla_all(*args, eps),
+            "reference": lambda: [_reference(x, part, positions, frequencies, eps) for part in parts],
+        },
+    )
+
+
+def _devices(axes: Any) -> int:
+    """Number of devices over which an array's axis is split that lies over these axes of the mesh."""
+    names = () if axes is None else (axes,) if isinstance(axes, str) else axes
+    return math.prod(jax.sharding.get_abstract_mesh().shape[name] for name in names)
+
+
+def _splits_by_head(x: Array, parts: Sequence[Section]) -> bool:
+    """Whether x, in a mesh with Explicit axes, is split into whole heads of its only section."""
+    columns = jax.typeof(x).sharding.spec[1]
+    return len(parts) == 1 and parts[0].columns == x.shape[1] and parts[0].heads % _devices(columns) == 0
+
+
+def _on_shards(run: Callable[..., Any], x: Array, part: Section, positions: Array, frequencies: Array) -> list[Any]:
+    """`run` in a mesh with Explicit axes: every device finishes its own tokens and heads of the only section."""
+    tokens, heads = jax.typeof(x).sharding.spec
+    local = dataclasses.replace(part, heads=part.heads // _devices(heads))
+    whole, own = PartitionSpec(), PartitionSpec(tokens, heads)
+    lies: dict[str, Any] = {"weight": whole, "bias": whole, "factor": own}
+    given = {name: spec for name, spec in lies.items() if getattr(part, name) is not None}
+    specs = own, [dataclasses.replace(local, **given)], PartitionSpec(tokens), whole
+    return on_shards(run, (x, [local], positions, frequencies), specs, own)
 
 
 # --- bodies
@@ -151,6 +200,10 @@ def _xla(x: Array, part: Section, positions: Array, frequencies: Array, eps: flo
     codes, scales = fp8.quantize(values, group_size=part.width, dtype=part.dtype)
     scales = scales[..., 0]
     return codes, scales if part.factor is None else scales * part.factor
+
+
+def _xla_all(x: Array, parts: Sequence[Section], positions: Array, frequencies: Array, eps: float) -> list[Any]:
+    return [_xla(x, part, positions, frequencies, eps) for part in parts]
 
 
 def _reference(x: Array, part: Section, positions: Array, frequencies: Array, eps: float) -> Any:

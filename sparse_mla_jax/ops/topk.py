@@ -65,6 +65,8 @@ def top_k(
       ValueError: shapes or types that do not fit, k below 1, or an implementation that does not support the case.
     """
     scores = _scores(scores)
+    # Columns are integers: they have no derivative, whatever the scores have.
+    fixed = jax.lax.stop_gradient(scores)
     implementation, plan = with_plan(implementation, plan, config, TopKPlan)
     k = check_k(k)
     rows, columns = scores.shape
@@ -78,10 +80,10 @@ def top_k(
             implementation,
             {
                 "triton": lambda: kernel.top_k(
-                    scores, k, _narrow(row_starts, starts), _narrow(row_lengths, lengths), plan=plan
+                    fixed, k, _narrow(row_starts, starts), _narrow(row_lengths, lengths), plan=plan
                 ),
-                "xla": lambda: _xla(scores, k, starts, lengths),
-                "reference": lambda: reference.top_k(scores, k, starts, lengths),
+                "xla": lambda: _xla(fixed, k, starts, lengths),
+                "reference": lambda: reference.top_k(fixed, k, starts, lengths),
             },
         )
     return (local, _selected(scores, local, starts)) if return_scores else local
