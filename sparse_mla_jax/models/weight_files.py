@@ -19,6 +19,8 @@ from sparse_mla_jax._folder import CONFIG, INDEX, SAVED, SHARD, SINGLE, find_fil
 # A save moves its files within milliseconds; a reader that meets it begins again.
 _ATTEMPTS = 40
 _PAUSE = 0.05
+# What safetensors itself reads at most.
+_LONGEST_HEADER = 100_000_000
 # Weights of formats that are not read, by the ends of their files' names.
 _OTHER_FORMATS = {
     ".bin": "PyTorch's pickle format",
@@ -81,7 +83,7 @@ class WeightFile:
             f.seek(0)
             length = int.from_bytes(f.read(8), "little")
             try:
-                header = json.loads(f.read(min(length, size)))
+                header = json.loads(f.read(min(length, size, _LONGEST_HEADER)))
                 ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
                 return 8 + length + max(ends)
             except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError):
