@@ -193,6 +193,10 @@ def open_folder(folder: str) -> dict[str, StoredTensor]:
 
 def _explain_no_weights(folder: str) -> str:
     """What to do with a folder that has neither weights nor an index."""
+    for name in (SINGLE, INDEX):
+        path = os.path.join(folder, name)
+        if os.path.lexists(path):
+            return f"{path} is no file, but a folder or a link to a file that is missing; fetch it again."
     names = sorted(os.listdir(folder))
     shards = [name for name in names if SHARD.fullmatch(name)]
     if shards:

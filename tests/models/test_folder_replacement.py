@@ -24,7 +24,7 @@ from small_models import random_params
 
 from sparse_mla_jax._folder import SAVED
 from sparse_mla_jax.config import DeepseekV32Config, load_config
-from sparse_mla_jax.models import checkpoint, folder_replacement
+from sparse_mla_jax.models import checkpoint, folder_replacement, weight_files
 from sparse_mla_jax.models.checkpoint import load_checkpoint, save_checkpoint
 from sparse_mla_jax.models.deepseek_v32 import param_specs
 from sparse_mla_jax.models.weight_files import open_folder
@@ -224,7 +224,9 @@ def test_full_disk(tmp_path, monkeypatch, number):
             raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
     monkeypatch.setattr(checkpoint, "save_file", write)
-    with pytest.raises(OSError, match=r"can not save into .* No space left on device.*takes \d+ bytes.*Free space") as e:
+    with pytest.raises(
+        OSError, match=r"can not save into .* No space left on device.*takes \d+ bytes.*Free space"
+    ) as e:
         save(tmp_path, "B", MORE)
     assert e.value.errno == errno.ENOSPC and str(tmp_path) in str(e.value)
     assert listing(tmp_path) == before and which(tmp_path) == ("A", "A")
@@ -247,7 +249,9 @@ def test_the_kernel_refuses_a_write(tmp_path):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (3000, hard))
     try:
-        with pytest.raises(OSError, match=r"File too large.*Free space, or save into a folder on another disk") as error:
+        with pytest.raises(
+            OSError, match=r"File too large.*Free space, or save into a folder on another disk"
+        ) as error:
             save(folder, "A")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
@@ -333,7 +337,7 @@ def test_other_files_stay(tmp_path):
 
 
 def test_links(tmp_path):
-    """A folder behind a link is used as it is. A linked file is replaced, not what it points to (a cache of the hub)."""
+    """A folder behind a link is used as it is. A linked file is replaced, not what it points to (the hub's cache)."""
     save(tmp_path / "real", "A")
     (tmp_path / "link").symlink_to("real")
     os.rename(tmp_path / "real" / "model.safetensors", tmp_path / "blob")
@@ -434,10 +438,24 @@ def test_open_files_stay_what_they_were(tmp_path):
     )
 
 
+def test_a_read_that_meets_a_save_begins_again(tmp_path):
+    """Whether it failed, or returned what may be parts of both."""
+    save(tmp_path, "A")
+    calls = []
+
+    def read():
+        calls.append(len(calls))
+        if len(calls) < 3:
+            save(tmp_path, "AB"[len(calls) % 2], MANY)
+        if len(calls) == 1:
+            raise ValueError("half of it is gone")
+        return calls[-1]
+
+    assert weight_files.read_unchanged(str(tmp_path), read) == 2
+
+
 def test_a_folder_that_never_rests(tmp_path, monkeypatch):
     """Loading ends even if every look finds the folder changed."""
-    from sparse_mla_jax.models import weight_files
-
     save(tmp_path, "A")
     monkeypatch.setattr(weight_files, "_PAUSE", 0)
     monkeypatch.setattr(weight_files, "_identify", lambda folder: [object()])
