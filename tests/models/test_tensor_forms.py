@@ -1,6 +1,7 @@
 """What a folder may hold in place of plain published tensors: scales of all kinds, other names; and what is refused."""
 
 import dataclasses
+import json
 import os
 
 import jax
@@ -327,12 +328,20 @@ def test_files_that_are_something_else(tmp_path, tensors, case):
 
 
 def test_twice_the_same_name(tmp_path, tensors):
+    """Readers choose different ones of two entries: in a header, and in an index."""
     write_folder(tmp_path / "m", CONFIG, tensors)
     path = tmp_path / "m" / SINGLE
     data = path.read_bytes()
-    # Two tensors of one length: another reader may take the first of two.
-    path.write_bytes(data.replace(b"layers.0.self_attn.q_a_proj", b"layers.1.self_attn.q_a_proj", 1))
-    with pytest.raises(ValueError, match="is truncated or not a safetensors file"):
+    size = int.from_bytes(data[:8], "little")
+    header, rest = data[8 : 8 + size].decode().rstrip(), data[8 + size :]
+    entry = json.dumps({**json.loads(header)[W], "dtype": "I32"})
+    again = (f'{{"{W}":{entry},' + header[1:]).encode()
+    path.write_bytes(len(again).to_bytes(8, "little") + again + rest)
+    with pytest.raises(ValueError, match=r"not a safetensors file \(a name occurs twice\)"):
+        load_checkpoint(tmp_path / "m")
+    os.remove(path)
+    (tmp_path / "m" / "model.safetensors.index.json").write_text(f'{{"weight_map": {{"{W}": "a", "{W}": "b"}}}}')
+    with pytest.raises(ValueError, match=r"not an index of safetensors files .*a name occurs twice"):
         load_checkpoint(tmp_path / "m")
 
 
