@@ -33,6 +33,7 @@ except ImportError:  # Windows: two saves at once are not kept apart, and folder
 
 _SAVING = ".saving-checkpoint-"
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_UNSUPPORTED = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP)
 _FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
@@ -50,10 +51,10 @@ def replace_checkpoint(folder: str, num_bytes: int) -> Iterator[str]:
     Raises:
       OSError: the files could not be written; the message names the folder, the size and the remedy.
     """
-    staging, made, lock = "", _missing_folders(folder), None
+    staging, made, lock = os.path.join(folder, _SAVING + secrets.token_hex(4)), _missing_folders(folder), None
     try:
         os.makedirs(folder, exist_ok=True)
-        staging, lock = _create_staging(folder)
+        lock = _create_staging(folder, staging)
         if shutil.disk_usage(folder).total and shutil.disk_usage(folder).free < num_bytes:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         yield staging
@@ -72,7 +73,7 @@ def replace_checkpoint(folder: str, num_bytes: int) -> Iterator[str]:
             with contextlib.suppress(OSError):  # not empty: another save has written into it
                 os.rmdir(path)
         if isinstance(error, OSError | SafetensorError):
-            raise _explain(error, folder, num_bytes, committed=not staging and lock is not None) from error
+            raise _explain(error, folder, num_bytes, committed=not staging) from error
         raise
     finally:
         if lock is not None:
@@ -91,17 +92,16 @@ def _missing_folders(folder: str) -> list[str]:
 # --- the new files
 
 
-def _create_staging(folder: str) -> tuple[str, int | None]:
-    """A new folder for the files, and the lock that tells other saves that its owner is alive."""
+def _create_staging(folder: str, staging: str) -> int | None:
+    """Makes the folder for the files. Returns the lock that tells other saves that its owner is alive."""
     with _locked(folder):
         _complete(folder)
         for name in os.listdir(folder):
             path = os.path.join(folder, name)
             if name.startswith(_SAVING) and not _is_in_use(path):
                 shutil.rmtree(path, ignore_errors=True)
-        staging = os.path.join(folder, _SAVING + secrets.token_hex(4))
         os.mkdir(staging)
-        return staging, _lock(staging, wait=False)
+        return _lock(staging, wait=False)
 
 
 def _make_durable(staging: str) -> None:
@@ -110,20 +110,22 @@ def _make_durable(staging: str) -> None:
     mode = os.stat(os.path.join(staging, CONFIG)).st_mode
     for name in os.listdir(staging):
         path = os.path.join(staging, name)
-        os.chmod(path, mode)
-        with open(path, "rb+") as f:
-            os.fsync(f.fileno())
+        with contextlib.suppress(OSError):  # a file system without permissions
+            os.chmod(path, mode)
+        _synchronise(path)
     _synchronise(staging)
 
 
-def _synchronise(folder: str) -> None:
-    """Waits until the names in a folder are on the disk, where the file system can tell."""
+def _synchronise(path: str) -> None:
+    """Waits until a file, or the names in a folder, are on the disk, where the file system can tell."""
     if fcntl is None:
         return
-    descriptor = os.open(folder, os.O_RDONLY)
+    descriptor = os.open(path, os.O_RDONLY)
     try:
-        with contextlib.suppress(OSError):
-            os.fsync(descriptor)
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in _UNSUPPORTED:
+            raise
     finally:
         os.close(descriptor)
 

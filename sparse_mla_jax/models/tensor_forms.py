@@ -200,7 +200,7 @@ def _check_type(stored: StoredTensor, types: dict[str, Any]) -> None:
         "It is quantised in a way that is not read: use the model's BF16 or FP8 files, or dequantise the folder with"
         " the program that wrote it."
         if stored.dtype in _PACKED and types is _FLOATS
-        else "Convert the folder."
+        else "Fetch the file again, or convert the tensor to one of them."
     )
     require(
         stored.dtype in types,
