@@ -1,0 +1,133 @@
+"""The rotary parameters of a config.json: `rope_parameters` (transformers 5), or `rope_scaling` and `rope_theta`.
+
+YaRN multiplies cosines and sines by an amplitude. Its rule is that of Hugging Face transformers 5: `attention_factor`
+if it is given; else m(mscale) / m(mscale_all_dim) if both are given and not 0; else m(1), with
+m(a) = 0.1 a ln(factor) + 1. (DeepSeek's own code has other values where only one of the two is given; its published
+files give both.)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from sparse_mla_jax._check import require
+from sparse_mla_jax.families.fields import ConfigFields
+from sparse_mla_jax.shapes import RopeConfig
+
+DEFAULT_THETA = 10000.0
+
+
+def read_rope(fields: ConfigFields) -> RopeConfig:
+    """The rotation of a model that has one: plain if the config names no scaling.
+
+    Raises:
+      ValueError: a scaling that is not supported, or two spellings that differ.
+    """
+    found = {name: fields.section(name) for name in ("rope_parameters", "rope_scaling")}
+    sections = {name: section for name, section in found.items() if section is not None}
+    theta = read_theta(DEFAULT_THETA, *((place, "rope_theta") for place in (fields, *sections.values())))
+    for section in sections.values():
+        # The rotated width is qk_rope_head_dim, never a part of it.
+        section.require_values({"partial_rotary_factor": (1.0,)})
+    fields.require_values({"partial_rotary_factor": (1.0,)})
+    ropes = {name: read_rotation(section, theta) for name, section in sections.items()}
+    return agreed(ropes, RopeConfig(theta=theta))
+
+
+def agreed(ropes: Mapping[str, RopeConfig], default: RopeConfig) -> RopeConfig:
+    """The one rotation that all spellings of it mean; `default` without any.
+
+    Raises:
+      ValueError: two of them differ.
+    """
+    for name in (field.name for field in dataclasses.fields(RopeConfig)):
+        values = {spelling: getattr(rope, name) for spelling, rope in ropes.items()}
+        require(
+            len(set(values.values())) <= 1,
+            f"config fields {' and '.join(ropes)} mean the same and differ: they make {name}"
+            f" {' and '.join(map(str, values.values()))}. Drop the wrong one.",
+        )
+    return next(iter(ropes.values()), default)
+
+
+def read_theta(default: float, *places: tuple[ConfigFields, str]) -> float:
+    """The base of the frequencies, which may stand in several places; `default` if it stands nowhere.
+
+    Raises:
+      ValueError: null, or places that differ.
+    """
+    for fields, name in places:
+        require(
+            not fields.is_null(name),
+            f"config field {fields.full_name(name)} is null; a number is expected. Mend config.json.",
+        )
+    values = {fields.full_name(name): fields.read(name, float) for fields, name in places}
+    given = {name: value for name, value in values.items() if value is not None}
+    require(
+        len(set(given.values())) <= 1,
+        f"config fields {' and '.join(f'{name} {value}' for name, value in given.items())} differ; drop the wrong one.",
+    )
+    return next(iter(given.values()), default)
+
+
+def read_rotation(section: ConfigFields, theta: float, amplitude: float | None = None) -> RopeConfig:
+    """One set of rotary parameters. The caller has read rope_theta and partial_rotary_factor.
+
+    Args:
+      section: the object in config.json.
+      theta: base of the frequencies.
+      amplitude: of YaRN without attention_factor; None: from mscale and mscale_all_dim, as transformers has it.
+
+    Raises:
+      ValueError: a scaling or a field that is not supported.
+    """
+    kinds = {section.read("rope_type", str), section.read("type", str)} - {None}
+    name = section.full_name("rope_type")
+    require(len(kinds) <= 1, f"config field {name} and type differ ({' and '.join(sorted(kinds))}); drop one.")
+    kind = next(iter(kinds), "default")
+    require(
+        kind in ("default", "yarn"),
+        f"config field {name} is {kind!r}; supported are 'default' and 'yarn'. Convert the model or open an issue.",
+    )
+    rope = RopeConfig(theta=theta) if kind == "default" else _read_yarn(section, theta, amplitude)
+    section.refuse_unused(
+        f"is not supported with rope_type {kind!r}. Drop it if the model was trained without it, or correct rope_type."
+    )
+    return rope
+
+
+def _read_yarn(section: ConfigFields, theta: float, amplitude: float | None) -> RopeConfig:
+    section.require_values({"truncate": (True,)})
+    rope = RopeConfig(
+        theta=theta,
+        factor=section.read_required("factor", float),
+        original_max_position=section.read_required("original_max_position_embeddings", int),
+        beta_fast=section.read("beta_fast", float, 32.0),
+        beta_slow=section.read("beta_slow", float, 1.0),
+        mscale_all_dim=section.read("mscale_all_dim", float, 0.0),
+    )
+    mscale = section.read("mscale", float, 0.0)
+    default = _amplitude(rope, mscale) if amplitude is None else amplitude
+    return dataclasses.replace(rope, attention_factor=section.read("attention_factor", float, default))
+
+
+def _amplitude(rope: RopeConfig, mscale: float) -> float:
+    """The factor of cosines and sines that YaRN has without attention_factor."""
+
+    def m(scale: float) -> float:
+        return 0.1 * scale * math.log(rope.factor) + 1.0
+
+    return m(mscale) / m(rope.mscale_all_dim) if mscale and rope.mscale_all_dim else m(1.0)
+
+
+def write_yarn(rope: RopeConfig) -> dict[str, Any]:
+    """The fields of YaRN that published files and transformers share."""
+    return {
+        "factor": rope.factor,
+        "original_max_position_embeddings": rope.original_max_position,
+        "beta_fast": rope.beta_fast,
+        "beta_slow": rope.beta_slow,
+    }
