@@ -30,7 +30,7 @@ _UNWRITTEN = {"rope_interleave": True, "indexer_rope_interleave": False}
 
 def read_config(fields: ConfigFields) -> DeepseekV32Config:
     """Reads a config with published names or those of Hugging Face transformers (5.x)."""
-    sizes = read_sizes(fields, DeepseekV32Config, aliases=mla_fields.ALIASES, null_is_zero=mla_fields.NULL_IS_ZERO)
+    sizes = read_sizes(fields, DeepseekV32Config, aliases=mla_fields.ALIASES, nulls=mla_fields.NULLS)
     mla_fields.read_dense_layers(fields, sizes)
     config = DeepseekV32Config(**sizes, rope=read_rope(fields))
     fields.require_values(mla_fields.FIXED)

@@ -154,8 +154,8 @@ class ConfigFields:
             wrong = next((value for value in values if value not in allowed), None)
             require(
                 wrong is None,
-                f"config field {self.full_name(name)} has an entry {shown(wrong)}; supported are"
-                f" {', '.join(map(repr, allowed))}. Use a model with such layers.",
+                f"config field {self.full_name(name)} has an entry {shown(wrong)}; supported:"
+                f" {', '.join(map(repr, allowed))}. A model with other layers is not.",
             )
             require(
                 len(values) == count,
@@ -233,7 +233,7 @@ def read_sizes(
     config_type: type,
     *,
     aliases: Mapping[str, Sequence[str]] | None = None,
-    null_is_zero: Sequence[str] = (),
+    nulls: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The dataclass's numbers and truth values that the config names.
 
@@ -241,10 +241,10 @@ def read_sizes(
       fields: of a config.json.
       config_type: the dataclass; its fields have the published names.
       aliases: other names of a field. If several are given, they must agree.
-      null_is_zero: fields in which null means 0.
+      nulls: what null means, of fields in which it means something.
 
     Raises:
-      ValueError: null, a value of another type, or aliases that differ.
+      ValueError: null elsewhere, a value of another type, or aliases that differ.
     """
     sizes = {}
     for name, kind in plain_types(config_type).items():
@@ -252,11 +252,11 @@ def read_sizes(
         for spelling in (name, *(aliases or {}).get(name, ())):
             if spelling == name and fields.is_null(name):
                 require(
-                    name in null_is_zero,
+                    name in (nulls or {}),
                     f"config field {fields.full_name(name)} is null; {_WORDS[kind]} is expected. A model without"
                     " it is not supported.",
                 )
-                found[spelling] = 0
+                found[spelling] = (nulls or {})[name]
             elif fields.has(spelling):
                 found[spelling] = fields.read(spelling, kind)
         require(

@@ -11,7 +11,7 @@ from sparse_mla_jax.shapes import DeepseekV32Config
 # Other names of our fields, which Hugging Face transformers reads too.
 ALIASES = {"n_routed_experts": ("num_experts", "num_local_experts")}
 # DeepSeek's own code writes null for a model without experts.
-NULL_IS_ZERO = ("n_routed_experts", "n_shared_experts")
+NULLS = {"n_routed_experts": 0, "n_shared_experts": 0}
 # Values under which these fields change nothing.
 FIXED: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu",),

@@ -10,7 +10,7 @@ from sparse_mla_jax._check import require, shown
 from sparse_mla_jax.families import deepseek_v4, deepseek_v32
 from sparse_mla_jax.families.fields import WITHOUT_EFFECT, ConfigFields, check_json
 from sparse_mla_jax.families.published import PublishedFamily
-from sparse_mla_jax.families.quantization import read_block_size
+from sparse_mla_jax.families.quantization import check_quantization
 from sparse_mla_jax.shapes import Config
 
 FAMILIES = (deepseek_v32.FAMILY, deepseek_v4.FAMILY)
@@ -21,6 +21,8 @@ _FIXED: dict[str, tuple[Any, ...]] = {
     "is_encoder_decoder": (False,),
     "add_cross_attention": (False,),
     "per_layer_config": ({},),
+    # A composite model, whose sizes are inside.
+    "text_config": ({},),
 }
 
 
@@ -55,7 +57,7 @@ def read_config(data: dict[str, Any]) -> Config:
     )
     family, fields = _BY_MODEL_TYPE[kind], ConfigFields(data)
     config = family.read_config(fields)
-    read_block_size(fields)
+    check_quantization(fields)
     _check_architectures(fields, family)
     fields.require_values(_FIXED)
     fields.ignore(WITHOUT_EFFECT)

@@ -23,9 +23,7 @@ from safetensors.numpy import save_file
 from tqdm import tqdm
 
 from sparse_mla_jax._check import require
-from sparse_mla_jax.config import Config, load_config, load_fields
-from sparse_mla_jax.families.fields import ConfigFields
-from sparse_mla_jax.families.quantization import read_block_size
+from sparse_mla_jax.config import Config, load_config
 from sparse_mla_jax.families.registry import published_family
 from sparse_mla_jax.models.family import family_of
 from sparse_mla_jax.models.quantized_weights import FP4_GROUP, dequantize_blocks, dequantize_fp4, scale_shape
@@ -138,7 +136,14 @@ def _check_tensors(
 
 
 def _read_block_size(folder: str) -> tuple[int, int]:
-    return read_block_size(ConfigFields(load_fields(folder)))
+    with open(os.path.join(folder, "config.json"), encoding="utf-8") as f:
+        quantization = json.load(f).get("quantization_config") or {}
+    block = quantization.get("weight_block_size") or (128, 128)
+    require(
+        isinstance(block, list | tuple) and len(block) == 2 and all(isinstance(b, int) and b > 0 for b in block),
+        f"config field weight_block_size is {block!r}; two positive integers are expected. Mend config.json.",
+    )
+    return block[0], block[1]
 
 
 def _check_dtype(dtype: Any) -> Any:
