@@ -82,11 +82,12 @@ def _read_rotated_width(places: Sequence[ConfigFields], sizes: dict[str, Any]) -
         rotated = place.read("partial_rotary_factor", float)
         if rotated is None:
             continue
-        width = head_dim * rotated
+        name, width = place.full_name("partial_rotary_factor"), head_dim * rotated
+        require(0 < rotated <= 1, f"config field {name} is {rotated}; more than 0 and at most 1 is expected. Mend it.")
         require(
             abs(sizes.setdefault("qk_rope_head_dim", int(width + 1e-6)) - width) < 1,
-            f"config field {place.full_name('partial_rotary_factor')} is {rotated}, which rotates {width} dimensions of"
-            f" a head; qk_rope_head_dim is {sizes['qk_rope_head_dim']}. Set them alike.",
+            f"config field {name} is {rotated}, which rotates {width} dimensions of a head;"
+            f" qk_rope_head_dim is {sizes['qk_rope_head_dim']}. Set them alike.",
         )
 
 
@@ -143,7 +144,8 @@ def _read_rates(fields: ConfigFields) -> dict[str, int]:
     rates, section = dict(_RATES), fields.section("compress_rates")
     places = [(section, kind, kind) for kind in _RATES] if section else []
     for place, name, kind in [*places, *((fields, name, kind) for name, kind in _RATE_FIELDS.items())]:
-        rates[kind] = place.read(name, int, rates[kind])
+        if place.has(name) or place.is_null(name):
+            rates[kind] = place.read_required(name, int)
     if section:
         section.refuse_unused(f"is no kind of layer that is supported; those are {', '.join(_RATES)}.")
     require(

@@ -80,8 +80,8 @@ def _short(name: str) -> str:
 
 
 def _is_same(value: Any, other: Any) -> bool:
-    """Equality that tells true from 1."""
-    return isinstance(value, bool) == isinstance(other, bool) and bool(value == other)
+    """Whether `value` is the JSON value `other`, and not true for 1 or 1.0 for 1. An integer may stand for a float."""
+    return (type(value) is type(other) or (type(value) is int and type(other) is float)) and bool(value == other)
 
 
 class ConfigFields:
@@ -140,7 +140,11 @@ class ConfigFields:
           ValueError: a value of another type, or none.
         """
         value = self.read(name, kind)
-        require(value is not None, f"config field {self.full_name(name)} is missing. Add it to config.json.")
+        state = "null" if self.is_null(name) else "missing"
+        require(
+            value is not None,
+            f"config field {self.full_name(name)} is {state}; {_WORDS[kind]} is expected. Add it to config.json.",
+        )
         return value
 
     def read_names(self, name: str, count: int, allowed: Sequence[str]) -> list[str] | None:
@@ -151,10 +155,10 @@ class ConfigFields:
         """
         values = self.read(name, list)
         if values is not None:
-            wrong = next((value for value in values if value not in allowed), None)
+            wrong = [value for value in values if value not in allowed]
             require(
-                wrong is None,
-                f"config field {self.full_name(name)} has an entry {shown(wrong)}; supported:"
+                not wrong,
+                f"config field {self.full_name(name)} has an entry {shown(wrong[0] if wrong else None)}; supported:"
                 f" {', '.join(map(repr, allowed))}. A model with other layers is not.",
             )
             require(

@@ -13,7 +13,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from sparse_mla_jax._check import require
+from sparse_mla_jax._check import require, shown
 from sparse_mla_jax.families.fields import ConfigFields
 from sparse_mla_jax.shapes import RopeConfig
 
@@ -79,22 +79,26 @@ def read_rotation(section: ConfigFields, theta: float, amplitude: float | None =
     Args:
       section: the object in config.json.
       theta: base of the frequencies.
-      amplitude: of YaRN without attention_factor; None: from mscale and mscale_all_dim, as transformers has it.
+      amplitude: of YaRN without attention_factor in a family that has no mscale; None: from mscale and mscale_all_dim.
 
     Raises:
       ValueError: a scaling or a field that is not supported.
     """
     kinds = {section.read("rope_type", str), section.read("type", str)} - {None}
     name = section.full_name("rope_type")
-    require(len(kinds) <= 1, f"config field {name} and type differ ({' and '.join(sorted(kinds))}); drop one.")
+    require(
+        len(kinds) <= 1, f"config field {name} and type differ ({' and '.join(map(shown, sorted(kinds)))}); drop one."
+    )
     kind = next(iter(kinds), "default")
     require(
         kind in ("default", "yarn"),
-        f"config field {name} is {kind!r}; supported are 'default' and 'yarn'. Convert the model or open an issue.",
+        f"config field {name} is {shown(kind)}; supported are 'default' and 'yarn'. Convert the model or open an"
+        " issue.",
     )
     rope = RopeConfig(theta=theta) if kind == "default" else _read_yarn(section, theta, amplitude)
     section.refuse_unused(
-        f"is not supported with rope_type {kind!r}. Drop it if the model was trained without it, or correct rope_type."
+        f"is not supported with rope_type {shown(kind)}. Drop it if the model was trained without it, or correct"
+        " rope_type."
     )
     return rope
 
@@ -109,9 +113,11 @@ def _read_yarn(section: ConfigFields, theta: float, amplitude: float | None) -> 
         beta_slow=section.read("beta_slow", float, 1.0),
         mscale_all_dim=section.read("mscale_all_dim", float, 0.0),
     )
-    mscale = section.read("mscale", float, 0.0)
-    default = _amplitude(rope, mscale) if amplitude is None else amplitude
-    return dataclasses.replace(rope, attention_factor=section.read("attention_factor", float, default))
+    if amplitude is None:
+        amplitude = _amplitude(rope, section.read("mscale", float, 0.0))
+    else:
+        section.require_values({"mscale": (0.0,)})
+    return dataclasses.replace(rope, attention_factor=section.read("attention_factor", float, amplitude))
 
 
 def _amplitude(rope: RopeConfig, mscale: float) -> float:

@@ -69,7 +69,7 @@ def test_configs_are_hashable_and_dense_is_a_copy():
         ({"num_experts_per_tok": 200}, "num_experts_per_tok"),
         ({"model_type": "llama"}, "llama"),
         ({"rope_parameters": {"rope_type": "linear"}}, "linear"),
-        ({"rope_parameters": {"rope_type": "yarn", "factor": None}}, "rope_parameters.factor is missing"),
+        ({"rope_parameters": {"rope_type": "yarn", "factor": None}}, "rope_parameters.factor is null"),
         ([], "JSON object"),
     ],
 )
