@@ -244,6 +244,7 @@ def test_folders_without_a_readable_config(tmp_path):
         ("[]", "a JSON object is expected"),
         ("7", "a JSON object is expected"),
     ],
+    ids=lambda value: value[:24],
 )
 def test_files_that_are_no_config(tmp_path, text, word):
     (tmp_path / "config.json").write_text(text)
