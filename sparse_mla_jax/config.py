@@ -33,7 +33,6 @@ __all__ = [
     "config_from_json",
     "from_hf",
     "load_config",
-    "load_fields",
     "require",
 ]
 
@@ -48,55 +47,42 @@ def config_from_json(data: dict[str, Any]) -> Config:
       ValueError: another architecture, a field of the wrong type or out of range, a field that asks for something that
         is not supported, or sizes that do not fit together.
     """
-    return read_config(_check_object(data))
-
-
-def _check_object(data: Any) -> dict[str, Any]:
     require(isinstance(data, dict), f"config.json holds a {type(data).__name__}; a JSON object is expected.")
-    return data
+    return read_config(data)
 
 
 def load_config(folder: str | os.PathLike[str]) -> Config:
     """Reads `folder`/config.json.
 
     Raises:
-      ValueError: no such folder or file, not JSON, or a model family that this package does not support.
-    """
-    return config_from_json(load_fields(folder))
-
-
-def load_fields(folder: str | os.PathLike[str]) -> dict[str, Any]:
-    """The parsed `folder`/config.json.
-
-    Raises:
-      ValueError: no such folder or file, not JSON, or not an object.
+      ValueError: no such folder or file, not JSON, a model family or a field that this package does not support, or a
+        value that can not be.
     """
     path = os.path.join(folder, "config.json")
     require(
         os.path.isdir(folder), f"model folder {os.fspath(folder)!r} does not exist; give a folder with config.json."
     )
     require(os.path.isfile(path), f"{os.fspath(folder)!r} has no config.json; give a Hugging Face model folder.")
-    return _parse(path)
+    return config_from_json(_parse(path))
 
 
-def _parse(path: str | os.PathLike[str]) -> dict[str, Any]:
+def _parse(path: str | os.PathLike[str]) -> Any:
     try:
         with open(path, encoding="utf-8") as f:
-            data = json.load(f, object_pairs_hook=_refuse_repeats)
+            return json.load(f, object_pairs_hook=_refuse_repeats)
     except RecursionError:
         raise ValueError(f"{os.fspath(path)} is nested too deeply; fetch the file again.") from None
     except ValueError as error:
         # Not JSON, not UTF-8, or an integer of more than 4300 digits.
         raise ValueError(f"{os.fspath(path)} is not valid JSON ({error}); fetch the file again.") from None
-    return _check_object(data)
 
 
 def _refuse_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """A JSON object as a dict. Of two fields with one name, Python would silently take the last."""
-    fields = dict(pairs)
-    if len(fields) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"it has the field {shown(next(name for name in names if names.count(name) > 1))} twice")
+    fields: dict[str, Any] = {}
+    for name, value in pairs:
+        require(name not in fields, f"it has the field {shown(name)} twice")
+        fields[name] = value
     return fields
 
 

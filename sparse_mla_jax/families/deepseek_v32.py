@@ -32,7 +32,8 @@ def read_config(fields: ConfigFields) -> DeepseekV32Config:
     """Reads a config with published names or those of Hugging Face transformers (5.x)."""
     sizes = read_sizes(fields, DeepseekV32Config, aliases=mla_fields.ALIASES, nulls=mla_fields.NULLS)
     mla_fields.read_dense_layers(fields, sizes)
-    config = DeepseekV32Config(**sizes, rope=read_rope(fields))
+    context = sizes.get("max_position_embeddings", DeepseekV32Config.max_position_embeddings)
+    config = DeepseekV32Config(**sizes, rope=read_rope(fields, context))
     fields.require_values(mla_fields.FIXED)
     mla_fields.check_derived(fields, config)
     mla_fields.check_indexed_layers(fields, config.num_hidden_layers)

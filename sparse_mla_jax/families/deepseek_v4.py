@@ -28,7 +28,14 @@ import jax.numpy as jnp
 from sparse_mla_jax._check import require, shown
 from sparse_mla_jax.families.fields import COMMON_FIELDS, ConfigFields, read_sizes, write_sizes
 from sparse_mla_jax.families.published import GROUPED, SAME, Places, PublishedFamily, PublishedTensor, table_rows
-from sparse_mla_jax.families.rotary import DEFAULT_THETA, agreed, read_rotation, read_theta, write_yarn
+from sparse_mla_jax.families.rotary import (
+    DEFAULT_THETA,
+    ORIGINAL,
+    merge_spellings,
+    read_rotation,
+    read_shared,
+    write_yarn,
+)
 from sparse_mla_jax.shapes import DeepseekV4Config, RopeConfig
 
 # --- config.json
@@ -68,7 +75,8 @@ def read_config(fields: ConfigFields) -> DeepseekV4Config:
     _read_hash_layers(fields, sizes, layers)
     sections = _rope_sections(fields)
     _read_rotated_width([fields, *sections.values()], sizes)
-    rope, compress_rope = _read_ropes(fields, sections)
+    context = sizes.get("max_position_embeddings", DeepseekV4Config.max_position_embeddings)
+    rope, compress_rope = _read_ropes(fields, sections, context)
     return DeepseekV4Config(**sizes, rope=rope, compress_rope=compress_rope)
 
 
@@ -177,26 +185,30 @@ def _rope_sections(fields: ConfigFields) -> dict[str, ConfigFields]:
     return sections
 
 
-def _read_ropes(fields: ConfigFields, sections: dict[str, ConfigFields]) -> tuple[RopeConfig, RopeConfig]:
-    """Rotation of layers that do not compress, and of layers that do.
+def _read_ropes(fields: ConfigFields, sections: dict[str, ConfigFields], context: int) -> tuple[RopeConfig, RopeConfig]:
+    """Rotation of layers that do not compress, and of layers that do; `context` is max_position_embeddings.
 
     Published files have rope_theta, compress_rope_theta, and rope_scaling, which applies to compressing layers only.
     Hugging Face transformers writes rope_parameters {"main": {...}, "compress": {...}}. Earlier versions wrote one set
     only, or the second one as compress_rope_parameters. Transformers takes the amplitude 1 where the two objects do not
     stand, and YaRN's own where they stand without attention_factor.
     """
-    compressing = ("compress", "compress_rope_parameters")
-    thetas = [(section, "rope_theta") for name, section in sections.items() if name not in compressing]
-    theta = read_theta(DEFAULT_THETA, (fields, "rope_theta"), *thetas)
-    thetas = [(sections[name], "rope_theta") for name in compressing if name in sections]
-    compress_theta = read_theta(_COMPRESS_THETA, (fields, "compress_rope_theta"), *thetas)
-    main = read_rotation(sections["main"], theta) if "main" in sections else RopeConfig(theta=theta)
+    compressing = {name: section for name, section in sections.items() if name != "main"}
+    # The theta of a set that is the only one is that of the other layers.
+    own = [section for name, section in compressing.items() if name.startswith("compress")]
+    others = [section for name, section in sections.items() if not name.startswith("compress")]
+    theta = read_shared(float, DEFAULT_THETA, *((place, "rope_theta") for place in (fields, *others)))
+    places = [(fields, "compress_rope_theta"), *((place, "rope_theta") for place in own)]
+    compress_theta = read_shared(float, _COMPRESS_THETA, *places)
+    original = read_shared(int, context, *((place, ORIGINAL) for place in (fields, *compressing.values())))
+    main = RopeConfig(theta=theta)
+    if "main" in sections:
+        main = read_rotation(sections["main"], theta, read_shared(int, context, (sections["main"], ORIGINAL)))
     ropes = {
-        name: read_rotation(section, compress_theta, amplitude=None if name == "compress" else 1.0)
-        for name, section in sections.items()
-        if name != "main"
+        name: read_rotation(section, compress_theta, original, amplitude=None if name == "compress" else 1.0)
+        for name, section in compressing.items()
     }
-    return main, agreed(ropes, RopeConfig(theta=compress_theta))
+    return main, merge_spellings(ropes, RopeConfig(theta=compress_theta))
 
 
 def write_config(config: DeepseekV4Config, dtype: Any = jnp.float32) -> dict[str, Any]:

@@ -18,26 +18,32 @@ from sparse_mla_jax.families.fields import ConfigFields
 from sparse_mla_jax.shapes import RopeConfig
 
 DEFAULT_THETA = 10000.0
+ORIGINAL = "original_max_position_embeddings"
 
 
-def read_rope(fields: ConfigFields) -> RopeConfig:
+def read_rope(fields: ConfigFields, context: int) -> RopeConfig:
     """The rotation of a model that has one: plain if the config names no scaling.
+
+    Args:
+      fields: of a config.json.
+      context: max_position_embeddings, the original context where YaRN does not name it.
 
     Raises:
       ValueError: a scaling that is not supported, or two spellings that differ.
     """
     found = {name: fields.section(name) for name in ("rope_parameters", "rope_scaling")}
     sections = {name: section for name, section in found.items() if section is not None}
-    theta = read_theta(DEFAULT_THETA, *((place, "rope_theta") for place in (fields, *sections.values())))
-    for section in sections.values():
+    places = [fields, *sections.values()]
+    theta = read_shared(float, DEFAULT_THETA, *((place, "rope_theta") for place in places))
+    original = read_shared(int, context, *((place, ORIGINAL) for place in places))
+    for place in places:
         # The rotated width is qk_rope_head_dim, never a part of it.
-        section.require_values({"partial_rotary_factor": (1.0,)})
-    fields.require_values({"partial_rotary_factor": (1.0,)})
-    ropes = {name: read_rotation(section, theta) for name, section in sections.items()}
-    return agreed(ropes, RopeConfig(theta=theta))
+        place.require_values({"partial_rotary_factor": (1.0,)})
+    ropes = {name: read_rotation(section, theta, original) for name, section in sections.items()}
+    return merge_spellings(ropes, RopeConfig(theta=theta))
 
 
-def agreed(ropes: Mapping[str, RopeConfig], default: RopeConfig) -> RopeConfig:
+def merge_spellings(ropes: Mapping[str, RopeConfig], default: RopeConfig) -> RopeConfig:
     """The one rotation that all spellings of it mean; `default` without any.
 
     Raises:
@@ -53,19 +59,16 @@ def agreed(ropes: Mapping[str, RopeConfig], default: RopeConfig) -> RopeConfig:
     return next(iter(ropes.values()), default)
 
 
-def read_theta(default: float, *places: tuple[ConfigFields, str]) -> float:
-    """The base of the frequencies, which may stand in several places; `default` if it stands nowhere.
+def read_shared(kind: type, default: Any, *places: tuple[ConfigFields, str]) -> Any:
+    """A number that may stand in several places, each an object and a name; `default` if it stands nowhere.
 
     Raises:
-      ValueError: null, or places that differ.
+      ValueError: null, a value of another type, or places that differ.
     """
+    given = {}
     for fields, name in places:
-        require(
-            not fields.is_null(name),
-            f"config field {fields.full_name(name)} is null; a number is expected. Mend config.json.",
-        )
-    values = {fields.full_name(name): fields.read(name, float) for fields, name in places}
-    given = {name: value for name, value in values.items() if value is not None}
+        if fields.has(name) or fields.is_null(name):
+            given[fields.full_name(name)] = fields.read_required(name, kind)
     require(
         len(set(given.values())) <= 1,
         f"config fields {' and '.join(f'{name} {value}' for name, value in given.items())} differ; drop the wrong one.",
@@ -73,12 +76,13 @@ def read_theta(default: float, *places: tuple[ConfigFields, str]) -> float:
     return next(iter(given.values()), default)
 
 
-def read_rotation(section: ConfigFields, theta: float, amplitude: float | None = None) -> RopeConfig:
-    """One set of rotary parameters. The caller has read rope_theta and partial_rotary_factor.
+def read_rotation(section: ConfigFields, theta: float, original: int, amplitude: float | None = None) -> RopeConfig:
+    """One set of rotary parameters. The caller has read those that may stand elsewhere: see `read_rope`.
 
     Args:
       section: the object in config.json.
       theta: base of the frequencies.
+      original: YaRN's original_max_position_embeddings.
       amplitude: of YaRN without attention_factor in a family that has no mscale; None: from mscale and mscale_all_dim.
 
     Raises:
@@ -95,7 +99,7 @@ def read_rotation(section: ConfigFields, theta: float, amplitude: float | None =
         f"config field {name} is {shown(kind)}; supported are 'default' and 'yarn'. Convert the model or open an"
         " issue.",
     )
-    rope = RopeConfig(theta=theta) if kind == "default" else _read_yarn(section, theta, amplitude)
+    rope = RopeConfig(theta=theta) if kind == "default" else _read_yarn(section, theta, original, amplitude)
     section.refuse_unused(
         f"is not supported with rope_type {shown(kind)}. Drop it if the model was trained without it, or correct"
         " rope_type."
@@ -103,12 +107,12 @@ def read_rotation(section: ConfigFields, theta: float, amplitude: float | None =
     return rope
 
 
-def _read_yarn(section: ConfigFields, theta: float, amplitude: float | None) -> RopeConfig:
+def _read_yarn(section: ConfigFields, theta: float, original: int, amplitude: float | None) -> RopeConfig:
     section.require_values({"truncate": (True,)})
     rope = RopeConfig(
         theta=theta,
         factor=section.read_required("factor", float),
-        original_max_position=section.read_required("original_max_position_embeddings", int),
+        original_max_position=original,
         beta_fast=section.read("beta_fast", float, 32.0),
         beta_slow=section.read("beta_slow", float, 1.0),
         mscale_all_dim=section.read("mscale_all_dim", float, 0.0),
@@ -133,7 +137,7 @@ def write_yarn(rope: RopeConfig) -> dict[str, Any]:
     """The fields of YaRN that published files and transformers share."""
     return {
         "factor": rope.factor,
-        "original_max_position_embeddings": rope.original_max_position,
+        ORIGINAL: rope.original_max_position,
         "beta_fast": rope.beta_fast,
         "beta_slow": rope.beta_slow,
     }

@@ -53,6 +53,7 @@ def test_the_published_file_is_the_preset(fixtures):
     assert from_hf(fixtures / "configs" / "deepseek_v32_config.json") == DEEPSEEK_V32
 
 
+ORIGINAL = "original_max_position_embeddings"
 # Values with which these fields say what the code does.
 NEUTRAL = {
     "hidden_act": "silu",
@@ -115,6 +116,8 @@ def test_fields_that_say_what_the_code_does_change_nothing(name):
         ({"rope_parameters": {"full_attention": {"rope_theta": 1e4}}}, "full_attention is not supported"),
         ({"rope_theta": 1e4, "rope_parameters": {"rope_theta": 1e5}}, "rope_theta 100000.0 differ"),
         ({"rope_theta": None}, "rope_theta is null"),
+        ({"rope_scaling": {"type": "yarn", "factor": 4, ORIGINAL: None}}, "original_max_position_embeddings is null"),
+        ({ORIGINAL: 64, "rope_scaling": {"type": "yarn", "factor": 4, ORIGINAL: 32}}, "embeddings 32 differ"),
         ({"rope_theta": 1}, "theta is 1.0; it must be at least 2.0"),
         ({"quantization_config": "fp8"}, "quantization_config is 'fp8'; an object"),
         ({"quantization_config": {"quant_method": "awq"}}, "quant_method is 'awq'"),
@@ -179,6 +182,13 @@ def test_amplitude_and_softmax_scale_of_yarn(change, amplitude, softmax):
     assert rope.softmax_factor == pytest.approx(softmax, rel=1e-6)
 
 
+def test_the_original_context_is_the_model_s_where_yarn_names_none():
+    """As in transformers, RotaryEmbeddingConfigMixin.standardize_rope_params; a field at the top level counts too."""
+    data = {"max_position_embeddings": 512, "rope_scaling": {"type": "yarn", "factor": 4}}
+    assert config_from_json(data).rope.original_max_position == 512
+    assert config_from_json({**data, ORIGINAL: 64}).rope.original_max_position == 64
+
+
 def test_two_spellings_of_a_rotation_must_agree():
     yarn = {"factor": 40, "original_max_position_embeddings": 4096, "mscale": 1.0, "mscale_all_dim": 1.0}
     both = {"rope_parameters": {"rope_type": "yarn", **yarn}, "rope_scaling": {"type": "yarn", **yarn}}
@@ -210,8 +220,8 @@ def test_configs_are_hashable_and_dense_is_a_copy():
         ({"topk_group": 9}, "topk_group"),
         ({"num_experts_per_tok": 200}, "num_experts_per_tok"),
         ({"model_type": "llama"}, "llama"),
-        ({"rope_parameters": {"rope_type": "linear"}}, "linear"),
         ({"rope_parameters": {"rope_type": "yarn", "factor": None}}, "rope_parameters.factor is null"),
+        ({"rope_parameters": {"rope_type": "linear"}}, "linear"),
         ([], "JSON object"),
     ],
 )

@@ -19,8 +19,15 @@ BASES = (
     "deepseek_v4_tiny/config.json",
     "deepseek_v4_tiny/hf_config.json",
 )
-# Fields that the files do not have, with values that are right in some family.
+# Fields with values that are right in some family, many of them not in the files.
 FURTHER = {
+    "hidden_act": ["silu", "gelu"],
+    "scoring_func": ["sigmoid", "softmax", "sqrtsoftplus"],
+    "topk_method": ["noaux_tc", "greedy"],
+    "moe_layer_freq": [1, 2],
+    "architectures": [["DeepseekV32ForCausalLM"], ["DeepseekV4ForCausalLM"], ["GlmMoeDsaForCausalLM"]],
+    "layer_types": [["indexed_attention"] * 3, ["deepseek_sparse_attention"] * 61, ["full_attention"] * 3],
+    "mlp_layer_types": [["dense", "sparse", "sparse"], ["sparse"] * 3, ["moe"] * 4, ["dense"] * 3 + ["sparse"] * 58],
     "rope_interleave": [False, True],
     "indexer_rope_interleave": [True, False],
     "indexer_types": [["full"] * 3, ["full"] * 61, ["full", "shared", "shared"]],
@@ -75,18 +82,18 @@ def mutate(rng, data):
     nested = [name for name, value in data.items() if isinstance(value, dict)]
     lists = [name for name, value in data.items() if isinstance(value, list) and value]
     choice = rng.random()
-    if choice < 0.45 or not (nested and lists):
+    if choice < 0.38 or not (nested and lists):
         name = rng.choice(list(data) or ["hidden_size"])
         data[name] = variants(rng, data.get(name))
-    elif choice < 0.55:
+    elif choice < 0.46:
         data.pop(rng.choice(list(data)))
-    elif choice < 0.75:
+    elif choice < 0.66:
         section = data[rng.choice(nested)]
         section = section.get(rng.choice(["main", "compress"]), section)
         name = rng.choice([*section, *IN_ROPE]) if isinstance(section, dict) else None
         if name is not None:
             section[name] = rng.choice(IN_ROPE[name]) if name in IN_ROPE else variants(rng, section[name])
-    elif choice < 0.85:
+    elif choice < 0.74:
         entries = data[rng.choice(lists)]
         entries[rng.randrange(len(entries))] = rng.choice([*ANYTHING, *entries])
     else:

@@ -43,6 +43,7 @@ QUANTIZATION = {
     "fmt": ["e4m3", "e4m3fn", "e4m3fnuz"],
     "scale_fmt": ["ue8m0", "float", "float32"],
 }
+ORIGINAL = "original_max_position_embeddings"
 RATES = {"sliding_attention": 0, "compressed_sparse_attention": 4, "heavily_compressed_attention": 128}
 
 
@@ -135,8 +136,9 @@ def meaning_v32(data):
         demand(not stated or dense == [kind == "dense" for kind in kinds])
         dense = [kind == "dense" for kind in kinds]
     sections = [data[name] for name in ("rope_parameters", "rope_scaling") if data.get(name)]
-    theta = theta_of([(data, "rope_theta"), *((section, "rope_theta") for section in sections)], 10000.0)
-    ropes = [rotation(section, theta, dim, None) for section in sections] or [plain(theta, dim)]
+    theta = shared([(place, "rope_theta") for place in (data, *sections)], 10000.0)
+    original = shared([(place, ORIGINAL) for place in (data, *sections)], c["max_position_embeddings"])
+    ropes = [rotation(section, theta, original, dim, None) for section in sections] or [plain(theta, dim)]
     frequencies, amplitude, softmax = ropes[0]
     for other in ropes[1:]:
         demand(np.array_equal(frequencies, other[0]) and (amplitude, softmax) == other[1:])
@@ -177,7 +179,7 @@ def meaning_v4(data):
             demand(abs(c["head_dim"] * factor - c["qk_rope_head_dim"]) < 1)
         else:
             c["qk_rope_head_dim"] = int(c["head_dim"] * factor)
-    return {**c, "hashed": hashed, "ratios": ratios_of(data, layers), **ropes_of(data, c["qk_rope_head_dim"])}
+    return {**c, "hashed": hashed, "ratios": ratios_of(data, layers), **ropes_of(data, c)}
 
 
 def ratios_of(data, layers):
@@ -200,8 +202,9 @@ def ratios_of(data, layers):
     return listed
 
 
-def ropes_of(data, dim):
+def ropes_of(data, c):
     """Frequencies of layers that do not compress and of those that do; nothing changes the amplitude."""
+    dim, context = c["qk_rope_head_dim"], c["max_position_embeddings"]
     sections = {n: data[n] for n in ("rope_parameters", "rope_scaling", "compress_rope_parameters") if data.get(n)}
     demand(all(isinstance(section, dict) for section in sections.values()))
     nested = sections.get("rope_parameters", {})
@@ -213,14 +216,15 @@ def ropes_of(data, dim):
         del sections["rope_parameters"]
     of_main = [section for name, section in sections.items() if not name.startswith("compress")]
     of_compress = [section for name, section in sections.items() if name.startswith("compress")]
-    theta = theta_of([(section, "rope_theta") for section in (data, *of_main, *([main] if main else []))], 10000.0)
-    places = [(data, "compress_rope_theta"), *((section, "rope_theta") for section in of_compress)]
-    compress_theta = theta_of(places, 160000.0)
-    ropes = [
-        rotation(section, compress_theta, dim, None if name == "compress" else 1.0)
-        for name, section in sections.items()
-    ] or [plain(compress_theta, dim)]
-    ropes.append(rotation(main, theta, dim, None) if main else plain(theta, dim))
+    theta = shared([(place, "rope_theta") for place in (data, *of_main, *([main] if main else []))], 10000.0)
+    compress_theta = shared(
+        [(data, "compress_rope_theta"), *((place, "rope_theta") for place in of_compress)], 160000.0
+    )
+    original = shared([(place, ORIGINAL) for place in (data, *sections.values())], context)
+    amplitudes = {name: None if name == "compress" else 1.0 for name in sections}
+    ropes = [rotation(sections[name], compress_theta, original, dim, amplitudes[name]) for name in sections]
+    ropes = ropes or [plain(compress_theta, dim)]
+    ropes.append(rotation(main, theta, main.get(ORIGINAL, context), dim, None) if main else plain(theta, dim))
     demand(all((amplitude, softmax) == (1.0, 1.0) for _, amplitude, softmax in ropes))
     demand(all(np.array_equal(ropes[0][0], rope[0]) for rope in ropes[:-1]))
     return {"frequencies": ropes[-1][0], "compress_frequencies": ropes[0][0]}
@@ -245,12 +249,13 @@ def described_v4(config):
 # --- rotation
 
 
-def theta_of(places, default):
+def shared(places, default):
+    """A number that may stand in several places, which must agree."""
     given = []
     for place, name in places:
         demand(isinstance(place, dict))
         if name in place:
-            demand(type(place[name]) in (int, float) and place[name] > 1)
+            demand(type(place[name]) in ((int,) if name == ORIGINAL else (int, float)) and place[name] >= 1)
             given.append(place[name])
     demand(len(set(given)) <= 1)
     return given[0] if given else default
@@ -260,7 +265,7 @@ def plain(theta, dim):
     return theta ** (-np.arange(0, dim, 2) / dim), 1.0, 1.0
 
 
-def rotation(section, theta, dim, amplitude):
+def rotation(section, theta, original, dim, amplitude):
     """(frequencies, amplitude of cosines and sines, factor of the softmax scale) of one object."""
     section = {name: value for name, value in section.items() if value is not None}
     kinds = {section[name] for name in ("rope_type", "type") if isinstance(section.get(name), str)}
@@ -269,13 +274,13 @@ def rotation(section, theta, dim, amplitude):
     numbers = {name: value for name, value in section.items() if name not in ("rope_type", "type", "truncate")}
     demand(all(type(value) in (int, float) for value in numbers.values()))
     if kind == "default":
-        demand(set(numbers) <= {"rope_theta", "partial_rotary_factor"})
+        demand(set(numbers) <= {"rope_theta", "partial_rotary_factor", ORIGINAL})
         return plain(theta, dim)
-    known = {"rope_theta", "partial_rotary_factor", "factor", "original_max_position_embeddings", "beta_fast"}
+    known = {"rope_theta", "partial_rotary_factor", "factor", ORIGINAL, "beta_fast"}
     known |= {"beta_slow", "mscale", "mscale_all_dim", "attention_factor"}
     demand(kind == "yarn" and set(numbers) <= known and section.get("truncate", True) is True)
-    demand({"factor", "original_max_position_embeddings"} <= set(numbers))
-    factor, original = numbers["factor"], numbers["original_max_position_embeddings"]
+    demand("factor" in numbers)
+    factor = numbers["factor"]
     fast, slow = numbers.get("beta_fast", 32), numbers.get("beta_slow", 1)
     demand(factor >= 1 and original > 0 and fast >= slow > 0)
 
