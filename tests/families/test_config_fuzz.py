@@ -70,10 +70,15 @@ ANYTHING = (
 )
 
 
+def pick(rng, values):
+    """One of the values, as a copy that later mutations may change."""
+    return copy.deepcopy(rng.choice(values))
+
+
 def variants(rng, value):
     """A value near to this one, or anything."""
     if isinstance(value, bool) or not isinstance(value, int | float) or abs(value) > 1e300 or rng.random() < 0.4:
-        return rng.choice(ANYTHING)
+        return pick(rng, ANYTHING)
     return rng.choice([value + 1, value - 1, value * 2, value // 2, -value, float(value), str(value), [value]])
 
 
@@ -92,13 +97,13 @@ def mutate(rng, data):
         section = section.get(rng.choice(["main", "compress"]), section)
         name = rng.choice([*section, *IN_ROPE]) if isinstance(section, dict) else None
         if name is not None:
-            section[name] = rng.choice(IN_ROPE[name]) if name in IN_ROPE else variants(rng, section[name])
+            section[name] = pick(rng, IN_ROPE[name]) if name in IN_ROPE else variants(rng, section[name])
     elif choice < 0.74:
         entries = data[rng.choice(lists)]
-        entries[rng.randrange(len(entries))] = rng.choice([*ANYTHING, *entries])
+        entries[rng.randrange(len(entries))] = pick(rng, [*ANYTHING, *entries])
     else:
         name = rng.choice(list(FURTHER))
-        data[name] = copy.deepcopy(rng.choice(FURTHER[name])) if rng.random() < 0.8 else rng.choice(ANYTHING)
+        data[name] = pick(rng, FURTHER[name] if rng.random() < 0.8 else ANYTHING)
 
 
 def damage(rng, text):

@@ -186,7 +186,9 @@ def ratios_of(data, layers):
     """Tokens of a compressed entry per layer, 0 for none."""
     listed, kinds = data.get("compress_ratios"), kinds_of(data, "layer_types", layers, RATES)
     rates = data.get("compress_rates") or {}
-    demand(isinstance(rates, dict) and all(kind in RATES and type(rate) is int for kind, rate in rates.items()))
+    demand(isinstance(rates, dict))
+    rates = {kind: rate for kind, rate in rates.items() if kind in RATES or rate is not None}
+    demand(all(kind in RATES and type(rate) is int for kind, rate in rates.items()))
     rates = {**RATES, **rates}
     if listed is not None:
         demand(isinstance(listed, list) and all(type(ratio) is int and ratio >= 0 for ratio in listed[:layers]))
