@@ -132,7 +132,8 @@ def top_k(scores: Array, k: int, row_starts: Array, row_lengths: Array) -> Array
     chosen = jnp.arange(order.shape[1])[None, :] < length
     local = jnp.sort(jnp.where(chosen, order - start, jnp.iinfo(jnp.int32).max), axis=-1)
     local = jnp.where(jnp.arange(order.shape[1])[None, :] < length, local, -1)
-    return jnp.full((rows, k), -1, jnp.int32).at[:, : order.shape[1]].set(local)
+    # Pad, do not write into an array: under shard_map jaxlib 0.11.2 ends the process when it compiles that scatter.
+    return jnp.pad(local, ((0, 0), (0, k - order.shape[1])), constant_values=-1)
 
 
 # --- attention
