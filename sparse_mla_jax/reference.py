@@ -118,7 +118,7 @@ def top_k(scores: Array, k: int, row_starts: Array, row_lengths: Array) -> Array
     NaN counts as -inf, -0.0 equals 0.0, ties go to the lower column; exactly min(k, length) results per row.
     scores[R, N], row_starts[R], row_lengths[R] -> int32[R, k].
     """
-    rows, columns = scores.shape
+    columns = scores.shape[1]
     start = jnp.clip(row_starts, 0, columns)[:, None]
     length = jnp.clip(row_lengths, 0, columns - start[:, 0])[:, None]
     column = jnp.broadcast_to(jnp.arange(columns, dtype=jnp.int32)[None, :], scores.shape)
