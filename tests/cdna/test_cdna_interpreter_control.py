@@ -13,9 +13,9 @@ ALL32, ALL64 = 2**32 - 1, 2**64 - 1
 
 
 @pytest.fixture(autouse=True)
-def few_blocks(monkeypatch):
+def small_budget(monkeypatch):
     """A branch that goes wrong must fail, not hang."""
-    monkeypatch.setattr(control_flow, "MAX_BLOCKS", 10_000)
+    monkeypatch.setattr(control_flow, "BUDGET", 30_000)
 
 
 def signed(x, bits=32):
