@@ -10,7 +10,7 @@ import tempfile
 from typing import NamedTuple
 
 from pallas_kernels.cdna import toolchain
-from pallas_kernels.cdna.elf import EXECUTABLE, FUNCTION, Elf
+from pallas_kernels.cdna.elf import EXECUTABLE, FUNCTION, Elf, Symbol
 from pallas_kernels.cdna.program import LANES, LDS_BYTES, SGPR_GRANULE, VGPR_GRANULE, VGPRS, Resources
 
 # Registers are allocated in groups of eight. A SIMD has 512 vector registers per lane and runs at most eight waves.
@@ -171,18 +171,18 @@ def _check_metadata(name: str, metadata: dict[str, int], settings: dict[str, int
             )
 
 
-def _assembly(name: str, body: str, settings: dict[str, int]) -> str:
-    """Formats a disassembled function: adds directives, gives labels their own lines, drops addresses and padding."""
-    text = re.sub(r"\s*//.*$", "", body, flags=re.M)
+def _assembly(symbol: Symbol, listing: str, settings: dict[str, int]) -> str:
+    """Formats a disassembled function: adds directives, gives labels their own lines, drops addresses."""
+    text = re.sub(r"\A.*?^(?=[0-9a-f]{16} <)", "", listing, flags=re.M | re.S)
+    text = re.sub(r"\s*//.*$", "", text, flags=re.M)
     text = re.sub(r"^[0-9a-f]{16} <([^>]+)>:", r"\1:", text, flags=re.M)
     text = re.sub(r"^<(L\d+)>:", r"\1:", text, flags=re.M)
     text = re.sub(r"(\ss_c?branch\w*\s+)<?(L\d+)>?", r"\1\2", text)
-    # Control never falls through s_endpgm or s_branch, so text behind the last of these is padding.
-    ends = list(re.finditer(r"^\s+(?:s_endpgm|s_branch\s+\S+)\s*$", text, flags=re.M))
-    text = text[: ends[-1].end()] if ends else text
     unknown = re.search(r"^\s+(\.\w+ .*)$", text, flags=re.M)
     if unknown:
-        raise ValueError(f"the code of kernel {name} holds `{unknown[1]}`, which is no instruction")
+        raise ValueError(f"the code of kernel {symbol.name} holds `{unknown[1]}`, which is no instruction")
+    if not text.startswith(f"{symbol.name}:\n"):
+        raise ValueError(f"llvm-objdump finds {text[:40]!r} at the start of kernel {symbol.name}")
     return "\n".join([*(f".amdhsa_{k} {v}" for k, v in settings.items()), text.strip(), ""])
 
 
@@ -200,20 +200,18 @@ def kernels(elf: bytes, arch: str) -> list[KernelCode]:
     settings = {name: directives(descriptor) for name, descriptor in _descriptors(parsed).items()}
     if not settings:
         raise ValueError("the code object holds no kernel: no symbol ends in .kd")
+    out = []
+    target = f'.amdgcn_target "amdgcn-amd-amdhsa--{arch}"\n'
+    options = ("-d", f"--mcpu={arch}", "--symbolize-operands", "--no-show-raw-insn")
     with tempfile.TemporaryDirectory() as folder:
         path = pathlib.Path(folder) / "code.hsaco"
         path.write_bytes(elf)
         metadata = _metadata(_run("llvm-readelf", path, "--notes"))
-        text = _run("llvm-objdump", path, "-d", f"--mcpu={arch}", "--symbolize-operands", "--no-show-raw-insn")
-    bodies = {}
-    # Split at functions only: local labels (L1, L2, ...) stay in the text of their function.
-    for body in re.split(r"^(?=[0-9a-f]{16} <(?!L\d+>))", text, flags=re.M)[1:]:
-        bodies[re.match(r"[0-9a-f]{16} <([^>]+)>", body)[1]] = body  # type: ignore[index]
-    out = []
-    target = f'.amdgcn_target "amdgcn-amd-amdhsa--{arch}"\n'
-    for name, setting in settings.items():
-        if name not in bodies:
-            raise ValueError(f"llvm-objdump finds no code of kernel {name}; found {', '.join(bodies) or 'none'}")
-        _check_metadata(name, metadata.get(name, {}), setting)
-        out.append(KernelCode(name, target + _assembly(name, bodies[name], setting), metadata[name]))
+        for name, setting in settings.items():
+            _check_metadata(name, metadata.get(name, {}), setting)
+            symbol = parsed.symbols[name]
+            # Padding follows the function; only the function is disassembled.
+            ends = (f"--start-address={symbol.address}", f"--stop-address={symbol.address + symbol.size}")
+            assembly = _assembly(symbol, _run("llvm-objdump", path, *options, *ends), setting)
+            out.append(KernelCode(name, target + assembly, metadata[name]))
     return out

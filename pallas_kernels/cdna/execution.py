@@ -94,7 +94,7 @@ def execute(
       arrays: one per input argument, in argument order.
       order: how the waves of a workgroup take turns: "together", "forward" or "reverse". Results differ only if
         the kernel has a race.
-      budget: instructions that one wave may execute; None means `interpreter.control_flow.BUDGET`, 4 million.
+      budget: instructions that one wave may execute; None means `interpreter.control_flow.BUDGET`, 2 million.
 
     Returns:
       Outputs and counts. Output bytes that the kernel does not write are 0xA5.

@@ -138,6 +138,8 @@ _SPECIAL = {
     "exec_hi": (EXEC + 1, 1),
 }
 _OPCODE = re.compile(r"(v_|s_|ds_|global_|buffer_|flat_|scratch_)\w+")
+# Directives that put bytes between the instructions: the disassembler's words for what it cannot read.
+_DATA = re.compile(r"\.(byte|short|word|long|quad|octa|int|fill|zero|ascii|asciz|string)\b")
 _REGISTER = re.compile(r"([vas])(?:(\d+)|\[(\d+):(\d+)\])")
 _KEYED = re.compile(r"\b([a-z_]\w*):(\[[^\]]*\]|swizzle\([^)]*\)|[-\w]+)")
 _FLAG = re.compile(r"\b(offen|idxen|glc|slc|sc0|sc1|nt|lds|gds|clamp|row_mirror|row_half_mirror)\b")
@@ -241,8 +243,10 @@ def parse(text: str) -> Assembly:
                 groups.append([])
             labels[start[1]] = len(groups) - 1
             continue
-        if not _OPCODE.match(line):
+        if not line or (line[0] == "." and not _DATA.match(line)):
             continue
+        if not _OPCODE.match(line):
+            raise InterpreterError(f"line {number}: `{line}`: this is no instruction")
         try:
             instruction = parse_instruction(line, number)
         except ValueError as error:
