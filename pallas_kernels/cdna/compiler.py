@@ -8,7 +8,6 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import jax
 import ml_dtypes
 import numpy as np
 

@@ -78,8 +78,8 @@ class Device:
         def run(context, outs, *buffers):
             del context
             arrays = [np.asarray(b) for b in buffers]
-            how = {"order": self.order, "budget": self.budget}
-            result = self._thread.submit(execute, kernel, arrays, **how).result()
+            run_kernel = functools.partial(execute, kernel, arrays, order=self.order, budget=self.budget)
+            result = self._thread.submit(run_kernel).result()
             with self._lock:
                 self.launches.append(Launch(kernel, result.counts))
             for out, value in zip(outs, result.outputs):

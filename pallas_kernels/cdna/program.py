@@ -23,7 +23,8 @@ LANES = 64
 # for AMDGPU Backend", GFX90A and later.
 VGPRS, NAMED_VGPRS, VGPR_GRANULE = 512, 256, 8
 SGPRS, SGPR_GRANULE = 102, 16
-# Bytes of scratch memory of a lane: a wave's share is a number of 13 bits that counts 1024 bytes (COMPUTE_TMPRING_SIZE).
+# Bytes of scratch memory of a lane: a wave's share is a number of 13 bits that counts 1024 bytes each
+# (COMPUTE_TMPRING_SIZE).
 SCRATCH_BYTES = ((1 << 13) - 1) * 1024 // LANES
 
 

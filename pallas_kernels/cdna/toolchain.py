@@ -27,10 +27,10 @@ PLUGINS = ("jax-rocm7-pjrt", "jax-rocm10-pjrt")
 # Seconds after which a program is ended; llvm-objdump takes less than one for the largest kernel.
 PROGRAM_SECONDS = 300
 # How the names of the environment variables begin that change what a compiler makes.
+_BOTH = ("TRITON_", "AMDGCN_", "LLVM_", "MLIR_", "DISABLE_LLVM_OPT", "USE_IR_LOC")
 _SETTINGS = {
-    "xla": ("XLA_FLAGS", "TF_XLA_", "TF_ROCM_", "TF_USE_ROCM", "TF_DETERMINISTIC_", "ROCM_", "HIP_DEVICE_LIB_PATH")
-    + ("TRITON_", "AMDGCN_", "LLVM_", "MLIR_"),
-    "triton": ("TRITON_", "AMDGCN_", "LLVM_", "MLIR_", "DISABLE_LLVM_OPT", "USE_IR_LOC"),
+    "xla": (*_BOTH, "XLA_FLAGS", "TF_XLA_", "TF_ROCM_", "TF_USE_ROCM", "TF_DETERMINISTIC_", "ROCM_", "HIP_DEVICE_LIB_"),
+    "triton": _BOTH,
 }
 
 

@@ -106,6 +106,8 @@ class _Worker:
         """The last five lines printed since byte `since`; pread leaves the process's file position unchanged."""
         handle = self.errors.fileno()
         text = os.pread(handle, os.fstat(handle).st_size - since, since).decode(errors="replace")
+        # The folder is gone when somebody reads its name.
+        text = text.replace(f"{self.folder.name}/", "")
         return "".join(f" / {line}" for line in text.strip().splitlines()[-5:])
 
     def close(self) -> None:

@@ -224,7 +224,7 @@ def mutated(data, rnd):
 
 
 def outcome(kernel, bad):
-    """"refused", "not executed" or "executed"; any other exception fails, and so does a silent difference."""
+    """ "refused", "not executed" or "executed"; any other exception fails, and so does a silent difference."""
     good = kernel.code_object
     try:
         (read,) = code_object.kernels(bad, ARCH)

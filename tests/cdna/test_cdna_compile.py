@@ -12,6 +12,7 @@ import json
 import os
 import pathlib
 import pickle
+import random
 import shutil
 import signal
 import subprocess
@@ -346,6 +347,53 @@ def test_steps_of_other_kinds():
         compiler.read_executable({**made, "executable": executable(step(36))}, ARCH, "XLA")
     with pytest.raises(ValueError, match="element type 99"):
         compiler._array(container.Message.parse(files.field(2, files.field(2, 99))))
+
+
+def test_steps_nested_without_end():
+    thunk = step(9)
+    for _ in range(102):
+        thunk = step(2, files.field(1, thunk))
+    with pytest.raises(ValueError, match="nested more than 100 deep"):
+        compiler.read_executable({"executable": executable(thunk), "hlo": "", "temporary_bytes": 0}, ARCH, "XLA")
+
+
+def test_a_kernel_that_does_not_say_what_it_writes():
+    body = files.field(1, b"") + files.field(1, b"") + files.field(2, b"\1")
+    with pytest.raises(ValueError, match="has 2 arguments and says of 1 whether they are written"):
+        compiler._arguments(container.Message.parse(body))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(3))
+def test_damaged_executables(seed):
+    """Bytes of steps, buffers and outputs changed: ValueError, or a program whose kernels end or are refused."""
+    require_cdna("xla")
+    lowered = lowering.lower(surrounded, *SIZES, arch=ARCH)
+    made = worker.request(ARCH, "xla", "module", lowered.as_text(), None)
+    fields = [(n, v) for n, values in container.gpu_executable(made["executable"]).fields.items() for v in values]
+    interesting = [place for place, (number, _) in enumerate(fields) if number in (10, 11, 13)]
+    rnd, seen = random.Random(seed), set()
+    for _ in range(100):
+        place = rnd.choice(interesting)
+        bad = bytearray(fields[place][1])
+        for _ in range(rnd.choice([1, 1, 2])):
+            at = rnd.choice([rnd.randrange(len(bad)), min(len(bad) - 1, rnd.randrange(60))])
+            bad[at] = rnd.choice([bad[at] ^ 1 << rnd.randrange(8), 255, 0, rnd.randrange(256)])
+        body = b"".join(files.field(n, bytes(bad) if k == place else v) for k, (n, v) in enumerate(fields))
+        inner = files.split("xla.gpu.GpuExecutableProto", (b"", body))
+        data = b"\0" + files.split("xla.ExecutableAndOptionsProto", (files.path(1), inner))
+        try:
+            for kernel in compiler.read_executable({**made, "executable": data}, ARCH, "XLA").kernels:
+                if sum(a.nbytes for a in kernel.arguments) < 1 << 20:
+                    inputs = [np.ones(a.shape, a.dtype) for a in kernel.arguments if a.role == "input"]
+                    cdna.execute(kernel, inputs, budget=2000)
+                    seen.add("executed")
+        except ValueError as error:
+            assert type(error) is ValueError, error
+            seen.add("refused")
+        except execution.InterpreterError:
+            seen.add("not executed")
+    assert {"refused", "executed"} <= seen
 
 
 def test_no_code_object(compiled):
@@ -873,6 +921,7 @@ def test_what_a_kernel_does_not_write(compiled, made_by, aliased):
         ("gfx906", {}, "arch is 'gfx906'; expected one of gfx942, gfx950"),
         (ARCH, {"compiler": "gcc"}, "compiler is 'gcc'; expected one of xla, triton"),
         (ARCH, {"order": "random"}, "order is 'random'; expected one of .*together"),
+        (ARCH, {"budget": 0}, "budget is 0; expected at least 1 instruction"),
     ],
 )
 def test_unknown_devices(arch, how, message):
@@ -938,6 +987,15 @@ def test_the_device_decides_how_waves_take_turns(traced, monkeypatch):
         with cdna.device(ARCH, order=order):
             fn(whole(COLUMNS)).block_until_ready()
     assert orders == ["together", "forward", "reverse"]
+
+
+def test_the_device_has_a_budget(traced):
+    """The error reaches the caller, and the device can be used again."""
+    fn, _ = traced
+    with cdna.device(ARCH, budget=20) as device:
+        with pytest.raises(jax.errors.JaxRuntimeError, match="kernel row_minus_sum, .* more than 20 instructions"):
+            fn(whole(COLUMNS)).block_until_ready()
+        assert device.launches == []
 
 
 def test_a_device_without_a_compiler(traced, monkeypatch, forgotten):

@@ -629,7 +629,7 @@ def test_the_usual_budget_ends_loops_too(monkeypatch):
 
 @pytest.mark.parametrize("order", control_flow.ORDERS)
 def test_which_wave_does_not_end(order):
-    """Of a grid of 2 x 3 workgroups of two waves only one loops; the others, one of them at a barrier, are not meant."""
+    """Of a grid of 2 x 3 workgroups of two waves only one loops; the others end, and one waits at a barrier."""
     body = """
 s_cmp_eq_u32 s3, 2
 s_cselect_b32 s20, s2, 0

@@ -60,7 +60,9 @@ def test_the_last_register(good, bad, settings):
     cp.run_text(source(good.format(bad - 1), **settings))
     line = good.format(bad)
     text = source(f"s_branch .LBB0_1\n{line}\n.LBB0_1:", **settings)
-    with pytest.raises(InterpreterError, match=rf"^line \d+: `{line}`: kernel kernel has {bad} \w+ registers, so there"):
+    with pytest.raises(
+        InterpreterError, match=rf"^line \d+: `{line}`: kernel kernel has {bad} \w+ registers, so there"
+    ):
         cp.run_text(text)
 
 

@@ -177,9 +177,10 @@ class _Batch:
         wave = int(over[0])
         group = self.m.group[wave]
         program, number = tuple(int(x) for x in self.ids[group]), wave - int(np.searchsorted(self.m.group, group))
-        raise self.assembly.blocks[block].instructions[-1].error(
-            f"kernel {self.assembly.name}, program {program}, wave {number} executed more than {self.budget} instructions,"
-            " its budget: the loop has no end, or the budget must be larger"
+        last = self.assembly.blocks[block].instructions[-1]
+        raise last.error(
+            f"kernel {self.assembly.name}, program {program}, wave {number} executed more than {self.budget}"
+            " instructions, its budget: the loop has no end, or the budget must be larger"
         )
 
 

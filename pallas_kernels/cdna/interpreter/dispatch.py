@@ -1,4 +1,4 @@
-"""A launch of a kernel, and what it may use: registers that its descriptor allocates, registers and memory that exist."""
+"""A launch of a kernel, and what it may use: what its descriptor allocates, and what the machine has."""
 
 from __future__ import annotations
 
@@ -83,7 +83,9 @@ def check(assembly: Assembly, dispatch: Dispatch) -> None:
     granted = registers(assembly)
     for file, (number, i) in assembly.highest.items():
         if number > granted[file]:
-            raise i.error(f"kernel {name} has {granted[file]} {_FILES[file]} registers, so there is no {file}{number - 1}")
+            raise i.error(
+                f"kernel {name} has {granted[file]} {_FILES[file]} registers, so there is no {file}{number - 1}"
+            )
 
 
 def lds_bytes(assembly: Assembly, dispatch: Dispatch) -> int:
