@@ -189,6 +189,12 @@ def test_something_else_in_place_of_an_entry(folder, put):
     assert not [p for p in (folder / "code").iterdir() if p.name.endswith(".part")]
 
 
+def test_a_huge_file_is_not_read(folder, monkeypatch):
+    put_huge(entry(folder))
+    monkeypatch.setattr(disk_cache, "_first_line", None)
+    assert disk_cache.read(KEY, folder) is None
+
+
 # --- whose it is -----------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("umask", [0o000, 0o002, 0o022, 0o077, 0o777])
 def test_modes_do_not_depend_on_the_umask(tmp_path, umask):
