@@ -1,4 +1,4 @@
-"""A decode step through `jax.export`: on a CPU it runs; for an AMD or NVIDIA GPU it holds the kernels, which compile."""
+"""A decode step through `jax.export`: on a CPU it runs; for an AMD GPU it holds the kernels, and they compile."""
 
 import dataclasses
 import functools
