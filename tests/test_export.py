@@ -107,7 +107,9 @@ def test_every_pytree_is_written():
     tree = {
         "rows": (sm.DenseRows(jnp.ones((1, 1), jnp.int32)), sm.pack_rows(jnp.ones((1, 1), jnp.int32))),
         "layer": LayerCaches(cache, cache, state, index, page_size=4),
-        "weights": sm.CompressorWeights(jnp.ones((4, 8)), jnp.ones(8), jnp.ones(2), eps=1e-5),
+        "weights": sm.CompressorWeights(
+            jnp.ones((4, 8), jnp.float32), jnp.ones(8, jnp.float32), jnp.ones(2, jnp.float32), eps=1e-5
+        ),
         "metadata": arguments()[3],
     }
     program = read_back(export.export(jax.jit(lambda tree: tree))(tree))

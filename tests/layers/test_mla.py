@@ -319,7 +319,7 @@ def test_norms(dtype):
     centred = wide - wide.mean(-1, keepdims=True)
     want = centred / np.sqrt((centred**2).mean(-1, keepdims=True) + 1e-6) * weight + bias
     np.testing.assert_allclose(np.asarray(layer_norm(x, weight, bias), np.float64), want, rtol=limit, atol=2 * limit)
-    np.testing.assert_array_equal(rms_norm(jnp.zeros((2, 7)), weight), 0)
+    np.testing.assert_array_equal(rms_norm(jnp.zeros((2, 7), jnp.float32), weight), 0)
     with pytest.raises(ValueError, match=r"weight has shape \(6,\)"):
         rms_norm(x, weight[:6])
     with pytest.raises(ValueError, match=r"bias has shape \(6,\)"):
