@@ -17,6 +17,7 @@ from sparse_mla_jax.config import Config
 from sparse_mla_jax.metadata import build_metadata
 from sparse_mla_jax.models.family import check_params, family_of, matmul_precision
 from sparse_mla_jax.ops._dispatch import check_implementation
+from sparse_mla_jax.serving.memory import check_memory
 
 
 @functools.partial(jax.jit, static_argnames=("config", "page_size", "implementation"), donate_argnames=("caches",))
@@ -91,6 +92,17 @@ def check_arguments(
     return tokens, prompt_length, chunk, page_size
 
 
+def _check_memory(config: Config, tokens: np.ndarray, chunk: int) -> None:
+    """Raises ValueError if the logits of all tokens and those of a step need more memory than there is."""
+    batch, length = tokens.shape
+    check_memory(
+        f"the scores of {batch} sequences of {length} tokens over {config.vocab_size} ids",
+        device_bytes=4 * batch * chunk * (config.vocab_size + config.hidden_size),
+        host_bytes=4 * batch * length * config.vocab_size,
+        hint="Score fewer or shorter sequences at a time, or lower chunk.",
+    )
+
+
 def score(
     params: Any,
     config: Config,
@@ -124,7 +136,7 @@ def score(
       float32 [B, L, V] on the host.
 
     Raises:
-      ValueError: an argument that is not as described.
+      ValueError: an argument that is not as described, or logits that need more memory than there is.
     """
     check_implementation(implementation)
     cache_type = _check.dtype("cache_dtype", cache_dtype, CACHE_DTYPES)
@@ -134,6 +146,7 @@ def score(
     batch, length = tokens.shape
     params = check_params(params, config)
     width = -(-length // page_size)
+    _check_memory(config, tokens, chunk)
     caches = family_of(config).create_caches(
         config, batch * width, page_size, num_requests=batch, max_query_len=chunk, dtype=cache_type
     )
