@@ -24,8 +24,8 @@ class GenerationDefaults:
 def load_generation_defaults(folder: str | os.PathLike[str]) -> GenerationDefaults:
     """Reads `eos_token_id`, a number or a list, from generation_config.json and config.json of a folder.
 
-    As in Hugging Face transformers, generation_config.json takes precedence. config.json is asked if the other file does
-    not exist, or has no such field, or null. Sampling options of generation_config.json are not read.
+    As in Hugging Face transformers, generation_config.json takes precedence. config.json is asked if the other file
+    does not exist, or has no such field, or null. Sampling options of generation_config.json are not read.
 
     Raises:
       ValueError: a file that is not a JSON object, or an `eos_token_id` that is not made of numbers of at least 0.

@@ -10,8 +10,8 @@ import numpy as np
 
 from sparse_mla_jax._check import require
 
-# XLA may multiply by the reciprocal of a temperature. It is a normal float32 number between these two, and may be flushed
-# to zero beyond.
+# XLA may multiply by the reciprocal of a temperature. Between these two it is a normal float32 number; beyond, it may
+# become zero.
 _COLDEST, _HOTTEST = 2.0**-126, 2.0**126
 
 
@@ -35,8 +35,8 @@ def _float32(x: Any) -> jax.Array:
 
 def _sample_row(logits: jax.Array, temperature: jax.Array, top_p: jax.Array, key: jax.Array) -> jax.Array:
     """Samples one token of `logits` [V]: finds the nucleus by sorting, then samples by the Gumbel maximum."""
-    # Subtract the largest logit first, so that a tiny temperature does not overflow. Halves, since the difference of two
-    # float32 numbers may exceed the largest; a power of two changes no other bit.
+    # Subtract the largest logit first, so that a tiny temperature does not overflow. Subtract halves, since the
+    # difference of two float32 numbers may exceed the largest; a power of two changes no other bit.
     scaled = 2 * ((0.5 * logits - 0.5 * jnp.max(logits)) / temperature)
     # By the logits: at a huge temperature the scaled ones may all be equal.
     order = jnp.argsort(logits, descending=True, stable=True)
