@@ -10,9 +10,9 @@ nothing that the interpreter has not loaded at its start, so that little time pa
 
 from __future__ import annotations
 
+import _thread
 import os
 import sys
-import _thread
 
 EXIT_CODE = 130
 MESSAGE = b"interrupted\n"
@@ -36,6 +36,7 @@ def leave_if_program() -> None:
 def leave_on_interrupt() -> None:
     """From now on Ctrl-C ends this process, unless whoever started it has it ignored, as a shell's background jobs."""
     global _installed
+    _take_standard_files()
     try:
         import signal
     except KeyboardInterrupt:
@@ -49,6 +50,16 @@ def leave_on_interrupt() -> None:
     os.set_blocking(writer, False)
     signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
     _thread.start_new_thread(_wait_for_signal, (reader, signal.SIGINT))
+
+
+def _take_standard_files() -> None:
+    """Opens /dev/null for every standard stream that is closed: no other file may get its number."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            # Gets the lowest number that is free, so this one.
+            os.open(os.devnull, os.O_RDWR)
 
 
 def _wait_for_signal(reader: int, number: int) -> None:
@@ -79,7 +90,7 @@ def _say(message: bytes) -> None:
 
 
 def _remove(path: str) -> None:
-    try:
+    try:  # noqa: SIM105 - contextlib would have to be imported
         os.unlink(path)
     except OSError:
         pass

@@ -92,14 +92,15 @@ def check_arguments(
     return tokens, prompt_length, chunk, page_size
 
 
-def _check_memory(config: Config, tokens: np.ndarray, chunk: int) -> None:
-    """Raises ValueError if the logits of all tokens and those of a step need more memory than there is."""
+def _check_memory(config: Config, tokens: np.ndarray, chunk: int, caches: Any) -> None:
+    """Raises ValueError if caches of these shapes and all logits need more memory than there is."""
     batch, length = tokens.shape
+    held = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(caches))
     check_memory(
         f"the scores of {batch} sequences of {length} tokens over {config.vocab_size} ids",
-        device_bytes=4 * batch * chunk * (config.vocab_size + config.hidden_size),
+        device_bytes=held + 4 * batch * chunk * (config.vocab_size + config.hidden_size),
         host_bytes=4 * batch * length * config.vocab_size,
-        hint="Score fewer or shorter sequences at a time, or lower chunk.",
+        hint="Score fewer or shorter sequences at a time, or lower chunk or page_size.",
     )
 
 
@@ -146,10 +147,14 @@ def score(
     batch, length = tokens.shape
     params = check_params(params, config)
     width = -(-length // page_size)
-    _check_memory(config, tokens, chunk)
-    caches = family_of(config).create_caches(
-        config, batch * width, page_size, num_requests=batch, max_query_len=chunk, dtype=cache_type
-    )
+
+    def create() -> Any:
+        return family_of(config).create_caches(
+            config, batch * width, page_size, num_requests=batch, max_query_len=chunk, dtype=cache_type
+        )
+
+    _check_memory(config, tokens, chunk, jax.eval_shape(create))
+    caches = create()
     page_table = jnp.arange(batch * width, dtype=jnp.int32).reshape(batch, width)
     logits = np.empty((batch, length, config.vocab_size), np.float32)
 

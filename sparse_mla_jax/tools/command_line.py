@@ -11,7 +11,7 @@ import contextlib
 import os
 import sys
 from collections.abc import Sequence
-from typing import NoReturn, TextIO
+from typing import Any, NoReturn, TextIO
 
 from sparse_mla_jax import __version__
 from sparse_mla_jax._interrupts import EXIT_CODE, MESSAGE
@@ -22,7 +22,7 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Prints one line and exits with code 2."""
-        self.exit(2, f"error: {message}; see {self.prog} --help\n")
+        self.exit(2, f"error: {' '.join(message.split())}; see {self.prog} --help\n")
 
 
 # One line of help for each command.
@@ -159,17 +159,14 @@ def run_program(argv: Sequence[str]) -> NoReturn:
 
 
 def _prepare_streams() -> None:
-    """Opens the standard streams that are closed, and has lines written at once and in any encoding."""
-    for number in range(3):
-        try:
-            os.fstat(number)
-        except OSError:
-            # The lowest number that is free, so this one: no file of ours may become a standard stream.
-            os.open(os.devnull, os.O_RDWR)
-    streams: list[TextIO] = []
-    for stream, number in ((sys.stdout, 1), (sys.stderr, 2)):
-        if stream is None:
-            stream = open(number, "w", closefd=False)  # noqa: SIM115 - as long as the process
-        stream.reconfigure(errors="backslashreplace", line_buffering=True)
-        streams.append(stream)
-    sys.stdout, sys.stderr = streams
+    """Has lines written at once and in any encoding; a stream that was closed goes nowhere."""
+    sys.stdout, sys.stderr = _text_stream(sys.stdout, 1), _text_stream(sys.stderr, 2)
+
+
+def _text_stream(stream: Any, number: int) -> TextIO:
+    """A standard stream that is open, writes every line at once, and never fails for its encoding."""
+    if stream is None:
+        # `leave_on_interrupt` has opened the file.
+        stream = open(number, "w", closefd=False)  # noqa: SIM115
+    stream.reconfigure(errors="backslashreplace", line_buffering=True)
+    return stream
