@@ -17,6 +17,8 @@ import jax
 import jax.extend
 from jax.experimental import pallas as pl
 
+from pallas_kernels._interpret import interpret_on_each_device
+from pallas_kernels.mesh_axes import axes_of, declare, spread
 from pallas_kernels.targets import HOST, Target, executor
 
 try:
@@ -103,6 +105,8 @@ def call(
                 " offsets can not address; use smaller caches (one array set per layer) or implementation='xla'"
             )
 
+    axes = axes_of(arrays)
+    arrays, out_shape = spread(arrays, axes), declare(out_shape, axes)
     run = pl.pallas_call(
         kernel,
         out_shape=out_shape,
@@ -112,5 +116,6 @@ def call(
         interpret=target == HOST,
         name=name,
     )
-    chosen = executor.value
-    return run(*arrays) if chosen is None else chosen.call(run, arrays, out_shape)
+    if executor.value is not None:
+        return spread(executor.value.call(run, arrays, out_shape), axes)
+    return interpret_on_each_device(run, arrays, out_shape) if axes and target == HOST else run(*arrays)

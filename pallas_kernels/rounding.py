@@ -46,8 +46,8 @@ def float32_bits(x: Array) -> Array:
 
 def _round_to_bfloat16(bits: Array) -> Array:
     """Rounds float32 bits to bfloat16, to nearest even; NaN becomes the quiet NaN of its sign."""
-    upper = lax.shift_right_logical(bits + 0x7FFF + ((bits >> 16) & 1), 16)
-    quiet = (lax.shift_right_logical(bits, 16) & 0x8000) | 0x7FC0
+    upper = lax.shift_right_logical(bits + 0x7FFF + ((bits >> 16) & 1), jnp.int32(16))
+    quiet = (lax.shift_right_logical(bits, jnp.int32(16)) & 0x8000) | 0x7FC0
     upper = jnp.where((bits & 0x7FFFFFFF) > _INFINITY, quiet, upper)
     return lax.bitcast_convert_type(upper.astype(jnp.uint16), jnp.bfloat16)
 

@@ -14,6 +14,9 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 import jax
+from jax.sharding import PartitionSpec
+
+from pallas_kernels.mesh_axes import explicit_axes, on_shards
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,11 +169,16 @@ def by_target(body: Callable[..., Any], *args: Any) -> Any:
     """Runs `body(target, *args)` for the machine that the program is lowered for; args are pytrees of arrays.
 
     `body` is traced for the host (interpret mode) and for one GPU (`traced_gpu`); the lowering keeps one of the two. On
-    a CPU host that GPU is an NVIDIA GPU, unless `jax.sharding.use_abstract_mesh` names another.
+    a CPU host that GPU is an NVIDIA GPU, unless `jax.sharding.use_abstract_mesh` names another. In a mesh with Explicit
+    axes every device computes the whole result.
 
     Raises:
       NotImplementedError: the kernels do not support that GPU.
     """
+    if explicit_axes():
+        # An operator that can split its work over these axes has done so before (`on_shards`).
+        whole = jax.tree.map(lambda _: PartitionSpec(), args)
+        return on_shards(lambda *args: by_target(body, *args), args, whole, PartitionSpec())
     chosen = executor.value
     if chosen is not None:
         return body(find(chosen.arch), *args)

@@ -17,6 +17,8 @@ from jax import Array
 
 # An expected axis: an int is its size; a letter or None allows any size. A first `...` stands for any number of axes.
 Axis = int | str | None | EllipsisType
+# The largest int32: as a position, slot or page it stands for everything beyond int32, and is never valid.
+BEYOND = 2**31 - 1
 _KINDS = {jnp.integer: "integers", jnp.floating: "floating values", jnp.bool_: "booleans"}
 
 
@@ -31,7 +33,7 @@ def describe(x: Any) -> str:
     if not (hasattr(x, "dtype") and hasattr(x, "shape")):
         try:
             x = jnp.asarray(x)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             return type(x).__name__
     return f"{x.dtype}{list(x.shape)}"
 
@@ -77,10 +79,10 @@ def array(name: str, x: Any, types: Any, *axes: Axis, hint: str = "") -> Array:
       ValueError: another type or shape.
     """
     try:
-        given = jnp.asarray(x)
+        given = jnp.asarray(_saturate_on_host(x) if types is jnp.integer else x)
         fits = _fits(given.shape, axes)
         fits = fits and (jnp.issubdtype(given.dtype, types) if types in _KINDS else given.dtype in types)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         given, fits = x, False
     kind = _KINDS[types] if types in _KINDS else _either(types)
     letters = ", ".join("any" if a is None else "..." if a is ... else str(a) for a in axes)
@@ -88,15 +90,8 @@ def array(name: str, x: Any, types: Any, *axes: Axis, hint: str = "") -> Array:
     return given
 
 
-def integers(name: str, x: Any, *axes: Axis, hint: str = "") -> Array:
-    """`x` as an integer array of at least 32 bits; arguments and errors as of `array`."""
-    given = array(name, x, jnp.integer, *axes, hint=hint)
-    # Widen int8 and int16: the number of slots or columns may not fit their type.
-    return given.astype(jnp.int32) if given.dtype.itemsize < 4 else given
-
-
 def int32(name: str, x: Any, *axes: Axis, hint: str = "") -> Array:
-    """`x` as an int32 array, saturated; arguments and errors as of `array`."""
+    """`x` as an int32 array; values beyond int32 become its smallest or largest. Arguments and errors as of `array`."""
     return saturate(array(name, x, jnp.integer, *axes, hint=hint))
 
 
@@ -113,7 +108,7 @@ def booleans(name: str, x: Any, *axes: Axis, hint: str = "") -> Array:
 def saturate(x: Array) -> Array:
     """Casts an integer array to int32; values beyond int32 become its smallest or largest value.
 
-    A plain cast could wrap an index beyond 2**32 into another request's row. int32 arrays are returned unchanged.
+    A plain cast would wrap: an index of 2**32 + 3 would become 3. int32 arrays are returned unchanged.
     """
     if x.dtype == jnp.int32:
         return x
@@ -122,6 +117,32 @@ def saturate(x: Array) -> Array:
         x = jnp.minimum(x, limits.max)
         x = x if jnp.issubdtype(x.dtype, jnp.unsignedinteger) else jnp.maximum(x, limits.min)
     return x.astype(jnp.int32)
+
+
+def _saturate_on_host(x: Any) -> Any:
+    """Integers of numpy, of Python or of lists as int32, saturated; jax arrays and anything else unchanged.
+
+    Without 64-bit types, jax would keep the low 32 bits of a numpy integer and so make another number of it.
+    """
+    if isinstance(x, Array) or hasattr(x, "__jax_array__"):
+        return x
+    host = np.asarray(x)
+    if host.dtype.kind not in "iu" or host.dtype.itemsize < 4:
+        return x
+    limits = np.iinfo(np.int32)
+    return np.clip(host, limits.min if host.dtype.kind == "i" else 0, limits.max).astype(np.int32)
+
+
+def instance[T](name: str, value: Any, kind: type[T], *, hint: str = "") -> T:
+    """`value`, which must be a `kind`.
+
+    Raises:
+      ValueError: it is something else.
+    """
+    article = "an" if kind.__name__[0] in "AEIOU" else "a"
+    came = describe(value) if isinstance(value, np.ndarray | Array) else type(value).__name__
+    require(isinstance(value, kind), _message(f"{name} is {came}; expected {article} {kind.__name__}.", hint))
+    return value
 
 
 def dtype(name: str, value: Any, allowed: Any) -> np.dtype:

@@ -11,6 +11,7 @@ import os
 from typing import Any
 
 from sparse_mla_jax._check import require
+from sparse_mla_jax._folder import CONFIG, find_file
 from sparse_mla_jax.families.registry import read_config
 from sparse_mla_jax.shapes import (
     DEEPSEEK_V4_FLASH,
@@ -56,7 +57,7 @@ def load_config(folder: str | os.PathLike[str]) -> Config:
     Raises:
       ValueError: no such folder or file, not JSON, or a model family that this package does not support.
     """
-    path = os.path.join(folder, "config.json")
+    path = find_file(folder, CONFIG)
     require(
         os.path.isdir(folder), f"model folder {os.fspath(folder)!r} does not exist; give a folder with config.json."
     )

@@ -95,7 +95,7 @@ def _check_requests(seq_lens: Array, page_table: Array, page_size: int) -> _Requ
     )
     page_size = _check.size("page_size", page_size, hint="64 is usual.")
     require(
-        page_table.shape[1] * page_size < 2**31,
+        page_table.shape[1] * page_size < _check.BEYOND,
         f"page_table with {page_table.shape[1]} pages of {page_size} tokens overflows int32; use fewer pages.",
     )
     return _Requests(jnp.maximum(seq_lens, 0), page_table, page_size)

@@ -82,6 +82,7 @@ def indexer_scores(
 ) -> Array:
     """Scores key_scale[n] * sum_h weights[t, h] * relu(q[t, h] . key[n]) inside the row's interval, -inf outside.
 
+    The start of an interval is clamped to 0..N first; its length counts from there.
     q[T, H, D], keys[N, D], key_scales[N] or None, weights[T, H], row_starts[T], row_lengths[T] -> dtype[T, N].
     """
     dots = jnp.einsum("thd,nd->thn", q.astype(dtype), keys.astype(dtype), precision=HIGHEST)
@@ -89,7 +90,8 @@ def indexer_scores(
     if key_scales is not None:
         scores = scores * key_scales.astype(dtype)[None, :]
     columns = jnp.arange(keys.shape[0])[None, :]
-    inside = (columns >= row_starts[:, None]) & (columns < row_starts[:, None] + row_lengths[:, None])
+    start = jnp.clip(row_starts, 0, keys.shape[0])[:, None]
+    inside = (columns >= start) & (columns - start < row_lengths[:, None])
     return jnp.where(inside, scores, -jnp.inf)
 
 
@@ -166,19 +168,25 @@ def sparse_mla(
 
 
 def merge(outs: Array, lses: Array) -> tuple[Array, Array]:
-    """Merges splits of one softmax: outs[S, T, H, V], lses[S, T, H] -> (out[T, H, V], lse[T, H])."""
-    top = jnp.max(lses, axis=0, initial=-jnp.inf)
+    """Merges splits of one softmax: outs[S, T, H, V], lses[S, T, H] -> (out[T, H, V], lse[T, H]).
+
+    A split whose lse is not finite is empty.
+    """
+    full = jnp.isfinite(lses)
+    top = jnp.max(lses, axis=0, initial=-jnp.inf, where=full)
     base = jnp.where(jnp.isfinite(top), top, 0)
-    weights = jnp.exp(lses - base)
+    weights = jnp.where(full, jnp.exp(lses - base), 0)
     total = weights.sum(axis=0)
-    out = (weights[..., None] * outs).sum(axis=0) / jnp.where(total > 0, total, 1)[..., None]
+    out = (weights[..., None] * jnp.where(full[..., None], outs, 0)).sum(axis=0)
+    out = out / jnp.where(total > 0, total, 1)[..., None]
     return out, jnp.where(total > 0, jnp.log(jnp.where(total > 0, total, 1)) + base, -jnp.inf)
 
 
 def apply_sinks(out: Array, lse: Array, sinks: Array) -> Array:
     """Adds the logits sinks[H], which have no value, to the softmax with result out[T, H, V] and lse[T, H]."""
     sinks = sinks.astype(lse.dtype)
-    share = jnp.where(jnp.isneginf(lse), 0, 1 / (1 + jnp.exp(sinks[None, :] - lse)))
+    is_empty = jnp.isneginf(lse)
+    share = jnp.where(is_empty, 0, 1 / (1 + jnp.exp(sinks[None, :] - jnp.where(is_empty, 0, lse))))
     return out * share[..., None]
 
 

@@ -60,6 +60,8 @@ def pytest_configure(config):
     Tests ask what programs compute, with bounds that hold however they are compiled. `--optimize` has them compiled as
     users have them.
     """
+    # Virtual devices for the tests of meshes; everything else runs on the first.
+    jax.config.update("jax_num_cpu_devices", 8)
     if config.option.optimize:
         return
     jax.config.update("jax_disable_most_optimizations", True)

@@ -16,10 +16,8 @@ SOURCES = sorted([*ROOT.glob("sparse_mla_jax/**/*.py"), *ROOT.glob("pallas_kerne
 LAYERS = [
     ["pallas_kernels.targets"],
     ["pallas_kernels"],
-    [
-        *("sparse_mla_jax._interrupts", "sparse_mla_jax._plugin_message"),
-        *("sparse_mla_jax._check", "sparse_mla_jax._choices", "sparse_mla_jax.shapes"),
-    ],
+    ["sparse_mla_jax._interrupts", "sparse_mla_jax._plugin_message"],
+    ["sparse_mla_jax._check", "sparse_mla_jax._choices", "sparse_mla_jax._folder", "sparse_mla_jax.shapes"],
     ["sparse_mla_jax.families"],
     ["sparse_mla_jax.config", "sparse_mla_jax.reference"],
     ["sparse_mla_jax.ops", "sparse_mla_jax.metadata"],

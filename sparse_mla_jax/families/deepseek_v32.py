@@ -1,4 +1,9 @@
-"""DeepSeek-V3.2: the keys of its config.json and the names of its tensors."""
+"""DeepSeek-V3.2: the keys of its config.json and the names of its tensors.
+
+FP8 matrices have their scales in "weight_scale_inv", as DeepSeek publishes them, or in "weight_scale", as
+compressed-tensors, Quark and ModelOpt write them. Experts may be fused, as transformers holds them in memory:
+"mlp.experts.gate_up_proj" [E, 2 I, D], gate rows first, and "mlp.experts.down_proj" [E, D, I].
+"""
 
 from __future__ import annotations
 
@@ -22,6 +27,9 @@ from sparse_mla_jax.families.published import (
     Places,
     PublishedFamily,
     PublishedTensor,
+    Shape,
+    StoredPart,
+    is_run_time_scale,
     table_rows,
     transposed,
 )
@@ -122,18 +130,37 @@ def tensors(config: DeepseekV32Config) -> Iterator[PublishedTensor]:
 
 
 def is_ignored(name: str, config: DeepseekV32Config) -> bool:
-    """Whether the model does not use this published tensor: a multi-token-prediction layer, a buffer, a tied head."""
+    """Whether the model does not use this tensor: multi-token prediction, a buffer, a tied head, a scale of a run."""
     layer = re.match(r"model\.layers\.(\d+)\.", name)
     return (
         (layer is not None and int(layer.group(1)) >= config.num_hidden_layers)
         or name.endswith("rotary_emb.inv_freq")
+        or is_run_time_scale(name)
         or (config.tie_word_embeddings and name == "lm_head.weight")
     )
 
 
 def scale_names(name: str) -> tuple[str, ...]:
-    """Possible names of the scales of an FP8 matrix."""
-    return (name + "_scale_inv",)
+    """Possible names of the scales of an FP8 matrix, the published one first."""
+    return name + "_scale_inv", name + "_scale"
+
+
+_FUSED = re.compile(r"(model\.layers\.\d+\.mlp\.experts\.)(gate_up_proj|down_proj)")
+
+
+def parts(name: str, shape: Shape, config: DeepseekV32Config) -> list[StoredPart]:
+    """The published tensors that a file's tensor holds: several if it is one of fused experts, else itself."""
+    fused = _FUSED.fullmatch(name)
+    if fused is None or len(shape) != 3 or shape[0] != config.n_routed_experts:
+        return [StoredPart(name)]
+    prefix, kind = fused.groups()
+    experts, half = range(shape[0]), shape[1] // 2
+    if kind == "down_proj":
+        return [StoredPart(f"{prefix}{expert}.down_proj.weight", (expert,)) for expert in experts]
+    rows = {"gate_proj": slice(0, half), "up_proj": slice(half, shape[1])}
+    return [
+        StoredPart(f"{prefix}{expert}.{part}.weight", (expert, own)) for expert in experts for part, own in rows.items()
+    ]
 
 
 FAMILY = PublishedFamily(
@@ -144,5 +171,6 @@ FAMILY = PublishedFamily(
     tensors=tensors,
     is_ignored=is_ignored,
     scale_names=scale_names,
+    parts=parts,
     fp4_experts=False,
 )

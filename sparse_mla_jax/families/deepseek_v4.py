@@ -1,9 +1,9 @@
 """DeepSeek-V4: the keys of its config.json, the names of its tensors, and their quantisation formats.
 
 The names are those of the files that DeepSeek publishes (V4-Flash, V4-Flash-Base, V4-Pro) and that its own inference
-code reads: "layers.0.attn.wq_a.weight", without "model.". Files that Hugging Face transformers saves have other names
-and are not read. The published wo_a is [g * r_o, in], with the rows of group i from i * r_o on; ours is [g, in, r_o].
-Our arrays stack the experts.
+code reads: "layers.0.attn.wq_a.weight", without "model.". Files that Hugging Face transformers saves put "model." in
+front and rename some; they are read too. The published wo_a is [g * r_o, in], with the rows of group i from i * r_o on;
+ours is [g, in, r_o]. Our arrays stack the experts.
 
 The type of a tensor tells its format:
 
@@ -34,7 +34,17 @@ from sparse_mla_jax.families.fields import (
     write_plain_fields,
     write_yarn,
 )
-from sparse_mla_jax.families.published import GROUPED, SAME, Places, PublishedFamily, PublishedTensor, table_rows
+from sparse_mla_jax.families.published import (
+    GROUPED,
+    SAME,
+    Places,
+    PublishedFamily,
+    PublishedTensor,
+    Shape,
+    StoredPart,
+    is_run_time_scale,
+    table_rows,
+)
 from sparse_mla_jax.shapes import DeepseekV4Config, RopeConfig
 
 # --- config.json
@@ -258,10 +268,11 @@ def tensors(config: DeepseekV4Config) -> Iterator[PublishedTensor]:
 
 
 def is_ignored(name: str, config: DeepseekV4Config) -> bool:
-    """Whether the model does not use this published tensor: multi-token prediction, a surplus layer, a tied head."""
+    """Whether the model does not use this tensor: multi-token prediction, a tied head, a scale of a run."""
     layer = re.match(r"layers\.(\d+)\.", name)
     return (
         name.startswith("mtp.")
+        or is_run_time_scale(name)
         or (layer is not None and int(layer.group(1)) >= config.num_hidden_layers)
         or (config.tie_word_embeddings and name == "head.weight")
     )
@@ -272,6 +283,25 @@ def scale_names(name: str) -> tuple[str, ...]:
     return name.removesuffix(".weight") + ".scale", name + "_scale_inv", name + "_scale"
 
 
+# Names of transformers (5.24) after their "model.", and ours.
+_SAVED_NAMES = (
+    (r"embed_tokens\.", "embed."),
+    (r"hc_head\.hc_", "hc_head_"),
+    (r"(layers\.\d+\.attn\.)norm\.", r"\1kv_norm."),
+)
+
+
+def parts(name: str, shape: Shape, config: DeepseekV4Config) -> list[StoredPart]:
+    """The published tensor that a file has under this name: the published one, or that of transformers."""
+    del shape, config
+    if not name.startswith("model."):
+        return [StoredPart(name)]
+    published = name.removeprefix("model.")
+    for saved, ours in _SAVED_NAMES:
+        published = re.sub(f"^{saved}", ours, published)
+    return [StoredPart(published)]
+
+
 FAMILY = PublishedFamily(
     model_types=("deepseek_v4",),
     config_type=DeepseekV4Config,
@@ -280,5 +310,6 @@ FAMILY = PublishedFamily(
     tensors=tensors,
     is_ignored=is_ignored,
     scale_names=scale_names,
+    parts=parts,
     fp4_experts=True,
 )

@@ -8,6 +8,7 @@ as torch.nn.Linear stores them), ours are input-first.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -48,6 +49,18 @@ class PublishedTensor(NamedTuple):
     layout: Layout
 
 
+class StoredPart(NamedTuple):
+    """A published tensor that a file has under another name, or as a part of a tensor that holds several.
+
+    Attributes:
+      name: the published name.
+      slices: its part of the file's tensor, by numbers and slices with start and stop, for the first axes.
+    """
+
+    name: str
+    slices: tuple[int | slice, ...] = ()
+
+
 class PublishedFamily(NamedTuple):
     """The exports of a family file, as FAMILY.
 
@@ -59,6 +72,7 @@ class PublishedFamily(NamedTuple):
       tensors: the table of tensors, in the order in which a folder is written.
       is_ignored: whether a folder may hold this tensor although the model does not use it.
       scale_names: possible names of the scales of a quantised matrix, the published one first.
+      parts: (name in a file, shape, config) -> published tensors that it holds; itself if the name is published.
       fp4_experts: whether routed experts may be FP4.
     """
 
@@ -69,6 +83,7 @@ class PublishedFamily(NamedTuple):
     tensors: Callable[[Any], Iterator[PublishedTensor]]
     is_ignored: Callable[[str, Any], bool]
     scale_names: Callable[[str], tuple[str, ...]]
+    parts: Callable[[str, Shape, Any], list[StoredPart]]
     fp4_experts: bool
 
 
@@ -145,3 +160,14 @@ def table_rows(table: Places, name: str, place: str) -> Iterator[PublishedTensor
     for suffix, ours in table.items():
         places, layout = ours if isinstance(ours, tuple) else (ours, LINEAR)
         yield PublishedTensor(name + suffix, tuple(place + one for one in places.split()), layout)
+
+
+_RUN_TIME_SCALE = re.compile(r"(model\.)?layers\.\d+\..+\.(input|output|activation|q|k|v|kv)_scale")
+
+
+def is_run_time_scale(name: str) -> bool:
+    """Whether a tensor says how another engine rounds activations (`input_scale`) or its cache (`k_scale`, `v_scale`).
+
+    Weights do not depend on them. We do not round activations, and our caches have scales of their own.
+    """
+    return _RUN_TIME_SCALE.fullmatch(name) is not None

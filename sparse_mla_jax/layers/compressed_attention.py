@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from sparse_mla_jax import _check
 from sparse_mla_jax._check import require
 from sparse_mla_jax.config import DeepseekV4Config
 from sparse_mla_jax.layers.compressed_projections import (
@@ -118,11 +119,7 @@ def _check_states(state_ids: Any, rings: int, requests: int) -> None:
             f" num_requests={requests} or more, or pass state_ids.",
         )
         return
-    require(
-        state_ids.shape == (requests,) and jnp.issubdtype(state_ids.dtype, jnp.integer),
-        f"state_ids has shape {state_ids.shape} and type {state_ids.dtype}; metadata has {requests} requests and needs"
-        f" int32[{requests}], the ring of each.",
-    )
+    _check.int32("state_ids", state_ids, requests, hint="The ring of each request of the metadata.")
 
 
 def token_states(metadata: StepMetadata, state_ids: Array | None, *, rings: int, capacity: int) -> Array:
@@ -134,9 +131,8 @@ def token_states(metadata: StepMetadata, state_ids: Array | None, *, rings: int,
     meta, requests = metadata, metadata.num_requests
     if requests == 0:
         return jnp.full(meta.positions.shape, -1, jnp.int32)
-    ids = jnp.arange(requests, dtype=jnp.int32) if state_ids is None else jnp.asarray(state_ids)
-    # Compare before the cast: a 64-bit id may wrap into another request's ring.
-    ids = jnp.where((ids >= 0) & (ids < rings), ids, -1).astype(jnp.int32)
+    ids = jnp.arange(requests, dtype=jnp.int32) if state_ids is None else _check.int32("state_ids", state_ids, requests)
+    ids = jnp.where((ids >= 0) & (ids < rings), ids, -1)
     within = jnp.arange(meta.num_tokens, dtype=jnp.int32) - meta.query_indptr[meta.request_ids]
     return jnp.where(meta.valid & (within < capacity), ids[meta.request_ids], -1)
 

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.sharding import NamedSharding, PartitionSpec
 
 from sparse_mla_jax._check import require
 from sparse_mla_jax.config import DeepseekV32Config
@@ -276,6 +277,17 @@ def _per_head(x: Array, weight: Array) -> Array:
     return jax.lax.platform_dependent(x, weight, cpu=widen, default=product)
 
 
+def _join_heads(values: Array, weight: Array) -> Array:
+    """values[T, H, dv] times weight[H, dv, D], summed over the heads: float32[T, D].
+
+    In a mesh with Explicit axes the sum goes over the devices that hold the heads: the result says where it lies.
+    """
+    mesh = jax.typeof(values).sharding.mesh
+    specs = jax.typeof(values).sharding.spec, jax.typeof(weight).sharding.spec
+    out = NamedSharding(mesh, PartitionSpec(specs[0][0], specs[1][2])) if mesh.explicit_axes else None
+    return jnp.tensordot(values, weight, axes=2, preferred_element_type=jnp.float32, out_sharding=out)
+
+
 def _absorb(params: dict[str, Any], query: Array) -> Array:
     """Maps rotated queries [T, H, dn + dr] to the space of the cache's keys: [T, H, R + dr] in query's type."""
     if "q_absorb" in params:
@@ -303,7 +315,7 @@ def _attend(
         implementation=implementation,
     )
     values = _per_head(out, params["kv_b_v"])
-    return jnp.tensordot(values.astype(query.dtype), params["o_proj"], axes=2, preferred_element_type=jnp.float32)
+    return _join_heads(values.astype(query.dtype), params["o_proj"])
 
 
 def attention_step(

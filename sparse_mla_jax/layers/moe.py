@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from pallas_kernels.mesh_axes import varying
 from sparse_mla_jax.config import DeepseekV4Config, DeepseekV32Config
 from sparse_mla_jax.layers.projections import matmul
-from sparse_mla_jax.ops._chunks import varying
 from sparse_mla_jax.ops.router import biased_grouped_topk, hash_route, sqrt_softplus_topk
 
 __all__ = ["clamped_moe", "matmul", "moe", "moe_v4", "routed_experts", "swiglu"]

@@ -1,12 +1,12 @@
 """Reads and writes Hugging Face folders: config.json, and safetensors with the published tensor names.
 
 A table in `families` maps a model family's tensor names to our arrays. Shapes and types come from the model's
-`param_specs` (`tensor_table`). `weight_files` reads folders and files, `quantized_weights` dequantises FP8 and FP4.
+`param_specs` (`tensor_table`). `weight_files` reads folders and files, `tensor_forms` checks what they hold,
+`quantized_weights` dequantises FP8 and FP4, and `folder_replacement` puts a new checkpoint in the place of an old one.
 """
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import json
 import math
@@ -17,18 +17,20 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 from safetensors.numpy import save_file
 from tqdm import tqdm
 
 from sparse_mla_jax._check import require
+from sparse_mla_jax._folder import CONFIG, INDEX, SINGLE, find_file
 from sparse_mla_jax.config import Config, load_config
 from sparse_mla_jax.families.registry import published_family
 from sparse_mla_jax.models.family import family_of
-from sparse_mla_jax.models.quantized_weights import FP4_GROUP, dequantize_blocks, dequantize_fp4, scale_shape
+from sparse_mla_jax.models.folder_replacement import replace_checkpoint
+from sparse_mla_jax.models.quantized_weights import Block, dequantize_blocks, dequantize_fp4, read_block_size
+from sparse_mla_jax.models.tensor_forms import check_forms
 from sparse_mla_jax.models.tensor_table import Keys, Tensor, at, list_tensors, published_shapes
-from sparse_mla_jax.models.weight_files import INDEX, SHARD, SINGLE, WeightFile, open_folder
+from sparse_mla_jax.models.weight_files import open_folder, read_unchanged
 
 __all__ = [
     "config_to_json",
@@ -40,18 +42,6 @@ __all__ = [
 ]
 
 Params = dict[str, Any]
-
-# numpy types by their safetensors names, for each kind of tensor: values, scales, integer tables, FP4.
-_FLOATS: dict[str, Any] = {
-    "F64": np.float64,
-    "F32": np.float32,
-    "F16": np.float16,
-    "BF16": ml_dtypes.bfloat16,
-    "F8_E4M3": ml_dtypes.float8_e4m3fn,
-}
-_SCALES: dict[str, Any] = {**_FLOATS, "F8_E8M0": ml_dtypes.float8_e8m0fnu, "U8": ml_dtypes.float8_e8m0fnu}
-_TABLES: dict[str, Any] = {"I64": np.int64, "I32": np.int32, "U32": np.uint32}
-_FP4: dict[str, Any] = {"I8": np.uint8, "U8": np.uint8, "F4": np.uint8}
 
 
 def config_to_json(config: Config, dtype: Any = jnp.float32) -> dict[str, Any]:
@@ -66,84 +56,6 @@ def config_to_json(config: Config, dtype: Any = jnp.float32) -> dict[str, Any]:
 
 
 # --- reading
-
-
-def _name_some(names: list[str]) -> str:
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-
-
-class _Form(NamedTuple):
-    """The expected shape and types of a tensor in its file, and the name of its scales."""
-
-    shape: tuple[int, ...]
-    types: dict[str, Any]
-    scale: str | None = None
-
-
-def _form(tensor: Tensor, files: dict[str, WeightFile], config: Config, folder: str) -> _Form:
-    """The expected form of a tensor of the folder: plain, FP8 or FP4, told by its safetensors type."""
-    family, name, shape = published_family(config), tensor.name, tensor.shape
-    kind = files[name].dtype(name)
-    packed = kind in _FP4 and family.fp4_experts and tensor.expert is not None
-    if not (packed or (kind == "F8_E4M3" and len(shape) == 2)):
-        return _Form(shape, _TABLES if tensor.is_table else _FLOATS)
-    names = family.scale_names(name)
-    scale = next((one for one in names if one in files), None)
-    form = "FP4" if packed else "FP8"
-    require(scale is not None, f"{form} tensor {name} has no {' or '.join(names)} in {folder!r}; fetch all files.")
-    if not packed:
-        return _Form(shape, _FLOATS, scale)
-    require(shape[1] % 2 == 0, f"tensor {name} is FP4, two values to a byte, with {shape[1]} to a row.")
-    return _Form(shape if kind == "F4" else (shape[0], shape[1] // 2), _FP4, scale)
-
-
-def _check_tensors(
-    files: dict[str, WeightFile], tensors: list[Tensor], config: Config, block: tuple[int, int], folder: str
-) -> dict[str, _Form]:
-    """The expected form of every tensor, scales included. Checks all headers before any tensor is read.
-
-    Raises:
-      ValueError: a tensor is missing, surplus, or of another shape or type.
-    """
-    missing = [tensor.name for tensor in tensors if tensor.name not in files]
-    require(not missing, f"{folder!r} lacks tensor {_name_some(missing)}; config.json promises it. Fetch all files.")
-    forms = {tensor.name: _form(tensor, files, config, folder) for tensor in tensors}
-    for tensor in tensors:
-        form = forms[tensor.name]
-        if form.scale is not None:
-            scales = scale_shape(tensor.shape, (1, FP4_GROUP) if form.types is _FP4 else block)
-            forms[form.scale] = _Form(scales, _SCALES)
-    is_ignored = published_family(config).is_ignored
-    surplus = sorted(name for name in files if name not in forms and not is_ignored(name, config))
-    require(
-        not surplus,
-        f"{folder!r} holds tensor {_name_some(surplus)}, for which config.json has no place; use the config.json that"
-        " belongs to these weights.",
-    )
-    for name, form in forms.items():
-        file = files[name]
-        require(
-            file.dtype(name) in form.types,
-            f"tensor {name} in {file.path} has type {file.dtype(name)}; supported are {', '.join(form.types)}. Convert"
-            " the folder.",
-        )
-        require(
-            file.shape(name) == form.shape,
-            f"tensor {name} has shape {list(file.shape(name))}; config.json makes it {list(form.shape)}. Use the"
-            " config.json that belongs to these weights.",
-        )
-    return forms
-
-
-def _read_block_size(folder: str) -> tuple[int, int]:
-    with open(os.path.join(folder, "config.json"), encoding="utf-8") as f:
-        quantization = json.load(f).get("quantization_config") or {}
-    block = quantization.get("weight_block_size") or (128, 128)
-    require(
-        isinstance(block, list | tuple) and len(block) == 2 and all(isinstance(b, int) and b > 0 for b in block),
-        f"config field weight_block_size is {block!r}; two positive integers are expected. Mend config.json.",
-    )
-    return block[0], block[1]
 
 
 def _check_dtype(dtype: Any) -> Any:
@@ -163,6 +75,11 @@ def _check_table(name: str, table: np.ndarray, config: Any) -> None:
         f"tensor {name} names experts {low} to {high}; there are {config.n_routed_experts} (n_routed_experts). Fetch"
         " the file again.",
     )
+
+
+def _read_block_size(folder: str) -> Block:
+    with open(find_file(folder, CONFIG), encoding="utf-8") as f:
+        return read_block_size(json.load(f).get("quantization_config"))
 
 
 def _build_params(specs: Any, tensors: list[Tensor], read: Callable[[Tensor], np.ndarray]) -> Params:
@@ -193,9 +110,14 @@ def load_checkpoint(
 ) -> tuple[Config, Params]:
     """Reads config.json and the weights of a folder of DeepSeek-V3.2 or DeepSeek-V4.
 
-    The weights are one model.safetensors, or several files with model.safetensors.index.json. FP8 (e4m3fn) matrices
-    are dequantised by their 128x128 blocks (`weight_scale_inv`, or V4's `scale`), V4's FP4 experts by groups of 32
-    values; see `families.deepseek_v4`. Multi-token-prediction layers and rotary buffers are skipped.
+    The weights are one model.safetensors, or several files with model.safetensors.index.json. FP8 matrices (e4m3fn or
+    e4m3fnuz) are multiplied by their scales (`weight_scale_inv`, `weight_scale`, or V4's `scale`), one for each block
+    (128x128, or the size in quantization_config), for each row, or for the matrix. V4's FP4 experts have one for each
+    32 values; see `families.deepseek_v4`. V3.2's experts may be fused, and V4's names may be those of transformers.
+    Skipped are multi-token-prediction layers, rotary buffers, and the scales with which other engines round activations
+    and caches (`input_scale`, `k_scale`, `v_scale`).
+
+    While another process saves into the folder, the old or the new checkpoint is read, never parts of both.
 
     Args:
       folder: a Hugging Face model folder.
@@ -209,25 +131,24 @@ def load_checkpoint(
     Raises:
       ValueError: no such folder or file, a truncated or corrupt file, or a tensor that is missing, surplus, or of
         another shape or type than config.json requires; the message names it.
+      OSError: a file that can not be opened.
     """
     folder, dtype = os.fspath(folder), _check_dtype(dtype)
-    config = load_config(folder)
-    block, files, tensors = _read_block_size(folder), open_folder(folder), list_tensors(config, dtype)
-    forms = _check_tensors(files, tensors, config, block, folder)
+    config, block, stored = read_unchanged(
+        folder, lambda: (load_config(folder), _read_block_size(folder), open_folder(folder))
+    )
+    tensors = list_tensors(config, dtype)
+    forms = check_forms(stored, tensors, config, block, folder)
     disable = not progress or not sys.stderr.isatty()
     with tqdm(total=len(tensors), desc="weights", unit="tensor", disable=disable) as bar:
 
         def read(tensor: Tensor) -> np.ndarray:
             bar.update()
-            name, form = tensor.name, forms[tensor.name]
-            value = files[name].read(name, form.types)
-            if form.scale is None:
-                if tensor.is_table:
-                    _check_table(name, value, config)
-                return value
-            scales = files[form.scale].read(form.scale, _SCALES)
-            wide = dequantize_fp4(value, scales) if form.types is _FP4 else dequantize_blocks(value, scales, block)
-            return wide.astype(dtype)
+            form = forms[tensor.name]
+            value = form.read()
+            if tensor.is_table:
+                _check_table(form.values.label, value, config)
+            return value if form.scale is None else value.astype(dtype)
 
         return config, _build_params(family_of(config).param_specs(config, dtype), tensors, read)
 
@@ -266,21 +187,47 @@ def _publish(params: Params, tensors: list[Tensor]) -> Iterator[tuple[str, np.nd
         yield tensor.name, np.ascontiguousarray(tensor.layout.write(arrays), tensor.stored_dtype)
 
 
-def _replace_json(path: str, data: dict[str, Any]) -> None:
-    with open(path + ".part", "w", encoding="utf-8") as f:
-        json.dump(data, f, indent=1, sort_keys=True)
-        f.write("\n")
-    os.replace(path + ".part", path)
+class _Plan(NamedTuple):
+    """The files of a checkpoint to be written: names of weight files with their tensors, and texts of the others."""
+
+    weights: dict[str, list[str]]
+    texts: dict[str, str]
+    num_bytes: int
 
 
-def _replace_weights(folder: str, files: list[str]) -> None:
-    """Replaces the folder's weight files by the newly written ones (FILE.part)."""
-    for old in os.listdir(folder):
-        if old in (SINGLE, INDEX) or SHARD.fullmatch(old):
-            with contextlib.suppress(FileNotFoundError):
-                os.remove(os.path.join(folder, old))
-    for file in files:
-        os.replace(os.path.join(folder, file + ".part"), os.path.join(folder, file))
+def _plan_files(
+    config: Config, tensors: list[Tensor], dtype: Any, max_shard_bytes: int, extra: dict[str, Any] | None
+) -> _Plan:
+    sizes = {tensor.name: math.prod(tensor.shape) * tensor.stored_dtype.itemsize for tensor in tensors}
+    shards = _plan_shards(sizes, max_shard_bytes)
+    single = len(shards) == 1
+    files = [SINGLE if single else f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+    texts = {CONFIG: _to_json({**config_to_json(config, dtype), **(extra or {})})}
+    if not single:
+        weight_map = {name: file for file, names in zip(files, shards) for name in names}
+        texts[INDEX] = _to_json({"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map})
+    # Beside its bytes, a tensor has about 100 characters in the header of its file.
+    num_bytes = sum(sizes.values()) + 100 * len(sizes) + sum(len(text) for text in texts.values())
+    return _Plan(dict(zip(files, shards)), texts, num_bytes)
+
+
+def _to_json(data: dict[str, Any]) -> str:
+    try:
+        return json.dumps(data, indent=1, sort_keys=True, allow_nan=False) + "\n"
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ValueError(
+            f"extra can not be written to config.json ({error}); expected are numbers, texts, lists and dicts."
+        ) from None
+
+
+def _write_files(staging: str, plan: _Plan, written: Iterator[tuple[str, np.ndarray]], progress: bool) -> None:
+    disable = not progress or not sys.stderr.isatty()
+    for file, names in tqdm(plan.weights.items(), desc="writing", unit="file", disable=disable):
+        # No variable keeps the arrays of a file while those of the next one are made.
+        save_file(dict(itertools.islice(written, len(names))), os.path.join(staging, file), metadata={"format": "pt"})
+    for file, text in plan.texts.items():
+        with open(os.path.join(staging, file), "w", encoding="utf-8") as f:
+            f.write(text)
 
 
 def save_checkpoint(
@@ -295,7 +242,12 @@ def save_checkpoint(
 ) -> None:
     """Writes a folder with the published names, which `load_checkpoint` and Hugging Face transformers both read.
 
-    Weights that are always float32 (norms, biases, ...) are written as float32. The folder's old weights are replaced.
+    Weights that are always float32 (norms, biases, ...) are written as float32.
+
+    config.json and the old weights of the folder are replaced in one step; other files stay. The new files lie beside
+    the old ones until then, so both need room. If the process is killed or fails, `load_checkpoint` finds the old
+    checkpoint or the new one, whole; see `models.folder_replacement`. Several processes may save into one folder: the
+    last one to finish wins.
 
     Args:
       folder: made if it does not exist.
@@ -307,26 +259,15 @@ def save_checkpoint(
       progress: show a progress bar on stderr, if that is a terminal.
 
     Raises:
-      ValueError: params that do not fit config, another dtype, max_shard_bytes below 1.
+      ValueError: params that do not fit config, another dtype, max_shard_bytes below 1, extra fields that JSON can not
+        express.
+      OSError: the files could not be written: no room, no permission. The folder is as it was. The message says how
+        many bytes are needed.
     """
     _check_params(params, config)
     require(max_shard_bytes >= 1, f"max_shard_bytes is {max_shard_bytes}; a positive number of bytes is expected.")
     folder, dtype = os.fspath(folder), _check_dtype(params["embed_tokens"].dtype if dtype is None else dtype)
-    os.makedirs(folder, exist_ok=True)
-
     tensors = list_tensors(config, dtype)
-    sizes = {tensor.name: math.prod(tensor.shape) * tensor.stored_dtype.itemsize for tensor in tensors}
-    shards = _plan_shards(sizes, max_shard_bytes)
-    single = len(shards) == 1
-    files = [SINGLE if single else f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
-    written = _publish(params, tensors)
-    disable = not progress or not sys.stderr.isatty()
-    for file, names in zip(tqdm(files, desc="writing", unit="file", disable=disable), shards):
-        held = dict(itertools.islice(written, len(names)))
-        save_file(held, os.path.join(folder, file + ".part"), metadata={"format": "pt"})
-    _replace_weights(folder, files)
-    if not single:
-        weight_map = {name: file for file, names in zip(files, shards) for name in names}
-        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
-        _replace_json(os.path.join(folder, INDEX), index)
-    _replace_json(os.path.join(folder, "config.json"), {**config_to_json(config, dtype), **(extra or {})})
+    plan = _plan_files(config, tensors, dtype, max_shard_bytes, extra)
+    with replace_checkpoint(folder, plan.num_bytes) as staging:
+        _write_files(staging, plan, _publish(params, tensors), progress)

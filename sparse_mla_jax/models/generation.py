@@ -8,6 +8,7 @@ import os
 from typing import Any
 
 from sparse_mla_jax._check import require
+from sparse_mla_jax._folder import find_file
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +32,7 @@ def load_generation_defaults(folder: str | os.PathLike[str]) -> GenerationDefaul
       ValueError: a file that is not a JSON object, or an `eos_token_id` that is not made of numbers of at least 0.
     """
     for name in ("generation_config.json", "config.json"):
-        path = os.path.join(folder, name)
+        path = find_file(folder, name)
         value = _read_object(path).get("eos_token_id") if os.path.isfile(path) else None
         if value is not None:
             return GenerationDefaults(_token_ids(path, value))

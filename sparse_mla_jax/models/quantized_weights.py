@@ -1,20 +1,86 @@
-"""Dequantises published matrices: FP8 with one scale per block, FP4 with one scale per 32 values."""
+"""Dequantises published matrices: FP8 with scales of blocks, rows or the whole matrix, FP4 with scales of 32 values.
+
+Values are multiplied by their scales, whatever the scales are called: `weight_scale_inv` (DeepSeek), `weight_scale`
+(compressed-tensors, Quark, ModelOpt), `scale` (DeepSeek-V4).
+"""
 
 from __future__ import annotations
 
+import re
+from typing import Any
+
+import ml_dtypes
 import numpy as np
 
 from sparse_mla_jax._check import require
 
 FP4_GROUP = 32
+# numpy types by their safetensors names. F8_E4M3FNUZ is the type of AMD's gfx942.
+FP8_TYPES: dict[str, Any] = {"F8_E4M3": ml_dtypes.float8_e4m3fn, "F8_E4M3FNUZ": ml_dtypes.float8_e4m3fnuz}
+
+Block = tuple[int, int]
 
 
-def scale_shape(shape: tuple[int, ...], block: tuple[int, int]) -> tuple[int, ...]:
+def read_block_size(quantization: Any) -> Block:
+    """Rows and columns that share a scale, from quantization_config; 128x128 where it does not say.
+
+    DeepSeek writes `weight_block_size`, compressed-tensors `block_structure` in each of its `config_groups`, as a list
+    or as "128x128".
+
+    Raises:
+      ValueError: something else than two positive integers, or groups that differ.
+    """
+    quantization = {} if quantization is None else quantization
+    require(
+        isinstance(quantization, dict),
+        f"config field quantization_config is {quantization!r}; a JSON object is expected. Mend config.json.",
+    )
+    found = {"weight_block_size": quantization.get("weight_block_size")}
+    groups = quantization.get("config_groups")
+    for name, group in (groups if isinstance(groups, dict) else {}).items():
+        weights = group.get("weights") if isinstance(group, dict) else None
+        block = weights.get("block_structure") if isinstance(weights, dict) else None
+        if isinstance(block, str) and re.fullmatch(r"\d{1,9}x\d{1,9}", block):
+            block = [int(size) for size in block.split("x")]
+        found[f"block_structure of {name}"] = block
+    sizes = {name: block for name, block in found.items() if block is not None}
+    for name, block in sizes.items():
+        require(
+            isinstance(block, list | tuple) and len(block) == 2 and all(type(b) is int and b > 0 for b in block),
+            f"config field {name} is {block!r}; two positive integers are expected. Mend config.json.",
+        )
+    distinct = {(block[0], block[1]) for block in sizes.values()}
+    require(
+        len(distinct) <= 1,
+        f"config fields {' and '.join(sizes)} differ: {list(sizes.values())}; one size of block is expected for all"
+        " matrices. Dequantise the folder with the program that wrote it.",
+    )
+    return distinct.pop() if distinct else (128, 128)
+
+
+def scale_shape(shape: tuple[int, ...], block: Block) -> tuple[int, ...]:
     """Shape of the scales of a matrix; blocks at the edges may be cut."""
     return tuple(-(-size // step) for size, step in zip(shape, block))
 
 
-def dequantize_blocks(values: np.ndarray, scales: np.ndarray, block: tuple[int, int] = (128, 128)) -> np.ndarray:
+def scale_block(shape: tuple[int, ...], scales: tuple[int, ...], block: Block) -> Block | None:
+    """Rows and columns that share a scale, told by the shape of the scales; None if they do not fit the matrix.
+
+    Args:
+      shape: [out, in], of the matrix.
+      scales: scale_shape(shape, block) for blocks, [out, 1] or [out] for one scale per row, [], [1] or [1, 1] for one
+        scale of the whole matrix. Where two of them are the same shape, they mean the same.
+      block: the size of blocks.
+    """
+    rows, columns = shape
+    if scales == scale_shape(shape, block):
+        return block
+    if scales in ((rows, 1), (rows,)):
+        return 1, columns
+    return (rows, columns) if scales in ((), (1,), (1, 1)) else None
+
+
+def dequantize_blocks(values: np.ndarray, scales: np.ndarray, block: Block = (128, 128)) -> np.ndarray:
     """values[out, in] times the scale of its block, float32; blocks at the edges may be cut.
 
     Args:

@@ -9,22 +9,28 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-
-def _axes(leaf: Any) -> frozenset:
-    """Names of the shard_map axes over which an array varies."""
-    kind = jax.typeof(leaf)
-    return kind.manual_axis_type.varying if hasattr(kind, "manual_axis_type") else getattr(kind, "vma", frozenset())
+from pallas_kernels.mesh_axes import varying
 
 
-def varying(x: Any, *like: Any) -> Any:
-    """Marks the pytree `x` as varying over the shard_map axes of `like`; a loop's initial carry needs it."""
-    axes = frozenset().union(*(_axes(leaf) for leaf in jax.tree.leaves(like)))
+def loop_to(stop: Array, most: int, step: Callable[[Array, Any], Any], state: Any, *, reversible: bool) -> Any:
+    """Runs state = step(i, state) for i = 0 .. min(stop, most) - 1; `stop` is known at run time only.
 
-    def mark(leaf):
-        missing = tuple(axes - _axes(leaf))
-        return jax.lax.pcast(leaf, missing, to="varying") if missing else leaf
+    Args:
+      stop: int32 scalar.
+      most: static.
+      step: of one number and the state.
+      state: pytree of arrays, varying over the axes of what `step` closes over.
+      reversible: whether reverse mode must work, which needs a static number of steps: then all `most` are taken,
+        those from `stop` on leave the state as it is, and the values of a step are computed again for its derivative.
+    """
+    if not reversible:
+        return jax.lax.fori_loop(0, jnp.minimum(stop, most), step, state)
 
-    return jax.tree.map(mark, x) if axes else x
+    @jax.checkpoint
+    def maybe(i: Array, state: Any) -> Any:
+        return jax.lax.cond(i < stop, step, lambda i, state: state, i, state)
+
+    return jax.lax.fori_loop(0, most, maybe, state)
 
 
 def map_row_chunks(body: Callable[[Array], Any], num_rows: int, chunk: int, *, like: Any) -> Any:

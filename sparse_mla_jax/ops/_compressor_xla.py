@@ -14,14 +14,16 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from pallas_kernels.mesh_axes import varying
 from sparse_mla_jax import reference
-from sparse_mla_jax.ops._chunks import varying
+from sparse_mla_jax.ops._chunks import loop_to
 from sparse_mla_jax.ops._compressor_state import Closings, CompressorState, CompressorWeights
 
 # Window rows (tokens) of a block: a block pools _ROWS // S windows.
@@ -52,8 +54,8 @@ class WindowRows(NamedTuple):
     valid: Array
 
 
-def xla_entries(inputs: PoolInputs) -> Array:
-    """Entries float32[M, hd] by XLA; zeros after the windows that close."""
+def xla_entries(inputs: PoolInputs, *, reversible: bool = False) -> Array:
+    """Entries float32[M, hd] by XLA; zeros after the windows that close. See `loop_to` for `reversible`."""
     weights = inputs.weights
 
     def pool(closings: Closings) -> Array:
@@ -62,7 +64,8 @@ def xla_entries(inputs: PoolInputs) -> Array:
         return _compile_apart(_multiply_rotation(weights, _pool(weights, rows), position))
 
     width = weights.dim + 2 * weights.frequencies.shape[0]
-    return _rotate_products(weights, _pool_blocks(pool, inputs, max(1, _ROWS // weights.rows), width))
+    loop = partial(loop_to, reversible=reversible)
+    return _rotate_products(weights, _pool_blocks(pool, inputs, max(1, _ROWS // weights.rows), width, loop))
 
 
 def reference_entries(inputs: PoolInputs) -> Array:
@@ -135,7 +138,9 @@ def _compile_apart(x: Any) -> Any:
     return lax.optimization_barrier(x)
 
 
-def _pool_blocks(pool: Callable[[Closings], Array], inputs: PoolInputs, block: int, width: int) -> Array:
+def _pool_blocks(
+    pool: Callable[[Closings], Array], inputs: PoolInputs, block: int, width: int, loop: Callable[..., Array]
+) -> Array:
     """Calls `pool` on `block` closings at a time: float32[M, width], zeros after the last closing.
 
     All blocks have one size: the rounding of a sum would depend on the step's size if its shape did.
@@ -150,4 +155,4 @@ def _pool_blocks(pool: Callable[[Closings], Array], inputs: PoolInputs, block: i
         return lax.dynamic_update_slice_in_dim(out, pool(some), i * block, 0)
 
     out = varying(jnp.zeros((most + short, width), jnp.float32), inputs)
-    return lax.fori_loop(jnp.int32(0), -(-count // block), step, out)[:most]
+    return loop(-(-count // block), (most + short) // block, step, out)[:most]

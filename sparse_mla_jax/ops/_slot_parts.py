@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from functools import partial
 from typing import Any, ClassVar
 
 import jax.numpy as jnp
@@ -21,6 +22,7 @@ from pallas_kernels.cache_parts import CachePart
 from pallas_kernels.plans.cache_write import CacheWritePlan
 from sparse_mla_jax import reference
 from sparse_mla_jax.ops import fp8
+from sparse_mla_jax.ops._derivative import with_derivative_of
 from sparse_mla_jax.ops._dispatch import check_implementation, dispatch
 
 # (field of an array of pages, field of its scales or None).
@@ -116,18 +118,11 @@ def write_parts(
         operator,
         implementation,
         {
-            "triton": lambda: _triton_write(parts, slots, plan),
+            "triton": lambda: with_derivative_of(_xla_write, partial(kernel.write, plan=plan), parts, slots),
             "xla": lambda: _xla_write(parts, slots),
             "reference": lambda: _reference_write(parts, slots),
         },
     )
-
-
-def _triton_write(parts: list[CachePart], slots: Array, plan: CacheWritePlan | None) -> list[list[Array]]:
-    if slots.dtype != jnp.int32:
-        most = max(part.pages.shape[0] for part in parts)
-        slots = jnp.where(is_slot(slots, most), slots, -1).astype(jnp.int32)
-    return kernel.write(parts, slots, plan=plan)
 
 
 def _xla_write(parts: list[CachePart], slots: Array) -> list[list[Array]]:
@@ -138,7 +133,7 @@ def _xla_write(parts: list[CachePart], slots: Array) -> list[list[Array]]:
     superseded = jnp.zeros(slots.shape, bool).at[order[:-1]].set(is_repeated, unique_indices=True)
 
     def scatter(pages, rows):
-        at = jnp.where(is_slot(slots, pages.shape[0]) & ~superseded, slots.astype(jnp.int32), -1 - token)
+        at = jnp.where(is_slot(slots, pages.shape[0]) & ~superseded, slots, -1 - token)
         return pages.at[at].set(rows, mode="drop", wrap_negative_indices=False, unique_indices=True)
 
     return [[scatter(pages, rows) for pages, rows in zip(part.arrays, _rows_to_store(part))] for part in parts]
@@ -178,7 +173,7 @@ def gather_rows(pages: Array, slots: Array) -> Array:
     dtype, num_slots = pages.dtype, pages.shape[0] * pages.shape[1]
     if dtype == fp8.E8M0:
         pages = lax.bitcast_convert_type(pages, jnp.uint8)
-    at = jnp.clip(slots, 0, num_slots - 1).astype(jnp.int32)
+    at = jnp.clip(slots, 0, num_slots - 1)
     rows = pages.reshape(num_slots, *pages.shape[2:]).at[at].get(mode="promise_in_bounds")
     return lax.bitcast_convert_type(rows, dtype) if dtype == fp8.E8M0 else rows
 

@@ -12,18 +12,23 @@ from __future__ import annotations
 
 import math
 import numbers
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.sharding import PartitionSpec
 
 from pallas_kernels import fp8_bits, sparse_attention
+from pallas_kernels.mesh_axes import explicit_axes, on_shards, varying
 from pallas_kernels.plans.attention import AttentionPlan
 from sparse_mla_jax import _check, reference
 from sparse_mla_jax._check import describe, require
-from sparse_mla_jax.ops._chunks import map_row_chunks, rows_from, varying
+from sparse_mla_jax.ops._chunks import loop_to, map_row_chunks, rows_from
+from sparse_mla_jax.ops._derivative import with_derivative_of
 from sparse_mla_jax.ops._dispatch import dispatch, with_plan
 from sparse_mla_jax.ops.cache import PagedKVCache
 from sparse_mla_jax.ops.ragged import DenseRows, Ragged
@@ -101,15 +106,8 @@ def sparse_mla(
     if q.shape[0] == 0:
         out, lse = jnp.zeros((0, q.shape[1], value_dim), q.dtype), jnp.zeros((0, q.shape[1]), jnp.float32)
     else:
-        out, lse = dispatch(
-            "sparse_mla",
-            implementation,
-            {
-                "triton": lambda: _triton(q, sources, scale, value_dim, sinks, plan),
-                "xla": lambda: _xla(q, sources, scale, value_dim, sinks),
-                "reference": lambda: _reference(q, sources, scale, value_dim, sinks),
-            },
-        )
+        run = partial(_dispatch, implementation=implementation, plan=plan, sm_scale=scale, value_dim=value_dim)
+        out, lse = _on_shards(run, q, sources, sinks) if explicit_axes() else run(q, sources, sinks)
         out = out.astype(q.dtype)
     return (out, lse) if return_lse else out
 
@@ -117,15 +115,16 @@ def sparse_mla(
 def merge(outs: Array, lses: Array) -> tuple[Array, Array]:
     """Merges attention over disjoint splits of the keys: outs[S, T, H, V], lses[S, T, H] -> (out[T, H, V], lse[T, H]).
 
-    Splits must exclude sinks: apply them once, to the result. A split whose lse is -inf contributes nothing, whatever
-    its out holds. If all are -inf, the result is 0 and -inf. Returns out in outs' dtype and lse in float32 (natural
-    log).
+    Splits must exclude sinks: apply them once, to the result. A split whose lse is not finite is empty and contributes
+    nothing, whatever its out holds: this library marks empty rows with -inf, other kernels with +inf or NaN. If all
+    are empty, the result is 0 and -inf. Returns out in outs' dtype and lse in float32 (natural log).
+
+    Raises:
+      ValueError: types or shapes other than these.
     """
-    require(
-        outs.ndim == 4 and lses.shape == outs.shape[:3],
-        f"outs is {describe(outs)} and lses {describe(lses)}; expected [S, T, H, V] and [S, T, H]: stack the parts.",
-    )
-    lses = lses.astype(jnp.float32)
+    outs = _check.array("outs", outs, jnp.floating, "S", "T", "H", "V", hint="Stack the parts.")
+    lses = _check.floats("lses", lses, *outs.shape[:3], hint="One for each row and head of outs.")
+    lses = jnp.where(jnp.isfinite(lses), lses, -jnp.inf)
     top = jnp.max(lses, axis=0, initial=-jnp.inf)
     weights = jnp.exp(lses - jnp.where(jnp.isneginf(top), 0.0, top))
     total = weights.sum(axis=0)
@@ -139,13 +138,16 @@ def apply_sinks(out: Array, lse: Array, sinks: Array) -> Array:
     """Adds the logits sinks[H] to the denominator of a finished attention: out[T, H, V], lse[T, H] -> out[T, H, V].
 
     `lse` is the natural logarithm, without the sink. A row with lse -inf stays 0, even if the sink is -inf.
+
+    Raises:
+      ValueError: types or shapes other than these.
     """
-    require(
-        out.ndim == 3 and lse.shape == out.shape[:2] and sinks.shape == out.shape[1:2],
-        f"out is {describe(out)}, lse {describe(lse)}, sinks {describe(sinks)}; expected [T, H, V], [T, H] and [H].",
-    )
-    lse, sinks = lse.astype(jnp.float32), sinks.astype(jnp.float32)
-    share = jnp.where(jnp.isneginf(lse), 0.0, 1.0 / (1.0 + jnp.exp(sinks[None, :] - lse)))
+    out = _check.array("out", out, jnp.floating, "T", "H", "V")
+    lse = _check.floats("lse", lse, *out.shape[:2], hint="One for each row and head of out.")
+    sinks = _check_sinks(sinks, out.shape[1])
+    is_empty = jnp.isneginf(lse)
+    # Mask the argument too: the derivative of the other case would be NaN.
+    share = jnp.where(is_empty, 0.0, jax.nn.sigmoid(jnp.where(is_empty, 0.0, lse) - sinks[None, :]))
     return (out.astype(jnp.float32) * share[..., None]).astype(out.dtype)
 
 
@@ -166,17 +168,13 @@ def key_dim(kv: PagedKVCache | Array) -> int:
 def _check_source(name: str, kv: Any, rows: Any, q: Array) -> _Source:
     """(kv, rows) with one int32 row for each token of q."""
     if not isinstance(kv, PagedKVCache):
-        require(
-            hasattr(kv, "ndim") and kv.ndim == 2 and jnp.issubdtype(kv.dtype, jnp.floating) and kv.dtype.itemsize > 1,
-            f"{name} is {describe(kv)}; expected a PagedKVCache or a float array [N, D]. Quantised rows belong into a"
-            " PagedKVCache.",
-        )
+        hint = "Or a PagedKVCache, where quantised rows belong."
+        kv = _check.array(name, kv, (jnp.float32, jnp.bfloat16, jnp.float16), "N", "D", hint=hint)
     require(
         key_dim(kv) == q.shape[2],
         f"{name} has keys of {key_dim(kv)} dimensions and q of {q.shape[2]}; they must agree (latent_dim + rope_dim).",
     )
     if not isinstance(rows, Ragged | DenseRows):
-        require(hasattr(rows, "dtype"), f"rows of {name} is {type(rows).__name__}; expected int32 slots [T, W].")
         rows = DenseRows(rows)
     return kv, rows.check(f"rows of {name}", q.shape[0])
 
@@ -190,9 +188,44 @@ def _check_scale(sm_scale: Any) -> float:
 
 
 def _check_sinks(sinks: Any, heads: int) -> Array:
-    shape = getattr(sinks, "shape", None)
-    require(shape == (heads,), f"sinks is {describe(sinks)}; expected [{heads}], one logit per head.")
-    return jnp.asarray(sinks).astype(jnp.float32)
+    return _check.floats("sinks", sinks, heads, hint="One logit per head.")
+
+
+# --- choice of a body
+def _dispatch(
+    q: Array,
+    sources: list[_Source],
+    sinks: Array | None,
+    *,
+    implementation: str | None,
+    plan: AttentionPlan | None,
+    **sizes: Any,
+) -> tuple[Array, Array]:
+    args, definition = (q, sources, sinks), partial(_xla, **sizes, reversible=True)
+    return dispatch(
+        "sparse_mla",
+        implementation,
+        {
+            "triton": lambda: with_derivative_of(definition, partial(_triton, **sizes, plan=plan), *args),
+            "xla": lambda: with_derivative_of(definition, partial(_xla, **sizes), *args),
+            "reference": lambda: _reference(*args, **sizes),
+        },
+    )
+
+
+def _on_shards(run: Callable[..., Any], q: Array, sources: list[_Source], sinks: Array | None) -> tuple[Array, Array]:
+    """`run` in a mesh with Explicit axes: every device attends with its own tokens and heads of q to all keys."""
+    tokens, heads, _ = jax.typeof(q).sharding.spec
+    if any(isinstance(rows, Ragged) for _, rows in sources):
+        # Rows of a Ragged can not be told apart by their place.
+        tokens = None
+    whole, by_token = PartitionSpec(), PartitionSpec(tokens)
+    sources_specs = [
+        (jax.tree.map(lambda _: whole, kv), jax.tree.map(lambda _: by_token if tokens else whole, rows))
+        for kv, rows in sources
+    ]
+    specs = PartitionSpec(tokens, heads), sources_specs, None if sinks is None else PartitionSpec(heads)
+    return on_shards(run, (q, sources, sinks), specs, PartitionSpec(tokens, heads))
 
 
 # --- keys
@@ -270,7 +303,7 @@ def _attend(q: Array, keys: list[Array], valid: Array, value_dim: int, state):
     return top, total, acc
 
 
-def _over_source(q: Array, source: _Source, width: int, value_dim: int, state: Any) -> Any:
+def _over_source(q: Array, source: _Source, width: int, value_dim: int, state: Any, reversible: bool) -> Any:
     """Adds a source to the state of the online softmax, `width` keys of every row at a time. Row t belongs to q[t]."""
     kv, rows = source
     if rows.longest == 0:
@@ -289,7 +322,8 @@ def _over_source(q: Array, source: _Source, width: int, value_dim: int, state: A
         slots = jnp.where(offset < lengths[:, None], _take(values, at), -1)
         return _attend(q, *_keys(kv, slots), value_dim, state)
 
-    return jax.lax.fori_loop(0, (jnp.max(lengths) + width - 1) // width, step, state)
+    stop = (jnp.max(lengths) + width - 1) // width
+    return loop_to(stop, -(-rows.longest // width), step, state, reversible=reversible)
 
 
 def _finish(state, q: Array, value_dim: int, sinks: Array | None) -> tuple[Array, Array]:
@@ -303,8 +337,19 @@ def _finish(state, q: Array, value_dim: int, sinks: Array | None) -> tuple[Array
     return (out if sinks is None else apply_sinks(out, lse, sinks)), lse
 
 
-def _xla(q: Array, sources: list[_Source], sm_scale: float, value_dim: int, sinks: Array | None) -> tuple[Array, Array]:
-    """Gathers and dequantises the keys of a chunk of rows once, then two matrix products. Long rows go by blocks."""
+def _xla(
+    q: Array,
+    sources: list[_Source],
+    sinks: Array | None,
+    *,
+    sm_scale: float,
+    value_dim: int,
+    reversible: bool = False,
+) -> tuple[Array, Array]:
+    """Gathers and dequantises the keys of a chunk of rows once, then two matrix products. Long rows go by blocks.
+
+    See `loop_to` for `reversible`.
+    """
     tokens, heads, dim = q.shape
     widths = [max(1, min(MAX_BLOCK, rows.width)) for _, rows in sources]
     chunk = max(1, min(tokens, CHUNK_BYTES // (4 * (2 * dim + 2 * heads) * max(widths))))
@@ -313,7 +358,7 @@ def _xla(q: Array, sources: list[_Source], sm_scale: float, value_dim: int, sink
         queries = rows_from(q, first, chunk).astype(jnp.float32) * sm_scale
         state = None
         for (kv, rows), width in zip(sources, widths):
-            state = _over_source(queries, (kv, rows.take(first, chunk)), width, value_dim, state)
+            state = _over_source(queries, (kv, rows.take(first, chunk)), width, value_dim, state, reversible)
         out, lse = _finish(state, queries, value_dim, sinks)
         return out.astype(q.dtype), lse
 
@@ -334,7 +379,7 @@ def dense_rows(kv: PagedKVCache | Array) -> Array:
 
 
 def _reference(
-    q: Array, sources: list[_Source], sm_scale: float, value_dim: int, sinks: Array | None
+    q: Array, sources: list[_Source], sinks: Array | None, *, sm_scale: float, value_dim: int
 ) -> tuple[Array, Array]:
     dense = [(dense_rows(kv), rows.masked()) for kv, rows in sources]
     return reference.sparse_mla(q, dense, sm_scale=sm_scale, value_dim=value_dim, sinks=sinks)
@@ -350,9 +395,10 @@ def _kernel_keys(kv: PagedKVCache | Array) -> dict[str, Any]:
 def _triton(
     q: Array,
     sources: list[_Source],
+    sinks: Array | None,
+    *,
     sm_scale: float,
     value_dim: int,
-    sinks: Array | None,
     plan: AttentionPlan | None,
 ) -> tuple[Array, Array]:
     tables = [sparse_attention.Source(**_kernel_keys(kv), **rows.kernel_arguments()) for kv, rows in sources]

@@ -339,7 +339,7 @@ def _check_words(name: str, width: int) -> None:
 
 
 def _as_slots(slots: Any, *axes: _check.Axis) -> Array:
-    return _check.integers("slots", slots, *axes, hint="A slot is page * page_size + offset; -1 means none.")
+    return _check.int32("slots", slots, *axes, hint="A slot is page * page_size + offset; -1 means none.")
 
 
 def _as_rows(name: str, rows: Any, slots: Array, width: int) -> Array:
@@ -349,10 +349,12 @@ def _as_rows(name: str, rows: Any, slots: Array, width: int) -> Array:
 
 
 def _kv_parts(cache: PagedKVCache, latent: Any, rope: Any, slots: Array) -> list[CachePart]:
+    _check.instance("cache", cache, PagedKVCache, hint="Make it with PagedKVCache.create.")
     rows = _as_rows("latent", latent, slots, cache.latent_dim), _as_rows("rope", rope, slots, cache.rope_dim)
     return [dataclasses.replace(part, rows=x) for part, x in zip(parts_of(cache), rows)]
 
 
 def _index_parts(cache: PagedIndexCache, key: Any, slots: Array) -> list[CachePart]:
+    _check.instance("index cache", cache, PagedIndexCache, hint="Make it with PagedIndexCache.create.")
     key = _as_rows("key", key, slots, cache.dim)
     return [dataclasses.replace(part, rows=key) for part in parts_of(cache)]

@@ -16,15 +16,15 @@ Source: the model DeepSeek-V4 as published (its inference code of 2026-04-24, cl
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
 from pallas_kernels import compress as kernel
 from pallas_kernels.plans.compress import CompressPlan
-from sparse_mla_jax._check import describe, floats, integers, require, size
+from sparse_mla_jax._check import describe, floats, int32, require, size
 from sparse_mla_jax.metadata import StepMetadata
 from sparse_mla_jax.ops import cache as cache_ops
 from sparse_mla_jax.ops._compressor_fields import accept_fields
@@ -37,6 +37,7 @@ from sparse_mla_jax.ops._compressor_state import (
     update_state,
 )
 from sparse_mla_jax.ops._compressor_xla import PoolInputs, reference_entries, xla_entries
+from sparse_mla_jax.ops._derivative import with_derivative_of
 from sparse_mla_jax.ops._dispatch import check_implementation, dispatch, with_plan
 from sparse_mla_jax.ops.cache import PagedIndexCache, PagedKVCache
 
@@ -60,7 +61,7 @@ def entry_pages(page_table: Array, *, page_size: int, ratio: int) -> tuple[Array
     Raises:
       ValueError: neither divides the other, a size below 1, or page_table is no integer array of two axes.
     """
-    page_table = integers("page_table", page_table, None, None)
+    page_table = int32("page_table", page_table, None, None)
     page_size, ratio = size("page_size", page_size), size("ratio", ratio)
     if page_size % ratio == 0:
         return page_table, page_size // ratio
@@ -75,7 +76,7 @@ def entry_pages(page_table: Array, *, page_size: int, ratio: int) -> tuple[Array
 
 def num_entries(lengths: Array, *, ratio: int) -> Array:
     """Number of entries after `lengths` tokens of a request; the query at position lengths - 1 sees as many."""
-    return jnp.maximum(jnp.asarray(lengths), 0) // size("ratio", ratio)
+    return jnp.maximum(int32("lengths", lengths, ...), 0) // size("ratio", ratio)
 
 
 @accept_fields
@@ -136,13 +137,13 @@ def compress[Cache: (PagedKVCache, PagedIndexCache)](
         return cache, state
     spans = find_spans(metadata, state_ids, state.num_rows)
     closings = find_closings(spans, table, entries=entries, tokens=metadata.num_tokens, ratio=weights.ratio)
-    inputs = PoolInputs(weights, state, kv, gate, closings)
+    inputs, definition = PoolInputs(weights, state, kv, gate, closings), partial(_xla, reversible=True)
     written = dispatch(
         "compress",
         implementation,
         {
-            "triton": lambda: _triton(cache, inputs, plan),
-            "xla": lambda: _write_entries(cache, xla_entries(inputs), closings, "xla"),
+            "triton": lambda: with_derivative_of(definition, partial(_triton, plan=plan), cache, inputs),
+            "xla": lambda: with_derivative_of(definition, _xla, cache, inputs),
             "reference": lambda: _write_entries(cache, reference_entries(inputs), closings, "reference"),
         },
     )
@@ -153,7 +154,7 @@ def compress[Cache: (PagedKVCache, PagedIndexCache)](
 
 # --- bodies ("xla" and "reference" are in _compressor_xla)
 def _triton[Cache: (PagedKVCache, PagedIndexCache)](
-    cache: Cache, inputs: PoolInputs, plan: CompressPlan | None
+    cache: Cache, inputs: PoolInputs, *, plan: CompressPlan | None
 ) -> Cache:
     weights, state, closings, angles = inputs.weights, inputs.state, inputs.closings, inputs.angles
     rotation = jnp.stack([jnp.cos(angles), jnp.sin(angles)], axis=1)
@@ -170,6 +171,12 @@ def _triton[Cache: (PagedKVCache, PagedIndexCache)](
         plan=plan,
     )
     return cache_ops.with_parts(cache, written)
+
+
+def _xla[Cache: (PagedKVCache, PagedIndexCache)](
+    cache: Cache, inputs: PoolInputs, *, reversible: bool = False
+) -> Cache:
+    return _write_entries(cache, xla_entries(inputs, reversible=reversible), inputs.closings, "xla")
 
 
 def _write_entries[Cache: (PagedKVCache, PagedIndexCache)](
@@ -235,11 +242,11 @@ def _check_metadata(metadata: StepMetadata, tokens: int) -> StepMetadata:
         isinstance(metadata, StepMetadata),
         f"metadata is a {type(metadata).__name__}; expected a StepMetadata. Make it with metadata.build_metadata.",
     )
-    page_table = integers("page_table", metadata.page_table, None, None)
+    page_table = int32("page_table", metadata.page_table, None, None)
     requests = page_table.shape[0]
     axes = {"positions": tokens, "request_ids": tokens, "query_indptr": requests + 1, "seq_lens": requests}
-    found: dict[str, Any] = {name: integers(name, getattr(metadata, name), axis) for name, axis in axes.items()}
-    found = jax.tree.map(lambda x: x.astype(jnp.int32), found | {"page_table": page_table})
+    found: dict[str, Any] = {name: int32(name, getattr(metadata, name), axis) for name, axis in axes.items()}
+    found["page_table"] = page_table
     return dataclasses.replace(metadata, page_size=size("page_size", metadata.page_size), **found)
 
 
@@ -254,10 +261,8 @@ def _check_pages(cache: PagedKVCache | PagedIndexCache, entries: int, page_size:
 def _check_state_ids(state_ids: Array | None, state: CompressorState, requests: int) -> Array:
     """Row of the state of each request, int32[B]; -1 for an id outside the state."""
     if state_ids is not None:
-        ids = jnp.asarray(state_ids)
-        known = integers("state_ids", ids, requests).astype(jnp.int32)
-        # Compare before the cast: a 64-bit id may wrap into another request's row.
-        return jnp.where((ids >= 0) & (ids < state.num_rows), known, -1)
+        ids = int32("state_ids", state_ids, requests)
+        return jnp.where((ids >= 0) & (ids < state.num_rows), ids, -1)
     require(
         state.num_rows >= requests,
         f"state has {state.num_rows} rows for {requests} requests; create it with num_requests={requests} or more,"

@@ -29,6 +29,9 @@ FLOAT32 = jnp.dtype(jnp.float32)
 # (exponent bias, largest value that quantize writes)
 _FLAVOURS = {E4M3FN: (7, 448), E4M3FNUZ: (8, 224)}
 
+# Types of scales.
+_SCALES = (FLOAT32, E8M0)
+
 # Bits of a float32: the sign, and infinity.
 SIGN, INFINITY = -(2**31), 0x7F800000
 AMAX_FLOOR = 1e-4
@@ -119,7 +122,7 @@ def dequantize(values: Array, scales: Array, *, group_size: int, dtype: Any = jn
     Raises:
       ValueError: types or shapes other than these.
     """
-    _flavour(values.dtype, "values are")
+    values = _values(values)
     return dequantize_codes(
         lax.bitcast_convert_type(values, jnp.uint8), scales, values.dtype, group_size=group_size, dtype=dtype
     )
@@ -127,14 +130,11 @@ def dequantize(values: Array, scales: Array, *, group_size: int, dtype: Any = jn
 
 def dequantize_codes(codes: Array, scales: Array, flavour: Any, *, group_size: int, dtype: Any) -> Array:
     """`dequantize` of uint8[..., D], the bytes of values of type `flavour`."""
-    require(codes.ndim >= 1, "values have shape []; expected [..., D].")
+    codes = _check.array("codes", codes, (jnp.uint8,), ..., "D", hint="The bytes of FP8 values.")
     dtype = _check.dtype("dtype", dtype, jnp.floating)
     groups = check_groups(codes.shape[-1], group_size, "values' last axis")
     expected = (*codes.shape[:-1], groups)
-    require(
-        tuple(scales.shape) == expected,
-        f"scales have shape {list(scales.shape)}; expected {list(expected)}, one per group of {group_size} values.",
-    )
+    scales = _check.array("scales", scales, _SCALES, *expected, hint=f"One per group of {group_size} values.")
     decoded = decode(codes, flavour).reshape(*expected, group_size)
     return (decoded * scales_to_float32(scales)[..., None]).reshape(codes.shape).astype(dtype)
 
@@ -156,7 +156,7 @@ def reinterpret(values: Array, scales: Array, dtype: Any) -> tuple[Array, Array]
     Raises:
       ValueError: a type other than these.
     """
-    _flavour(values.dtype, "values are")
+    values = _values(values)
     scales = reinterpret_scales(scales, values.dtype, dtype)
     if values.dtype == jnp.dtype(dtype):
         return values, scales
@@ -167,7 +167,7 @@ def reinterpret(values: Array, scales: Array, dtype: Any) -> tuple[Array, Array]
 def reinterpret_scales(scales: Array, source: Any, target: Any) -> Array:
     """Scales for the same bytes read as `target`, given their scales as `source`: the numbers stay the same."""
     shift = _flavour(target)[0] - _flavour(source)[0]
-    check_scale_dtype(scales.dtype)
+    scales = _check.array("scales", scales, _SCALES, ...)
     if shift == 0:
         return scales
     if scales.dtype == E8M0:
@@ -183,11 +183,11 @@ def pack_words(values: Array) -> Array:
     Raises:
       ValueError: values are neither FP8 nor uint8, or D is not a multiple of 4.
     """
+    values = _check.array("values", values, (*_FLAVOURS, jnp.uint8), ..., "D")
     if values.dtype != jnp.uint8:
-        _flavour(values.dtype, "values are")
         values = lax.bitcast_convert_type(values, jnp.uint8)
     require(
-        values.ndim >= 1 and values.shape[-1] % 4 == 0,
+        values.shape[-1] % 4 == 0,
         f"values have shape {list(values.shape)}; words hold four values, so the last axis must be a multiple of 4."
         " Use an unquantised cache for such a width.",
     )
@@ -200,7 +200,7 @@ def unpack_words(words: Array, dtype: Any) -> Array:
     Raises:
       ValueError: words are not uint32, or another dtype.
     """
-    require(words.dtype == jnp.uint32, f"words are {_check.describe(words)}; expected uint32 (see pack_words).")
+    words = _check.array("words", words, (jnp.uint32,), ..., "words", hint="See pack_words.")
     codes = lax.bitcast_convert_type(words, jnp.uint8).reshape(*words.shape[:-1], words.shape[-1] * 4)
     if jnp.dtype(dtype) == jnp.uint8:
         return codes
@@ -211,7 +211,7 @@ def unpack_words(words: Array, dtype: Any) -> Array:
 def decode(codes: Array, flavour: Any) -> Array:
     """Decodes bytes uint8[...] of type `flavour` to float32, exactly; NaN codes give NaN."""
     bias, _ = _flavour(flavour)
-    code = codes.astype(jnp.int32)
+    code = _check.array("codes", codes, (jnp.uint8,), ...).astype(jnp.int32)
     magnitude = code & 0x7F
     normal = lax.bitcast_convert_type((magnitude << 20) + ((127 - bias) << 23), jnp.float32)
     # Convert small codes as integers: a float32 subnormal as an intermediate result would be flushed to zero.
@@ -224,7 +224,7 @@ def decode(codes: Array, flavour: Any) -> Array:
 
 def scales_to_float32(scales: Array) -> Array:
     """Scales as float32: float32 is returned unchanged, E8M0 converts exactly (2**-127 may flush to zero)."""
-    check_scale_dtype(scales.dtype)
+    scales = _check.array("scales", scales, _SCALES, ...)
     if scales.dtype != E8M0:
         return scales
     byte = lax.bitcast_convert_type(scales, jnp.uint8).astype(jnp.int32)
@@ -248,11 +248,13 @@ def check_groups(width: int, group_size: int, what: str) -> int:
     return width // size
 
 
-def _flavour(dtype: Any, what: str = "dtype is") -> tuple[int, int]:
+def _flavour(dtype: Any) -> tuple[int, int]:
     """(exponent bias, largest value written) of an FP8 flavour; ValueError for any other type."""
-    dtype = jnp.dtype(dtype)
-    require(dtype in _FLAVOURS, f"{what} {dtype}; expected float8_e4m3fnuz or float8_e4m3fn.")
-    return _FLAVOURS[dtype]
+    return _FLAVOURS[_check.dtype("dtype", dtype, tuple(_FLAVOURS))]
+
+
+def _values(values: Any) -> Array:
+    return _check.array("values", values, tuple(_FLAVOURS), ..., "D")
 
 
 def _divide(a: Array, b: Array) -> Array:

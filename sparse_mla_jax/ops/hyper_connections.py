@@ -8,6 +8,7 @@ DeepSeek-V4's.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -18,6 +19,7 @@ from pallas_kernels import hyper_connections as kernel
 from pallas_kernels.plans.hyper_connections import HyperConnectionPlan
 from sparse_mla_jax import _check, reference
 from sparse_mla_jax._check import describe, require
+from sparse_mla_jax.ops._derivative import with_derivative_of
 from sparse_mla_jax.ops._dispatch import check_implementation, dispatch, with_plan
 
 
@@ -67,7 +69,8 @@ def split(
         the case.
     """
     implementation, plan = with_plan(implementation, plan, config, HyperConnectionPlan)
-    streams, product, base, scale, norm = _as_arrays(streams, product, base, scale, norm, matrices=True)
+    arrays = _as_arrays(streams, product, base, scale, norm, matrices=True)
+    streams, product, base, scale, norm = arrays
     iterations = _check.size("iterations", iterations, hint="The first division by columns is one, so pass at least 1.")
     tokens, n, width = streams.shape
     if tokens == 0:
@@ -83,8 +86,10 @@ def split(
         "split_streams",
         implementation,
         {
-            "triton": lambda: kernel.split(streams, product, base, scale, norm, plan=plan, **constants),
-            "xla": lambda: _xla_split(streams, product, base, scale, norm, **constants),
+            "triton": lambda: with_derivative_of(
+                partial(_xla_split, **constants), partial(kernel.split, plan=plan, **constants), *arrays
+            ),
+            "xla": lambda: _xla_split(*arrays, **constants),
             "reference": reference_body,
         },
     )
@@ -120,14 +125,18 @@ def merge(
       ValueError: types or shapes other than these, or an implementation that does not support the case.
     """
     implementation, plan = with_plan(implementation, plan, config, HyperConnectionPlan)
-    streams, product, base, scale, norm = _as_arrays(streams, product, base, scale, norm, matrices=False)
+    arrays = _as_arrays(streams, product, base, scale, norm, matrices=False)
+    streams, product, base, scale, norm = arrays
     if streams.shape[0] == 0:
         check_implementation(implementation)
         return jnp.zeros((0, streams.shape[2]), streams.dtype)
     constants: dict[str, Any] = {"eps": eps, "norm_eps": norm_eps}
 
-    def kernel_body() -> Array:
-        return kernel.split(streams, product, base, scale, norm, iterations=None, plan=plan, **constants)[0]
+    def kernel_body(*arrays: Any) -> Array:
+        return kernel.split(*arrays, iterations=None, plan=plan, **constants)[0]
+
+    def xla_body(streams: Array, product: Array, base: Array, scale: Array, norm: Array | None) -> Array:
+        return _read(streams, _normed(streams, product, norm_eps), base, scale[0], norm, **constants)
 
     def reference_body() -> Array:
         return reference.merge_streams(streams, product.sum(0), base, scale, norm, **constants).astype(streams.dtype)
@@ -136,8 +145,8 @@ def merge(
         "merge_streams",
         implementation,
         {
-            "triton": kernel_body,
-            "xla": lambda: _read(streams, _normed(streams, product, norm_eps), base, scale[0], norm, **constants),
+            "triton": lambda: with_derivative_of(xla_body, kernel_body, *arrays),
+            "xla": lambda: xla_body(*arrays),
             "reference": reference_body,
         },
     )
@@ -158,11 +167,9 @@ def doubly_stochastic(logits: Array, *, iterations: int, eps: float) -> Array:
       ValueError: iterations below 1, or logits whose last two axes differ.
     """
     iterations = _check.size("iterations", iterations)
-    require(
-        logits.ndim >= 2 and logits.shape[-1] == logits.shape[-2],
-        f"logits is {describe(logits)}; expected [..., n, n].",
-    )
-    mixing = jax.nn.softmax(logits.astype(jnp.float32), axis=-1) + eps
+    logits = _check.floats("logits", logits, ..., "n", "n")
+    require(logits.shape[-1] == logits.shape[-2], f"logits is {describe(logits)}; expected [..., n, n].")
+    mixing = jax.nn.softmax(logits, axis=-1) + eps
     mixing = mixing / (mixing.sum(axis=-2, keepdims=True) + eps)
 
     def once(_: Array, mixing: Array) -> Array:
@@ -178,7 +185,8 @@ def _as_arrays(
     streams: Array, product: Array, base: Array, scale: Array, norm: Array | None, *, matrices: bool
 ) -> tuple[Array, Array, Array, Array, Array | None]:
     """The arguments as arrays that fit together: product as [S, T, O], base and scale as float32."""
-    streams, product = _check.array("streams", streams, jnp.floating, "T", "n", "D"), jnp.asarray(product)
+    streams = _check.array("streams", streams, jnp.floating, "T", "n", "D")
+    product = _check.array("product", product, jnp.floating, ...)
     tokens, n, width = streams.shape
     require(min(n, width) >= 1, f"streams is {describe(streams)}; expected n and D of at least 1.")
     columns, factors = (n * (n + 2), 3) if matrices else (n, 1)

@@ -9,23 +9,30 @@ scale, which is positive and multiplies the sum over heads. Source: arXiv:2512.0
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from pallas_kernels import fp8_bits
 from pallas_kernels import indexer_logits as kernel
+from pallas_kernels.mesh_axes import varying
 from pallas_kernels.plans.indexer import IndexerPlan
 from sparse_mla_jax import _check, reference
 from sparse_mla_jax._check import describe, require
 from sparse_mla_jax.ops import fp8, topk
-from sparse_mla_jax.ops._chunks import map_row_chunks, rows_from, varying
+from sparse_mla_jax.ops._chunks import loop_to, map_row_chunks, rows_from
+from sparse_mla_jax.ops._derivative import with_derivative_of
 from sparse_mla_jax.ops._dispatch import check_implementation, dispatch, with_plan
+from sparse_mla_jax.ops._row_bounds import RowBounds, clamp_rows
 from sparse_mla_jax.ops.cache import PagedIndexCache
 
 HIGHEST = jax.lax.Precision.HIGHEST
+# Types of queries and keys.
+_TYPES = (jnp.float32, jnp.bfloat16, fp8.E4M3FNUZ, fp8.E4M3FN)
 # Per-head products of one step of the XLA body. More do not fit the CPU's cache and gain nothing (measured).
 STEP_BYTES = 512 << 10
 # Default bound on the scores that lightning_indexer holds at a time, in bytes.
@@ -54,7 +61,8 @@ def indexer_scores(
       keys: [N, D] FP8, bfloat16 or float32.
       key_scales: float32 [N] or [N, 1], positive; None when keys are not quantised.
       weights: float32 [T, H], any sign.
-      row_starts, row_lengths: int32 [T] in columns. Intervals are clamped to the array; negative lengths count as 0.
+      row_starts, row_lengths: int32 [T] in columns, clamped as in `top_k`: first the start to [0, N], then the length,
+        counted from there, to the columns that are left; negative lengths count as 0.
       implementation: None for the best that runs here, or "triton", "xla", "reference".
       plan: block sizes and warps of the kernel (static) in place of the heuristic ones; implies "triton".
       config: the former name of `plan`.
@@ -67,26 +75,25 @@ def indexer_scores(
       ValueError: shapes or types that do not fit, or an implementation that does not support the case.
     """
     implementation, plan = with_plan(implementation, plan, config, IndexerPlan)
-    weights = _check_queries(q, weights, keys.dtype)
-    _check_keys("keys", keys, q.shape[2])
+    keys = _check.array("keys", keys, _TYPES, "N", "D")
+    q, weights = _check_queries(q, weights, keys.dtype)
+    require(keys.shape[1] == q.shape[2], f"keys has {keys.shape[1]} dimensions and q {q.shape[2]}; they must agree.")
     if key_scales is not None:
-        require(
-            key_scales.size == keys.shape[0],
-            f"key_scales is {describe(key_scales)}; expected [N] with N = {keys.shape[0]}, one scale per key.",
-        )
-        key_scales = key_scales.reshape(-1).astype(jnp.float32)
-    starts, ends = _clamp_rows(row_starts, row_lengths, q.shape[0], keys.shape[0])
+        axes = (keys.shape[0], 1)[: max(1, np.ndim(key_scales))]
+        key_scales = _check.floats("key_scales", key_scales, *axes, hint="One scale per key.").reshape(-1)
+    bounds = clamp_rows(row_starts, row_lengths, rows=q.shape[0], columns=keys.shape[0])
     if q.shape[0] == 0 or keys.shape[0] == 0:
         check_implementation(implementation)
         return jnp.zeros((q.shape[0], keys.shape[0]), jnp.float32)
+    args, definition = (q, keys, key_scales, weights, bounds), partial(_xla_ragged, reversible=True)
     return dispatch(
         "indexer_scores",
         implementation,
         {
-            "triton": lambda: kernel.ragged(q, _stored(keys), keys.dtype, key_scales, weights, starts, ends, plan=plan),
-            "xla": lambda: _xla_ragged(_widen(q), keys, key_scales, weights, starts, ends),
+            "triton": lambda: with_derivative_of(definition, partial(_triton_ragged, plan=plan), *args),
+            "xla": lambda: with_derivative_of(definition, _xla_ragged, *args),
             "reference": lambda: reference.indexer_scores(
-                _widen(q), keys, key_scales, weights, row_starts=starts, row_lengths=ends - starts
+                _widen(q), keys, key_scales, weights, row_starts=bounds.starts, row_lengths=bounds.lengths
             ),
         },
     )
@@ -127,17 +134,18 @@ def paged_indexer_scores(
       ValueError: shapes or types that do not fit, or an implementation that does not support the case.
     """
     implementation, plan = with_plan(implementation, plan, config, IndexerPlan)
-    weights = _check_queries(q, weights, getattr(cache, "dtype", None))
+    q, weights = _check_queries(q, weights, getattr(cache, "dtype", None))
     keys = _check_paged(q, cache, page_table, request_ids, lengths, max_length)
     if 0 in (q.shape[0], keys.pages.shape[0], cache.num_slots):
         check_implementation(implementation)
         return jnp.full((q.shape[0], keys.columns), -jnp.inf, jnp.float32)
+    args, definition = (q, weights, keys), partial(_xla_paged, reversible=True)
     return dispatch(
         "paged_indexer_scores",
         implementation,
         {
-            "triton": lambda: _triton_paged(q, weights, keys, plan),
-            "xla": lambda: _xla_paged(_widen(q), weights, keys),
+            "triton": lambda: with_derivative_of(definition, partial(_triton_paged, plan=plan), *args),
+            "xla": lambda: with_derivative_of(definition, _xla_paged, *args),
             "reference": lambda: _reference_paged(_widen(q), weights, keys),
         },
     )
@@ -169,10 +177,12 @@ def lightning_indexer(
     Raises:
       ValueError: as `paged_indexer_scores`; k below 1; a memory_limit below one row of scores.
     """
-    weights = _check_queries(q, weights, getattr(cache, "dtype", None))
+    q, weights = _check_queries(q, weights, getattr(cache, "dtype", None))
     keys = _check_paged(q, cache, page_table, request_ids, lengths, max_length)
     k, tokens, columns = topk.check_k(k), q.shape[0], keys.columns
     check_implementation(implementation)
+    # Positions are integers: they have no derivative, whatever q and the keys have.
+    q, weights, cache = jax.lax.stop_gradient((q, weights, cache))
     if columns <= k or tokens == 0:
         positions = jnp.arange(k, dtype=jnp.int32)[None, :]
         return jnp.where(positions < keys.lengths[:, None], positions, -1)
@@ -192,37 +202,17 @@ def lightning_indexer(
 
 
 # --- validation
-def _check_queries(q: Any, weights: Any, key_dtype: Any) -> Array:
-    """Raises ValueError for shapes and types that do not fit; returns the weights as float32."""
-    require(
-        q.ndim == 3 and (q.dtype in (jnp.bfloat16, jnp.float32) or fp8.is_fp8(q.dtype)) and q.shape[1] * q.shape[2] > 0,
-        f"q is {describe(q)}; expected bfloat16, float32 or FP8 [T, H, D].",
-    )
+def _check_queries(q: Any, weights: Any, key_dtype: Any) -> tuple[Array, Array]:
+    """(q, weights in float32); raises ValueError for shapes and types that do not fit."""
+    q = _check.array("q", q, _TYPES, "T", "H", "D")
+    require(q.shape[1] * q.shape[2] > 0, f"q is {describe(q)}; expected H and D of at least 1.")
     weights = _check.floats("weights", weights, *q.shape[:2], hint="One per query head.")
     require(
         not (fp8.is_fp8(q.dtype) and key_dtype is not None and fp8.is_fp8(key_dtype)) or q.dtype == key_dtype,
         f"q is {q.dtype} and the keys are {key_dtype}; FP8 queries of FP8 keys must have their flavour. Quantise q to"
         f" {key_dtype}, or pass it as bfloat16.",
     )
-    return weights
-
-
-def _check_keys(name: str, keys: Any, dim: int) -> None:
-    require(
-        keys.ndim == 2 and (keys.dtype in (jnp.bfloat16, jnp.float32) or fp8.is_fp8(keys.dtype)),
-        f"{name} is {describe(keys)}; expected FP8, bfloat16 or float32 [N, D].",
-    )
-    require(keys.shape[1] == dim, f"{name} has {keys.shape[1]} dimensions and q {dim}; they must agree.")
-
-
-def _clamp_rows(row_starts: Any, row_lengths: Any, tokens: int, columns: int) -> tuple[Array, Array]:
-    """First column of every row and the column after its last one, int32 [T], both in 0..columns."""
-    starts = _check.int32("row_starts", row_starts, tokens, hint="One per token.")
-    lengths = _check.int32("row_lengths", row_lengths, tokens, hint="One per token.")
-    first = jnp.clip(starts, 0, columns)
-    # Subtract the columns before 0, then clip to the columns that fit. In this order no sum exceeds int32.
-    seen = jnp.maximum(lengths, 0) - jnp.maximum(-jnp.maximum(starts, -(2**31) + 1), 0)
-    return first, first + jnp.clip(seen, 0, columns - first)
+    return q, weights
 
 
 @jax.tree_util.register_dataclass
@@ -247,8 +237,7 @@ class _PagedKeys:
 
 def _check_paged(q: Any, cache: Any, page_table: Any, request_ids: Any, lengths: Any, max_length: Any) -> _PagedKeys:
     """The checked arguments as _PagedKeys; raises ValueError for shapes and types that do not fit."""
-    is_cache = isinstance(cache, PagedIndexCache)
-    require(is_cache, f"cache is {type(cache).__name__}; expected a PagedIndexCache (see create).")
+    _check.instance("cache", cache, PagedIndexCache, hint="Make it with PagedIndexCache.create.")
     width = q.shape[2]
     require(cache.dim == width, f"cache has keys of {cache.dim} dimensions and q of {width}; they must agree.")
     page_table = _check.int32("page_table", page_table, "B", "P", hint="The pages of every request.")
@@ -293,7 +282,7 @@ def _block(per_column: int, columns: int) -> int:
     return max(1, min(columns, max(128, STEP_BYTES // per_column // 128 * 128)))
 
 
-def _over_columns(out: Array, last: Array, block: int, score) -> Array:
+def _over_columns(out: Array, last: Array, block: int, score, *, reversible: bool) -> Array:
     """Writes score(start, out) [T, block] into out[T, N] for each block of columns that begins before `last`."""
     columns = out.shape[1]
 
@@ -301,19 +290,32 @@ def _over_columns(out: Array, last: Array, block: int, score) -> Array:
         start = jnp.minimum(i * block, columns - block)
         return jax.lax.dynamic_update_slice_in_dim(out, score(start, out), start, 1)
 
-    return jax.lax.fori_loop(0, (jnp.minimum(last, columns) + block - 1) // block, step, out)
+    return loop_to((last + block - 1) // block, -(-columns // block), step, out, reversible=reversible)
 
 
-def _xla_ragged(q: Array, keys: Array, scales: Array | None, weights: Array, starts: Array, ends: Array) -> Array:
-    """Scores chunks of rows by blocks of columns. Blocks past a chunk's last visible column are not computed."""
-    tokens, heads, _ = q.shape
+def _xla_ragged(
+    q: Array,
+    keys: Array,
+    scales: Array | None,
+    weights: Array,
+    bounds: RowBounds,
+    *,
+    reversible: bool = False,
+) -> Array:
+    """Scores chunks of rows by blocks of columns. Blocks past a chunk's last visible column are not computed.
+
+    See `loop_to` for `reversible`.
+    """
+    q, (tokens, heads, _) = _widen(q), q.shape
     dtype, keys = keys.dtype, _stored(keys)
     chunk = min(tokens, 64)
     block = _block(4 * chunk * heads, keys.shape[0])
 
     def body(first: Array) -> Array:
-        queries, head_weights, start, end = (rows_from(x, first, chunk) for x in (q, weights, starts, ends))
-        out = varying(jnp.full((chunk, keys.shape[0]), -jnp.inf, jnp.float32), q, keys, scales, weights, starts, ends)
+        queries, head_weights, start, end = (
+            rows_from(x, first, chunk) for x in (q, weights, bounds.starts, bounds.ends)
+        )
+        out = varying(jnp.full((chunk, keys.shape[0]), -jnp.inf, jnp.float32), q, keys, scales, weights, bounds)
 
         def score(at: Array, _: Array) -> Array:
             columns = _float32(jax.lax.dynamic_slice_in_dim(keys, at, block, 0), dtype)
@@ -322,9 +324,10 @@ def _xla_ragged(q: Array, keys: Array, scales: Array | None, weights: Array, sta
             is_visible = (column >= start[:, None]) & (column < end[:, None])
             return jnp.where(is_visible, _score(queries, columns, scale, head_weights), -jnp.inf)
 
-        return _over_columns(out, jnp.max(jnp.where(end > start, end, 0)), block, score)
+        last = jnp.max(jnp.where(end > start, end, 0))
+        return _over_columns(out, last, block, score, reversible=reversible)
 
-    return map_row_chunks(body, tokens, chunk, like=(q, keys, scales, weights, starts, ends))
+    return map_row_chunks(body, tokens, chunk, like=(q, keys, scales, weights, bounds))
 
 
 def _slots(pages: Array, cache: PagedIndexCache, columns: Array) -> Array:
@@ -343,9 +346,12 @@ def _gather(cache: PagedIndexCache, slots: Array) -> tuple[Array, Array | None]:
     return keys, cache.scale.reshape(-1).at[safe].get(mode="promise_in_bounds")
 
 
-def _xla_paged(q: Array, weights: Array, keys: _PagedKeys) -> Array:
-    """Gathers keys once per token (few tokens per request), or once per request and chunk of tokens (many)."""
-    tokens, heads, dim = q.shape
+def _xla_paged(q: Array, weights: Array, keys: _PagedKeys, *, reversible: bool = False) -> Array:
+    """Gathers keys once per token (few tokens per request), or once per request and chunk of tokens (many).
+
+    See `loop_to` for `reversible`.
+    """
+    q, (tokens, heads, dim) = _widen(q), q.shape
     by_token = tokens <= 4 * keys.pages.shape[0]
     chunk = min(tokens, 32 if by_token else 64)
     block = _block(4 * chunk * (heads + dim if by_token else heads), keys.columns)
@@ -373,13 +379,19 @@ def _xla_paged(q: Array, weights: Array, keys: _PagedKeys) -> Array:
                 is_visible &= (requests == request)[:, None]
                 return jnp.where(is_visible, scores, jax.lax.dynamic_slice_in_dim(out, start, block, 1))
 
-            return _over_columns(out, jnp.max(jnp.where(requests == request, lengths, 0)), block, replace)
+            last = jnp.max(jnp.where(requests == request, lengths, 0))
+            return _over_columns(out, last, block, replace, reversible=reversible)
 
         if by_token:
-            return _over_columns(out, jnp.max(lengths), block, score_own)
-        is_scored = lengths > 0
-        low = jnp.min(jnp.where(is_scored, requests, keys.pages.shape[0]))
-        return jax.lax.fori_loop(low, jnp.max(jnp.where(is_scored, requests, -1)) + 1, score_request, out)
+            return _over_columns(out, jnp.max(lengths), block, score_own, reversible=reversible)
+        is_scored, count = lengths > 0, keys.pages.shape[0]
+        low = jnp.min(jnp.where(is_scored, requests, count))
+        high = jnp.max(jnp.where(is_scored, requests, -1)) + 1
+
+        def score_next(i: Array, out: Array) -> Array:
+            return score_request(low + i, out)
+
+        return loop_to(high - low, count, score_next, out, reversible=reversible)
 
     return map_row_chunks(body, tokens, chunk, like=(q, weights, keys))
 
@@ -394,7 +406,19 @@ def _reference_paged(q: Array, weights: Array, keys: _PagedKeys) -> Array:
     return reference.paged_indexer_scores(q, values, scales, weights, slots)
 
 
-def _triton_paged(q: Array, weights: Array, keys: _PagedKeys, plan: IndexerPlan | None) -> Array:
+def _triton_ragged(
+    q: Array,
+    keys: Array,
+    scales: Array | None,
+    weights: Array,
+    bounds: RowBounds,
+    *,
+    plan: IndexerPlan | None,
+) -> Array:
+    return kernel.ragged(q, _stored(keys), keys.dtype, scales, weights, bounds.starts, bounds.ends, plan=plan)
+
+
+def _triton_paged(q: Array, weights: Array, keys: _PagedKeys, *, plan: IndexerPlan | None) -> Array:
     stored = keys.cache.data, keys.cache.dtype, keys.cache.scale
     where = keys.pages, keys.requests, keys.lengths
     return kernel.paged(q, *stored, weights, *where, max_length=keys.columns, plan=plan)

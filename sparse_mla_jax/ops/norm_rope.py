@@ -8,18 +8,24 @@ one launch for all sections; XLA makes one or two launches per section.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.sharding import PartitionSpec
 
 from pallas_kernels import norm_rope as kernel
+from pallas_kernels.mesh_axes import explicit_axes, on_shards
 from pallas_kernels.norm_rope import Section
 from pallas_kernels.plans.norm_rope import NormRopePlan
 from sparse_mla_jax import _check, reference
 from sparse_mla_jax._check import describe, require
 from sparse_mla_jax.ops import fp8
+from sparse_mla_jax.ops._derivative import with_derivative_of
 from sparse_mla_jax.ops._dispatch import check_implementation, dispatch, with_plan
 from sparse_mla_jax.ops.rope import rotate
 
@@ -65,22 +71,16 @@ def norm_rope(
     """
     implementation, plan = with_plan(implementation, plan, config, NormRopePlan)
     x = _check.array("x", x, (jnp.bfloat16, jnp.float32), "T", "W")
-    positions = _check.integers("positions", positions, x.shape[0], hint="One per row of x.")
-    frequencies = jnp.asarray(frequencies, jnp.float32)
-    require(frequencies.ndim == 1, f"frequencies has shape {list(frequencies.shape)}; expected [pairs].")
+    positions = _check.int32("positions", positions, x.shape[0], hint="One per row of x.")
+    frequencies = _check.floats("frequencies", frequencies, "pairs")
     parts = [_check_part(f"parts[{i}]", part, x, frequencies.shape[0]) for i, part in enumerate(parts)]
     if x.shape[0] == 0 or not parts:
         check_implementation(implementation)
         return [_shaped(part, [jnp.zeros((0, part.columns), jnp.uint8), jnp.zeros((0, 1))]) for part in parts]
-    return dispatch(
-        "norm_rope",
-        implementation,
-        {
-            "triton": lambda: _triton(x, parts, positions, frequencies, eps, plan),
-            "xla": lambda: [_xla(x, part, positions, frequencies, eps) for part in parts],
-            "reference": lambda: [_reference(x, part, positions, frequencies, eps) for part in parts],
-        },
-    )
+    run = partial(_dispatch, eps=eps, implementation=implementation, plan=plan)
+    if explicit_axes() and _splits_by_head(x, parts):
+        return _on_shards(run, x, parts[0], positions, frequencies)
+    return run(x, parts, positions, frequencies)
 
 
 # --- validation
@@ -103,17 +103,66 @@ def _check_part(name: str, part: Section, x: Array, pairs: int) -> Section:
         f"{name} is rotated from column {part.rotated} on; {pairs} frequencies turn {2 * pairs} of {part.width}.",
     )
     require(part.bias is None or part.weight is not None, f"{name} has a bias and no weight; a layer norm has both.")
-    for what, array in (("weight", part.weight), ("bias", part.bias)):
-        require(
-            array is None or array.shape == (part.width,),
-            f"{name} has a {what} {describe(array)}; expected [{part.width}], as its heads.",
-        )
     require(
-        part.factor is None or (part.quantized and part.factor.shape == (x.shape[0], part.heads)),
-        f"{name} is {part.dtype} with a factor {describe(part.factor)}; a factor belongs to the scales of an FP8 part,"
-        f" [T, heads] = {[x.shape[0], part.heads]}.",
+        part.factor is None or part.quantized,
+        f"{name} is {part.dtype} with a factor {describe(part.factor)}; a factor belongs to the scales of an FP8 part.",
     )
-    return part
+    axes = {"weight": (part.width,), "bias": (part.width,), "factor": (x.shape[0], part.heads)}
+    given = {what: getattr(part, what) for what in axes}
+    arrays: dict[str, Any] = {
+        what: _check.array(f"{name}.{what}", array, jnp.floating, *axes[what])
+        for what, array in given.items()
+        if array is not None
+    }
+    return dataclasses.replace(part, **arrays)
+
+
+# --- choice of a body
+def _dispatch(
+    x: Array,
+    parts: Sequence[Section],
+    positions: Array,
+    frequencies: Array,
+    *,
+    eps: float,
+    implementation: str | None,
+    plan: NormRopePlan | None,
+) -> list[Any]:
+    args = x, parts, positions, frequencies
+    return dispatch(
+        "norm_rope",
+        implementation,
+        {
+            "triton": lambda: with_derivative_of(
+                partial(_xla_all, eps=eps), partial(_triton, eps=eps, plan=plan), *args
+            ),
+            "xla": lambda: _xla_all(*args, eps),
+            "reference": lambda: [_reference(x, part, positions, frequencies, eps) for part in parts],
+        },
+    )
+
+
+def _devices(axes: Any) -> int:
+    """Number of devices over which an array's axis is split that lies over these axes of the mesh."""
+    names = () if axes is None else (axes,) if isinstance(axes, str) else axes
+    return math.prod(jax.sharding.get_abstract_mesh().shape[name] for name in names)
+
+
+def _splits_by_head(x: Array, parts: Sequence[Section]) -> bool:
+    """Whether x, in a mesh with Explicit axes, is split into whole heads of its only section."""
+    columns = jax.typeof(x).sharding.spec[1]
+    return len(parts) == 1 and parts[0].columns == x.shape[1] and parts[0].heads % _devices(columns) == 0
+
+
+def _on_shards(run: Callable[..., Any], x: Array, part: Section, positions: Array, frequencies: Array) -> list[Any]:
+    """`run` in a mesh with Explicit axes: every device finishes its own tokens and heads of the only section."""
+    tokens, heads = jax.typeof(x).sharding.spec
+    local = dataclasses.replace(part, heads=part.heads // _devices(heads))
+    whole, own = PartitionSpec(), PartitionSpec(tokens, heads)
+    lies: dict[str, Any] = {"weight": whole, "bias": whole, "factor": own}
+    given = {name: spec for name, spec in lies.items() if getattr(part, name) is not None}
+    specs = own, [dataclasses.replace(local, **given)], PartitionSpec(tokens), whole
+    return on_shards(run, (x, [local], positions, frequencies), specs, own)
 
 
 # --- bodies
@@ -151,6 +200,10 @@ def _xla(x: Array, part: Section, positions: Array, frequencies: Array, eps: flo
     codes, scales = fp8.quantize(values, group_size=part.width, dtype=part.dtype)
     scales = scales[..., 0]
     return codes, scales if part.factor is None else scales * part.factor
+
+
+def _xla_all(x: Array, parts: Sequence[Section], positions: Array, frequencies: Array, eps: float) -> list[Any]:
+    return [_xla(x, part, positions, frequencies, eps) for part in parts]
 
 
 def _reference(x: Array, part: Section, positions: Array, frequencies: Array, eps: float) -> Any:

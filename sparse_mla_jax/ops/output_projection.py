@@ -6,7 +6,7 @@ does it inside the product: one launch on a GPU. T tokens, H heads of d values, 
 
 from __future__ import annotations
 
-import functools
+from functools import partial
 from typing import Any
 
 import jax
@@ -17,6 +17,7 @@ from pallas_kernels import output_projection as kernel
 from pallas_kernels.plans.output_projection import ProjectionPlan
 from sparse_mla_jax import _check, reference
 from sparse_mla_jax._check import require
+from sparse_mla_jax.ops._derivative import with_derivative_of
 from sparse_mla_jax.ops._dispatch import check_implementation, dispatch, with_plan
 from sparse_mla_jax.ops.rope import rotate
 
@@ -54,8 +55,8 @@ def rotated_projection(
     implementation, plan = with_plan(implementation, plan, config, ProjectionPlan)
     out = _check.array("out", out, jnp.floating, "T", "H", "d")
     weight = _check.array("weight", weight, jnp.floating, "g", "H // g * d", "O")
-    positions = _check.integers("positions", positions, out.shape[0], hint="One per row of out.")
-    frequencies = jnp.asarray(frequencies, jnp.float32)
+    positions = _check.int32("positions", positions, out.shape[0], hint="One per row of out.")
+    frequencies = _check.floats("frequencies", frequencies, "r / 2")
     _check_widths(out, weight, frequencies)
     if 0 in (out.shape[0], weight.shape[0], weight.shape[2]):
         check_implementation(implementation)
@@ -64,7 +65,9 @@ def rotated_projection(
         "rotated_projection",
         implementation,
         {
-            "triton": lambda: _triton(out, weight, positions, frequencies, plan),
+            "triton": lambda: with_derivative_of(
+                _xla, partial(_triton, plan=plan), out, weight, positions, frequencies
+            ),
             "xla": lambda: _xla(out, weight, positions, frequencies),
             "reference": lambda: reference.rotated_projection(
                 out, weight, positions.astype(jnp.float32)[:, None] * frequencies
@@ -82,7 +85,7 @@ def _check_widths(out: Array, weight: Array, frequencies: Array) -> None:
         f" [{weight.shape[0]}, {heads} // {weight.shape[0]} * {width}, O]: g must divide H.",
     )
     require(
-        frequencies.ndim == 1 and 2 * frequencies.shape[0] <= width,
+        2 * frequencies.shape[0] <= width,
         f"frequencies has shape {list(frequencies.shape)}; expected [r / 2], r at most {width}, the width of a head.",
     )
 
@@ -102,7 +105,7 @@ def _xla(out: Array, weight: Array, positions: Array, frequencies: Array) -> Arr
 
 def _by_group(x: Array, weight: Array) -> Array:
     """x[T, g, I] times weight[g, I, O] per group, accumulated and returned in float32."""
-    product = functools.partial(jnp.einsum, "tgi,gio->tgo", preferred_element_type=jnp.float32)
+    product = partial(jnp.einsum, "tgi,gio->tgo", preferred_element_type=jnp.float32)
 
     def widen(x: Array, weight: Array) -> Array:
         # XLA:CPU does not support a batched bfloat16 product with a float32 result.

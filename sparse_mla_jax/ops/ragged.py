@@ -46,12 +46,12 @@ class Ragged:
     @property
     def rows(self) -> int:
         """Number of rows."""
-        return self.indptr.shape[0] - 1
+        return np.shape(self.indptr)[0] - 1
 
     @property
     def capacity(self) -> int:
         """Entries that `values` has room for."""
-        return self.values.shape[0]
+        return np.shape(self.values)[0]
 
     @property
     def longest(self) -> int:
@@ -79,8 +79,9 @@ class Ragged:
 
     def flatten(self) -> FlatRows:
         """The rows as intervals of `values`, indptr clamped to capacity."""
-        bounds = jnp.clip(self.indptr, 0, self.capacity)
-        return FlatRows(self.values, bounds[:-1], bounds[1:] - bounds[:-1])
+        own = self.check("self", self.rows)
+        bounds = jnp.clip(own.indptr, 0, self.capacity)
+        return FlatRows(own.values, bounds[:-1], bounds[1:] - bounds[:-1])
 
     def masked(self) -> Array:
         """Dense rows int32[rows, capacity] (at least one column), -1 after the end of each."""
@@ -100,11 +101,10 @@ class Ragged:
         column = jnp.arange(width, dtype=jnp.int32)[None, :]
         if self.capacity == 0:
             return jnp.full((self.rows, width), fill, jnp.int32)
-        bounds = jnp.clip(self.indptr, 0, self.capacity)
-        start = bounds[:-1, None]
-        inside = column < bounds[1:, None] - start
-        at = jnp.where(inside, start + column, 0)
-        return jnp.where(inside, self.values.at[at].get(mode="promise_in_bounds"), jnp.int32(fill))
+        values, starts, lengths = self.flatten()
+        inside = column < lengths[:, None]
+        at = jnp.where(inside, starts[:, None] + column, 0)
+        return jnp.where(inside, values.at[at].get(mode="promise_in_bounds"), jnp.int32(fill))
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["values", "lengths"], meta_fields=[])
@@ -125,12 +125,12 @@ class DenseRows:
     @property
     def rows(self) -> int:
         """Number of rows."""
-        return self.values.shape[0]
+        return np.shape(self.values)[0]
 
     @property
     def width(self) -> int:
         """Entries of a row."""
-        return self.values.shape[1]
+        return np.shape(self.values)[1]
 
     @property
     def longest(self) -> int:
@@ -239,11 +239,10 @@ def slots_from_positions(positions: Array, request_ids: Array, page_table: Array
     Raises:
       ValueError: other types or shapes.
     """
-    # Keep 64-bit types until the end: values beyond int32 must count as invalid, not wrap into range.
-    positions = _check.integers("positions", positions, *(("T",) if np.ndim(positions) == 1 else ("T", "W")))
+    positions = _check.int32("positions", positions, *(("T",) if np.ndim(positions) == 1 else ("T", "W")))
     hint = "One per row of positions."
-    request_ids = _check.integers("request_ids", request_ids, positions.shape[0], hint=hint)
-    page_table = _check.integers("page_table", page_table, "B", "P")
+    request_ids = _check.int32("request_ids", request_ids, positions.shape[0], hint=hint)
+    page_table = _check.int32("page_table", page_table, "B", "P")
     page_size = _check.size("page_size", page_size)
     requests, pages = page_table.shape
     require(
@@ -254,7 +253,7 @@ def slots_from_positions(positions: Array, request_ids: Array, page_table: Array
         return jnp.full(positions.shape, -1, jnp.int32)
     row = request_ids.reshape(-1, *[1] * (positions.ndim - 1))
     column = positions // page_size
-    valid = (positions >= 0) & (column < pages) & (row >= 0) & (row < requests)
+    valid = (positions >= 0) & (positions < _check.BEYOND) & (column < pages) & (row >= 0) & (row < requests)
     # Gather along one flat axis: XLA makes a gather with two coordinates a launch of its own.
     at = jnp.where(valid, row * pages + column, 0)
     page = page_table.reshape(-1).at[at].get(mode="promise_in_bounds")
@@ -281,7 +280,7 @@ def select_to_ragged(
     Raises:
       ValueError: other types or shapes.
     """
-    positions = _check.integers("positions", positions, "T", "W")
+    positions = _check.int32("positions", positions, "T", "W")
     slots = slots_from_positions(positions, request_ids, page_table, page_size=page_size)
     if valid is not None:
         valid = _check.booleans("valid", valid, positions.shape[0], hint="One per row of positions.")
@@ -329,11 +328,15 @@ def combine_with_window(
         value = _check.int32(name, value, *axes, hint="Pass one integer, or one per token.")
         return jnp.broadcast_to(value, (tokens,))[:, None]
 
+    def shifted(start: Array, by: Array) -> Array:
+        """start + by, negative (no index) if either is beyond int32."""
+        return jnp.where((start < _check.BEYOND) & (by < _check.BEYOND), start + by, -1)
+
     first = column("first_position", first_position)
     seen = jnp.maximum(query_positions - (window - 1), 0)[:, None] + jnp.arange(window, dtype=jnp.int32)
-    inside = (seen <= query_positions[:, None]) & (seen >= first)
-    near = jnp.where(inside, column("window_start", window_start) + seen - first, -1)
-    far = jnp.where(positions >= 0, column("compressed_start", compressed_start) + positions, -1)
+    inside = (seen <= query_positions[:, None]) & (seen >= first) & (query_positions < _check.BEYOND)[:, None]
+    near = jnp.where(inside, shifted(column("window_start", window_start), seen - first), -1)
+    far = jnp.where(positions >= 0, shifted(column("compressed_start", compressed_start), positions), -1)
     rows = jnp.concatenate([far, near], axis=1)
     if valid is not None:
         valid = _check.booleans("valid", valid, tokens, hint="One per row of positions.")

@@ -70,16 +70,16 @@ def rotate(x: Array, positions: Array, frequencies: Any, *, interleaved: bool, i
     Raises:
       ValueError: `frequencies` is not half as long as the last axis, or `positions` does not fit the first axes.
     """
-    x, frequencies = _check.array("x", x, jnp.floating, ..., "dim"), jnp.asarray(frequencies)
+    x, frequencies = _check.array("x", x, jnp.floating, ..., "dim"), _check.floats("frequencies", frequencies, ...)
     require(
         frequencies.ndim == 1 and 2 * frequencies.shape[0] == x.shape[-1],
         f"frequencies is {_check.describe(frequencies)}; expected [dim // 2] for x of last axis {x.shape[-1]}."
         " Cut x to the rotated dimensions, or call rope_frequencies with their number.",
     )
     hint = f"Its axes are the first ones of x {list(x.shape)}."
-    positions = _check.integers("positions", positions, *x.shape[:-1][: np.ndim(positions)], hint=hint)
+    positions = _check.int32("positions", positions, *x.shape[:-1][: np.ndim(positions)], hint=hint)
     spread = positions.reshape(positions.shape + (1,) * (x.ndim - positions.ndim))
-    angle = spread.astype(jnp.float32) * frequencies.astype(jnp.float32)
+    angle = spread.astype(jnp.float32) * frequencies
     cos, sin = jnp.cos(angle), jnp.sin(-angle if inverse else angle)
     wide = x.astype(jnp.float32)
     half = frequencies.shape[0]

@@ -20,11 +20,13 @@ import jax.numpy as jnp
 from jax import Array
 
 from pallas_kernels import topk as kernel
+from pallas_kernels.mesh_axes import varying
 from pallas_kernels.plans.topk import TopKPlan
 from sparse_mla_jax import _check, reference
 from sparse_mla_jax._check import require
-from sparse_mla_jax.ops._chunks import map_row_chunks, rows_from, varying
+from sparse_mla_jax.ops._chunks import map_row_chunks, rows_from
 from sparse_mla_jax.ops._dispatch import check_implementation, dispatch, with_plan
+from sparse_mla_jax.ops._row_bounds import clamp, clamp_rows
 
 OUTSIDE = -(2**31)
 # Rows per chunk on a CPU: the 32 counts over a chunk read it from the cache (16 is best of 4 to 512, up to 1.7 times).
@@ -63,12 +65,12 @@ def top_k(
       ValueError: shapes or types that do not fit, k below 1, or an implementation that does not support the case.
     """
     scores = _scores(scores)
+    # Columns are integers: they have no derivative, whatever the scores have.
+    fixed = jax.lax.stop_gradient(scores)
     implementation, plan = with_plan(implementation, plan, config, TopKPlan)
     k = check_k(k)
     rows, columns = scores.shape
-    starts = jnp.zeros((rows,), jnp.int32) if row_starts is None else _ints("row_starts", row_starts, rows, columns)
-    room = columns - starts
-    lengths = room if row_lengths is None else jnp.minimum(_ints("row_lengths", row_lengths, rows, columns), room)
+    starts, lengths = clamp_rows(row_starts, row_lengths, rows=rows, columns=columns)
     if 0 in scores.shape:
         check_implementation(implementation)
         local = jnp.full((rows, k), -1, jnp.int32)
@@ -78,10 +80,10 @@ def top_k(
             implementation,
             {
                 "triton": lambda: kernel.top_k(
-                    scores, k, _narrow(row_starts, starts), _narrow(row_lengths, lengths), plan=plan
+                    fixed, k, _narrow(row_starts, starts), _narrow(row_lengths, lengths), plan=plan
                 ),
-                "xla": lambda: _xla(scores, k, starts, lengths),
-                "reference": lambda: reference.top_k(scores, k, starts, lengths),
+                "xla": lambda: _xla(fixed, k, starts, lengths),
+                "reference": lambda: reference.top_k(fixed, k, starts, lengths),
             },
         )
     return (local, _selected(scores, local, starts)) if return_scores else local
@@ -103,7 +105,7 @@ def top_k_prefill(
     """
     scores = _scores(scores)
     rows, columns = scores.shape
-    starts, ends = (_ints(n, x, rows, columns) for n, x in (("row_starts", row_starts), ("row_ends", row_ends)))
+    starts, ends = (clamp(n, x, rows, columns) for n, x in (("row_starts", row_starts), ("row_ends", row_ends)))
     return top_k(scores, k, ends - starts, row_starts=starts, implementation=implementation)
 
 
@@ -121,9 +123,10 @@ def top_k_decode(scores: Array, k: int, *, seq_lens: Array, next_n: int, impleme
     Raises:
       ValueError: as `top_k`; rows that are not B * next_n.
     """
-    scores, seq_lens = _scores(scores), jnp.asarray(seq_lens)
+    scores = _scores(scores)
     rows, columns = scores.shape
     next_n = _check.size("next_n", next_n)
+    seq_lens = _check.int32("seq_lens", seq_lens, ..., hint="The tokens of each request.")
     require(
         rows % next_n == 0 and seq_lens.shape in ((rows // next_n,), (rows // next_n, next_n)),
         f"seq_lens has shape {list(seq_lens.shape)} for scores {list(scores.shape)} and next_n {next_n}; expected [B]"
@@ -132,7 +135,7 @@ def top_k_decode(scores: Array, k: int, *, seq_lens: Array, next_n: int, impleme
     if seq_lens.ndim == 2:
         return top_k(scores, k, seq_lens.reshape(-1), implementation=implementation)
     # Clamp before the subtraction, which could wrap. A limit of N alone would cut the earlier tokens of a long request.
-    bounded = _ints("seq_lens", seq_lens, rows // next_n, columns + next_n)
+    bounded = clamp("seq_lens", seq_lens, rows // next_n, columns + next_n)
     seen = bounded[:, None] - (next_n - 1) + jnp.arange(next_n, dtype=jnp.int32)
     return top_k(scores, k, seen.reshape(-1), implementation=implementation)
 
@@ -148,17 +151,11 @@ def _scores(scores: Any) -> Array:
     return scores.astype(jnp.float32)
 
 
-def _ints(name: str, x: Any, rows: int, high: int) -> Array:
-    """int32 [rows], clamped to [0, high]."""
-    return jnp.clip(_check.int32(name, x, rows, hint="One per row of scores."), 0, high)
-
-
 def _narrow(given: Any, clamped: Array) -> Array | None:
     """`given` if it is int32, since the kernel clamps it; `clamped` for other types; None for None."""
     if given is None:
         return None
-    given = jnp.asarray(given)
-    return given if given.dtype == jnp.int32 else clamped
+    return given if isinstance(given, Array) and given.dtype == jnp.int32 else clamped
 
 
 # --- arithmetic

@@ -23,14 +23,14 @@ def ring_size(window: int, max_query_len: int) -> int:
 
 
 def ring_slots(positions: Array, states: Array, *, ring: int) -> Array:
-    """Slots of positions[T] in the rings states[T]: int32[T], -1 if either is negative.
+    """Slots of positions[T] in the rings states[T]: int32[T], -1 if either is negative or the slot is beyond int32.
 
     Raises:
       ValueError: other types or shapes, or a ring below 1.
     """
     positions, states = _check_tokens(positions, states)
     ring = _check.size("ring", ring)
-    is_valid = (positions >= 0) & (states >= 0)
+    is_valid = (positions >= 0) & (positions < _check.BEYOND) & _is_ring(states, ring)
     return jnp.where(is_valid, states * ring + jnp.where(is_valid, positions, 0) % ring, -1)
 
 
@@ -39,7 +39,7 @@ def window_slots(positions: Array, states: Array, *, window: int, ring: int) -> 
 
     Args:
       positions: integer [T], of the tokens.
-      states: integer [T], the ring of each token's request; if negative, the row is empty.
+      states: integer [T], the ring of each token's request; if negative or beyond int32, the row is empty.
       window: positions that a token sees, its own included.
       ring: slots of a request, at least `window`.
 
@@ -50,8 +50,13 @@ def window_slots(positions: Array, states: Array, *, window: int, ring: int) -> 
     window = _check.size("window", window)
     ring = _check.size("ring", ring, window, hint=f"A window of {window} positions needs as many slots: use ring_size.")
     seen = jnp.maximum(positions - (window - 1), 0)[:, None] + jnp.arange(window, dtype=jnp.int32)
-    is_valid = (seen <= positions[:, None]) & (states >= 0)[:, None]
+    is_valid = (seen <= positions[:, None]) & ((positions < _check.BEYOND) & _is_ring(states, ring))[:, None]
     return jnp.where(is_valid, states[:, None] * ring + seen % ring, -1)
+
+
+def _is_ring(states: Array, ring: int) -> Array:
+    """Whether all slots of the rings fit int32."""
+    return (states >= 0) & (states <= (_check.BEYOND - ring + 1) // ring)
 
 
 def _check_tokens(positions: Array, states: Array) -> tuple[Array, Array]:

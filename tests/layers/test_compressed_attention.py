@@ -252,8 +252,8 @@ def test_selection_by_fused_weights():
             dict(config=dataclasses.replace(CONFIG, sliding_window=30)),
             "ring is 25; expected an integer of at least 30. A window of 30",
         ),
-        (dict(states=ints(0, 1, 2)), r"state_ids has shape \(3,\)"),
-        (dict(states=np.ones(2, np.float32)), r"state_ids has shape \(2,\) and type float32"),
+        (dict(states=ints(0, 1, 2)), r"state_ids is int32\[3\]; expected integers \[2\]"),
+        (dict(states=np.ones(2, np.float32)), r"state_ids is float32\[2\]; expected integers \[2\]"),
         (dict(cache=caches(1, num_requests=1), states=None), "caches.window has 1 rings"),
         (dict(cache=dataclasses.replace(caches(1), state=caches(1, num_requests=9).state)), "caches.state has 9 rows"),
         (

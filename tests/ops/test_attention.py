@@ -370,7 +370,7 @@ def test_sources_of_different_layouts():
             r"int32\[4, 4\]; expected integers \[3, W\]. One row of slots per token of q",
         ),
         ({"rows": Ragged(values=jnp.zeros((4,), jnp.int32), indptr=jnp.zeros((3,), jnp.int32))}, "2 rows"),
-        ({"rows": [[1], [2], [3]]}, "rows of kv is list"),
+        ({"rows": [[1], [2], ["a"]]}, "rows of kv is list"),
         ({"sm_scale": float("nan")}, "sm_scale"),
         ({"sm_scale": None}, "sm_scale"),
         ({"value_dim": 0}, "value_dim is 0"),

@@ -337,7 +337,7 @@ def test_describe():
             lambda: _check.array("q", SCORES, (jnp.bfloat16, jnp.int8), "T", None, 8),
             "q is float32[4, 10]; expected bfloat16 or int8 [T, any, 8].",
         ),
-        (lambda: _check.integers("q", INTS, ..., "B", 4), "q is int32[4]; expected integers [..., B, 4]."),
+        (lambda: _check.int32("q", INTS, ..., "B", 4), "q is int32[4]; expected integers [..., B, 4]."),
         (lambda: _check.floats("q", "text", "T"), "q is str; expected floating values [T]."),
         (lambda: _check.booleans("q", INTS, 4), "q is int32[4]; expected booleans [4]."),
         (

@@ -36,6 +36,7 @@ from pallas_kernels.tiles import power_of_two
 from sparse_mla_jax.ops import indexer
 from sparse_mla_jax.ops.cache import PagedIndexCache
 from sparse_mla_jax.ops.indexer import indexer_scores, lightning_indexer, paged_indexer_scores
+from sparse_mla_jax.ops.topk import top_k
 
 # One worker, which compiles what these tests share.
 pytestmark = pytest.mark.xdist_group("indexer")
@@ -78,7 +79,10 @@ def test_extreme_intervals_are_clamped(implementation):
     out = contiguous(
         q, jnp.ones((20, 16)), None, weights, row_starts=starts, row_lengths=lengths, implementation=implementation
     )
-    assert np.isfinite(np.asarray(out)).sum(axis=1).tolist() == [4, 0, 0, 20]
+    assert np.isfinite(np.asarray(out)).sum(axis=1).tolist() == [9, 20, 0, 20]
+    # Top-k reads the same interval.
+    _, chosen = top_k(jnp.zeros((4, 20)), 20, lengths, row_starts=starts, return_scores=True)
+    assert np.isfinite(np.asarray(chosen)).sum(axis=1).tolist() == [9, 20, 0, 20]
 
 
 @pytest.mark.interpret  # CDNA widens queries: the product of FP8 by FP8 is run nowhere else
@@ -416,7 +420,10 @@ def test_errors_name_the_argument(change, message):
     [
         ({"keys": jnp.zeros((9, 31))}, "must agree"),
         ({"keys": jnp.zeros((9, 32), jnp.int32)}, "keys is int32"),
-        ({"key_scales": jnp.zeros((8,))}, "N = 9"),
+        (
+            {"key_scales": jnp.zeros((8,))},
+            r"key_scales is float32\[8\]; expected floating values \[9\]. One scale per key",
+        ),
         ({"row_starts": jnp.zeros((4,), jnp.int32)}, "row_starts"),
         ({"row_lengths": jnp.zeros((5,))}, "row_lengths"),
     ],

@@ -343,7 +343,7 @@ scores = jnp.zeros((4, 10))
         (lambda: top_k_decode(scores, 2, seq_lens=jnp.zeros(1, int), next_n=3), "seq_lens has shape"),
         (lambda: top_k_decode(scores, 2, seq_lens=jnp.zeros((4, 2), int), next_n=1), "seq_lens has shape"),
         (lambda: top_k_decode(scores, 2, seq_lens=jnp.zeros(4), next_n=1), "seq_lens is"),
-        (lambda: top_k_decode(scores, 2, seq_lens=jnp.zeros((4, 1)), next_n=1), "row_lengths is"),
+        (lambda: top_k_decode(scores, 2, seq_lens=jnp.zeros((4, 1)), next_n=1), "seq_lens is"),
     ],
 )
 def test_what_does_not_fit_is_named(call, message):

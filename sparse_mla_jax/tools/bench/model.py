@@ -34,6 +34,26 @@ def writes_file(json_option: str | None) -> bool:
     return json_option not in (None, STDOUT)
 
 
+# Decode steps before the timed ones.
+_WARM_STEPS = 2
+
+
+def _prompt_length(batch: int, budget: int, context: int, steps: int) -> int:
+    """Tokens of every prompt, so that `steps` timed steps end before `context`; `budget` is tokens per step.
+
+    Raises:
+      ValueError: `context` is too short for the steps.
+    """
+    # Leave room for the tokens that early requests decode while the others still prefill.
+    length = context - steps - _WARM_STEPS - 2 * (-(-batch * context // budget)) - 1
+    require(
+        length >= 1,
+        f"context is {context}; {steps} steps and the prefill of {batch} prompts, {budget} tokens a step, do not fit. "
+        "Raise --context or lower --steps or --batch.",
+    )
+    return length
+
+
 def measure_decode(engine: Engine, *, context: int, steps: int, seed: int = 0) -> dict[str, Any]:
     """Times decode steps of a full batch on random prompts, prefilled by the engine itself.
 
@@ -51,14 +71,8 @@ def measure_decode(engine: Engine, *, context: int, steps: int, seed: int = 0) -
     """
     import numpy as np
 
-    batch, budget, warm = engine.scheduler.max_batch, engine.scheduler.token_budget, 2
-    # Leave room for the tokens that early requests decode while the others still prefill.
-    prompt_length = context - steps - warm - 2 * (-(-batch * context // budget)) - 1
-    require(
-        prompt_length >= 1,
-        f"context is {context}; {steps} steps and the prefill of {batch} prompts, {budget} tokens a step, do not fit. "
-        "Raise --context or lower --steps.",
-    )
+    batch = engine.scheduler.max_batch
+    prompt_length = _prompt_length(batch, engine.scheduler.token_budget, context, steps)
     pages = engine.scheduler.allocator.num_pages
     require(
         pages >= batch * -(-context // engine.scheduler.page_size),
@@ -71,7 +85,7 @@ def measure_decode(engine: Engine, *, context: int, steps: int, seed: int = 0) -
     while engine.has_work() and not all(request.prefilled for request in requests):
         engine.step()
     prefill = time.perf_counter() - start
-    for _ in range(warm):
+    for _ in range(_WARM_STEPS):
         engine.step()
     times = []
     for _ in range(steps):
@@ -104,8 +118,10 @@ def run(arguments: argparse.Namespace) -> int:
         arguments.context <= config.max_position_embeddings,
         f"--context is {arguments.context}; the model's context is {config.max_position_embeddings}.",
     )
+    # Before the weights are read and caches allocated.
+    budget = max(arguments.prefill_chunk, arguments.batch)
+    _prompt_length(arguments.batch, budget, arguments.context, arguments.steps)
     check_backend()
-    # Before gigabytes of weights are read.
     sizes = choose_sizes(config, **_sizes(arguments))
     check_sizes_fit(config, sizes, arguments.cache_dtype)
     report = _measure(arguments)
