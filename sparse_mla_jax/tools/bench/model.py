@@ -80,7 +80,7 @@ def measure_decode(engine: Engine, *, context: int, steps: int, seed: int = 0) -
     )
     prompts = np.random.default_rng(seed).integers(0, engine.config.vocab_size, (batch, prompt_length))
     engine.warm_up(progress=True)
-    requests = [engine.submit(prompt, max_tokens=context) for prompt in prompts]
+    requests = [engine.submit(prompt, max_tokens=context, ignore_eos=True) for prompt in prompts]
     start = time.perf_counter()
     while engine.has_work() and not all(request.prefilled for request in requests):
         engine.step()
