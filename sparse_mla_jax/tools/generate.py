@@ -80,10 +80,11 @@ def _read_request(arguments: argparse.Namespace, config: Config) -> tuple[Prompt
     require(len(prompt) > 0, "the prompt is empty; give at least one byte or token.")
     require(arguments.max_tokens >= 1, f"--max-tokens is {arguments.max_tokens}; at least 1 is expected.")
     limit = config.max_position_embeddings
+    # Files are read no further.
+    length = len(prompt) if len(prompt) <= limit else f"more than {limit}"
     require(
         len(prompt) < limit,
-        f"the prompt has {len(prompt)} tokens or more; the model's context is {limit}, one more must fit. Shorten the"
-        " prompt.",
+        f"the prompt has {length} tokens; the model's context is {limit}, one more must fit. Shorten the prompt.",
     )
     options = {name: getattr(arguments, name) for name in ("max_tokens", "temperature", "top_p", "seed")}
     options["stop"] = _read_stop(arguments, config)

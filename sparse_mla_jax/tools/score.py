@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 
 from sparse_mla_jax.tools.options import add_model_options, load_array
-from sparse_mla_jax.tools.output import check_output, whole_file
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,6 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """The command `score`."""
     from sparse_mla_jax.config import load_config
+    from sparse_mla_jax.tools.output import check_output, whole_file
 
     config = load_config(arguments.model_dir)
     check_output("--output", arguments.output)

@@ -17,7 +17,7 @@ from sparse_mla_jax.cases.case import KINDS
 STEP = {"batch": 64, "context": 32768, "layers": 2}
 _KERNELS_ONLY = ("kernel", "compiler", "plan", "asm", "picture")
 # Kernels whose case has a number of query heads that may be chosen.
-WITH_HEADS = ("sparse_mla", "sparse_mla_v4", "sparse_mla_v4_window", "indexer", "paged_indexer")
+WITH_HEADS = ("sparse_mla", "sparse_mla_v4", "sparse_mla_v4_window", "indexer", "paged_indexer", "norm_rope_query")
 # Of DeepSeek-V3.2 as published.
 MOST_HEADS, MOST_LAYERS = 128, 61
 COMPILER_CHOICES = (*COMPILERS, "both")
@@ -66,9 +66,11 @@ def check_kernels(arguments: argparse.Namespace) -> None:
         not arguments.plan or len(names) == 1,
         "--plan replaces fields of one kernel's plan; name the kernel with --kernel.",
     )
+    heads = arguments.heads
+    require(heads is None or 1 <= heads <= 1024, f"heads is {heads}; between 1 and 1024 are expected.")
     for case in map(catalogue.kernel_case, names):
         require(
-            arguments.heads is None or case.name in WITH_HEADS,
+            heads is None or case.name in WITH_HEADS,
             f"--heads: kernel {case.name} has no query heads; leave it out.",
         )
         require(
