@@ -102,6 +102,12 @@ class Trainer:
     """Compiled programs over a corpus that lies on the device."""
 
     def __init__(self, config: DeepseekV32Config, options: Options, corpus: Corpus, seed: int):
+        pairs = (config.rope_interleave, config.indexer_rope_interleave, config.rope.attention_factor)
+        require(
+            pairs == (True, False, 1.0),
+            f"config has rope_interleave, indexer_rope_interleave and attention_factor {pairs}; this example trains"
+            " with True, False and 1.0 only.",
+        )
         require(
             len(corpus.train) > options.context + 1,
             f"the training text has {len(corpus.train)} bytes; at least context + 2 are needed.",

@@ -17,9 +17,9 @@ import jax
 import jax.extend
 from jax.experimental import pallas as pl
 
-from pallas_kernels._interpret import interpret_on_each_device
+from pallas_kernels._launch import launch
 from pallas_kernels.mesh_axes import axes_of, declare, spread
-from pallas_kernels.targets import HOST, Target, executor
+from pallas_kernels.targets import HOST, Target, executor, named_targets
 
 try:
     from jax.experimental.pallas import triton as pltriton
@@ -118,4 +118,6 @@ def call(
     )
     if executor.value is not None:
         return spread(executor.value.call(run, arrays, out_shape), axes)
-    return interpret_on_each_device(run, arrays, out_shape) if axes and target == HOST else run(*arrays)
+    if named_targets() or (axes and target == HOST):
+        return launch(run, arrays, out_shape, target)
+    return run(*arrays)

@@ -7,10 +7,11 @@ that the kernels do not support raises NotImplementedError: operators then fall 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 import jax
@@ -114,6 +115,8 @@ class Executor(Protocol):
         """Runs `kernel_call` on `arrays` and returns its results."""
 
 
+# The targets that a program is lowered for on a host that may have none of them, see `lower_for`.
+_named = jax.make_user_context(())
 # Overrides interpret mode on CPU: the CDNA interpreter, when active. Part of every jit cache key.
 executor = jax.make_user_context(None)
 
@@ -156,6 +159,46 @@ def target_of(device: Any) -> Target:
     return found
 
 
+@contextlib.contextmanager
+def lower_for(*names: str) -> Iterator[None]:
+    """Traces and lowers programs for the named machines, on a host that may have none of them.
+
+    For `jax.export` and `jax.jit(...).trace(...).lower(lowering_platforms=...)`. Inside, `implementation="triton"` puts
+    the kernels of each named GPU into the program, `"xla"` the XLA body, and None what that machine would choose: the
+    kernels on GPUs, the XLA body on a CPU. Part of jit's cache key.
+
+    Args:
+      *names: "cpu", "cuda", "rocm:gfx942", "rocm:gfx950" (or the targets' names); one of each platform at most.
+
+    Raises:
+      ValueError: no name, an unknown one, or two machines of one platform.
+    """
+    chosen = tuple(find(name.removeprefix("rocm:") if isinstance(name, str) else name) for name in names)
+    platforms = [target.platform for target in chosen]
+    if not chosen or len(set(platforms)) < len(platforms):
+        raise ValueError(
+            f"names are {', '.join(map(repr, names)) or 'absent'}; expected one machine at least, and one of each"
+            " platform: a program holds one version of a kernel per platform. Export once for each machine."
+        )
+    with _named(chosen):
+        yield
+
+
+def named_targets() -> tuple[Target, ...]:
+    """The targets of `lower_for`, empty outside of it."""
+    return _named.value
+
+
+@contextlib.contextmanager
+def on_abstract_device(target: Target) -> Iterator[None]:
+    """Makes jax trace and lower for a GPU that this host lacks."""
+    kind = target.name if target in CDNA else f"NVIDIA {target.product}"
+    device = jax.sharding.AbstractDevice(device_kind=kind, num_cores=target.units, platform="gpu")
+    axis = (jax.sharding.AxisType.Auto,)
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((1,), ("x",), axis, abstract_device=device)):
+        yield
+
+
 def traced_gpu() -> Any:
     """The GPU to trace for: that of the abstract mesh, else the first device; None if that is a CPU."""
     abstract = jax.sharding.get_abstract_mesh().abstract_device
@@ -169,8 +212,8 @@ def by_target(body: Callable[..., Any], *args: Any) -> Any:
     """Runs `body(target, *args)` for the machine that the program is lowered for; args are pytrees of arrays.
 
     `body` is traced for the host (interpret mode) and for one GPU (`traced_gpu`); the lowering keeps one of the two. On
-    a CPU host that GPU is an NVIDIA GPU, unless `jax.sharding.use_abstract_mesh` names another. In a mesh with Explicit
-    axes every device computes the whole result.
+    a CPU host that GPU is an NVIDIA GPU, unless `lower_for` or `jax.sharding.use_abstract_mesh` names another. In a
+    mesh with Explicit axes every device computes the whole result.
 
     Raises:
       NotImplementedError: the kernels do not support that GPU.
@@ -183,6 +226,6 @@ def by_target(body: Callable[..., Any], *args: Any) -> Any:
     if chosen is not None:
         return body(find(chosen.arch), *args)
     gpu = traced_gpu()
-    target = NVIDIA if gpu is None else target_of(gpu)
-    ways = {"cpu": functools.partial(body, HOST), target.platform: functools.partial(body, target)}
+    targets = named_targets() or (HOST, NVIDIA if gpu is None else target_of(gpu))
+    ways = {target.platform: functools.partial(body, target) for target in targets}
     return jax.lax.platform_dependent(*args, **ways)

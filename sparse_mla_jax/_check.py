@@ -38,6 +38,17 @@ def describe(x: Any) -> str:
     return f"{x.dtype}{list(x.shape)}"
 
 
+def shown(value: Any, width: int = 60) -> str:
+    """`value` as a message prints it: on one line, at most `width` characters; null for None, as in JSON."""
+    try:
+        text = "null" if value is None else repr(value)
+    except (ValueError, RecursionError):
+        # Python prints no integers of more than 4300 digits, and no lists that are nested too deeply.
+        text = f"{type(value).__name__} that is too long to print"
+    text = " ".join(text.split())
+    return text if len(text) <= width else f"{text[: width - 4]} ..."
+
+
 def size(name: str, value: Any, low: int = 1, high: int | None = None, *, hint: str = "") -> int:
     """`value` as an int. Integers of Python and numpy pass; booleans, floats and jax arrays do not.
 

@@ -10,7 +10,7 @@ import json
 import os
 from typing import Any
 
-from sparse_mla_jax._check import require
+from sparse_mla_jax._check import require, shown
 from sparse_mla_jax._folder import CONFIG, find_file
 from sparse_mla_jax.families.registry import read_config
 from sparse_mla_jax.shapes import (
@@ -42,10 +42,11 @@ def config_from_json(data: dict[str, Any]) -> Config:
     """Builds a config from the fields of a Hugging Face config.json; model_type names the family.
 
     Absent fields take DeepSeek-V3.2's values, or V4-Flash's if model_type is 'deepseek_v4'. RoPE is plain if there is
-    no rotary scaling.
+    no rotary scaling. A field that is neither supported nor known to have no effect is reported in one UserWarning.
 
     Raises:
-      ValueError: another architecture, a field of the wrong type, or sizes that do not fit together.
+      ValueError: another architecture, a field of the wrong type or out of range, a field that asks for something that
+        is not supported, or sizes that do not fit together.
     """
     require(isinstance(data, dict), f"config.json holds a {type(data).__name__}; a JSON object is expected.")
     return read_config(data)
@@ -55,23 +56,35 @@ def load_config(folder: str | os.PathLike[str]) -> Config:
     """Reads `folder`/config.json.
 
     Raises:
-      ValueError: no such folder or file, not JSON, or a model family that this package does not support.
+      ValueError: no such folder or file, not JSON, a model family or a field that this package does not support, or a
+        value that can not be.
     """
     path = find_file(folder, CONFIG)
     require(
         os.path.isdir(folder), f"model folder {os.fspath(folder)!r} does not exist; give a folder with config.json."
     )
     require(os.path.isfile(path), f"{os.fspath(folder)!r} has no config.json; give a Hugging Face model folder.")
-    return _read_file(path)
+    return config_from_json(_parse(path))
 
 
-def _read_file(path: str | os.PathLike[str]) -> Config:
+def _parse(path: str | os.PathLike[str]) -> Any:
     try:
         with open(path, encoding="utf-8") as f:
-            data = json.load(f)
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            return json.load(f, object_pairs_hook=_refuse_repeats)
+    except RecursionError:
+        raise ValueError(f"{os.fspath(path)} is nested too deeply; fetch the file again.") from None
+    except ValueError as error:
+        # Not JSON, not UTF-8, or an integer of more than 4300 digits.
         raise ValueError(f"{os.fspath(path)} is not valid JSON ({error}); fetch the file again.") from None
-    return config_from_json(data)
+
+
+def _refuse_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object as a dict. Of two fields with one name, Python would silently take the last."""
+    fields: dict[str, Any] = {}
+    for name, value in pairs:
+        require(name not in fields, f"it has the field {shown(name)} twice")
+        fields[name] = value
+    return fields
 
 
 def from_hf(source: str | os.PathLike[str] | dict[str, Any]) -> Config:
@@ -90,4 +103,4 @@ def from_hf(source: str | os.PathLike[str] | dict[str, Any]) -> Config:
     """
     if isinstance(source, dict):
         return config_from_json(source)
-    return _read_file(source) if os.path.isfile(source) else load_config(source)
+    return config_from_json(_parse(source)) if os.path.isfile(source) else load_config(source)

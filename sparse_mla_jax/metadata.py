@@ -29,9 +29,11 @@ from jax import Array
 
 from sparse_mla_jax import _check
 from sparse_mla_jax._check import require
+from sparse_mla_jax._serialization import serializable
 from sparse_mla_jax.ops.ragged import slots_from_positions
 
 
+@serializable
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class StepMetadata:

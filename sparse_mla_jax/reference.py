@@ -118,7 +118,7 @@ def top_k(scores: Array, k: int, row_starts: Array, row_lengths: Array) -> Array
     NaN counts as -inf, -0.0 equals 0.0, ties go to the lower column; exactly min(k, length) results per row.
     scores[R, N], row_starts[R], row_lengths[R] -> int32[R, k].
     """
-    rows, columns = scores.shape
+    columns = scores.shape[1]
     start = jnp.clip(row_starts, 0, columns)[:, None]
     length = jnp.clip(row_lengths, 0, columns - start[:, 0])[:, None]
     column = jnp.broadcast_to(jnp.arange(columns, dtype=jnp.int32)[None, :], scores.shape)
@@ -132,7 +132,8 @@ def top_k(scores: Array, k: int, row_starts: Array, row_lengths: Array) -> Array
     chosen = jnp.arange(order.shape[1])[None, :] < length
     local = jnp.sort(jnp.where(chosen, order - start, jnp.iinfo(jnp.int32).max), axis=-1)
     local = jnp.where(jnp.arange(order.shape[1])[None, :] < length, local, -1)
-    return jnp.full((rows, k), -1, jnp.int32).at[:, : order.shape[1]].set(local)
+    # Pad, do not write into an array: under shard_map jaxlib 0.11.2 ends the process when it compiles that scatter.
+    return jnp.pad(local, ((0, 0), (0, k - order.shape[1])), constant_values=-1)
 
 
 # --- attention

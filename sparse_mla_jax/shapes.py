@@ -9,16 +9,69 @@ import dataclasses
 import math
 from typing import Any
 
-from sparse_mla_jax._check import require
+import numpy as np
+
+from sparse_mla_jax._check import require, shown
+
+# Smallest and largest value of each field, far outside of every published model: a larger value is a mistake, and is
+# refused before it takes memory or time. Fields that are not listed are sizes of one axis, from 1 to _LARGEST_SIZE.
+_LARGEST_SIZE = 2**20
+_LARGEST_RATIO = 2**16
+_INT32 = 2**31 - 1
+# Smaller constants would round to 0 in float32.
+_EPSILON = (1e-30, 1.0)
+_LIMITS: dict[str, tuple[float, float]] = {
+    "vocab_size": (1, 2**24),
+    "num_hidden_layers": (1, 1024),
+    "n_routed_experts": (1, 2**14),
+    "n_shared_experts": (0, 1024),
+    "first_k_dense_replace": (0, 1024),
+    "num_hash_layers": (0, 1024),
+    "index_topk": (1, _INT32),
+    "sliding_window": (1, 2**16),
+    "max_position_embeddings": (1, _INT32),
+    "hc_mult": (1, 64),
+    "hc_sinkhorn_iters": (1, 1000),
+    "hc_eps": _EPSILON,
+    "rms_norm_eps": _EPSILON,
+    "routed_scaling_factor": (1e-6, 1e6),
+    "swiglu_limit": (1e-6, 1e30),
+    "theta": (2.0, 1e30),
+    "factor": (1.0, 1e6),
+    "original_max_position": (1, _INT32),
+    "beta_fast": (1e-3, 1e6),
+    "beta_slow": (1e-3, 1e6),
+    "mscale_all_dim": (0.0, 100.0),
+    "attention_factor": (1e-3, 1e3),
+}
+# Most routed experts of all layers together: ten times those of DeepSeek-V4-Pro. Each one has tensors of its own.
+_MOST_EXPERTS = 2**18
+# Types that a field of each type accepts. bool is an int in Python, and is told apart in `_check_fields`.
+_NUMBERS: dict[type, tuple[type, ...]] = {int: (int, np.integer), float: (int, float, np.integer, np.floating)}
 
 
-def _check_counts(config: Any, may_be_zero: tuple[str, ...]) -> None:
-    """Requires every integer field to be at least 1, or at least 0 if it is in `may_be_zero`."""
+def _check_fields(config: Any, may_be_zero: tuple[str, ...] = ()) -> None:
+    """Checks type and range of every field that is a number or a truth value. Fields in `may_be_zero` start at 0."""
     for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        if isinstance(value, int) and not isinstance(value, bool):
-            low = 0 if field.name in may_be_zero else 1
-            require(value >= low, f"config field {field.name} is {value}; it must be at least {low}. Mend config.json.")
+        value, kind, name = getattr(config, field.name), type(field.default), f"config field {field.name}"
+        if kind is bool:
+            require(isinstance(value, bool), f"{name} is {shown(value)}; true or false is expected. Mend config.json.")
+        elif kind in _NUMBERS:
+            word = "an integer" if kind is int else "a number"
+            known = isinstance(value, _NUMBERS[kind]) and not isinstance(value, bool)
+            require(known, f"{name} is {shown(value)}; {word} is expected. Mend config.json.")
+            low, high = _LIMITS.get(field.name, (1, _LARGEST_SIZE))
+            low = 0 if field.name in may_be_zero else low
+            require(value >= low, f"{name} is {shown(value)}; it must be at least {low}. Mend config.json.")
+            require(value <= high, f"{name} is {shown(value)}; it must be at most {high}. Mend config.json.")
+
+
+def _check_experts(layers: int, experts: int) -> None:
+    require(
+        layers * experts <= _MOST_EXPERTS,
+        f"config fields num_hidden_layers {layers} and n_routed_experts {experts} make {layers * experts} experts; at"
+        f" most {_MOST_EXPERTS} are supported. Mend config.json.",
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +84,7 @@ class RopeConfig:
       original_max_position: context length (tokens) before the extension.
       beta_fast, beta_slow: rotations over the original context that bound YaRN's ramp.
       mscale_all_dim: the softmax scale grows by (0.1 * mscale_all_dim * ln(factor) + 1) ** 2.
+      attention_factor: cosines and sines are multiplied by it. 1 in DeepSeek's published models.
     """
 
     theta: float = 10000.0
@@ -39,6 +93,15 @@ class RopeConfig:
     beta_fast: float = 32.0
     beta_slow: float = 1.0
     mscale_all_dim: float = 0.0
+    attention_factor: float = 1.0
+
+    def __post_init__(self):
+        _check_fields(self)
+        require(
+            self.beta_fast >= self.beta_slow,
+            f"config field beta_fast is {self.beta_fast}, less than beta_slow {self.beta_slow}; YaRN's ramp goes from"
+            " fast to slow. Exchange them.",
+        )
 
     @property
     def softmax_factor(self) -> float:
@@ -48,12 +111,23 @@ class RopeConfig:
         return (0.1 * self.mscale_all_dim * math.log(self.factor) + 1.0) ** 2
 
 
+def _check_rope(name: str, rope: Any) -> None:
+    require(
+        isinstance(rope, RopeConfig),
+        f"config field {name} is {shown(rope)}; a RopeConfig is expected. Make it with sparse_mla_jax.config.from_hf.",
+    )
+
+
 @dataclasses.dataclass(frozen=True)
 class DeepseekV32Config:
     """Shapes of a DeepSeek-V3.2 style model; field names are those of the published config.json.
 
     Hashable, so that it can be a static argument of `jax.jit`. Source: DeepSeek-V3.2-Exp, config.json and
     the technical report (arXiv:2512.02556).
+
+    Attributes:
+      rope_interleave: the main attention rotates neighbouring dimensions; false: the two halves of the rotated ones.
+      indexer_rope_interleave: the same for the indexer, which rotates halves in DeepSeek-V3.2.
     """
 
     vocab_size: int = 129280
@@ -81,12 +155,16 @@ class DeepseekV32Config:
     rms_norm_eps: float = 1e-6
     max_position_embeddings: int = 163840
     tie_word_embeddings: bool = False
+    rope_interleave: bool = True
+    indexer_rope_interleave: bool = False
     # Not a published field: quantise index queries to the FP8 type of the index cache, as DeepSeek's own code does.
     quantize_index_query: bool = False
     rope: RopeConfig = RopeConfig(factor=40.0, mscale_all_dim=1.0)
 
     def __post_init__(self):
-        _check_counts(self, may_be_zero=("first_k_dense_replace", "n_shared_experts", "n_routed_experts"))
+        _check_fields(self, may_be_zero=("n_routed_experts",))
+        _check_rope("rope", self.rope)
+        _check_experts(self.num_hidden_layers, self.n_routed_experts)
         require(
             self.qk_rope_head_dim % 2 == 0,
             f"config field qk_rope_head_dim is {self.qk_rope_head_dim}; rotation works on pairs, so it must be even.",
@@ -189,13 +267,21 @@ class DeepseekV4Config:
     compress_rope: RopeConfig = RopeConfig(theta=160000.0, factor=16.0, original_max_position=65536)
 
     def __post_init__(self):
-        _check_counts(self, may_be_zero=("num_hash_layers", "n_shared_experts"))
+        _check_fields(self)
+        _check_experts(self.num_hidden_layers, self.n_routed_experts)
+        for name, rope in (("rope", self.rope), ("compress_rope", self.compress_rope)):
+            _check_rope(name, rope)
+            require(
+                rope.attention_factor == 1.0 and rope.softmax_factor == 1.0,
+                f"config field {name} has attention_factor {rope.attention_factor} and mscale_all_dim"
+                f" {rope.mscale_all_dim}, which change the rotation's amplitude or the softmax scale; DeepSeek-V4 has"
+                " neither. Set attention_factor to 1.0 and drop mscale and mscale_all_dim.",
+            )
         ratios = self.compress_ratios
         require(
-            isinstance(ratios, tuple)
-            and all(isinstance(ratio, int) and not isinstance(ratio, bool) and ratio >= 0 for ratio in ratios),
-            f"config field compress_ratios is {ratios!r}; a tuple of integers of at least 0 is expected: 0 for a"
-            " sliding-window layer, else the tokens of a compressed entry.",
+            isinstance(ratios, tuple) and all(type(ratio) is int and 0 <= ratio <= _LARGEST_RATIO for ratio in ratios),
+            f"config field compress_ratios is {shown(ratios)}; a tuple of integers of at least 0 and at most"
+            f" {_LARGEST_RATIO} is expected: 0 for a sliding-window layer, else the tokens of a compressed entry.",
         )
         require(
             len(ratios) == self.num_hidden_layers,

@@ -11,6 +11,7 @@ import pytest
 
 from pallas_kernels.cdna.interpreter import control_flow
 from pallas_kernels.cdna.interpreter.assembly import Assembly, InterpreterError, parse
+from pallas_kernels.cdna.interpreter.dispatch import Dispatch
 from pallas_kernels.cdna.interpreter.machine import Memory
 
 LANES = 64
@@ -42,7 +43,7 @@ s_endpgm
 """
 
 
-def run_text(text: str, inputs=(), outputs=(), *, grid=(1, 1, 1), threads=LANES, order="together"):
+def run_text(text: str, inputs=(), outputs=(), *, grid=(1, 1, 1), threads=LANES, **how: Any):
     """Executes a kernel's text; returns (parsed text, outputs, counts per block).
 
     Args:
@@ -51,7 +52,7 @@ def run_text(text: str, inputs=(), outputs=(), *, grid=(1, 1, 1), threads=LANES,
       outputs: arrays of the buffers behind them; the kernel changes copies, which are returned.
       grid: workgroups per axis.
       threads: of a workgroup.
-      order: one of `control_flow.ORDERS`.
+      how: of `control_flow.run`.
     """
     named: list[tuple[str, np.ndarray, bool]] = [(f"input {k}", np.asarray(a), False) for k, a in enumerate(inputs)]
     named += [(f"output {k}", np.asarray(a), True) for k, a in enumerate(outputs)]
@@ -60,7 +61,7 @@ def run_text(text: str, inputs=(), outputs=(), *, grid=(1, 1, 1), threads=LANES,
     start = int(memory.starts[-1])
     memory.bytes[start : start + addresses.nbytes] = addresses.view(np.uint8)
     parsed: Assembly = parse(text)
-    counts = control_flow.run(parsed, memory, memory.address(len(named)), grid, threads, order=order)
+    counts = control_flow.run(parsed, memory, Dispatch(memory.address(len(named)), grid, threads), **how)
     results = [memory.contents(len(inputs) + k, np.shape(a), np.asarray(a).dtype) for k, a in enumerate(outputs)]
     return parsed, results, counts
 

@@ -27,9 +27,9 @@ def frequencies(rope, dim):
     return base * (1 - ramp) + base / rope.factor * ramp
 
 
-def rotate(x, angles, interleaved):
-    """x[L, ..., dim] by angles[L, dim // 2]."""
-    turn = np.exp(1j * angles).reshape(len(x), *[1] * (x.ndim - 2), -1)
+def rotate(x, angles, interleaved, amplitude=1.0):
+    """x[L, ..., dim] by angles[L, dim // 2], times the amplitude."""
+    turn = amplitude * np.exp(1j * angles).reshape(len(x), *[1] * (x.ndim - 2), -1)
     half = x.shape[-1] // 2
     pairs = x[..., 0::2] + 1j * x[..., 1::2] if interleaved else x[..., :half] + 1j * x[..., half:]
     pairs = pairs * turn
@@ -40,13 +40,13 @@ def rotate(x, angles, interleaved):
 
 def selected(w, p, c, x, u, angles):
     """bool[L, L]: key j is among the index_topk best of query i, j <= i."""
-    length, dr = len(x), c.qk_rope_head_dim
+    length, dr, pairs = len(x), c.qk_rope_head_dim, (c.indexer_rope_interleave, c.rope.attention_factor)
     q = (u @ w[p + "wq_b.weight"].T).reshape(length, c.index_n_heads, c.index_head_dim)
     k = x @ w[p + "wk.weight"].T
     k = (k - k.mean(-1, keepdims=True)) / np.sqrt(k.var(-1, keepdims=True) + 1e-6)
     k = k * w[p + "k_norm.weight"] + w[p + "k_norm.bias"]
-    q = np.concatenate([rotate(q[..., :dr], angles, False), q[..., dr:]], -1)
-    k = np.concatenate([rotate(k[..., :dr], angles, False), k[..., dr:]], -1)
+    q = np.concatenate([rotate(q[..., :dr], angles, *pairs), q[..., dr:]], -1)
+    k = np.concatenate([rotate(k[..., :dr], angles, *pairs), k[..., dr:]], -1)
     gate = x @ w[p + "weights_proj.weight"].T / math.sqrt(c.index_n_heads * c.index_head_dim)
     scores = np.einsum("thn,th->tn", np.maximum(np.einsum("thd,nd->thn", q, k), 0), gate)
     mask = np.zeros((length, length), bool)
@@ -64,7 +64,8 @@ def attention(w, p, c, x):
     kv = rms(z[:, :rank], w[p + "kv_a_layernorm.weight"]) @ w[p + "kv_b_proj.weight"].T
     kv = kv.reshape(length, heads, dn + c.v_head_dim)
     logits = np.einsum("thd,shd->hts", q[..., :dn], kv[..., :dn])
-    logits += np.einsum("thd,sd->hts", rotate(q[..., dn:], angles, True), rotate(z[:, rank:], angles, True))
+    pairs = (c.rope_interleave, c.rope.attention_factor)
+    logits += np.einsum("thd,sd->hts", rotate(q[..., dn:], angles, *pairs), rotate(z[:, rank:], angles, *pairs))
     mscale = 1 if c.rope.factor == 1 else 0.1 * c.rope.mscale_all_dim * math.log(c.rope.factor) + 1
     logits *= mscale**2 / math.sqrt(dn + dr)
     logits = np.where(selected(w, p + "indexer.", c, x, u, angles), logits, -np.inf)

@@ -189,9 +189,10 @@ def test_import_reads_no_environment_and_starts_no_backend():
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 
-def test_no_module_reads_the_environment():
-    for name, path in MODULES.items():
-        assert "environ" not in path.read_text(), f"{name} reads environment variables"
+def test_who_reads_the_environment():
+    """Only what starts compilers and caches their code: compilers read it, and XDG_CACHE_HOME is there."""
+    readers = [name for name, path in MODULES.items() if re.search(r"\bos\.environ|\bgetenv", path.read_text())]
+    assert readers == ["pallas_kernels.cdna.toolchain"]
 
 
 def test_the_repository_is_small():

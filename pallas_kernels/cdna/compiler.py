@@ -8,11 +8,10 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import jax
 import ml_dtypes
 import numpy as np
 
-from pallas_kernels.cdna import code_object, container, disk_cache, lowering, toolchain, worker
+from pallas_kernels.cdna import code_object, container, disk_cache, lowering, toolchain, worker, xla_rocm
 from pallas_kernels.cdna.container import Message
 from pallas_kernels.cdna.lowering import PallasCall
 from pallas_kernels.cdna.program import COMPILERS, Argument, Kernel, Program
@@ -25,6 +24,7 @@ _LIBRARIES = {
     **{9: "gemm", 11: "triangular solve", 15: "cudnn", 20: "select k", 22: "hipblaslt matmul", 24: "norm"},
     **{25: "convolution", 27: "fft", 30: "custom call"},
 }
+_MOST_NESTED = 100
 _FILLS = {19: "fill with zeros", 28: "fill with a value"}
 # Matches a Pallas kernel in the text of the optimised HLO.
 _PALLAS = re.compile(
@@ -37,6 +37,9 @@ _ELEMENT_TYPES: dict[int, Any] = {
     **{19: ml_dtypes.float8_e5m2, 20: ml_dtypes.float8_e4m3fn, 25: ml_dtypes.float8_e4m3fnuz},
     **{21: ml_dtypes.int4, 22: ml_dtypes.uint4, 33: ml_dtypes.float8_e8m0fnu, 15: np.complex64, 18: np.complex128},
 }
+
+# What is stored of a kernel that Triton compiled: the ELF file, bytes of dynamic LDS, and what was read from the file.
+_TRITON_CODE = (bytes, int, code_object.KernelCode)
 
 
 def _check(arch: str, compiler: str) -> None:
@@ -100,10 +103,9 @@ def compile_kernel(call: PallasCall, arch: str, compiler: str, *, cache: pathlib
         ir=call.ir,
         options=[call.num_warps, call.num_stages],
         arch=arch,
-        compiler=toolchain.compiler_name(compiler),
-        llvm=toolchain.LLVM,
+        settings=toolchain.settings(compiler),
     )
-    made = _remembered(key, cache)
+    made = _remembered(key, cache, _TRITON_CODE)
     if made is None:
         elf, lds = worker.request(arch, compiler, "ir", call.ir, call.num_warps, call.num_stages)
         (code,) = code_object.kernels(elf, arch)
@@ -137,11 +139,16 @@ def _in_memory(key: str, cache: pathlib.Path | None) -> list:
     return []
 
 
-def _remembered(key: str, cache: pathlib.Path | None) -> Any:
+def _remembered(key: str, cache: pathlib.Path | None, kind: type | tuple[type, ...]) -> Any:
+    """The stored value of a type, or of a tuple of these types; None if nothing of this kind is stored."""
     box = _in_memory(key, cache)
     if not box:
         stored = disk_cache.read(key, cache)
-        if stored is not None:
+        if isinstance(kind, type):
+            good = isinstance(stored, kind)
+        else:
+            good = isinstance(stored, tuple) and list(map(type, stored)) == list(kind)
+        if good:
             box.append(stored)
     return box[0] if box else None
 
@@ -157,31 +164,38 @@ def _program(text: str, arch: str, cache: pathlib.Path | None) -> Program:
     """Compiles StableHLO with XLA:ROCm and parses the executable."""
     name = toolchain.compiler_name("xla")
     key = disk_cache.key_of(
-        what="module", layout=2, module=text, arch=arch, compiler=name, jax=jax.__version__, llvm=toolchain.LLVM
+        what="module",
+        layout=2,
+        module=text,
+        arch=arch,
+        target=xla_rocm.target_config(arch),
+        settings=toolchain.settings("xla"),
     )
-    program = _remembered(key, cache)
+    program = _remembered(key, cache, Program)
     if program is None:
-        made = worker.request(arch, "xla", "module", text, cache or toolchain.default_cache())
+        made = worker.request(arch, "xla", "module", text, cache)
         program = _remember(key, read_executable(made, arch, name), cache)
     return program
 
 
-def _steps(thunks: Sequence[Message]) -> Iterator[tuple[int, Message, Message]]:
+def _steps(thunks: Sequence[Message], depth: int = 0) -> Iterator[tuple[int, Message, Message]]:
     """Yields (kind, body, info) of every step in order; branches, loop conditions and loop bodies occur once."""
+    if depth > _MOST_NESTED:
+        raise ValueError(f"steps are nested more than {_MOST_NESTED} deep")
     for thunk in thunks:
         info = thunk.message(1)
         for kind in sorted(set(thunk.fields) - {1}):
             body = thunk.message(kind)
             if kind == _SEQUENTIAL:
-                yield from _steps(body.messages(1))
+                yield from _steps(body.messages(1), depth + 1)
             elif kind == _CONDITIONAL:
                 for branch in body.messages(2):
-                    yield from _steps(branch.messages(1))
+                    yield from _steps(branch.messages(1), depth + 1)
             elif kind == _WHILE:
-                yield from _steps(body.message(2).messages(1))
-                yield from _steps(body.message(3).messages(1))
+                yield from _steps(body.message(2).messages(1), depth + 1)
+                yield from _steps(body.message(3).messages(1), depth + 1)
             elif kind == _ASYNC:
-                yield from _steps(body.message(3).messages(1))
+                yield from _steps(body.message(3).messages(1), depth + 1)
             else:
                 yield kind, body, info
 
@@ -209,6 +223,8 @@ def _arguments(step: Message) -> tuple[Argument, ...]:
     """Roles and shapes of a kernel's pointers: inputs, then outputs. An output may share the buffer of an input."""
     written = step.numbers(2)
     places = [_slice(shaped) for shaped in step.messages(1)]
+    if len(written) != len(places):
+        raise ValueError(f"a kernel has {len(places)} arguments and says of {len(written)} whether they are written")
     out: list[Argument] = []
     for number, (shaped, where) in enumerate(zip(step.messages(1), places)):
         # XLA lists a buffer that is updated in place twice, both times as written: the last entry is the output.

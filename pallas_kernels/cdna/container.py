@@ -17,6 +17,7 @@ from collections.abc import Iterator
 _BLOCK = 1 << 16
 _BLOCK_HEADER = 24
 _CHUNK_HEADER = struct.Struct("<QQQQQ")
+_SNAPPY_RATIO = 64
 _SIGNATURE, _RECORDS, _PADDING, _METADATA, _TRANSPOSED = b"srpmt"
 
 
@@ -98,7 +99,10 @@ class Message:
 
     def text(self, number: int) -> str:
         """A string field."""
-        return self.data(number).decode()
+        try:
+            return self.data(number).decode()
+        except UnicodeDecodeError:
+            raise ValueError(f"field {number} holds {self.data(number)[:40]!r}, which is no text in utf-8") from None
 
     def numbers(self, number: int) -> list[int]:
         """A repeated integer field, packed or not."""
@@ -140,8 +144,12 @@ def _decompressed(data: bytes, compression: int) -> bytes:
     import cramjam
 
     try:
+        # Snappy stores the size too. Memory is taken by what it says, and three bytes give at most 64.
+        inner, _ = varint(data, at)
+        if inner > _SNAPPY_RATIO * len(data):
+            raise ValueError(f"{len(data)} bytes announce {inner}")
         out = bytes(cramjam.snappy.decompress_raw(data[at:]))
-    except cramjam.DecompressionError as error:
+    except (cramjam.DecompressionError, ValueError) as error:
         raise ValueError(f"a Snappy block is damaged: {error}") from None
     if len(out) != size:
         raise ValueError(f"a Snappy block holds {len(out)} bytes, {size} were announced")

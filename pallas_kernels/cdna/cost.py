@@ -46,7 +46,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-import subprocess
 
 from pallas_kernels.cdna import toolchain
 from pallas_kernels.cdna.execution import Counts
@@ -113,12 +112,12 @@ def _ask(arch: str, instructions: list[Instruction]) -> None:
     """Runs llvm-mca once over instructions with distinct texts and caches the cost of each."""
     command = [toolchain.find_llvm("llvm-mca"), "-mtriple=amdgcn", f"-mcpu={arch}", "-instruction-tables", "-json", "-"]
     text = "".join(i.text + "\n" for i in instructions)
-    done = subprocess.run(command, input=text, capture_output=True, text=True, check=False)
+    done = toolchain.run_program(command, text)
     if done.returncode:
         wrong = re.search(r"<stdin>:(\d+):\d+: error: (.*)", done.stderr)
         if wrong and int(wrong[1]) <= len(instructions):
             raise instructions[int(wrong[1]) - 1].error(f"llvm-mca for {arch} says: {wrong[2]}")
-        raise RuntimeError(f"{' '.join(command)} failed: {done.stderr.strip()[:500]}")
+        raise RuntimeError(f"llvm-mca {' '.join(command[1:])} failed: {done.stderr.strip()[:500]}")
     report = json.loads(done.stdout)
     (region,) = report["CodeRegions"]
     if len(region["Instructions"]) != len(instructions):

@@ -47,11 +47,11 @@ class Device:
     Attributes:
       arch: "gfx942" or "gfx950".
       compiler: "triton" or "xla".
-      order: how waves take turns, see `execute`.
+      order, budget: how waves take turns, and how many instructions each may execute; see `execute`.
       launches: every kernel executed so far, in order of completion.
     """
 
-    def __init__(self, arch: str, compiler: str, order: str):
+    def __init__(self, arch: str, compiler: str, order: str, budget: int | None = None):
         """Checks the arguments; compiles nothing."""
         for name, value, known in (
             ("arch", arch, ARCHITECTURES),
@@ -60,7 +60,9 @@ class Device:
         ):
             if value not in known:
                 raise ValueError(f"{name} is {value!r}; expected one of {', '.join(known)}")
-        self.arch, self.compiler, self.order = arch, compiler, order
+        if budget is not None and budget < 1:
+            raise ValueError(f"budget is {budget}; expected at least 1 instruction, or None for the usual budget")
+        self.arch, self.compiler, self.order, self.budget = arch, compiler, order, budget
         self.launches: list[Launch] = []
         self._lock = threading.Lock()
         # Start the thread here, outside of XLA's threads.
@@ -76,7 +78,8 @@ class Device:
         def run(context, outs, *buffers):
             del context
             arrays = [np.asarray(b) for b in buffers]
-            result = self._thread.submit(execute, kernel, arrays, order=self.order).result()
+            run_kernel = functools.partial(execute, kernel, arrays, order=self.order, budget=self.budget)
+            result = self._thread.submit(run_kernel).result()
             with self._lock:
                 self.launches.append(Launch(kernel, result.counts))
             for out, value in zip(outs, result.outputs):
@@ -87,7 +90,9 @@ class Device:
 
 
 @contextlib.contextmanager
-def device(arch: str, *, compiler: str = "triton", order: str = "together") -> Iterator[Device]:
+def device(
+    arch: str, *, compiler: str = "triton", order: str = "together", budget: int | None = None
+) -> Iterator[Device]:
     """Makes `implementation="triton"` on a CPU host run every kernel as code of `arch` in our interpreter.
 
     The rest of a program runs on XLA's CPU backend. The context is part of jit's cache key, so functions that were
@@ -98,14 +103,15 @@ def device(arch: str, *, compiler: str = "triton", order: str = "together") -> I
       arch: "gfx942" (MI300X) or "gfx950" (MI355X).
       compiler: "triton" (the public Triton wheel, faster) or "xla" (XLA:ROCm, the code that jax would launch).
       order: "together", "forward" or "reverse"; see `pallas_kernels.cdna.execute`.
+      budget: instructions that one wave may execute; see `pallas_kernels.cdna.execute`.
 
     Yields:
       The device, whose `launches` lists the executed kernels.
 
     Raises:
-      ValueError: `arch`, `compiler` or `order` is unknown.
+      ValueError: `arch`, `compiler` or `order` is unknown, or `budget` is less than 1.
       ToolMissing: the compiler or the disassembler is not installed (raised while a program is traced).
     """
-    chosen = Device(arch, compiler, order)
+    chosen = Device(arch, compiler, order, budget)
     with targets.executor(chosen):
         yield chosen

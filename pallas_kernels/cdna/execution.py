@@ -9,9 +9,20 @@ from collections.abc import Sequence
 import numpy as np
 
 from pallas_kernels.cdna.interpreter import control_flow
-from pallas_kernels.cdna.interpreter.assembly import CLASSES, Assembly, Instruction, classify, parse
+from pallas_kernels.cdna.interpreter.assembly import (
+    CLASSES,
+    Assembly,
+    Instruction,
+    InterpreterError,
+    classify,
+    parse,
+)
+from pallas_kernels.cdna.interpreter.dispatch import Dispatch
 from pallas_kernels.cdna.interpreter.machine import POISON, Memory
 from pallas_kernels.cdna.program import Kernel
+
+# Far above what compilers ask for: a pointer an array.
+MAX_ARGUMENT_BYTES = 64 << 10
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +84,9 @@ class Result:
     counts: Counts
 
 
-def execute(kernel: Kernel, arrays: Sequence[np.ndarray], *, order: str = "together") -> Result:
+def execute(
+    kernel: Kernel, arrays: Sequence[np.ndarray], *, order: str = "together", budget: int | None = None
+) -> Result:
     """Executes the machine code of `kernel` on numpy arrays with our interpreter.
 
     Args:
@@ -81,13 +94,16 @@ def execute(kernel: Kernel, arrays: Sequence[np.ndarray], *, order: str = "toget
       arrays: one per input argument, in argument order.
       order: how the waves of a workgroup take turns: "together", "forward" or "reverse". Results differ only if
         the kernel has a race.
+      budget: instructions that one wave may execute; None means `interpreter.control_flow.BUDGET`, 2 million.
 
     Returns:
       Outputs and counts. Output bytes that the kernel does not write are 0xA5.
 
     Raises:
-      ValueError: number, shape or dtype of the arrays differs from the arguments.
-      InterpreterError: the interpreter rejects the code (see `interpreter.control_flow.run`).
+      ValueError: number, shape or dtype of the arrays differs from the arguments; `order` is unknown; `budget` is less
+        than 1; or the launch has no workgroups or too many threads.
+      InterpreterError: the interpreter rejects the code, or a wave exceeds the budget (see
+        `interpreter.control_flow.run`).
     """
     given = [a for a in kernel.arguments if a.role == "input"]
     if len(given) != len(arrays) or not kernel.arguments:
@@ -113,20 +129,16 @@ def execute(kernel: Kernel, arrays: Sequence[np.ndarray], *, order: str = "toget
         home.append(len(buffers))
         buffers.append((f"argument {number} ({argument.role})", array, writable))
     assembly = parse(kernel.assembly)
-    block = np.zeros(max(len(home), assembly.directives.get("kernarg_size", 0) // 8) + 1, np.uint64)
+    size = assembly.directives.get("kernarg_size", 0)
+    if size > MAX_ARGUMENT_BYTES:
+        raise InterpreterError(f"kernel {kernel.name} asks for {size} bytes of arguments; at most {MAX_ARGUMENT_BYTES}")
+    block = np.zeros(max(len(home), size // 8) + 1, np.uint64)
     memory = Memory([*buffers, ("argument block", block, False)])
     addresses = np.array([memory.address(k) for k in home], np.uint64)
     start = int(memory.starts[-1])
     memory.bytes[start : start + addresses.nbytes] = addresses.view(np.uint8)
-    counts = control_flow.run(
-        assembly,
-        memory,
-        memory.address(len(buffers)),
-        kernel.grid,
-        kernel.threads,
-        lds_bytes=kernel.resources.lds,
-        order=order,
-    )
+    launch = Dispatch(memory.address(len(buffers)), kernel.grid, kernel.threads, kernel.resources.lds)
+    counts = control_flow.run(assembly, memory, launch, order=order, budget=budget)
     outputs = tuple(
         memory.contents(home[k], a.shape, a.dtype) for k, a in enumerate(kernel.arguments) if a.role == "output"
     )

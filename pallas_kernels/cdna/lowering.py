@@ -16,9 +16,11 @@ import jax
 import ml_dtypes
 import numpy as np
 from jax._src.lib.mlir import ir
+from jax.interpreters import mlir
 
 from pallas_kernels import _primitives
-from pallas_kernels.cdna.program import ARCHITECTURES, COMPUTE_UNITS
+from pallas_kernels.cdna.program import ARCHITECTURES
+from pallas_kernels.targets import find, on_abstract_device
 
 CUSTOM_CALL = "__gpu$xla.gpu.triton"
 _CONFIG = "mhlo.backend_config"
@@ -72,9 +74,7 @@ def check_arch(arch: str) -> None:
 def abstract_gpu(arch: str) -> Iterator[None]:
     """Makes jax trace and lower for a GPU of `arch` that this host lacks."""
     check_arch(arch)
-    device = jax.sharding.AbstractDevice(device_kind=arch, num_cores=COMPUTE_UNITS[arch], platform="gpu")
-    axis = (jax.sharding.AxisType.Auto,)
-    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((1,), ("x",), axis, abstract_device=device)):
+    with on_abstract_device(find(arch)):
         yield
 
 
@@ -111,9 +111,18 @@ def _walk(operation: Any) -> Iterator[Any]:
 
 
 def calls_in(lowered: Any) -> list[PallasCall]:
-    """The Pallas kernels of a lowered program, in textual order."""
-    module = lowered.compiler_ir("stablehlo")
-    text = lowered.as_text()
+    """The Pallas kernels of a `jax.stages.Lowered` program, in textual order."""
+    return _calls_of(lowered.compiler_ir("stablehlo"), lowered.as_text())
+
+
+def calls_in_exported(exported: Any) -> list[PallasCall]:
+    """The Pallas kernels of a `jax.export.Exported` program, of all its platforms, in textual order."""
+    text = exported.mlir_module()
+    with mlir.make_ir_context():
+        return _calls_of(ir.Module.parse(text), text)
+
+
+def _calls_of(module: Any, text: str) -> list[PallasCall]:
     found = []
     with module.context:
         for operation in _walk(module.operation):

@@ -17,6 +17,15 @@ CLOCK = {t.name: t.clock for t in CDNA}
 PRODUCT = {t.name: t.product for t in CDNA}
 COMPILERS = ("xla", "triton")
 MAX_THREADS = 1024
+LANES = 64
+# Registers of a lane, vector and accumulation registers together, and how many of each an instruction can name; scalar
+# registers of a wave that an instruction can name. The hardware allocates them in groups. Source: LLVM's "User Guide
+# for AMDGPU Backend", GFX90A and later.
+VGPRS, NAMED_VGPRS, VGPR_GRANULE = 512, 256, 8
+SGPRS, SGPR_GRANULE = 102, 16
+# Bytes of scratch memory of a lane: a wave's share is a number of 13 bits that counts 1024 bytes each
+# (COMPUTE_TMPRING_SIZE).
+SCRATCH_BYTES = ((1 << 13) - 1) * 1024 // LANES
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,7 +2,8 @@
 
 Deviceless compilation needs none of the real libraries. The stubs define every undefined symbol of the plugin under
 its version, and every call reports failure (`hipErrorNoDevice`). gcc builds them once per plugin, into a folder whose
-name is a hash of the plugin's name, size and version.
+name is a hash of the plugin's name, size and version. The libraries run in this process, so a folder or a library that
+another user could have written is not used (`private_folder`).
 """
 
 from __future__ import annotations
@@ -14,10 +15,9 @@ import os
 import pathlib
 import re
 import struct
-import subprocess
 import tempfile
 
-from pallas_kernels.cdna import toolchain
+from pallas_kernels.cdna import private_folder, toolchain
 
 _NO_DEVICE = 100
 _ROCM = re.compile(r"lib(roc|hip|hsa|rccl|MIOpen|amd)")
@@ -26,7 +26,11 @@ _SYSTEM = re.compile(r"@(GLIBC|GCC_|CXXABI|GLIBCXX)")
 
 
 def _output(*command: str) -> str:
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    done = toolchain.run_program(command)
+    if done.returncode:
+        reason = " / ".join(done.stderr.strip().splitlines()[-3:])
+        raise RuntimeError(f"{pathlib.PurePath(command[0]).name} failed with exit code {done.returncode}: {reason}")
+    return done.stdout
 
 
 def needed_libraries(plugin: pathlib.Path) -> list[str]:
@@ -91,33 +95,50 @@ def _compile(folder: pathlib.Path, library: str, symbols: list[tuple[str, str]])
         versions.write_text(script)
         command = [toolchain.find_program("gcc", "gcc"), "-w", "-shared", "-fPIC", f"-Wl,-soname,{library}"]
         command += [f"-Wl,--version-script={versions}"] if script else []
-        subprocess.run([*command, "-o", str(made), str(source)], check=True, capture_output=True)
+        _output(*command, "-o", str(made), str(source))
+        made.chmod(0o700)
         os.replace(made, folder / library)
 
 
 def _is_whole(library: pathlib.Path) -> bool:
-    """Whether a library exists and is complete: its section headers must end at the end of the file."""
-    elf = library.read_bytes() if library.exists() else b""
+    """Whether a library exists, is this user's and is complete: its section headers must end at the end of the file."""
+    try:
+        elf = library.read_bytes() if private_folder.is_own_file(library.lstat()) else b""
+    except OSError:
+        return False
     if len(elf) < 64 or elf[:4] != b"\x7fELF":
         return False
     (start,), (size, count) = struct.unpack_from("<Q", elf, 40), struct.unpack_from("<HH", elf, 58)
     return len(elf) == start + size * count
 
 
-def build(plugin: pathlib.Path, cache: pathlib.Path) -> list[pathlib.Path]:
+def build(plugin: pathlib.Path, cache: pathlib.Path | None) -> list[pathlib.Path]:
     """Paths of the stub libraries of a plugin; builds them unless all exist and are complete.
 
+    Args:
+      plugin: the plugin's library.
+      cache: folder for the stubs' folder; None means `toolchain.default_cache()`.
+
     Raises:
+      OSError: the folder cannot be written, or is not private to this user.
       ToolMissing: gcc, nm or readelf is not installed.
+      RuntimeError: one of these programs failed.
     """
     libraries = needed_libraries(plugin)
     stat = plugin.stat()
     distribution = toolchain.plugin()
     made_of = f"{distribution} {stat.st_size} {toolchain.version_of(distribution)}"
     key = hashlib.sha256(made_of.encode()).hexdigest()
-    folder = cache / f"stubs-{key[:16]}"
+    root = cache or toolchain.default_cache()
+    if root is None:
+        raise FileNotFoundError("this user has no home, so there is no folder for the stub libraries")
+    folder = root / f"stubs-{key[:16]}"
+    private_folder.make_folder(folder)
+    opened = private_folder.open_folder(folder, tighten=cache is None)
+    if opened is None:
+        raise PermissionError(f"{folder} is not a folder of mode 0700 of this user")
+    os.close(opened)
     if not all(_is_whole(folder / name) for name in libraries):
-        folder.mkdir(parents=True, exist_ok=True)
         by_library = collections.defaultdict(list)
         for name, version in wanted_symbols(plugin):
             by_library[_home(version, libraries)].append((name, version))
@@ -126,7 +147,15 @@ def build(plugin: pathlib.Path, cache: pathlib.Path) -> list[pathlib.Path]:
     return [folder / name for name in libraries]
 
 
-def load(plugin: pathlib.Path, cache: pathlib.Path) -> None:
-    """Builds the stubs and loads them into this process; afterwards the plugin's library can be opened."""
-    for path in build(plugin, cache):
-        ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
+def load(plugin: pathlib.Path, cache: pathlib.Path | None) -> None:
+    """Builds the stubs and loads them into this process; afterwards the plugin's library can be opened.
+
+    Where the cache cannot be used, the stubs are built in a temporary folder: a loaded library needs no file.
+    """
+    with tempfile.TemporaryDirectory() as apart:
+        try:
+            paths = build(plugin, cache)
+        except OSError:
+            paths = build(plugin, pathlib.Path(apart))
+        for path in paths:
+            ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.metadata
 import importlib.util
+import os
 import pathlib
+import pwd
+import re
 import shutil
 import subprocess
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 
@@ -18,6 +24,14 @@ LLVM = "22"
 TRITON = "triton"
 # The plugin's name contains ROCm's major version. The first installed plugin is used.
 PLUGINS = ("jax-rocm7-pjrt", "jax-rocm10-pjrt")
+# Seconds after which a program is ended; llvm-objdump takes less than one for the largest kernel.
+PROGRAM_SECONDS = 300
+# How the names of the environment variables begin that change what a compiler makes.
+_BOTH = ("TRITON_", "AMDGCN_", "LLVM_", "MLIR_", "DISABLE_LLVM_OPT", "USE_IR_LOC")
+_SETTINGS = {
+    "xla": (*_BOTH, "XLA_FLAGS", "TF_XLA_", "TF_ROCM_", "TF_USE_ROCM", "TF_DETERMINISTIC_", "ROCM_", "HIP_DEVICE_LIB_"),
+    "triton": _BOTH,
+}
 
 
 class ToolMissing(RuntimeError):
@@ -37,9 +51,37 @@ def extra() -> str:
     return f"pip install {TRITON}=={TRITON_VERSION} {PLUGINS[0]}=={mine} cramjam"
 
 
-def default_cache() -> pathlib.Path:
-    """Folder of compiled kernels and stub libraries."""
-    return pathlib.Path.home() / ".cache" / "sparse_mla_jax"
+def default_cache() -> pathlib.Path | None:
+    """Folder of compiled kernels and stub libraries: in XDG_CACHE_HOME, else in the home's `.cache`.
+
+    As the XDG Base Directory Specification says, a path that is not absolute is ignored. None if this user has no home
+    either; nothing is cached then.
+    """
+    places = [(os.environ.get("XDG_CACHE_HOME", ""), "."), (os.environ.get("HOME", ""), ".cache")]
+    with contextlib.suppress(KeyError):
+        places.append((pwd.getpwuid(os.getuid()).pw_dir, ".cache"))
+    for root, inside in places:
+        if pathlib.Path(root).is_absolute():
+            return pathlib.Path(root) / inside / "sparse_mla_jax"
+    return None
+
+
+def run_program(command: Sequence[str], text: str | None = None) -> subprocess.CompletedProcess[str]:
+    """Runs a program to its end, with `text` as its input.
+
+    Returns:
+      What it printed, and its exit code, which the caller checks.
+
+    Raises:
+      RuntimeError: it ran for PROGRAM_SECONDS, and was ended.
+    """
+    how: dict[str, Any] = {"capture_output": True, "encoding": "utf-8", "errors": "replace", "check": False}
+    how |= {"stdin": subprocess.DEVNULL} if text is None else {"input": text}
+    try:
+        return subprocess.run(command, timeout=PROGRAM_SECONDS, **how)
+    except subprocess.TimeoutExpired:
+        name = pathlib.PurePath(command[0]).name
+        raise RuntimeError(f"{name} did not end within {PROGRAM_SECONDS} s") from None
 
 
 @functools.cache
@@ -56,10 +98,15 @@ def find_llvm(tool: str) -> str:
     raise ToolMissing(f"{tool}-{LLVM} is not installed: apt-get install llvm-{LLVM}")
 
 
+@functools.cache
+def _llvm_version(path: str) -> str:
+    """Version of an LLVM tool, such as "22.1.8"; "0" if it does not print one."""
+    found = re.search(r"version (\d[\w.]*)", run_program([path, "--version"]).stdout)
+    return found[1] if found else "0"
+
+
 def _major(path: str) -> int:
-    text = subprocess.run([path, "--version"], capture_output=True, text=True, check=False).stdout
-    words = text.split("version ")
-    return int(words[1].split(".")[0]) if len(words) > 1 and words[1][:1].isdigit() else 0
+    return int(_llvm_version(path).split(".")[0])
 
 
 def find_program(name: str, package: str) -> str:
@@ -117,6 +164,35 @@ def compiler_name(compiler: str) -> str:
         return f"Triton {version_of(TRITON)}"
     name = plugin()
     return f"XLA:ROCm {version_of(name)}" + ("" if name == PLUGINS[0] else f" ({name.split('-')[1]})")
+
+
+def environment(compiler: str) -> dict[str, str]:
+    """The environment variables that change what a compiler makes, and their values."""
+    found = {k: v for k, v in os.environ.items() if k.startswith(_SETTINGS[compiler])}
+    flags = found.get("XLA_FLAGS", "").strip()
+    if flags and not flags.startswith("-"):
+        # XLA takes such a value as the name of a file that holds the flags.
+        with contextlib.suppress(OSError, ValueError):
+            found["contents of XLA_FLAGS"] = pathlib.Path(flags).read_text(errors="replace")
+    return found
+
+
+def child_environment(temporary: str) -> dict[str, str]:
+    """The environment of a process whose temporary files go into a folder of its own."""
+    return {**os.environ, "TMPDIR": temporary}
+
+
+def settings(compiler: str) -> dict[str, str]:
+    """Everything outside of a program that changes its code: versions, and variables of the environment.
+
+    Compilations of equal texts under equal settings give equal code.
+    """
+    return {
+        "compiler": compiler_name(compiler),
+        "jax": f"{jax.__version__}, jaxlib {version_of('jaxlib')}",
+        "llvm": f"{LLVM}, found {_llvm_version(find_llvm('llvm-objdump'))}",
+        **environment(compiler),
+    }
 
 
 def require(compiler: str) -> None:

@@ -8,6 +8,7 @@ import tempfile
 
 def compile_ir(text: str, arch: str, num_warps: int, num_stages: int) -> tuple[bytes, int]:
     """Runs all of Triton's passes on one kernel; returns (ELF code object, bytes of dynamic LDS)."""
+    from triton import knobs
     from triton._C.libtriton import ir
     from triton.backends.amd.compiler import HIPBackend
     from triton.backends.compiler import GPUTarget
@@ -15,7 +16,9 @@ def compile_ir(text: str, arch: str, num_warps: int, num_stages: int) -> tuple[b
 
     target = GPUTarget("hip", arch, 64)
     options = {"num_warps": num_warps, "num_stages": num_stages}
-    with tempfile.TemporaryDirectory() as folder:
+    # Triton's own cache goes too: ours keeps the result, and Triton's needs a home that can be written.
+    with tempfile.TemporaryDirectory() as folder, knobs.cache.scope():
+        knobs.cache.dir = folder
         path = pathlib.Path(folder) / "kernel.ttir"
         path.write_text(text)
         context = ir.context()

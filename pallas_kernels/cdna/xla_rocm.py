@@ -44,7 +44,7 @@ def target_config(arch: str) -> str:
 
 
 @functools.cache
-def _device(arch: str, cache: pathlib.Path) -> Any:
+def _device(arch: str, cache: pathlib.Path | None) -> Any:
     """A compile-only device; the first call loads the plugin into this process."""
     import jax
     from jax._src import xla_bridge
@@ -66,7 +66,7 @@ def _device(arch: str, cache: pathlib.Path) -> Any:
     return description.devices[0]
 
 
-def compile_module(text: str, arch: str, cache: pathlib.Path) -> dict[str, Any]:
+def compile_module(text: str, arch: str, cache: pathlib.Path | None) -> dict[str, Any]:
     """Compiles StableHLO text; returns the serialized executable, the optimised HLO's text and memory statistics."""
     from jax._src.interpreters import mlir
     from jax._src.lib import xla_client

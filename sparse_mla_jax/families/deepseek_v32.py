@@ -13,14 +13,8 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from sparse_mla_jax.families.fields import (
-    COMMON_FIELDS,
-    read_field,
-    read_plain_fields,
-    read_rope,
-    write_plain_fields,
-    write_yarn,
-)
+from sparse_mla_jax.families import mla_fields
+from sparse_mla_jax.families.fields import COMMON_FIELDS, ConfigFields, read_sizes, write_sizes
 from sparse_mla_jax.families.published import (
     KEYS_AND_VALUES,
     SAME,
@@ -33,36 +27,45 @@ from sparse_mla_jax.families.published import (
     table_rows,
     transposed,
 )
+from sparse_mla_jax.families.rotary import read_rope, write_yarn
 from sparse_mla_jax.shapes import DeepseekV32Config
 
 # --- config.json
 
+# Hugging Face transformers has no such fields: it always rotates like this.
+_UNWRITTEN = {"rope_interleave": True, "indexer_rope_interleave": False}
 
-def read_config(data: dict[str, Any]) -> DeepseekV32Config:
-    """Reads a config; the rotary keys are `rope_parameters` (new), or `rope_scaling` and `rope_theta` (published)."""
-    parameters = read_field(data, "rope_parameters", dict) or read_field(data, "rope_scaling", dict, {})
-    rope = read_rope(parameters, data.get("rope_theta", 10000.0))
-    return DeepseekV32Config(**read_plain_fields(data, DeepseekV32Config), rope=rope)
+
+def read_config(fields: ConfigFields) -> DeepseekV32Config:
+    """Reads a config with published names or those of Hugging Face transformers (5.x)."""
+    sizes = read_sizes(fields, DeepseekV32Config, aliases=mla_fields.ALIASES, nulls=mla_fields.NULLS)
+    mla_fields.read_dense_layers(fields, sizes)
+    context = sizes.get("max_position_embeddings", DeepseekV32Config.max_position_embeddings)
+    config = DeepseekV32Config(**sizes, rope=read_rope(fields, context))
+    fields.require_values(mla_fields.FIXED)
+    mla_fields.check_derived(fields, config)
+    mla_fields.check_indexed_layers(fields, config.num_hidden_layers)
+    return config
 
 
 def write_config(config: DeepseekV32Config, dtype: Any = jnp.float32) -> dict[str, Any]:
     """The fields of a config.json that Hugging Face transformers (5.23) and `read_config` both read."""
     c = config
     rope: dict[str, Any] = {"rope_theta": c.rope.theta, "rope_type": "default"}
-    if c.rope.factor != 1.0:
+    if c.rope.factor != 1.0 or c.rope.attention_factor != 1.0:
         rope |= {
             "rope_type": "yarn",
             **write_yarn(c.rope),
             "mscale": c.rope.mscale_all_dim,
             "mscale_all_dim": c.rope.mscale_all_dim,
-            # Cosines and sines have no amplitude. Write it explicitly: without mscale the reader would add one.
-            "attention_factor": 1.0,
+            # Write the amplitude of cosines and sines explicitly: without mscale, readers differ.
+            "attention_factor": float(c.rope.attention_factor),
         }
     return {
         "architectures": ["DeepseekV32ForCausalLM"],
         "model_type": "deepseek_v32",
         "dtype": str(jnp.dtype(dtype)),
-        **write_plain_fields(c),
+        **{name: value for name, value in write_sizes(c).items() if value != _UNWRITTEN.get(name)},
         "num_key_value_heads": c.num_attention_heads,
         "head_dim": c.qk_rope_head_dim,
         "qk_head_dim": c.qk_head_dim,
@@ -165,6 +168,7 @@ def parts(name: str, shape: Shape, config: DeepseekV32Config) -> list[StoredPart
 
 FAMILY = PublishedFamily(
     model_types=("deepseek_v32", "deepseek_v3_2"),
+    architectures=("DeepseekV32ForCausalLM",),
     config_type=DeepseekV32Config,
     read_config=read_config,
     write_config=write_config,

@@ -1,14 +1,19 @@
-"""Reads and writes the fields of a config.json that the families share: numbers, truth values, rotary parameters."""
+"""The fields of a config.json: each is read, known to have no effect, refused by name, or reported as unknown.
+
+A family's reader takes what it supports from a `ConfigFields`, which remembers the names. Whatever no reader took is
+refused or reported by the registry, so that a config can not ask for something that the code does not do.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from sparse_mla_jax._check import require
-from sparse_mla_jax.shapes import RopeConfig
+from sparse_mla_jax._check import require, shown
 
-# Fields of every published config.json that our models do not use.
+# Fields that our writer adds to every config.json for other readers.
 COMMON_FIELDS = {
     "hidden_act": "silu",
     "attention_bias": False,
@@ -19,80 +24,255 @@ COMMON_FIELDS = {
     "eos_token_id": 1,
 }
 
+# Fields that do not change what a model computes, whatever their values: training, token ids, bookkeeping of Hugging
+# Face transformers, deployment, and multi-token prediction, whose layers are not loaded.
+WITHOUT_EFFECT = (
+    *("initializer_range", "attention_dropout", "aux_loss_alpha", "seq_aux", "router_aux_loss_coef"),
+    *("router_jitter_noise", "output_router_logits", "pretraining_tp", "ep_size"),
+    *("bos_token_id", "eos_token_id", "pad_token_id"),
+    *("dtype", "torch_dtype", "transformers_version", "auto_map", "name_or_path", "use_cache", "return_dict"),
+    *("output_attentions", "output_hidden_states", "chunk_size_feed_forward", "id2label", "label2id", "num_labels"),
+    *("problem_type", "model_type"),
+    *("num_nextn_predict_layers", "index_share_for_mtp_iteration", "mtp_layer_types"),
+)
 
-def read_field(data: dict[str, Any], name: str, kind: type, default: Any = None) -> Any:
-    """`data[name]` as `kind`, or `default` if it is absent or null.
+_WORDS: dict[type, str] = {
+    int: "an integer",
+    float: "a number",
+    bool: "true or false",
+    str: "a string",
+    list: "a list",
+    dict: "an object",
+}
+_MAX_DEPTH = 32
+_LARGEST = 2**63
+
+
+def check_json(data: Any) -> None:
+    """Checks what no reader can use: numbers that are not finite or longer than 64 bits, and deep nesting.
 
     Raises:
-      ValueError: a value of another type.
+      ValueError: such a value; the message names its place.
     """
-    value = data.get(name)
-    if value is None:
-        return default
-    wanted = (int, float) if kind is float else kind
-    require(
-        isinstance(value, wanted) and (kind is bool or not isinstance(value, bool)),
-        f"config field {name} is {value!r}; a {kind.__name__} is expected. Mend config.json.",
-    )
-    return kind(value)
+    waiting: list[tuple[str, Any, int]] = [("", data, 0)]
+    while waiting:
+        name, value, depth = waiting.pop()
+        require(
+            depth <= _MAX_DEPTH,
+            f"config field {_short(name)} is nested more than {_MAX_DEPTH} deep. Mend config.json.",
+        )
+        if isinstance(value, float):
+            require(math.isfinite(value), f"config field {name} is {value}; a finite number is expected. Mend it.")
+        elif isinstance(value, int):
+            require(
+                abs(value) < _LARGEST,
+                f"config field {name} is {shown(value)}; numbers of more than 64 bits are not supported. Mend it.",
+            )
+        elif isinstance(value, dict):
+            prefix = f"{name}." if name else ""
+            waiting += [(f"{prefix}{_short(str(key))}", item, depth + 1) for key, item in value.items()]
+        elif isinstance(value, list | tuple):
+            waiting += [(name, item, depth + 1) for item in value]
 
 
-def _plain_types(config_type: Any) -> dict[str, type]:
-    """The dataclass's fields that are numbers or truth values, with their types."""
+def _short(name: str) -> str:
+    return name if name.isprintable() and len(name) <= 80 else shown(name)
+
+
+def _is_same(value: Any, other: Any) -> bool:
+    """Whether `value` is the JSON value `other`, and not true for 1 or 1.0 for 1. An integer may stand for a float."""
+    return (type(value) is type(other) or (type(value) is int and type(other) is float)) and bool(value == other)
+
+
+class ConfigFields:
+    """The fields of a config.json, or of an object in it, which remembers the ones that were used.
+
+    null counts as absent, except for the sizes of `read_sizes`.
+    """
+
+    def __init__(self, data: Mapping[str, Any], path: str = ""):
+        """Wraps `data`. `path` precedes the names in messages, such as "rope_scaling."."""
+        self._data, self._path = data, path
+        self._used: set[str] = set()
+        self._sections: dict[str, ConfigFields] = {}
+
+    def full_name(self, name: str) -> str:
+        """The name as messages print it."""
+        return self._path + _short(str(name))
+
+    def has(self, name: str) -> bool:
+        """Whether the field is present and not null. Does not count as use."""
+        return self._data.get(name) is not None
+
+    def names(self) -> list[str]:
+        """All names, in the order of the file."""
+        return list(self._data)
+
+    def is_null(self, name: str) -> bool:
+        """Whether the field is present and null. Does not count as use."""
+        return name in self._data and self._data[name] is None
+
+    def raw(self, name: str) -> Any:
+        """The value, or None if it is absent, for a reader that checks it itself."""
+        self._used.add(name)
+        return self._data.get(name)
+
+    def read(self, name: str, kind: type, default: Any = None) -> Any:
+        """The value as `kind` (int, float, bool, str or list), or `default` if it is absent or null.
+
+        Raises:
+          ValueError: a value of another type.
+        """
+        value = self.raw(name)
+        if value is None:
+            return default
+        wanted = (int, float) if kind is float else kind
+        require(
+            isinstance(value, wanted) and (kind is bool or not isinstance(value, bool)),
+            f"config field {self.full_name(name)} is {shown(value)}; {_WORDS[kind]} is expected. Mend config.json.",
+        )
+        return kind(value)
+
+    def read_required(self, name: str, kind: type) -> Any:
+        """As `read`, for a field without a default.
+
+        Raises:
+          ValueError: a value of another type, or none.
+        """
+        value = self.read(name, kind)
+        state = "null" if self.is_null(name) else "missing"
+        require(
+            value is not None,
+            f"config field {self.full_name(name)} is {state}; {_WORDS[kind]} is expected. Add it to config.json.",
+        )
+        return value
+
+    def read_names(self, name: str, count: int, allowed: Sequence[str]) -> list[str] | None:
+        """A list with one name per layer, or None if it is absent or null.
+
+        Raises:
+          ValueError: not a list of `count` entries out of `allowed`.
+        """
+        values = self.read(name, list)
+        if values is not None:
+            wrong = [value for value in values if value not in allowed]
+            require(
+                not wrong,
+                f"config field {self.full_name(name)} has an entry {shown(wrong[0] if wrong else None)}; supported:"
+                f" {', '.join(map(repr, allowed))}. A model with other layers is not.",
+            )
+            require(
+                len(values) == count,
+                f"config field {self.full_name(name)} has {len(values)} entries; {count} are expected, one for each of"
+                " num_hidden_layers. Mend config.json.",
+            )
+        return values
+
+    def section(self, name: str) -> ConfigFields | None:
+        """The object of that name, or None if it is absent, null or empty.
+
+        Raises:
+          ValueError: a value that is no object.
+        """
+        if name not in self._sections:
+            value = self.read(name, dict)
+            if not value:
+                return None
+            self._sections[name] = ConfigFields(value, f"{self.full_name(name)}.")
+        return self._sections[name]
+
+    def require_values(self, allowed: Mapping[str, Sequence[Any]]) -> None:
+        """Requires that fields are absent, null, or have one of the values under which they change nothing.
+
+        Raises:
+          ValueError: another value; the message names the field.
+        """
+        for name, values in allowed.items():
+            value = self.raw(name)
+            require(
+                value is None or any(_is_same(value, one) for one in values),
+                f"config field {self.full_name(name)} is {shown(value)}; supported is only"
+                f" {' or '.join(map(shown, values))}. Correct it if it misstates the weights; a model that needs it is"
+                " not supported.",
+            )
+
+    def ignore(self, names: Iterable[str]) -> None:
+        """Marks fields that have no effect, whatever their values."""
+        self._used.update(names)
+
+    def unused(self) -> Iterator[str]:
+        """Names of the fields that were not used, without those that are null; "object.field" inside objects."""
+        yield from self._own_unused()
+        for section in self._sections.values():
+            yield from section.unused()
+
+    def _own_unused(self) -> Iterator[str]:
+        for name, value in self._data.items():
+            # Names with an underscore are bookkeeping of Hugging Face transformers.
+            if name not in self._used and value is not None and not str(name).startswith("_"):
+                yield self.full_name(name)
+
+    def refuse_unused(self, reason: str) -> None:
+        """Refuses the fields that were not used, without those inside objects that were.
+
+        Raises:
+          ValueError: there is one; `reason` ends the message.
+        """
+        name = next(self._own_unused(), None)
+        require(name is None, f"config field {name} {reason}")
+
+
+# --- sizes
+
+
+def plain_types(config_type: Any) -> dict[str, type]:
+    """The published fields of a config dataclass that are numbers or truth values, with their types."""
     types = {field.name: type(field.default) for field in dataclasses.fields(config_type)}
-    return {name: kind for name, kind in types.items() if kind in (int, float, bool)}
+    # quantize_index_query is an option of a run, not a property of the model.
+    return {name: kind for name, kind in types.items() if kind in (int, float, bool) and name != "quantize_index_query"}
 
 
-def read_plain_fields(data: dict[str, Any], config_type: type) -> dict[str, Any]:
-    """The dataclass's numbers and truth values that `data` contains, under the same names.
+def read_sizes(
+    fields: ConfigFields,
+    config_type: type,
+    *,
+    aliases: Mapping[str, Sequence[str]] | None = None,
+    nulls: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """The dataclass's numbers and truth values that the config names.
 
-    Raises:
-      ValueError: a value of another type.
-    """
-    kinds = _plain_types(config_type).items()
-    return {name: read_field(data, name, kind) for name, kind in kinds if data.get(name) is not None}
-
-
-def write_plain_fields(config: Any) -> dict[str, Any]:
-    """The inverse of `read_plain_fields`, without the option of a run, quantize_index_query."""
-    return {name: getattr(config, name) for name in _plain_types(config) if name != "quantize_index_query"}
-
-
-def read_rope(parameters: dict[str, Any], theta: Any, original: int = 4096) -> RopeConfig:
-    """Reads one set of rotary parameters; their own rope_theta takes precedence over `theta`.
+    Args:
+      fields: of a config.json.
+      config_type: the dataclass; its fields have the published names.
+      aliases: other names of a field. If several are given, they must agree.
+      nulls: what null means, of fields in which it means something.
 
     Raises:
-      ValueError: a scaling that is not supported.
+      ValueError: null elsewhere, a value of another type, or aliases that differ.
     """
-    theta = float(parameters.get("rope_theta", theta))
-    kind = parameters.get("rope_type", parameters.get("type", "default"))
-    if kind == "default":
-        return RopeConfig(theta=theta)
-    require(
-        kind == "yarn",
-        f"config field rope_type is {kind!r}; supported are 'default' and 'yarn'. Convert the model or open an issue.",
-    )
-    mscale, mscale_all_dim = (float(parameters.get(name) or 0.0) for name in ("mscale", "mscale_all_dim"))
-    require(
-        mscale_all_dim in (0.0, mscale) or "mscale" not in parameters,
-        f"config fields mscale {mscale} and mscale_all_dim {mscale_all_dim} differ; cosines and sines would have to be"
-        " scaled, which no DeepSeek model of this family asks for. Set them equal.",
-    )
-    return RopeConfig(
-        theta=theta,
-        factor=float(parameters.get("factor", 1.0)),
-        original_max_position=int(parameters.get("original_max_position_embeddings", original)),
-        beta_fast=float(parameters.get("beta_fast", 32.0)),
-        beta_slow=float(parameters.get("beta_slow", 1.0)),
-        mscale_all_dim=mscale_all_dim,
-    )
+    sizes = {}
+    for name, kind in plain_types(config_type).items():
+        found: dict[str, Any] = {}
+        for spelling in (name, *(aliases or {}).get(name, ())):
+            if spelling == name and fields.is_null(name):
+                require(
+                    name in (nulls or {}),
+                    f"config field {fields.full_name(name)} is null; {_WORDS[kind]} is expected. A model without"
+                    " it is not supported.",
+                )
+                found[spelling] = (nulls or {})[name]
+            elif fields.has(spelling):
+                found[spelling] = fields.read(spelling, kind)
+        require(
+            len(set(found.values())) <= 1,
+            f"config fields {' and '.join(f'{key} {value}' for key, value in found.items())} mean the same and differ;"
+            " drop one.",
+        )
+        if found:
+            sizes[name] = next(iter(found.values()))
+    return sizes
 
 
-def write_yarn(rope: RopeConfig) -> dict[str, Any]:
-    """The fields of YaRN that published files and transformers share."""
-    return {
-        "factor": rope.factor,
-        "original_max_position_embeddings": rope.original_max_position,
-        "beta_fast": rope.beta_fast,
-        "beta_slow": rope.beta_slow,
-    }
+def write_sizes(config: Any) -> dict[str, Any]:
+    """The inverse of `read_sizes`."""
+    return {name: getattr(config, name) for name in plain_types(type(config))}

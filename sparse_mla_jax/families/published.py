@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from sparse_mla_jax.families.fields import ConfigFields
 from sparse_mla_jax.shapes import Config
 
 Shape = tuple[int, ...]
@@ -66,8 +67,9 @@ class PublishedFamily(NamedTuple):
 
     Attributes:
       model_types: values of model_type in config.json, the published one first.
+      architectures: class names of Hugging Face transformers that config.json may give under `architectures`.
       config_type: the dataclass that its config.json fills.
-      read_config: fields of a config.json -> dataclass.
+      read_config: fields of a config.json -> dataclass. The registry refuses or reports the fields that it leaves.
       write_config: (config, type of the matrices) -> fields of a config.json that `read_config` reads back.
       tensors: the table of tensors, in the order in which a folder is written.
       is_ignored: whether a folder may hold this tensor although the model does not use it.
@@ -77,8 +79,9 @@ class PublishedFamily(NamedTuple):
     """
 
     model_types: tuple[str, ...]
+    architectures: tuple[str, ...]
     config_type: type
-    read_config: Callable[[dict[str, Any]], Config]
+    read_config: Callable[[ConfigFields], Config]
     write_config: Callable[[Any, Any], dict[str, Any]]
     tensors: Callable[[Any], Iterator[PublishedTensor]]
     is_ignored: Callable[[str, Any], bool]

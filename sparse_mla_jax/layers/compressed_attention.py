@@ -17,6 +17,7 @@ from jax import Array
 
 from sparse_mla_jax import _check
 from sparse_mla_jax._check import require
+from sparse_mla_jax._serialization import serializable
 from sparse_mla_jax.config import DeepseekV4Config
 from sparse_mla_jax.layers.compressed_projections import (
     CompressorInputs,
@@ -47,6 +48,7 @@ __all__ = [
 ]
 
 
+@serializable
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["window", "compressed", "state", "index", "index_state"],

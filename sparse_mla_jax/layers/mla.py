@@ -108,13 +108,13 @@ class _LatentProjections(NamedTuple):
 def _project_hidden(
     params: dict[str, Any], hidden: Array, meta: StepMetadata, c: DeepseekV32Config, implementation: str | None
 ) -> _LatentProjections:
-    norm, part = params["indexer"]["k_norm"], functools.partial(Section, 0, 1, dtype="float32")
+    (weight, bias), part = _index_norm(params, c), functools.partial(Section, 0, 1, dtype="float32")
     parts = place(
         [
             part(c.q_lora_rank, weight=params["q_a_layernorm"], dtype=hidden.dtype.name),
             part(c.kv_lora_rank, weight=params["kv_a_layernorm"]),
-            part(c.qk_rope_head_dim, rotated=0, interleaved=True),
-            part(c.index_head_dim, weight=norm["weight"], bias=norm["bias"], rotated=0),
+            part(c.qk_rope_head_dim, rotated=0, interleaved=c.rope_interleave, scale=_amplitude(c)),
+            part(c.index_head_dim, weight=weight, bias=bias, rotated=0, interleaved=c.indexer_rope_interleave),
             part(c.index_n_heads, scale=c.index_n_heads**-0.5 * c.index_head_dim**-0.5),
         ]
     )
@@ -159,17 +159,35 @@ def _project_q_latent(
 
 def _query_part(c: DeepseekV32Config, dtype: np.dtype) -> Section:
     start, rotated = c.index_n_heads * c.index_head_dim, c.qk_nope_head_dim
-    return Section(start, c.num_attention_heads, c.qk_head_dim, dtype.name, rotated=rotated, interleaved=True)
+    return Section(
+        start, c.num_attention_heads, c.qk_head_dim, dtype.name, rotated=rotated, interleaved=c.rope_interleave
+    )
 
 
 def _index_part(c: DeepseekV32Config, dtype: np.dtype, weights: Array) -> Section:
-    """The indexer's queries: half-split rotation of the first dimensions, the others unchanged."""
+    """The indexer's queries: rotation of the first dimensions, the others unchanged."""
     factor = weights if is_fp8(dtype) else None
-    return Section(0, c.index_n_heads, c.index_head_dim, dtype.name, rotated=0, factor=factor)
+    interleaved = c.indexer_rope_interleave
+    return Section(0, c.index_n_heads, c.index_head_dim, dtype.name, rotated=0, interleaved=interleaved, factor=factor)
 
 
 def _frequencies(c: DeepseekV32Config) -> np.ndarray:
     return rope_frequencies(c.rope, c.qk_rope_head_dim)
+
+
+def _amplitude(c: DeepseekV32Config) -> float:
+    """The factor of rotated keys. Only products with a query matter, so keys take the factors of both."""
+    return c.rope.attention_factor**2
+
+
+def _index_norm(params: dict[str, Any], c: DeepseekV32Config) -> tuple[Array, Array]:
+    """Weight and bias [Di] of the index keys' norm, times the amplitude in the dimensions that will be rotated."""
+    norm = params["indexer"]["k_norm"]
+    if _amplitude(c) == 1.0:
+        return norm["weight"], norm["bias"]
+    factor = np.ones(c.index_head_dim, np.float32)
+    factor[: c.qk_rope_head_dim] = _amplitude(c)
+    return norm["weight"] * factor, norm["bias"] * factor
 
 
 # --- selection

@@ -14,10 +14,12 @@ import jax.numpy as jnp
 from jax import Array
 
 from sparse_mla_jax._check import size
+from sparse_mla_jax._serialization import serializable
 from sparse_mla_jax.metadata import StepMetadata
 from sparse_mla_jax.ops.ragged import slots_from_positions
 
 
+@serializable
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class CompressorState:
@@ -62,6 +64,7 @@ class CompressorState:
         return sum(a.shape[1] * a.shape[2] * a.dtype.itemsize for a in (self.kv, self.gate))
 
 
+@serializable
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class CompressorWeights:

@@ -5,13 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from pallas_kernels.targets import traced_gpu
+import jax
+
+from pallas_kernels.targets import HOST, named_targets, traced_gpu
 from sparse_mla_jax._choices import IMPLEMENTATIONS
 
 
 def preferred() -> tuple[str, ...]:
     """Implementations in the order in which `implementation=None` tries them, for the device that is traced for."""
-    return ("xla",) if traced_gpu() is None else ("triton", "xla")
+    gpus = [target for target in named_targets() if target != HOST]
+    has_gpu = bool(gpus) if named_targets() else traced_gpu() is not None
+    return ("triton", "xla") if has_gpu else ("xla",)
 
 
 def check_implementation(implementation: str | None) -> None:
@@ -64,6 +68,13 @@ def dispatch(operator: str, implementation: str | None, bodies: Mapping[str, Cal
                 f"implementation={implementation!r} of {operator} does not support this case: {error}."
                 " Pass implementation=None to let the library choose."
             ) from error
+    if HOST in named_targets() and len(named_targets()) > 1:
+        # A program for several platforms: a CPU would interpret the kernels.
+        return jax.lax.platform_dependent(cpu=bodies["xla"], default=lambda: _first_of(operator, bodies))
+    return _first_of(operator, bodies)
+
+
+def _first_of(operator: str, bodies: Mapping[str, Callable[[], Any]]) -> Any:
     reasons = []
     for name in preferred():
         try:

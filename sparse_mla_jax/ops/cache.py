@@ -20,6 +20,7 @@ from pallas_kernels.cache_parts import CachePart
 from pallas_kernels.plans.cache_write import CacheWritePlan
 from sparse_mla_jax import _check
 from sparse_mla_jax._check import require
+from sparse_mla_jax._serialization import serializable
 from sparse_mla_jax.ops import fp8
 from sparse_mla_jax.ops._dispatch import with_plan
 from sparse_mla_jax.ops._slot_parts import PagedArrays, PartNames, empty_scales, gather_rows, is_slot, write_parts
@@ -32,6 +33,7 @@ check_size = _check.size
 _DTYPES = (fp8.E4M3FNUZ, fp8.E4M3FN, jnp.dtype(jnp.bfloat16), fp8.FLOAT32)
 
 
+@serializable
 @functools.partial(
     jax.tree_util.register_dataclass, data_fields=["latent", "scale", "rope"], meta_fields=["dtype", "group_size"]
 )
@@ -112,6 +114,7 @@ class PagedKVCache(PagedArrays):
         return fp8.unpack_words(self.latent, self.dtype) if self.quantized else self.latent
 
 
+@serializable
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["data", "scale"], meta_fields=["dtype"])
 @dataclasses.dataclass(frozen=True)
 class PagedIndexCache(PagedArrays):

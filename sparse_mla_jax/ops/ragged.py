@@ -17,6 +17,7 @@ from jax import Array
 
 from sparse_mla_jax import _check
 from sparse_mla_jax._check import require
+from sparse_mla_jax._serialization import serializable
 from sparse_mla_jax.ops._chunks import rows_from
 
 INT32_MAX = 2**31 - 1
@@ -30,6 +31,7 @@ class FlatRows(NamedTuple):
     lengths: Array
 
 
+@serializable
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["values", "indptr"], meta_fields=[])
 @dataclasses.dataclass(frozen=True)
 class Ragged:
@@ -107,6 +109,7 @@ class Ragged:
         return jnp.where(inside, values.at[at].get(mode="promise_in_bounds"), jnp.int32(fill))
 
 
+@serializable
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["values", "lengths"], meta_fields=[])
 @dataclasses.dataclass(frozen=True)
 class DenseRows:

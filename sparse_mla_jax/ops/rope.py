@@ -41,6 +41,7 @@ def rope_frequencies(rope: RopeConfig, dim: int) -> np.ndarray:
 
     Pairs that turn more than `beta_fast` times over the original context keep their frequency. The frequency of those
     that turn less than `beta_slow` times is divided by `factor`. A linear ramp lies between. Factor 1 is plain RoPE.
+    The amplitude, `attention_factor`, is not in the frequencies: multiply what `rotate` gives by it.
 
     Args:
       rope: the constants.

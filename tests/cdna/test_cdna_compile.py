@@ -8,9 +8,11 @@ import ctypes
 import dataclasses
 import functools
 import gc
+import json
 import os
 import pathlib
 import pickle
+import random
 import shutil
 import signal
 import subprocess
@@ -347,6 +349,53 @@ def test_steps_of_other_kinds():
         compiler._array(container.Message.parse(files.field(2, files.field(2, 99))))
 
 
+def test_steps_nested_without_end():
+    thunk = step(9)
+    for _ in range(102):
+        thunk = step(2, files.field(1, thunk))
+    with pytest.raises(ValueError, match="nested more than 100 deep"):
+        compiler.read_executable({"executable": executable(thunk), "hlo": "", "temporary_bytes": 0}, ARCH, "XLA")
+
+
+def test_a_kernel_that_does_not_say_what_it_writes():
+    body = files.field(1, b"") + files.field(1, b"") + files.field(2, b"\1")
+    with pytest.raises(ValueError, match="has 2 arguments and says of 1 whether they are written"):
+        compiler._arguments(container.Message.parse(body))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(3))
+def test_damaged_executables(seed):
+    """Bytes of steps, buffers and outputs changed: ValueError, or a program whose kernels end or are refused."""
+    require_cdna("xla")
+    lowered = lowering.lower(surrounded, *SIZES, arch=ARCH)
+    made = worker.request(ARCH, "xla", "module", lowered.as_text(), None)
+    fields = [(n, v) for n, values in container.gpu_executable(made["executable"]).fields.items() for v in values]
+    interesting = [place for place, (number, _) in enumerate(fields) if number in (10, 11, 13)]
+    rnd, seen = random.Random(seed), set()
+    for _ in range(100):
+        place = rnd.choice(interesting)
+        bad = bytearray(fields[place][1])
+        for _ in range(rnd.choice([1, 1, 2])):
+            at = rnd.choice([rnd.randrange(len(bad)), min(len(bad) - 1, rnd.randrange(60))])
+            bad[at] = rnd.choice([bad[at] ^ 1 << rnd.randrange(8), 255, 0, rnd.randrange(256)])
+        body = b"".join(files.field(n, bytes(bad) if k == place else v) for k, (n, v) in enumerate(fields))
+        inner = files.split("xla.gpu.GpuExecutableProto", (b"", body))
+        data = b"\0" + files.split("xla.ExecutableAndOptionsProto", (files.path(1), inner))
+        try:
+            for kernel in compiler.read_executable({**made, "executable": data}, ARCH, "XLA").kernels:
+                if sum(a.nbytes for a in kernel.arguments) < 1 << 20:
+                    inputs = [np.ones(a.shape, a.dtype) for a in kernel.arguments if a.role == "input"]
+                    cdna.execute(kernel, inputs, budget=2000)
+                    seen.add("executed")
+        except ValueError as error:
+            assert type(error) is ValueError, error
+            seen.add("refused")
+        except execution.InterpreterError:
+            seen.add("not executed")
+    assert {"refused", "executed"} <= seen
+
+
 def test_no_code_object(compiled):
     elf = compiled(surrounded, *SIZES).kernels[0].code_object
     for bad in (b"", b"\x7fELF", b"\x7fELF\x01" + elf[5:], elf[:64], elf[: len(elf) // 2], elf[:-1], b"#!/bin/sh" * 99):
@@ -410,15 +459,30 @@ print(p.kernels[0].name)
     assert done.stdout.strip() == "row_minus_sum", done.stderr
 
 
+def sealed(entry):
+    """A file with the right checksum, whatever is in it."""
+    body = json.dumps(entry).encode()
+    return disk_cache._first_line(body) + body
+
+
+def opened(good):
+    """What a file holds: its key and its value."""
+    return json.loads(good.partition(b"\n")[2])
+
+
 DAMAGE = {
     "empty": lambda good: b"",
     "cut": lambda good: good[: len(good) // 2],
     "last byte missing": lambda good: good[:-1],
     "garbage": lambda good: b"\x80\x05garbage" * 99,
-    "of another key": lambda good: pickle.dumps(("0" * 64, pickle.loads(good)[1])),
-    "of another shape": lambda good: pickle.dumps(17),
-    "without a key": lambda good: pickle.dumps(pickle.loads(good)[1]),
-    "of a class that is gone": lambda good: b"cpallas_kernels.cdna.program\nNoSuchClass\n.",
+    "one letter": lambda good: good.replace(b"s_endpgm", b"s_endpgn", 1),
+    "a pickle": lambda good: pickle.dumps((opened(good)[0], 1)),
+    "of another key": lambda good: sealed(["0" * 64, opened(good)[1]]),
+    "of another shape": lambda good: sealed([opened(good)[0], 17]),
+    "of other parts": lambda good: sealed([opened(good)[0], {"tuple": [1, 2, 3]}]),
+    "without a key": lambda good: sealed(opened(good)[1]),
+    "of a class that is gone": lambda good: sealed([opened(good)[0], {"NoSuchClass": {}}]),
+    "of another version of a class": lambda good: sealed([opened(good)[0], {"Program": {"arch": "gfx942"}}]),
 }
 
 
@@ -445,14 +509,37 @@ def test_a_folder_that_can_not_be_written(cached, tmp_path):
     assert cdna.compile(surrounded, *SIZES, **how) == run() and len(requests) == 3  # run() forgets what is in memory
 
 
+def with_variable(name, value):
+    """An environment with another value of one variable."""
+    return lambda patch: patch(toolchain.os, "environ", {**os.environ, name: value})
+
+
 VERSIONS = {
     toolchain.TRITON: ("triton", lambda patch: patch(toolchain, "version_of", lambda name: "9.9")),
     "format": ("triton", lambda patch: patch(disk_cache, "FORMAT", 999)),
     "llvm": ("triton", lambda patch: patch(toolchain, "LLVM", "23")),
+    "a release of llvm": ("triton", lambda patch: patch(toolchain, "_llvm_version", lambda path: "22.9")),
     "llvm for xla": ("xla", lambda patch: patch(toolchain, "LLVM", "23")),
     "plugin": ("xla", lambda patch: patch(toolchain, "version_of", lambda name: "9.9")),
     "jax": ("xla", lambda patch: patch(jax, "__version__", "9.9")),
+    "the described GPU": ("xla", lambda patch: patch(compiler.xla_rocm, "target_config", lambda arch: "other")),
+    "flags": ("xla", with_variable("XLA_FLAGS", "--xla_gpu_autotune_level=0")),
+    "other flags": ("xla", with_variable("XLA_FLAGS", "--xla_gpu_autotune_level=1")),
+    "device libraries": ("xla", with_variable("ROCM_PATH", "elsewhere")),
+    "a knob": ("triton", with_variable("AMDGCN_USE_BUFFER_OPS", "0")),
+    "another knob": ("triton", with_variable("TRITON_F32_DEFAULT", "ieee")),
 }
+
+
+def test_flags_in_a_file(tmp_path, monkeypatch):
+    """XLA_FLAGS may name a file; its contents count."""
+    (tmp_path / "flags").write_text("--xla_gpu_autotune_level=0")
+    with_variable("XLA_FLAGS", f" {tmp_path}/flags ")(monkeypatch.setattr)
+    first = toolchain.environment("xla")
+    (tmp_path / "flags").write_text("--xla_gpu_autotune_level=1")
+    assert toolchain.environment("xla") != first
+    (tmp_path / "flags").unlink()
+    assert toolchain.environment("xla")
 
 
 def test_keys(compiled, monkeypatch, fresh):
@@ -540,6 +627,56 @@ def test_a_killed_process(small_ir):
         assert gone.errors.closed and gone.process.stdin.closed and gone.process.stdout.closed
     del busy, idle, gone
     gc.collect()  # ResourceWarning is an error here
+
+
+def test_other_settings_need_another_process(small_ir, tmp_path, monkeypatch):
+    """A compiler reads the environment when it starts: an old process would answer under the key of new settings.
+
+    A process leaves no file behind, neither in the home nor among the temporary files.
+    """
+    require_cdna("triton")
+
+    def started():
+        assert worker.request(ARCH, "triton", "ir", *small_ir)[0][:4] == b"\x7fELF"
+        return worker._workers[ARCH, "triton"]
+
+    usual = started()
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("AMDGCN_USE_BUFFER_OPS", "1")
+    other = started()
+    assert other is not usual and started() is other
+    folders = [pathlib.Path(w.folder.name) for w in (usual, other)]
+    assert not folders[0].exists() and folders[1].stat().st_mode & 0o777 == 0o700
+    assert list(folders[1].iterdir()) == list(tmp_path.iterdir()) == []
+    other.process.stdin.close()  # as when this process is killed
+    other.process.wait()
+    assert not folders[1].exists()
+
+
+def test_an_interrupted_request(small_ir, monkeypatch):
+    """The next request would get the answer to this one, so the process ends; so do the files that it was writing."""
+    require_cdna("triton")
+    worker.request(ARCH, "triton", "ir", *small_ir)
+    busy = worker._workers[ARCH, "triton"]
+    folder = pathlib.Path(busy.folder.name)
+    (folder / "half-written.o").write_bytes(b"")
+
+    def interrupt(stream):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(worker, "_receive", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        worker.request(ARCH, "triton", "ir", *small_ir)
+    assert busy.process.poll() is not None and not folder.exists()
+
+
+def test_a_compiler_that_does_not_answer(small_ir, monkeypatch):
+    require_cdna("triton")
+    worker.request(ARCH, "triton", "ir", *small_ir)
+    monkeypatch.setattr(worker, "REQUEST_SECONDS", 0.2)
+    os.kill(worker._workers[ARCH, "triton"].process.pid, signal.SIGSTOP)
+    with pytest.raises(RuntimeError, match="died: it had not answered after 0.2 s"):
+        worker.request(ARCH, "triton", "ir", *small_ir)
 
 
 def test_an_unknown_request():
@@ -673,6 +810,29 @@ def test_what_the_other_compiler_needs_is_not_asked_for(monkeypatch, forgotten):
 
 
 # --- stubs -----------------------------------------------------------------------------------------------------------
+def test_stubs_of_others_are_not_loaded(tmp_path, monkeypatch):
+    """A folder or a library that another user could have written is built again, or elsewhere."""
+    require_cdna("xla")
+    plugin = toolchain.plugin_library()
+    monkeypatch.setattr(rocm_stubs, "needed_libraries", lambda plugin: ["libamdhip64.so.7"])
+    monkeypatch.setattr(rocm_stubs, "wanted_symbols", lambda plugin: [("hipGetDeviceCount", "")])
+    (library,) = rocm_stubs.build(plugin, tmp_path)
+    assert library.parent.stat().st_mode & 0o777 == library.stat().st_mode & 0o777 == 0o700
+    good = library.read_bytes()
+    library.write_bytes(good.replace(b"libamdhip64", b"planted fake"[:11]))
+    library.chmod(0o722)
+    rocm_stubs.build(plugin, tmp_path)
+    assert library.read_bytes() == good and library.stat().st_mode & 0o777 == 0o700
+    library.parent.chmod(0o755)
+    with pytest.raises(PermissionError, match="mode 0700"):
+        rocm_stubs.build(plugin, tmp_path)
+    loaded = []
+    monkeypatch.setattr(rocm_stubs.ctypes, "CDLL", lambda path, mode: loaded.append((path, os.path.exists(path))))
+    rocm_stubs.load(plugin, tmp_path)
+    ((path, there),) = loaded
+    assert there and not path.startswith(str(tmp_path)) and not os.path.exists(path)
+
+
 def stamps(paths):
     return [(p.stat().st_ino, p.stat().st_mtime_ns) for p in paths]
 
@@ -761,6 +921,7 @@ def test_what_a_kernel_does_not_write(compiled, made_by, aliased):
         ("gfx906", {}, "arch is 'gfx906'; expected one of gfx942, gfx950"),
         (ARCH, {"compiler": "gcc"}, "compiler is 'gcc'; expected one of xla, triton"),
         (ARCH, {"order": "random"}, "order is 'random'; expected one of .*together"),
+        (ARCH, {"budget": 0}, "budget is 0; expected at least 1 instruction"),
     ],
 )
 def test_unknown_devices(arch, how, message):
@@ -826,6 +987,15 @@ def test_the_device_decides_how_waves_take_turns(traced, monkeypatch):
         with cdna.device(ARCH, order=order):
             fn(whole(COLUMNS)).block_until_ready()
     assert orders == ["together", "forward", "reverse"]
+
+
+def test_the_device_has_a_budget(traced):
+    """The error reaches the caller, and the device can be used again."""
+    fn, _ = traced
+    with cdna.device(ARCH, budget=20) as device:
+        with pytest.raises(jax.errors.JaxRuntimeError, match="kernel row_minus_sum, .* more than 20 instructions"):
+            fn(whole(COLUMNS)).block_until_ready()
+        assert device.launches == []
 
 
 def test_a_device_without_a_compiler(traced, monkeypatch, forgotten):

@@ -118,6 +118,11 @@ REFUSED = {
         add(SIGNATURE, b"r", b"s\4\1" + b"\1\0\3" + b"\4" + b"\3\10abc", 1, 3),
         "holds 3 bytes, 4 were announced",
     ),
+    # 4 GiB out of nine bytes.
+    "snappy that would not fit": (
+        add(SIGNATURE, b"r", b"s\4\1" + b"\1\0\3" + b"\xff\xff\xff\xff\x0f" * 2 + b"\10abc", 1, 3),
+        "Snappy block is damaged: 14 bytes announce 4294967295",
+    ),
     "size of 2**64 - 1": (SIGNATURE + head(ord("r"), 2**64 - 1, 1), "bytes short"),
     "count of 2**56 - 1": (SIGNATURE + head(ord("r"), 2, 2**56 - 1) + b"\0\0", "runs past the end"),
 }

@@ -13,9 +13,9 @@ ALL32, ALL64 = 2**32 - 1, 2**64 - 1
 
 
 @pytest.fixture(autouse=True)
-def few_blocks(monkeypatch):
+def small_budget(monkeypatch):
     """A branch that goes wrong must fail, not hang."""
-    monkeypatch.setattr(control_flow, "MAX_BLOCKS", 10_000)
+    monkeypatch.setattr(control_flow, "BUDGET", 30_000)
 
 
 def signed(x, bits=32):
@@ -603,19 +603,59 @@ def test_unknown_instructions_are_found_before_anything_runs():
     cp.fails("s_trap 2", "unknown instruction", before="s_branch .LBB0_1\n.LBB0_1:\ns_endpgm")
 
 
-def test_an_error_inside_a_step_names_the_line():
-    cp.fails("s_mov_b64 s[127:128], 0", "IndexError")
+def test_an_error_inside_a_step_names_the_line(monkeypatch):
+    monkeypatch.setitem(scalar_alu.TABLE, "s_mov_b32", ("u", "u", lambda a: a // np.array([])[0], None))
+    cp.fails("s_mov_b32 s20, 0", "IndexError")
 
 
-def test_endless_loops_end(monkeypatch):
-    monkeypatch.setattr(control_flow, "MAX_BLOCKS", 1000)
-    with pytest.raises(InterpreterError, match="no end after 1000 blocks: an endless loop"):
+LONG_LOOP = "s_mov_b32 s20, 0\n.LBB0_1:\ns_add_u32 s20, s20, 1\ns_cmp_lt_u32 s20, 0x3d0\ns_cbranch_scc1 .LBB0_1"
+
+
+def test_endless_loops_end():
+    """The error names the line, the kernel, the workgroup, the wave and the budget."""
+    with pytest.raises(InterpreterError) as error:
+        cp.run(".LBB0_1:\ns_nop 0\ns_branch .LBB0_1", budget=1000)
+    assert str(error.value) == (
+        "line 6: `s_branch .LBB0_1`: kernel kernel, program (0, 0, 0), wave 0 executed more than 1000 instructions, its"
+        " budget: the loop has no end, or the budget must be larger"
+    )
+
+
+def test_the_usual_budget_ends_loops_too(monkeypatch):
+    monkeypatch.setattr(control_flow, "BUDGET", 1000)
+    with pytest.raises(InterpreterError, match="more than 1000 instructions"):
         cp.run(".LBB0_1:\ns_branch .LBB0_1")
 
 
-def test_a_long_loop_is_not_endless(monkeypatch):
-    monkeypatch.setattr(control_flow, "MAX_BLOCKS", 1000)
-    cp.run("s_mov_b32 s20, 0\n.LBB0_1:\ns_add_u32 s20, s20, 1\ns_cmp_lt_u32 s20, 0x3d0\ns_cbranch_scc1 .LBB0_1")
+@pytest.mark.parametrize("order", control_flow.ORDERS)
+def test_which_wave_does_not_end(order):
+    """Of a grid of 2 x 3 workgroups of two waves only one loops; the others end, and one waits at a barrier."""
+    body = """
+s_cmp_eq_u32 s3, 2
+s_cselect_b32 s20, s2, 0
+v_cmp_lt_u32_e32 vcc, 63, v0
+s_and_b32 s20, s20, vcc_lo
+.LBB0_1:
+s_cmp_eq_u32 s20, 1
+s_cbranch_scc1 .LBB0_1
+s_barrier"""
+    with pytest.raises(InterpreterError, match=r"program \(1, 2, 0\), wave 1 executed more than 500 instructions"):
+        cp.run(body, grid=(2, 3, 1), threads=128, order=order, budget=500)
+
+
+@pytest.mark.parametrize("order", control_flow.ORDERS)
+def test_a_long_loop_is_not_endless(order):
+    """A wave may execute exactly its budget, however many waves there are."""
+    executed = 2 + 3 * 0x3D0
+    cp.run(LONG_LOOP, grid=(3, 1, 1), threads=128, order=order, budget=executed)
+    with pytest.raises(InterpreterError, match=f"more than {executed - 1} instructions"):
+        cp.run(LONG_LOOP, grid=(3, 1, 1), threads=128, order=order, budget=executed - 1)
+
+
+@pytest.mark.parametrize("budget", [0, -1])
+def test_no_budget(budget):
+    with pytest.raises(ValueError, match=f"budget is {budget}; expected at least 1 instruction"):
+        cp.run("s_nop 0", budget=budget)
 
 
 def test_running_past_the_end():

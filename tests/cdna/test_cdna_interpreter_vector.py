@@ -14,6 +14,7 @@ from support.division import DIVISION, assert_same, quotients
 from pallas_kernels.cdna import toolchain
 from pallas_kernels.cdna.interpreter import control_flow, vector_alu, vector_table
 from pallas_kernels.cdna.interpreter.assembly import InterpreterError
+from pallas_kernels.cdna.interpreter.dispatch import Dispatch
 from pallas_kernels.cdna.interpreter.machine import Memory
 
 BF16 = ml_dtypes.bfloat16
@@ -1259,7 +1260,7 @@ def test_kernel_on_a_grid():
     )
     start = memory.starts[2]
     memory.bytes[start : start + 16] = np.array([memory.address(0), memory.address(1)], np.uint64).view(np.uint8)
-    control_flow.run(ca.kernel(KERNEL, "gfx942"), memory, memory.address(2), (3, 1, 1), 100)
+    control_flow.run(ca.kernel(KERNEL, "gfx942"), memory, Dispatch(memory.address(2), (3, 1, 1), 100))
     with np.errstate(all="ignore"):
         expected = fused(a, np.where(a < 0, 2, 1).astype(np.float32), np.full_like(a, -1))
     assert_same(memory.contents(1, (384,), np.float32), np.where(np.arange(384) % 128 < 100, expected, 7))

@@ -122,8 +122,9 @@ SHAPES = {
         index_topk=7,
         index_head_dim=7,
         rms_norm_eps=1e-3,
+        rope=RopeConfig(theta=100.0, factor=4.0, original_max_position=16, beta_fast=4.0, mscale_all_dim=0.7),
     ),
-    "no shared expert, groups of two, every group kept, yarn inside the context": dataclasses.replace(
+    "no shared expert, groups of two, every group kept, yarn inside the context, other pairs": dataclasses.replace(
         SMALL,
         n_routed_experts=14,
         n_group=7,
@@ -131,7 +132,9 @@ SHAPES = {
         n_shared_experts=0,
         num_experts_per_tok=3,
         num_attention_heads=5,
-        rope=RopeConfig(theta=100.0, factor=4.0, original_max_position=16, beta_fast=4.0, mscale_all_dim=0.7),
+        rope_interleave=False,
+        indexer_rope_interleave=True,
+        rope=RopeConfig(theta=100.0, factor=4.0, original_max_position=16, beta_fast=4.0, attention_factor=1.3),
     ),
 }
 

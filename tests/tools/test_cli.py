@@ -461,6 +461,7 @@ def test_bench(capsys, model):
         (["--page-size", 0], "--page-size is 0"),
         (["--context", 97], "--context is 97; the model's context is 96"),
         (["--context", 20], "Raise --context or lower --steps"),
+        (["--batch", 10**9], "the prefill of 1000000000 prompts"),
     ],
 )
 def test_bench_refuses(capsys, model, options, message):

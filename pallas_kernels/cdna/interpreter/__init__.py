@@ -1,6 +1,7 @@
 """A functional interpreter of CDNA3 and CDNA4 machine code on numpy arrays.
 
-`assembly` parses the text. `machine` holds registers and memory. `operands` reads operands and writes results with
+`assembly` parses the text. `dispatch` describes a launch and checks it against what the kernel was granted and what
+the machine has. `machine` holds registers and memory. `operands` reads operands and writes results with
 their modifiers. Each kind of instruction has a file (`vector_alu`, `matrix`, `cross_lane`, `lds`, `memory_access`,
 `scalar_alu`) with a table from opcode to meaning. `control_flow` runs the waves of a grid.
 

@@ -18,6 +18,7 @@ class Operand:
     Attributes:
       kind: "v", "a" or "s" (registers), "int", "float" (constants), "off", or "word" (labels, hwreg and the like).
       index: number of the first register.
+      named: whether it is a scalar register with a name of its own, such as vcc.
       count: number of registers.
       value: value of a constant.
       negate, absolute, sign_extend: input modifiers.
@@ -32,6 +33,17 @@ class Operand:
     negate: bool = False
     absolute: bool = False
     sign_extend: bool = False
+    named: bool = False
+
+    def register(self, offset: int) -> int:
+        """Number of the register `offset` places behind the first.
+
+        Raises:
+          ValueError: the operand has fewer registers.
+        """
+        if offset >= self.count:
+            raise ValueError(f"`{self.text}` has {self.count} registers, and the instruction needs {offset + 1}")
+        return self.index + offset
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,6 +93,7 @@ class Assembly:
     """A parsed kernel.
 
     Attributes:
+      name: name of the kernel; empty if the text has no label of a function.
       arch: "gfx942" or "gfx950".
       directives: values of the `.amdhsa_*` directives.
       blocks: basic blocks in textual order.
@@ -89,6 +102,7 @@ class Assembly:
       lines: lines of the assembly text.
     """
 
+    name: str
     arch: str
     directives: dict[str, int]
     blocks: tuple[Block, ...]
@@ -100,6 +114,16 @@ class Assembly:
     def instructions(self) -> list[Instruction]:
         """All instructions in textual order."""
         return [i for block in self.blocks for i in block.instructions]
+
+    @functools.cached_property
+    def highest(self) -> dict[str, tuple[int, Instruction]]:
+        """By file of registers, "v", "a" and "s": how many the code names, and an instruction that names the last."""
+        found: dict[str, tuple[int, Instruction]] = {}
+        for i in self.instructions:
+            for o in i.operands:
+                if o.kind in ("v", "a", "s") and not o.named and o.index + o.count > found.get(o.kind, (0,))[0]:
+                    found[o.kind] = o.index + o.count, i
+        return found
 
 
 VCC, M0, EXEC = 106, 124, 126
@@ -114,6 +138,8 @@ _SPECIAL = {
     "exec_hi": (EXEC + 1, 1),
 }
 _OPCODE = re.compile(r"(v_|s_|ds_|global_|buffer_|flat_|scratch_)\w+")
+# Directives that put bytes between the instructions: the disassembler's words for what it cannot read.
+_DATA = re.compile(r"\.(byte|short|word|long|quad|octa|int|fill|zero|ascii|asciz|string)\b")
 _REGISTER = re.compile(r"([vas])(?:(\d+)|\[(\d+):(\d+)\])")
 _KEYED = re.compile(r"\b([a-z_]\w*):(\[[^\]]*\]|swizzle\([^)]*\)|[-\w]+)")
 _FLAG = re.compile(r"\b(offen|idxen|glc|slc|sc0|sc1|nt|lds|gds|clamp|row_mirror|row_half_mirror)\b")
@@ -144,10 +170,13 @@ def parse_operand(text: str) -> Operand:
     register = _REGISTER.fullmatch(body)
     if register:
         file, single, first, last = register.groups()
-        return make(file, index=int(single or first), count=1 if single else int(last) - int(first) + 1)
+        count = 1 if single else int(last) - int(first) + 1
+        if count < 1:
+            raise ValueError(f"`{text}` ends before it begins")
+        return make(file, index=int(single or first), count=count)
     if body in _SPECIAL:
         index, count = _SPECIAL[body]
-        return make("s", index=index, count=count)
+        return make("s", index=index, count=count, named=True)
     if body in ("off", "null"):
         return make("off")
     if re.fullmatch(r"-?(0x[0-9a-fA-F]+|\d+)", body):
@@ -198,7 +227,7 @@ def parse(text: str) -> Assembly:
     """Parses the assembly of one kernel.
 
     Raises:
-      InterpreterError: the target directive is missing, or a branch names an undefined label.
+      InterpreterError: the target directive is missing, a line is no instruction, or a branch names an undefined label.
     """
     target = re.search(r'\.amdgcn_target\s+"[^"]*-(gfx\d[0-9a-f]+)', text)
     if not target:
@@ -208,24 +237,32 @@ def parse(text: str) -> Assembly:
     labels: dict[str, int] = {}
     for number, raw in enumerate(lines, 1):
         line = re.split(r";|//", raw, maxsplit=1)[0].strip()
-        label = re.match(r"([.\w$]+):", line)
-        if label:
+        start = re.match(r"([.\w$]+):", line)
+        if start:
             if groups[-1]:
                 groups.append([])
-            labels[label[1]] = len(groups) - 1
+            labels[start[1]] = len(groups) - 1
+            continue
+        if not line or (line[0] == "." and not _DATA.match(line)):
             continue
         if not _OPCODE.match(line):
-            continue
-        instruction = parse_instruction(line, number)
+            raise InterpreterError(f"line {number}: `{line}`: this is no instruction")
+        try:
+            instruction = parse_instruction(line, number)
+        except ValueError as error:
+            raise InterpreterError(f"line {number}: `{line}`: {error}") from None
         groups[-1].append(instruction)
         if _ENDS_BLOCK.fullmatch(instruction.opcode):
             groups.append([])
     for group in groups:
         for i in group:
-            if i.opcode.startswith(("s_branch", "s_cbranch")) and i.operands[0].text not in labels:
-                raise i.error(f"no label {i.operands[0].text}")
+            if i.opcode.startswith(("s_branch", "s_cbranch")):
+                label = i.operands[0].text if i.operands else ""
+                if label not in labels:
+                    raise i.error(f"no label {label}")
     names = [n for n in labels if not re.fullmatch(r"\..*|L\d+", n)]
     return Assembly(
+        name=names[0] if names else "",
         arch=target[1],
         directives={k: int(v, 0) for k, v in re.findall(r"\.amdhsa_(\w+)\s+(\w+)", text) if v[0].isdigit()},
         blocks=tuple(Block(i, tuple(g)) for i, g in enumerate(groups)),

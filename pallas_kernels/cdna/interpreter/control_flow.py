@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
-from pallas_kernels.cdna.interpreter import cross_lane, lds, matrix, memory_access, scalar_alu, vector_alu
+from pallas_kernels.cdna.interpreter import cross_lane, dispatch, lds, matrix, memory_access, scalar_alu, vector_alu
 from pallas_kernels.cdna.interpreter.assembly import (
     NO_EFFECT,
     VCC,
@@ -19,6 +19,7 @@ from pallas_kernels.cdna.interpreter.assembly import (
     Instruction,
     InterpreterError,
 )
+from pallas_kernels.cdna.interpreter.dispatch import Dispatch
 from pallas_kernels.cdna.interpreter.machine import ALL, LANE, LANES, Memory, Waves
 from pallas_kernels.cdna.interpreter.operands import Step
 
@@ -27,8 +28,11 @@ from pallas_kernels.cdna.interpreter.operands import Step
 ORDERS = ("together", "forward", "reverse")
 # Waves that execute together. With more, their registers no longer fit into the CPU's caches.
 MAX_WAVES = 256
-# A batch of waves that executes more blocks than this is reported as an endless loop.
-MAX_BLOCKS = 50_000_000
+# Bytes of scratch memory that waves which execute together may take in all.
+MAX_SCRATCH = 256 << 20
+# Instructions that one wave may execute: ten times what a whole grid executes in benchmarks/cdna_counts.json. The
+# shortest endless loop gets there in half a minute.
+BUDGET = 2_000_000
 _READY, _WAITING, _DONE = 0, 1, 2
 
 _BRANCHES: dict[str, Callable[[Waves], np.ndarray]] = {
@@ -102,33 +106,32 @@ def bind_blocks(assembly: Assembly) -> list[_Code]:
     return out
 
 
-def _batches(grid: Sequence[int], waves: int) -> Iterator[np.ndarray]:
+def _batches(grid: Sequence[int], per_batch: int) -> Iterator[np.ndarray]:
     """Yields batches of workgroups that execute together, as workgroup ids [n, 3]."""
-    per_batch = max(1, MAX_WAVES // waves)
     total = grid[0] * grid[1] * grid[2]
     for first in range(0, total, per_batch):
         flat = np.arange(first, min(total, first + per_batch))
         yield np.stack([flat % grid[0], flat // grid[0] % grid[1], flat // (grid[0] * grid[1])], axis=1)
 
 
-def _start(assembly: Assembly, memory: Memory, arguments: int, ids: np.ndarray, threads: int, lds_bytes: int) -> Waves:
+def _scratch_bytes(assembly: Assembly) -> int:
+    """Bytes of a lane's scratch memory, in whole words."""
+    return -(-assembly.directives.get("private_segment_fixed_size", 0) // 4) * 4
+
+
+def _start(assembly: Assembly, memory: Memory, launch: Dispatch, ids: np.ndarray) -> Waves:
     """Creates the waves of the workgroups `ids`, with registers initialized like the hardware's."""
-    per_group = -(-threads // LANES)
+    per_group = -(-launch.threads // LANES)
     count = len(ids) * per_group
-    registers = {"v": 1, "a": 1}
-    for i in assembly.instructions:
-        for o in i.operands:
-            if o.kind in registers:
-                registers[o.kind] = max(registers[o.kind], o.index + o.count)
-    m = Waves(count, (registers["v"], registers["a"]), memory, assembly.arch)
+    vectors, accumulators = (assembly.highest[file][0] if file in assembly.highest else 1 for file in ("v", "a"))
+    m = Waves(count, (vectors, accumulators), memory, assembly.arch)
     number = np.tile(np.arange(per_group), len(ids))
     m.group = np.repeat(np.arange(len(ids)), per_group)
-    m.set_lds(max(lds_bytes, assembly.directives.get("group_segment_fixed_size", 0)), len(ids))
-    scratch = assembly.directives.get("private_segment_fixed_size", 0)
-    m.scratch = np.zeros((count, LANES, -(-scratch // 4) * 4), np.uint8)
+    m.set_lds(dispatch.lds_bytes(assembly, launch), len(ids))
+    m.scratch = np.zeros((count, LANES, _scratch_bytes(assembly)), np.uint8)
     thread = number[:, None] * LANES + LANE
     m.V[0] = thread
-    m.exec[:] = np.where(number == per_group - 1, ALL >> np.uint64(-threads % LANES), ALL)
+    m.exec[:] = np.where(number == per_group - 1, ALL >> np.uint64(-launch.threads % LANES), ALL)
     pointer = sum(
         assembly.directives.get(name, 0) * size
         for name, size in (
@@ -137,7 +140,7 @@ def _start(assembly: Assembly, memory: Memory, arguments: int, ids: np.ndarray, 
             ("user_sgpr_queue_ptr", 2),
         )
     )
-    m.S[pointer], m.S[pointer + 1] = arguments & 0xFFFFFFFF, arguments >> 32
+    m.S[pointer], m.S[pointer + 1] = launch.arguments & 0xFFFFFFFF, launch.arguments >> 32
     at = assembly.directives.get("user_sgpr_count", 2)
     for axis, name in enumerate("xyz"):
         if assembly.directives.get(f"system_sgpr_workgroup_id_{name}", int(name == "x")):
@@ -147,15 +150,47 @@ def _start(assembly: Assembly, memory: Memory, arguments: int, ids: np.ndarray, 
     return m
 
 
+@dataclasses.dataclass
+class _Batch:
+    """Waves that execute together, and what they share.
+
+    Attributes:
+      m: the waves.
+      ids: workgroup ids [n, 3].
+      assembly, blocks: the kernel, parsed and bound.
+      budget: instructions that a wave may execute.
+      executed: instructions that each wave has executed, int64 [W].
+    """
+
+    m: Waves
+    ids: np.ndarray
+    assembly: Assembly
+    blocks: list[_Code]
+    budget: int
+    executed: np.ndarray
+
+    def check_budget(self, waves: np.ndarray, block: int) -> None:
+        """Raises InterpreterError if one of `waves`, which executed `block`, is over the budget."""
+        over = waves[self.executed[waves] > self.budget]
+        if not over.size:
+            return
+        wave = int(over[0])
+        group = self.m.group[wave]
+        program, number = tuple(int(x) for x in self.ids[group]), wave - int(np.searchsorted(self.m.group, group))
+        last = self.assembly.blocks[block].instructions[-1]
+        raise last.error(
+            f"kernel {self.assembly.name}, program {program}, wave {number} executed more than {self.budget}"
+            " instructions, its budget: the loop has no end, or the budget must be larger"
+        )
+
+
 def run(
     assembly: Assembly,
     memory: Memory,
-    arguments: int,
-    grid: Sequence[int],
-    threads: int,
+    launch: Dispatch,
     *,
-    lds_bytes: int = 0,
     order: str = "together",
+    budget: int | None = None,
 ) -> np.ndarray:
     """Executes a grid; returns the number of executions of each block by a wave, int64 [blocks].
 
@@ -165,25 +200,31 @@ def run(
     Args:
       assembly: the kernel.
       memory: the kernel's buffers, changed in place.
-      arguments: address of the argument block.
-      grid: workgroups per axis.
-      threads: threads per workgroup.
-      lds_bytes: bytes of LDS per workgroup; the assembly's own size applies if it is larger.
+      launch: grid, threads, LDS and the address of the arguments.
       order: one of ORDERS.
+      budget: instructions that one wave may execute; None means BUDGET.
 
     Raises:
-      ValueError: `order` is unknown.
+      ValueError: `order` is unknown, `budget` is less than 1, or the launch has no workgroups or too many threads.
       InterpreterError: an instruction is unknown, an access is outside every buffer, a write goes to a read-only
-        buffer, or a loop does not end.
+        buffer, the kernel uses registers, LDS or scratch memory that it was not granted or that the machine lacks, or a
+        wave exceeds the budget.
     """
     if order not in ORDERS:
         raise ValueError(f"order is {order!r}; expected one of {', '.join(ORDERS)}")
+    budget = BUDGET if budget is None else budget
+    if budget < 1:
+        raise ValueError(f"budget is {budget}; expected at least 1 instruction, or None for {BUDGET}")
+    dispatch.check(assembly, launch)
     blocks = bind_blocks(assembly)
     counts = np.zeros(len(blocks), np.int64)
+    waves = -(-launch.threads // LANES)
+    most = min(MAX_WAVES, MAX_SCRATCH // (LANES * max(1, _scratch_bytes(assembly))))
     with np.errstate(all="ignore"):
-        for ids in _batches(grid, -(-threads // LANES)):
-            m = _start(assembly, memory, arguments, ids, threads, lds_bytes)
-            _run_batch(m, blocks, assembly.entry, counts, order)
+        for ids in _batches(launch.grid, max(1, most // waves)):
+            m = _start(assembly, memory, launch, ids)
+            batch = _Batch(m, ids, assembly, blocks, budget, np.zeros(len(m.exec), np.int64))
+            _run_batch(batch, counts, order)
     return counts
 
 
@@ -195,12 +236,15 @@ def _next_waves(at: np.ndarray, state: np.ndarray, rank: np.ndarray | None) -> n
     return ready[at[ready] == at[ready].min()] if ready.size else ready
 
 
-def _run_batch(m: Waves, blocks: list[_Code], entry: int, counts: np.ndarray, order: str) -> None:
+def _run_batch(batch: _Batch, counts: np.ndarray, order: str) -> None:
+    m, blocks = batch.m, batch.blocks
     count = len(m.exec)
-    at, state = np.full(count, entry), np.full(count, _READY)
+    at, state = np.full(count, batch.assembly.entry), np.full(count, _READY)
     number = np.arange(count) - np.searchsorted(m.group, m.group)
     rank = {"together": None, "forward": number, "reverse": -number}[order]
-    for _ in range(MAX_BLOCKS):
+    # No wave has executed more than the waves of the batch one after the other.
+    in_all = 0
+    while True:
         waves = _next_waves(at, state, rank)
         if not waves.size:
             if (state == _DONE).all():
@@ -209,7 +253,10 @@ def _run_batch(m: Waves, blocks: list[_Code], entry: int, counts: np.ndarray, or
             state[state == _WAITING] = _READY
             continue
         block = int(at[waves[0]])
-        m.select(slice(None) if waves.size == count else waves)
+        if waves.size < count:
+            m.select(waves)
+        elif not isinstance(m.sel, slice):
+            m.select(slice(None))
         code = blocks[block]
         counts[block] += waves.size
         for i, step in code.steps:
@@ -219,6 +266,10 @@ def _run_batch(m: Waves, blocks: list[_Code], entry: int, counts: np.ndarray, or
                 raise
             except Exception as e:
                 raise i.error(f"{type(e).__name__}: {e}") from e
+        batch.executed[waves] += code.size
+        in_all += code.size
+        if in_all > batch.budget:
+            batch.check_budget(waves, block)
         at[waves] = block + 1
         if code.end == "branch":
             taken = code.taken(m)  # type: ignore[misc]
@@ -229,4 +280,3 @@ def _run_batch(m: Waves, blocks: list[_Code], entry: int, counts: np.ndarray, or
             state[waves] = _DONE
         if code.end != "stop" and (at[waves] >= len(blocks)).any():
             raise InterpreterError(f"a wave ran past the end of the kernel, behind block {block}")
-    raise InterpreterError(f"no end after {MAX_BLOCKS} blocks: an endless loop")

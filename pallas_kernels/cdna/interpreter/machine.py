@@ -207,12 +207,13 @@ class Waves:
             return
         if operand.kind != "s":
             raise ValueError(f"`{operand.text}` is not a scalar register")
+        second = operand.register(1)
         if operand.index == EXEC:
             self.set_exec(value)
         else:
             value = np.asarray(value, np.uint64)
             self.S[operand.index][self.sel] = (value & LOW).astype(np.uint32)
-            self.S[operand.index + 1][self.sel] = (value >> np.uint64(32)).astype(np.uint32)
+            self.S[second][self.sel] = (value >> np.uint64(32)).astype(np.uint32)
 
     # Vectors.
     def set_vector(self, operand: Operand, value: Any, offset: int = 0, everywhere: bool = False) -> None:
@@ -232,4 +233,4 @@ class Waves:
     def _register(self, operand: Operand, offset: int) -> np.ndarray:
         if operand.kind not in ("v", "a"):
             raise ValueError(f"`{operand.text}` is not a vector register")
-        return self.file(operand.kind)[operand.index + offset]
+        return self.file(operand.kind)[operand.register(offset)]

@@ -138,7 +138,9 @@ def bind(i: Instruction, arch: str) -> Step:
         raise i.error(
             f"operands of {a.count}, {b.count} and {to.count} registers; {widths} and {shape.results} expected"
         )
-    addend = None if c.kind in "va" else raw_reader(c, i)
+    if any(o.kind not in ("v", "a") for o in (to, a, b)) or (c.kind in ("v", "a") and c.count != shape.results):
+        raise i.error(f"operands are not vector registers, or C has {c.count} of them; {shape.results} expected")
+    addend = None if c.kind in ("v", "a") else raw_reader(c, i)
     scale_bytes = [
         x + 2 * y for x, y in zip(i.list_modifier("op_sel") or [0, 0], i.list_modifier("op_sel_hi") or [0, 0])
     ]

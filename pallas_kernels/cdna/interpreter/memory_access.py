@@ -10,7 +10,7 @@ import numpy as np
 from pallas_kernels.cdna.interpreter.assembly import M0, Instruction, Operand
 from pallas_kernels.cdna.interpreter.lds import put, put_half, sign_extended, take
 from pallas_kernels.cdna.interpreter.machine import LANE, LANES, Waves, load_words, store_words
-from pallas_kernels.cdna.interpreter.operands import Step
+from pallas_kernels.cdna.interpreter.operands import Step, raw_reader, scalar_registers
 
 SIZES = {
     "ubyte": 1,
@@ -56,8 +56,9 @@ def _of_lanes(m: Waves, values: np.ndarray) -> np.ndarray:
 def _addresses(i: Instruction, address: Operand, base: Operand):
     """Computes addresses, uint64 [w, 64], from a 64-bit vector address or a scalar base plus 32-bit vector offset."""
     offset = np.uint64(i.int_modifier("offset") & 0xFFFFFFFFFFFFFFFF)
-    if base.kind == "s":
-        return lambda m: m.scalar64(base.index)[:, None] + offset + m.vector(address).astype(np.uint64)
+    if base.kind != "off":
+        first = scalar_registers(base, i, 2)
+        return lambda m: m.scalar64(first)[:, None] + offset + m.vector(address).astype(np.uint64)
     return lambda m: (m.vector(address) | m.vector(address, 1).astype(np.uint64) << np.uint64(32)) + offset
 
 
@@ -84,22 +85,28 @@ def _bind_buffer(i: Instruction, match: re.Match) -> Step:
     data = operands.pop(0)
     offset = operands.pop(0) if "offen" in i.modifiers else None
     descriptor, start = operands
+    words = scalar_registers(descriptor, i, 4)
+    if start.kind == "s":
+        first_byte = raw_reader(start, i)
+    elif start.kind == "int":
+        first_byte = lambda m: np.full((m.count, 1), int(start.value) & 0xFFFFFFFF, np.uint32)  # noqa: E731
+    else:
+        raise i.error(f"`{start.text}` is not a scalar offset")
 
     def places(m):
-        if (m.scalar(descriptor.index + 1) >> np.uint32(16) & np.uint32(0x3FFF)).any():
+        if (m.scalar(words + 1) >> np.uint32(16) & np.uint32(0x3FFF)).any():
             raise i.error("a descriptor with a stride is not implemented")
         at = (m.vector(offset) if offset is not None else np.zeros((m.count, LANES), np.uint32)).astype(np.int64)
         at = (at + constant)[m.lanes][:, None] + np.arange(0, size, unit)
-        inside = at + unit <= _of_lanes(m, m.scalar(descriptor.index + 2))
-        first = m.scalar(start.index) if start.kind == "s" else np.full(m.count, int(start.value), np.uint32)
-        base = (m.scalar64(descriptor.index) & _BASE_BITS).astype(np.int64) + first
+        inside = at + unit <= _of_lanes(m, m.scalar(words + 2))
+        base = (m.scalar64(words) & _BASE_BITS).astype(np.int64) + first_byte(m)[:, 0]
         return at + _of_lanes(m, base), inside
 
     def load(m):
         at, inside = places(m)
-        words = np.zeros(at.shape, np.uint32)
-        words[inside] = m.memory.load(at[inside], unit, i)[:, 0]
-        _give(m, data, words, kind, half, upper)
+        loaded = np.zeros(at.shape, np.uint32)
+        loaded[inside] = m.memory.load(at[inside], unit, i)[:, 0]
+        _give(m, data, loaded, kind, half, upper)
 
     def store(m):
         at, inside = places(m)
@@ -115,6 +122,8 @@ def _bind_scratch(i: Instruction, match: re.Match) -> Step:
     operands = list(i.operands)
     data = operands.pop(1 if direction == "store" else 0)
     vector, scalar = operands[0], operands[1] if len(operands) > 1 else Operand("off", "off")
+    if vector.kind not in ("v", "off") or scalar.kind not in ("s", "off"):
+        raise i.error(f"`{vector.text}, {scalar.text}` is not a vector offset and a scalar one, or off")
 
     def places(m):
         at = np.full((m.count, LANES), constant, np.int64)
@@ -145,7 +154,7 @@ def _bind_to_lds(i: Instruction, match: re.Match) -> Step:
     def step(m):
         words = m.memory.load(where(m)[m.lanes], size, i)
         at = (m.scalar(M0).astype(np.int64)[:, None] + constant + LANE * stride)[m.lanes]
-        if at.size and int(at.max()) + size > m.lds_size:
+        if at.size and (int(at.max()) + size > m.lds_size or int(at.min()) < 0):
             raise i.error(f"write at byte {int(at.max())} of an LDS of {m.lds_size}")
         group = np.broadcast_to((m.group[m.sel] * m.lds_stride)[:, None], m.lanes.shape)[m.lanes]
         store_words(m.lds, m.lds_words, at + group, words, size)
@@ -157,10 +166,14 @@ def _bind_scalar(i: Instruction, match: re.Match) -> Step:
     """s_load: loads consecutive words from a scalar address."""
     count = int(match[1] or 1)
     to, base, offset = i.operands[:3]
+    first = scalar_registers(base, i, 2)
+    scalar_registers(to, i, count)
+    if offset.kind not in ("int", "s", "off"):
+        raise i.error(f"`{offset.text}` is not an offset")
     constant = i.int_modifier("offset") + (int(offset.value) if offset.kind == "int" else 0)
 
     def step(m):
-        address = m.scalar64(base.index) + np.uint64(constant & 0xFFFFFFFFFFFFFFFF)
+        address = m.scalar64(first) + np.uint64(constant & 0xFFFFFFFFFFFFFFFF)
         address = address + m.scalar(offset.index).astype(np.uint64) if offset.kind == "s" else address
         words = m.memory.load(address & ~np.uint64(3), 4 * count, i)
         for k in range(count):

@@ -62,16 +62,25 @@ def constant(operand: Operand, type_: str) -> np.ndarray:
 def raw_reader(operand: Operand, instruction: Instruction, offset: int = 0) -> Reader:
     """Reads 32 bits: uint32 [w, 64], [w, 1] or []. `offset` counts registers; 1 reads a constant's upper half."""
     if operand.kind in ("v", "a"):
-        file, index = ("V" if operand.kind == "v" else "A"), operand.index + offset
+        file, index = ("V" if operand.kind == "v" else "A"), operand.register(offset)
         return lambda m: getattr(m, file)[index][m.sel]
     if operand.kind == "s":
-        index = operand.index + offset
+        index = operand.register(offset)
         return lambda m: m.scalar(index)[:, None]
     if operand.kind in ("int", "float"):
         value = constant(operand, "u" if offset == 0 else "U")
         value = value if offset == 0 else (value >> np.uint64(32 * offset)).astype(np.uint32)
         return lambda m: value
     raise instruction.error(f"`{operand.text}` can not be read by a vector instruction")
+
+
+def scalar_registers(operand: Operand, instruction: Instruction, count: int) -> int:
+    """Number of the first of `count` scalar registers that an operand names."""
+    if operand.kind != "s":
+        raise instruction.error(f"`{operand.text}` is not a scalar register")
+    if operand.count < count:
+        raise instruction.error(f"`{operand.text}` has {operand.count} registers, and the instruction needs {count}")
+    return operand.index
 
 
 def _sub_dword(bits: np.ndarray, selector: str, sign_extend: bool) -> np.ndarray:
@@ -114,7 +123,7 @@ def _wide_reader(operand: Operand, instruction: Instruction, type_: str) -> Read
         value = constant(operand, "d" if operand.kind == "float" else type_).view(dtype)
         return lambda m: value
     if operand.kind == "s":
-        index = operand.index
+        index = scalar_registers(operand, instruction, 2)
         return lambda m: m.scalar64(index).view(dtype)[:, None]
     low, high = raw_reader(operand, instruction), raw_reader(operand, instruction, 1)
     return lambda m: (low(m).astype(np.uint64) | high(m).astype(np.uint64) << np.uint64(32)).view(dtype)

@@ -10,7 +10,7 @@ import numpy as np
 
 from pallas_kernels.cdna.interpreter.assembly import Instruction, Operand
 from pallas_kernels.cdna.interpreter.machine import Waves
-from pallas_kernels.cdna.interpreter.operands import Step, constant
+from pallas_kernels.cdna.interpreter.operands import Step, constant, scalar_registers
 from pallas_kernels.cdna.interpreter.vector_arithmetic import (
     bits_extracted,
     leading_zeros,
@@ -34,7 +34,8 @@ def read(operand: Operand, i: Instruction, letter: str) -> Callable[[Waves], np.
     if operand.kind != "s":
         raise i.error(f"`{operand.text}` can not be read by a scalar instruction")
     if letter in "UI":
-        return lambda m: np.ascontiguousarray(m.scalar64(operand.index)).view(_DTYPES[letter])
+        index = scalar_registers(operand, i, 2)
+        return lambda m: np.ascontiguousarray(m.scalar64(index)).view(_DTYPES[letter])
     return lambda m: np.ascontiguousarray(m.scalar(operand.index)).view(_DTYPES[letter])
 
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from pallas_kernels.cdna.interpreter.assembly import VCC, Instruction, Operand
 from pallas_kernels.cdna.interpreter.machine import LANES, Waves, lanes_of, masks_of
-from pallas_kernels.cdna.interpreter.operands import TYPES, Step, raw_reader, reader, writer
+from pallas_kernels.cdna.interpreter.operands import TYPES, Step, raw_reader, reader, scalar_registers, writer
 from pallas_kernels.cdna.interpreter.packed_alu import (
     PACKED16,
     bind_dot2,
@@ -112,7 +112,7 @@ def _bind_class(i: Instruction) -> Step:
 
 def _bind_select(i: Instruction) -> Step:
     """v_cndmask: selects the second source in lanes whose mask bit is set, else the first."""
-    mask = i.operands[3].index if len(i.operands) > 3 else VCC
+    mask = scalar_registers(i.operands[3], i, 2) if len(i.operands) > 3 else VCC
     letter = "f" if any(o.negate or o.absolute for o in i.operands[1:3]) else "u"
     a, b, write = reader(i, 1, letter), reader(i, 2, letter), writer(i, letter)
     return lambda m: write(m, np.where(lanes_of(m.scalar64(mask)), b(m), a(m)))
@@ -120,7 +120,7 @@ def _bind_select(i: Instruction) -> Step:
 
 def _bind_carry(i: Instruction) -> Step:
     """v_add_co, v_addc_co, v_sub_co, v_subb_co and their reversed variants: result and carry mask."""
-    carry_out, carry_in = i.operands[1], i.operands[4].index if len(i.operands) > 4 else None
+    carry_out, carry_in = i.operands[1], scalar_registers(i.operands[4], i, 2) if len(i.operands) > 4 else None
     a, b, write = reader(i, 2, "u", 0), reader(i, 3, "u", 1), writer(i, "u")
     subtract, reverse = "sub" in i.opcode, "rev" in i.opcode
 
