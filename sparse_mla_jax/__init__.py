@@ -23,8 +23,6 @@ hide_plugin_message()
 # For type checkers, which know the name: `typing` takes longer to import than this package.
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import Any
-
     from sparse_mla_jax import config as config
     from sparse_mla_jax import interchange as interchange
     from sparse_mla_jax import layers as layers
@@ -167,7 +165,7 @@ _SUBMODULES = ("config", "interchange", "layers", "metadata", "models", "ops", "
 __all__ = list(_MODULE_OF)
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     """Imports a public name or a submodule at its first use."""
     if name in _SUBMODULES:
         return importlib.import_module(f"{__name__}.{name}")
