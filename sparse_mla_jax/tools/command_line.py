@@ -10,6 +10,7 @@ import atexit
 import contextlib
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from typing import Any, NoReturn, TextIO
 
@@ -149,6 +150,7 @@ def run_command(argv: Sequence[str]) -> int:
 def run_program(argv: Sequence[str]) -> NoReturn:
     """Runs one command as the whole program: ends the process with its exit code."""
     _prepare_streams()
+    warnings.formatwarning = _format_warning
     code = run_command(argv)
     # What a usual exit does with time to spare for Ctrl-C: it takes apart the interpreter, which then knows no signals.
     atexit._run_exitfuncs()
@@ -156,6 +158,11 @@ def run_program(argv: Sequence[str]) -> NoReturn:
         with contextlib.suppress(OSError, ValueError):
             stream.flush()
     os._exit(code)
+
+
+def _format_warning(message: Warning | str, *_: Any, **__: Any) -> str:
+    """A warning as one line, without the place in our code that Python adds."""
+    return f"warning: {' '.join(str(message).split())}\n"
 
 
 def _prepare_streams() -> None:

@@ -94,7 +94,7 @@ def test_text_is_bytes_where_the_vocabulary_is():
         ([np.array([7, 8], np.uint16)], ((7, 8),)),
         (iter([[7]]), ((7,),)),
     ],
-    ids=str,
+    ids=lambda value: type(value).__name__,
 )
 def test_forms_of_stop(stop, sequences):
     assert make(stop=stop).stop == sequences

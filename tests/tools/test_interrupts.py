@@ -27,15 +27,12 @@ pytestmark = pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason=
 
 def start(command, **options):
     """A process that does not ignore the signal, as a shell's background jobs and their children do."""
-    return subprocess.Popen(
-        command,
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-        **options,
-    )
+    # A child inherits that a signal is ignored, and no handler.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def wait_for_handler(process):
@@ -158,6 +155,14 @@ def test_as_a_function_it_is_a_keyboard_interrupt(capsys, monkeypatch):
 
 
 # --- streams
+
+
+def test_a_warning_is_one_line(tmp_path):
+    """As about fields of a config that are not known."""
+    code = "import sys, warnings; from sparse_mla_jax.tools import command_line as c\n"
+    code += "c.run_command = lambda argv: warnings.warn('first\\nsecond', stacklevel=1)\n"
+    code += "c.os._exit = lambda code: sys.exit(0); c.run_program([])"
+    assert run_python(code) == (0, "", "warning: first second\n")
 
 
 def test_closed_streams():
