@@ -55,6 +55,8 @@ def interrupt(command, delay):
             took = time.perf_counter() - sent
         finally:
             process.kill()
+    # `bench topk` names its cases.
+    said = "".join(line for line in said.splitlines(keepends=True) if not line.startswith("topk-"))
     if ended or (process.returncode, said) == (0, ""):
         # Done, or on its way out when the signal came.
         return False
@@ -95,19 +97,9 @@ def test_while_the_main_thread_is_in_c():
 )
 def test_at_any_moment(command):
     rng = random.Random(1)
-    longest = 1.0 if command == ["info"] else 12.0
-    for _ in range(25):
-        delay = rng.uniform(0, longest)
-        if "topk" not in command:
-            interrupt([*PROGRAM, *command], delay)
-            continue
-        # It names its cases on stderr.
-        with start([*PROGRAM, *command]) as process:
-            wait_for_handler(process)
-            time.sleep(delay)
-            process.send_signal(signal.SIGINT)
-            _, said = process.communicate(timeout=60)
-        assert process.returncode == 130 and said.endswith("interrupted\n") and "Traceback" not in said
+    count, longest = (25, 1.0) if command == ["info"] else (8, 12.0)
+    for _ in range(count):
+        interrupt([*PROGRAM, *command], rng.uniform(0, longest))
 
 
 def run_python(code, **options):
