@@ -61,6 +61,7 @@ test-all: $(VENV)/.ready llvm
 	$(MAKE) VENV=.venv-jax-$(NEWER) JAX=$(NEWER) PLUGIN=jax-rocm10-pjrt .venv-jax-$(NEWER)/.ready
 	@$(BIN)/python tests/run_shards.py all $(if $(SHARD),--shard $(SHARD)) \
 	  --suite "jax $(JAX)=$(BIN)/python $(PYTEST) --optimize" \
+	  --suite "jax $(JAX) with 64-bit types, without long tests=env JAX_ENABLE_X64=1 $(BIN)/python $(PYTEST) -m 'not slow'" \
 	  --suite "jax $(OLDER) without long tests=.venv-jax-$(OLDER)/bin/python $(PYTEST) -m 'not slow'" \
 	  --suite "jax $(NEWER) without long tests=.venv-jax-$(NEWER)/bin/python $(PYTEST) -m 'not slow'"
 

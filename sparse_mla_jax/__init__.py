@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from sparse_mla_jax.config import config_from_json as config_from_json
     from sparse_mla_jax.config import from_hf as from_hf
     from sparse_mla_jax.config import load_config as load_config
-    from sparse_mla_jax.export import KERNEL_CHECKS as KERNEL_CHECKS
+    from sparse_mla_jax.export import kernel_checks as kernel_checks
     from sparse_mla_jax.export import lower_for as lower_for
     from sparse_mla_jax.interchange import index_from_planar_blocks as index_from_planar_blocks
     from sparse_mla_jax.interchange import index_to_planar_blocks as index_to_planar_blocks
@@ -146,7 +146,7 @@ _MODULES = {
     "layers.compressed_attention": ("compressed_attention_step", "LayerCaches", "select_entries"),
     "layers.hyper_connections": ("split_streams", "join_streams", "merge_streams"),
     "config": ("DeepseekV32Config", "DeepseekV4Config", "RopeConfig", "config_from_json", "from_hf", "load_config"),
-    "export": ("KERNEL_CHECKS", "lower_for"),
+    "export": ("lower_for", "kernel_checks"),
     "models.checkpoint": ("load_checkpoint", "save_checkpoint"),
     "serving.engine": ("Engine",),
     "serving.scoring": ("score",),

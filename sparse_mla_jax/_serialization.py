@@ -24,11 +24,11 @@ def serializable[T: type](cls: T) -> T:
     return cls
 
 
-def _write_static(values: Any) -> bytearray:
+def _write_static(values: Any) -> bytes:
     plain = [{"dtype": value.name} if isinstance(value, np.dtype) else value for value in values]
-    return bytearray(json.dumps(plain).encode())
+    return json.dumps(plain).encode()
 
 
-def _read_static(written: bytes | bytearray) -> Any:
+def _read_static(written: bytes) -> Any:
     plain = json.loads(written.decode())
     return tuple(jnp.dtype(value["dtype"]) if isinstance(value, dict) else value for value in plain)

@@ -82,7 +82,7 @@ def indexer_scores(
 ) -> Array:
     """Scores key_scale[n] * sum_h weights[t, h] * relu(q[t, h] . key[n]) inside the row's interval, -inf outside.
 
-    The start of an interval is clamped to 0..N first; its length counts from there.
+    A start is clamped to 0..N first; the length counts from there.
     q[T, H, D], keys[N, D], key_scales[N] or None, weights[T, H], row_starts[T], row_lengths[T] -> dtype[T, N].
     """
     dots = jnp.einsum("thd,nd->thn", q.astype(dtype), keys.astype(dtype), precision=HIGHEST)
@@ -169,18 +169,11 @@ def sparse_mla(
 
 
 def merge(outs: Array, lses: Array) -> tuple[Array, Array]:
-    """Merges splits of one softmax: outs[S, T, H, V], lses[S, T, H] -> (out[T, H, V], lse[T, H]).
-
-    A split whose lse is not finite is empty.
-    """
+    """Merges splits of a softmax: outs[S, T, H, V], lses[S, T, H] (not finite: empty) -> (out[T, H, V], lse[T, H])."""
     full = jnp.isfinite(lses)
-    top = jnp.max(lses, axis=0, initial=-jnp.inf, where=full)
-    base = jnp.where(jnp.isfinite(top), top, 0)
-    weights = jnp.where(full, jnp.exp(lses - base), 0)
-    total = weights.sum(axis=0)
-    out = (weights[..., None] * jnp.where(full[..., None], outs, 0)).sum(axis=0)
-    out = out / jnp.where(total > 0, total, 1)[..., None]
-    return out, jnp.where(total > 0, jnp.log(jnp.where(total > 0, total, 1)) + base, -jnp.inf)
+    weights = jax.nn.softmax(lses, axis=0, where=full)
+    out = jnp.where(full[..., None], weights[..., None] * outs, 0).sum(axis=0)
+    return out, jax.nn.logsumexp(lses, axis=0, where=full)
 
 
 def apply_sinks(out: Array, lse: Array, sinks: Array) -> Array:

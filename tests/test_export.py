@@ -50,7 +50,7 @@ def exported(*machines, name="triton"):
     platforms = [machine.split(":")[0] for machine in machines]
     with sm.lower_for(*machines):
         jitted = jax.jit(functools.partial(step, name=name))
-        return export.export(jitted, platforms=platforms, disabled_checks=sm.KERNEL_CHECKS)(*arguments())
+        return export.export(jitted, platforms=platforms, disabled_checks=sm.kernel_checks())(*arguments())
 
 
 def read_back(program):
@@ -73,17 +73,17 @@ def test_kernels_are_in_the_program(machines, name):
     """Never the XLA body in silence; for one AMD GPU each kernel compiles without spills."""
     calls = lowering.calls_in_exported(exported(*machines, name=name))
     found = [call.name for call in calls]
-    assert len(found) == len(machines) * len(set(found))
+    assert len(found) == 10 * len(machines)
     assert {"top_k"} < set(found), found
     if machine_code_runs() and len(machines) == 1:
         for call in calls:
-            assert compiler.compile_kernel(call, "gfx942", "triton").resources.spills == 0
+            assert compiler.compile_kernel(call, "gfx942", "triton").resources.vgpr_spills == 0
 
 
 def test_without_a_name_there_is_no_kernel_for_an_amd_gpu():
     jitted = jax.jit(functools.partial(step, name="triton"))
     with pytest.raises(NotImplementedError, match="not found for platform rocm"):
-        export.export(jitted, platforms=["rocm"], disabled_checks=sm.KERNEL_CHECKS)(*arguments())
+        export.export(jitted, platforms=["rocm"], disabled_checks=sm.kernel_checks())(*arguments())
 
 
 @pytest.mark.parametrize(
@@ -107,7 +107,9 @@ def test_every_pytree_is_written():
     tree = {
         "rows": (sm.DenseRows(jnp.ones((1, 1), jnp.int32)), sm.pack_rows(jnp.ones((1, 1), jnp.int32))),
         "layer": LayerCaches(cache, cache, state, index, page_size=4),
-        "weights": sm.CompressorWeights(jnp.ones((4, 8)), jnp.ones(8), jnp.ones(2), eps=1e-5),
+        "weights": sm.CompressorWeights(
+            jnp.ones((4, 8), jnp.float32), jnp.ones(8, jnp.float32), jnp.ones(2, jnp.float32), eps=1e-5
+        ),
         "metadata": arguments()[3],
     }
     program = read_back(export.export(jax.jit(lambda tree: tree))(tree))

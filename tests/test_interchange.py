@@ -176,7 +176,7 @@ def test_power_of_two_scales_become_float32(dtype):
     cache = PagedKVCache.create(
         1, 2, latent_dim=8, rope_dim=2, group_size=4, dtype=dtype, scale_dtype=jnp.float8_e8m0fnu
     )
-    cache = jax.jit(write)(cache, normal((2, 8)), jnp.ones((2, 2)), np.arange(2))
+    cache = jax.jit(write)(cache, normal((2, 8)), jnp.ones((2, 2), jnp.float32), np.arange(2))
     back = kv_from_v32_rows(kv_to_v32_rows(cache), dtype=dtype, latent_dim=8, rope_dim=2, group_size=4)
     assert back.scale is not None and back.scale.dtype == jnp.float32
     np.testing.assert_array_equal(rows_of(back), rows_of(cache))

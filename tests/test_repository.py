@@ -14,14 +14,15 @@ ROOT = next(p for p in pathlib.Path(__file__).parents if (p / "pyproject.toml").
 SOURCES = sorted([*ROOT.glob("sparse_mla_jax/**/*.py"), *ROOT.glob("pallas_kernels/**/*.py")])
 # From the lowest to the highest: a module imports from its own layer and from those below.
 LAYERS = [
-    ["pallas_kernels.targets"],
+    ["pallas_kernels.targets", "pallas_kernels.mesh_axes"],
     ["pallas_kernels"],
     ["sparse_mla_jax._interrupts", "sparse_mla_jax._plugin_message"],
-    ["sparse_mla_jax._check", "sparse_mla_jax._choices", "sparse_mla_jax._folder", "sparse_mla_jax.shapes"],
+    ["sparse_mla_jax._check", "sparse_mla_jax._choices", "sparse_mla_jax._folder", "sparse_mla_jax._serialization"],
+    ["sparse_mla_jax.shapes"],
     ["sparse_mla_jax.families"],
     ["sparse_mla_jax.config", "sparse_mla_jax.reference"],
     ["sparse_mla_jax.ops", "sparse_mla_jax.metadata"],
-    ["sparse_mla_jax.interchange"],
+    ["sparse_mla_jax.interchange", "sparse_mla_jax.export"],
     ["sparse_mla_jax.layers", "sparse_mla_jax.parallel"],
     ["sparse_mla_jax.models"],
     ["sparse_mla_jax.serving"],

@@ -19,6 +19,7 @@ from sparse_mla_jax import _check
 from sparse_mla_jax._check import require
 from sparse_mla_jax._serialization import serializable
 from sparse_mla_jax.config import DeepseekV4Config
+from sparse_mla_jax.layers.attention_weights import check_weights, compressed_shapes
 from sparse_mla_jax.layers.compressed_projections import (
     CompressorInputs,
     HiddenProjections,
@@ -28,8 +29,9 @@ from sparse_mla_jax.layers.compressed_projections import (
     project_q_latent,
 )
 from sparse_mla_jax.layers.projections import matmul
-from sparse_mla_jax.layers.selection import IndexInputs, select_visible
+from sparse_mla_jax.layers.selection import IndexInputs, check_selection, select_visible
 from sparse_mla_jax.metadata import StepMetadata
+from sparse_mla_jax.ops._dispatch import check_implementation
 from sparse_mla_jax.ops.attention import sparse_mla
 from sparse_mla_jax.ops.cache import PagedIndexCache, PagedKVCache, write
 from sparse_mla_jax.ops.compressor import CompressorState, CompressorWeights, compress, entry_pages, num_entries
@@ -75,14 +77,17 @@ class LayerCaches:
     page_size: int | None = None
 
 
-def _check_call(
-    hidden: Array, caches: LayerCaches, meta: StepMetadata, state_ids: Any, ratio: int, c: DeepseekV4Config
-) -> None:
-    require(
-        hidden.shape == (meta.num_tokens, c.hidden_size),
-        f"hidden has shape {hidden.shape}; metadata for {meta.num_tokens} tokens and config.hidden_size"
-        f" {c.hidden_size} need {(meta.num_tokens, c.hidden_size)}. Pad hidden to the metadata's num_tokens.",
-    )
+def _check_arguments(params: Any, hidden: Any, caches: Any, meta: Any, c: Any, layer: int) -> Array:
+    """`hidden` as an array; raises ValueError for arguments that do not fit together."""
+    _check.instance("config", c, DeepseekV4Config)
+    _check.instance("metadata", meta, StepMetadata, hint="Make it with build_metadata or decode_metadata.")
+    _check.instance("caches", caches, LayerCaches, hint="Make them with models.deepseek_v4.create_caches.")
+    check_weights(params, compressed_shapes(c, layer), fuse_projections)
+    hint = "Pad it to the metadata's num_tokens; its width is config.hidden_size."
+    return _check.array("hidden", hidden, (jnp.float32, jnp.bfloat16), meta.num_tokens, c.hidden_size, hint=hint)
+
+
+def _check_caches(caches: LayerCaches, meta: StepMetadata, state_ids: Any, ratio: int, c: DeepseekV4Config) -> None:
     window = caches.window
     require(
         (window.latent_dim, window.rope_dim) == (c.nope_dim, c.qk_rope_head_dim),
@@ -176,10 +181,15 @@ def select_entries(
     return _select(inputs, index, step)
 
 
+def _entries_seen(step: LayerStep) -> Array:
+    """Number of compressed entries that each token sees: int32[T], 0 in layers that do not compress."""
+    return num_entries(step.metadata.lengths, ratio=step.ratio) if step.ratio else jnp.zeros_like(step.metadata.lengths)
+
+
 def _select(inputs: IndexInputs | None, index: PagedIndexCache | None, step: LayerStep) -> Array:
     """`select_entries` from the indexer's inputs, or from None if the indexer is not needed."""
     meta, ratio = step.metadata, step.ratio
-    width, entries = meta.max_length // ratio if ratio else 0, num_entries(meta.lengths, ratio=max(ratio, 1))
+    width, entries = meta.max_length // ratio if ratio else 0, _entries_seen(step)
     if inputs is None or index is None:
         return select_visible(entries, width)
     return lightning_indexer(
@@ -261,7 +271,9 @@ def compressed_attention_step(
     layer: int,
     state_ids: Array | None = None,
     implementation: str | None = None,
-) -> tuple[Array, LayerCaches]:
+    selection: Array | None = None,
+    return_selection: bool = False,
+) -> Any:
     """Attention sub-layer of one step: writes window and entries, selects, attends. Call it inside your own `jax.jit`.
 
     New keys are written first: a token sees itself, the earlier tokens of its chunk, and the entry that it closes.
@@ -283,25 +295,38 @@ def compressed_attention_step(
       state_ids: int32[B], each request's row of the rings and compressor states; None means row b for request b. A
         request with an id outside the rings writes nothing, and its tokens give zeros.
       implementation: None, "triton", "xla" or "reference", for every operator of the layer.
+      selection: int32 [T, W], the compressed entries that each token attends to besides its window, in place of those
+        that `select_entries` gives, to replay an earlier run. -1, and entries that the token does not see, are none.
+      return_selection: also return the selection (static); int32 [T, 0] in layers that do not compress.
 
     Returns:
-      (output [T, D] in hidden.dtype, without the residual; caches). Padding gives 0.
+      (output [T, D] in hidden.dtype, without the residual; caches), and the selection with return_selection. Padding
+      gives 0.
 
     Raises:
-      ValueError: shapes of hidden, caches, metadata, state_ids and config that do not fit together (at trace time).
+      ValueError: weights, hidden, caches, metadata, state_ids, selection and config that do not fit together (at trace
+        time).
     """
-    _check_call(hidden, caches, metadata, state_ids, config.compress_ratio(layer), config)
+    hidden = _check_arguments(params, hidden, caches, metadata, config, layer)
+    _check_caches(caches, metadata, state_ids, config.compress_ratio(layer), config)
+    check_implementation(implementation)
     step = LayerStep.create(metadata, config, layer, implementation)
     ring, rings = caches.window.page_size, caches.window.num_pages
     states = token_states(metadata, state_ids, rings=rings, capacity=ring - config.sliding_window + 1)
     known = project_hidden(params, hidden, step)
     window = _write_window(caches.window, known.key, states, step)
     caches = _write_entries(params, dataclasses.replace(caches, window=window), known, step, state_ids)
-    index_weights = known.index_weights if step.needs_indexer else None
+    index_weights = known.index_weights if step.needs_indexer and selection is None else None
     queries = project_q_latent(params, known.q_latent, step, index_weights)
+    if selection is None:
+        chosen = _select(queries.index_inputs, caches.index, step)
+    else:
+        chosen = check_selection(selection, _entries_seen(step))
     entries = None
     if caches.compressed is not None:
-        entries = caches.compressed, _entry_rows(_select(queries.index_inputs, caches.index, step), states, step)
+        # Entries that are selected here come first in their row; others may lie anywhere.
+        count = _entries_seen(step) if selection is None else jnp.full(states.shape, chosen.shape[1], jnp.int32)
+        entries = caches.compressed, _entry_rows(chosen, count, states, step)
     out = sparse_mla(
         queries.heads,
         window,
@@ -313,7 +338,8 @@ def compressed_attention_step(
         implementation=implementation,
     )
     projected = grouped_output(params, out, metadata.positions, step.frequencies, implementation=implementation)
-    return projected.astype(hidden.dtype), caches
+    results = projected.astype(hidden.dtype), caches
+    return (*results, chosen) if return_selection else results
 
 
 def _window_rows(states: Array, ring: int, step: LayerStep) -> DenseRows:
@@ -323,10 +349,9 @@ def _window_rows(states: Array, ring: int, step: LayerStep) -> DenseRows:
     return DenseRows(slots, jnp.where(states >= 0, jnp.minimum(meta.lengths, window), 0))
 
 
-def _entry_rows(chosen: Array, states: Array, step: LayerStep) -> DenseRows:
-    """Slots of the entries `chosen` [T, W]; an empty row for a token whose request has no ring."""
+def _entry_rows(chosen: Array, count: Array, states: Array, step: LayerStep) -> DenseRows:
+    """Slots of the first count[t] entries of `chosen` [T, W]; an empty row for a token whose request has no ring."""
     meta, ratio = step.metadata, step.ratio
     table, per_page = entry_pages(meta.page_table, page_size=meta.page_size, ratio=ratio)
     slots = slots_from_positions(chosen, meta.request_ids, table, page_size=per_page)
-    lengths = jnp.minimum(num_entries(meta.lengths, ratio=ratio), slots.shape[1])
-    return DenseRows(slots, jnp.where(states >= 0, lengths, 0))
+    return DenseRows(slots, jnp.where(states >= 0, jnp.minimum(count, slots.shape[1]), 0))

@@ -10,8 +10,7 @@ nope and rope dimensions of a head, dv value width, Hi indexer heads of Di dimen
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,29 +18,31 @@ import numpy as np
 from jax import Array
 from jax.sharding import NamedSharding, PartitionSpec
 
+from sparse_mla_jax import _check
 from sparse_mla_jax._check import require
 from sparse_mla_jax.config import DeepseekV32Config
-from sparse_mla_jax.layers.norm import INNER_EPS
-from sparse_mla_jax.layers.projections import Path, fuse, place, project
-from sparse_mla_jax.layers.selection import IndexInputs, Queries, select_visible
+from sparse_mla_jax.layers.attention_weights import check_weights, mla_shapes
+from sparse_mla_jax.layers.latent_projections import fuse_projections, project_hidden, project_q_latent
+from sparse_mla_jax.layers.selection import IndexInputs, check_selection, select_visible
 from sparse_mla_jax.metadata import StepMetadata
+from sparse_mla_jax.ops._dispatch import check_implementation
 from sparse_mla_jax.ops.attention import sparse_mla
 from sparse_mla_jax.ops.cache import PagedIndexCache, PagedKVCache, write_token
-from sparse_mla_jax.ops.fp8 import is_fp8
 from sparse_mla_jax.ops.indexer import lightning_indexer
-from sparse_mla_jax.ops.norm_rope import Section, norm_rope
 from sparse_mla_jax.ops.ragged import slots_from_positions
-from sparse_mla_jax.ops.rope import rope_frequencies
 
 
 def _check_call(
-    hidden: Array, cache: PagedKVCache, index: PagedIndexCache, meta: StepMetadata, c: DeepseekV32Config
-) -> None:
-    require(
-        hidden.shape == (meta.num_tokens, c.hidden_size),
-        f"hidden has shape {hidden.shape}; metadata for {meta.num_tokens} tokens and config.hidden_size"
-        f" {c.hidden_size} need {(meta.num_tokens, c.hidden_size)}. Pad hidden to the metadata's num_tokens.",
-    )
+    params: Any, hidden: Any, cache: PagedKVCache, index: PagedIndexCache, meta: StepMetadata, c: DeepseekV32Config
+) -> Array:
+    """`hidden` as an array; raises ValueError for arguments that do not fit together."""
+    _check.instance("config", c, DeepseekV32Config)
+    _check.instance("metadata", meta, StepMetadata, hint="Make it with build_metadata or decode_metadata.")
+    for name, value, kind in (("cache", cache, PagedKVCache), ("index_cache", index, PagedIndexCache)):
+        _check.instance(name, value, kind, hint="Make both with models.deepseek_v32.create_caches.")
+    check_weights(params, mla_shapes(c), fuse_projections)
+    hint = "Pad it to the metadata's num_tokens; its width is config.hidden_size."
+    hidden = _check.array("hidden", hidden, (jnp.float32, jnp.bfloat16), meta.num_tokens, c.hidden_size, hint=hint)
     require(
         (cache.latent_dim, cache.rope_dim) == (c.kv_lora_rank, c.qk_rope_head_dim),
         f"cache holds {cache.latent_dim} + {cache.rope_dim} values per token; config needs {c.kv_lora_rank} +"
@@ -57,137 +58,7 @@ def _check_call(
             page_size == meta.page_size,
             f"{name} has pages of {page_size} tokens, metadata was built for {meta.page_size}; use one page_size.",
         )
-
-
-# --- projections
-# Weights with the same input, in the order of their columns in the fused matrix.
-_GROUPS: dict[str, list[Path]] = {
-    "hidden_proj": [("q_a_proj",), ("kv_a_proj_with_mqa",), ("indexer", "wk"), ("indexer", "weights_proj")],
-    "q_latent_proj": [("indexer", "wq_b"), ("q_b_proj",)],
-}
-
-
-def fuse_projections(params: dict[str, Any]) -> dict[str, Any]:
-    """Concatenates the weights of one layer that multiply the same input: fewer matrix products and launches.
-
-    Call it once, when the weights are loaded; `attention_step` accepts fused and separate weights. Replaced are:
-
-    * q_a_proj, kv_a_proj_with_mqa, indexer.wk and indexer.weights_proj by hidden_proj [D, r_q + R + dr + Di + Hi];
-    * indexer.wq_b and q_b_proj by q_latent_proj [r_q, Hi * Di + H * (dn + dr)];
-    * kv_b_k by q_absorb [H, dn + dr, R + dr], which maps the first dn values of a query to the latent space and passes
-      the dr rotated ones through.
-    """
-    if "hidden_proj" in params:
-        return params
-    key = params["kv_b_k"]
-    heads, nope, rank = key.shape
-    rope = params["q_b_proj"].shape[2] - nope
-    absorb = jnp.zeros((heads, nope + rope, rank + rope), key.dtype).at[:, :nope, :rank].set(key)
-    fused = fuse({name: weight for name, weight in params.items() if name != "kv_b_k"}, _GROUPS)
-    return fused | {"q_absorb": absorb.at[:, nope:, rank:].set(jnp.eye(rope, dtype=key.dtype))}
-
-
-class _LatentProjections(NamedTuple):
-    """Products of the hidden state: float32, except q_latent, which has hidden's type.
-
-    Attributes:
-      q_latent: [T, r_q], the query latent, which heads and indexer share.
-      latent: [T, R], normed.
-      rope: [T, dr], the rotated shared key.
-      index_key: [T, Di].
-      index_weights: [T, Hi], the indexer's head weights, scales folded in.
-    """
-
-    q_latent: Array
-    latent: Array
-    rope: Array
-    index_key: Array
-    index_weights: Array
-
-
-def _project_hidden(
-    params: dict[str, Any], hidden: Array, meta: StepMetadata, c: DeepseekV32Config, implementation: str | None
-) -> _LatentProjections:
-    (weight, bias), part = _index_norm(params, c), functools.partial(Section, 0, 1, dtype="float32")
-    parts = place(
-        [
-            part(c.q_lora_rank, weight=params["q_a_layernorm"], dtype=hidden.dtype.name),
-            part(c.kv_lora_rank, weight=params["kv_a_layernorm"]),
-            part(c.qk_rope_head_dim, rotated=0, interleaved=c.rope_interleave, scale=_amplitude(c)),
-            part(c.index_head_dim, weight=weight, bias=bias, rotated=0, interleaved=c.indexer_rope_interleave),
-            part(c.index_n_heads, scale=c.index_n_heads**-0.5 * c.index_head_dim**-0.5),
-        ]
-    )
-    finish = functools.partial(
-        norm_rope,
-        positions=meta.positions,
-        frequencies=_frequencies(c),
-        eps=INNER_EPS,
-        implementation=implementation,
-    )
-    done = project(params, "hidden_proj", hidden, _GROUPS["hidden_proj"], parts, finish)
-    return _LatentProjections(*(heads[:, 0] for heads in done))
-
-
-def _project_q_latent(
-    params: dict[str, Any],
-    q_latent: Array,
-    meta: StepMetadata,
-    c: DeepseekV32Config,
-    implementation: str | None,
-    *,
-    index_dtype: Any = None,
-    index_weights: Array | None = None,
-) -> Queries:
-    """The queries [T, H, dn + dr], last dr values rotated; and the indexer's inputs if its head weights are given.
-
-    `index_dtype`: type of the indexer's queries; None without head weights.
-    """
-    parts = [_query_part(c, q_latent.dtype)]
-    if index_weights is not None:
-        parts.append(_index_part(c, jnp.dtype(index_dtype), index_weights))
-
-    def finish(product: Array, parts: Sequence[Section]) -> list[Any]:
-        product = product.astype(q_latent.dtype)
-        return norm_rope(product, parts, meta.positions, _frequencies(c), implementation=implementation)
-
-    done = project(params, "q_latent_proj", q_latent, _GROUPS["q_latent_proj"], parts, finish)
-    if index_weights is None:
-        return Queries(done[0], None)
-    return Queries(done[0], IndexInputs(*(done[1] if parts[1].quantized else (done[1], index_weights))))
-
-
-def _query_part(c: DeepseekV32Config, dtype: np.dtype) -> Section:
-    start, rotated = c.index_n_heads * c.index_head_dim, c.qk_nope_head_dim
-    return Section(
-        start, c.num_attention_heads, c.qk_head_dim, dtype.name, rotated=rotated, interleaved=c.rope_interleave
-    )
-
-
-def _index_part(c: DeepseekV32Config, dtype: np.dtype, weights: Array) -> Section:
-    """The indexer's queries: rotation of the first dimensions, the others unchanged."""
-    factor = weights if is_fp8(dtype) else None
-    interleaved = c.indexer_rope_interleave
-    return Section(0, c.index_n_heads, c.index_head_dim, dtype.name, rotated=0, interleaved=interleaved, factor=factor)
-
-
-def _frequencies(c: DeepseekV32Config) -> np.ndarray:
-    return rope_frequencies(c.rope, c.qk_rope_head_dim)
-
-
-def _amplitude(c: DeepseekV32Config) -> float:
-    """The factor of rotated keys. Only products with a query matter, so keys take the factors of both."""
-    return c.rope.attention_factor**2
-
-
-def _index_norm(params: dict[str, Any], c: DeepseekV32Config) -> tuple[Array, Array]:
-    """Weight and bias [Di] of the index keys' norm, times the amplitude in the dimensions that will be rotated."""
-    norm = params["indexer"]["k_norm"]
-    if _amplitude(c) == 1.0:
-        return norm["weight"], norm["bias"]
-    factor = np.ones(c.index_head_dim, np.float32)
-    factor[: c.qk_rope_head_dim] = _amplitude(c)
-    return norm["weight"] * factor, norm["bias"] * factor
+    return hidden
 
 
 # --- selection
@@ -212,8 +83,8 @@ def index_query(
       q_latent: [T, r_q], the query latent if it is known already.
       dtype: of the query. None: hidden's. FP8: quantised per token and head, the scales multiplied into the weights.
     """
-    known = _project_hidden(params, hidden, metadata, config, implementation)
-    inputs = _project_q_latent(
+    known = project_hidden(params, hidden, metadata, config, implementation)
+    inputs = project_q_latent(
         params,
         known.q_latent if q_latent is None else q_latent,
         metadata,
@@ -235,13 +106,19 @@ def select_positions(
     config: DeepseekV32Config,
     implementation: str | None = None,
     q_latent: Array | None = None,
-) -> Array:
+    return_scores: bool = False,
+) -> Any:
     """Positions that each token attends to: ascending int32[T, min(k, max_length)], then -1.
 
-    Arguments as for `attention_step`; `index_cache` must hold this step's keys already.
+    Arguments as for `attention_step`; `index_cache` must hold this step's keys already. With return_scores (static) a
+    pair of them and their scores, float32 of the same shape: -inf for -1.
+
+    Raises:
+      ValueError: arguments that do not fit together.
     """
+    check_implementation(implementation)
     inputs = None
-    if _needs_indexer(metadata, config):
+    if return_scores or _needs_indexer(metadata, config):
         inputs = index_query(
             params,
             hidden,
@@ -251,7 +128,7 @@ def select_positions(
             q_latent=q_latent,
             dtype=_index_dtype(index_cache, hidden, config),
         )
-    return _select(inputs, index_cache, metadata, config, implementation)
+    return _select(inputs, index_cache, metadata, config, implementation, return_scores)
 
 
 def _needs_indexer(meta: StepMetadata, c: DeepseekV32Config) -> bool:
@@ -265,7 +142,8 @@ def _select(
     meta: StepMetadata,
     c: DeepseekV32Config,
     implementation: str | None,
-) -> Array:
+    return_scores: bool = False,
+) -> Any:
     """`select_positions` from the result of `index_query`, or from None if the indexer is not needed."""
     if inputs is None:
         return select_visible(meta.lengths, meta.max_length)
@@ -275,8 +153,9 @@ def _select(
         meta.page_table,
         meta.request_ids,
         meta.lengths,
-        k=c.index_topk,
+        k=min(c.index_topk, meta.max_length),
         max_length=meta.max_length,
+        return_scores=return_scores,
         implementation=implementation,
     )
 
@@ -345,7 +224,9 @@ def attention_step(
     *,
     config: DeepseekV32Config,
     implementation: str | None = None,
-) -> tuple[Array, PagedKVCache, PagedIndexCache]:
+    selection: Array | None = None,
+    return_selection: bool = False,
+) -> Any:
     """Attention sub-layer of one step: writes this step's keys, selects, attends. Call it inside your own `jax.jit`.
 
     The caller applies the norm before the sub-layer and adds the residual after it. New latents, rotary keys and index
@@ -369,28 +250,39 @@ def attention_step(
         are rounded to three bits of mantissa, as in DeepSeek's own code (which first rotates q and k by a Hadamard
         matrix; this library does not).
       implementation: None, "triton", "xla" or "reference", for every operator of the layer.
+      selection: int32 [T, W], the positions that each token attends to, in place of those that the indexer would
+        choose: of another layer that shares them, or of an earlier run that is replayed. -1, and positions that the
+        token does not see, are none. The indexer does not run; its keys are still written.
+      return_selection: also return the selection (static).
 
     Returns:
-      (output [T, D] in hidden.dtype, without the residual; cache; index_cache). Padding gives 0.
+      (output [T, D] in hidden.dtype, without the residual; cache; index_cache). Padding gives 0. With
+      return_selection a fourth result: int32 [T, min(k, max_length)] as of `select_positions`, or `selection`.
 
     Raises:
-      ValueError: shapes of hidden, caches, metadata and config that do not fit together (at trace time).
+      ValueError: weights, hidden, caches, metadata and config that do not fit together (at trace time).
     """
-    _check_call(hidden, cache, index_cache, metadata, config)
-    known = _project_hidden(params, hidden, metadata, config, implementation)
+    hidden = _check_call(params, hidden, cache, index_cache, metadata, config)
+    check_implementation(implementation)
+    selects = selection is None and _needs_indexer(metadata, config)
+    known = project_hidden(params, hidden, metadata, config, implementation)
     keys = known.latent, known.rope, known.index_key
     cache, index_cache = write_token(cache, index_cache, *keys, metadata.slots, implementation=implementation)
-    queries = _project_q_latent(
+    queries = project_q_latent(
         params,
         known.q_latent,
         metadata,
         config,
         implementation,
         index_dtype=_index_dtype(index_cache, hidden, config),
-        index_weights=known.index_weights if _needs_indexer(metadata, config) else None,
+        index_weights=known.index_weights if selects else None,
     )
-    chosen = _select(queries.index_inputs, index_cache, metadata, config, implementation)
+    if selection is None:
+        chosen = _select(queries.index_inputs, index_cache, metadata, config, implementation)
+    else:
+        chosen = check_selection(selection, metadata.lengths)
     # Pass dense rows: top-k ends them with -1, and packing would take five more kernels. Padding selects nothing.
     rows = slots_from_positions(chosen, metadata.request_ids, metadata.page_table, page_size=metadata.page_size)
     out = _attend(params, queries.heads, cache, rows, config, implementation)
-    return out.astype(hidden.dtype), cache, index_cache
+    results = out.astype(hidden.dtype), cache, index_cache
+    return (*results, chosen) if return_selection else results

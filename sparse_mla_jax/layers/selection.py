@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import Array
+
+from sparse_mla_jax import _check
 
 
 class IndexInputs(NamedTuple):
@@ -30,6 +32,17 @@ class Queries(NamedTuple):
 
     heads: Array
     index_inputs: IndexInputs | None
+
+
+def check_selection(selection: Any, seen: Array) -> Array:
+    """A selection that the caller passes, int32[T, W]; -1 for what a token does not see (0 to seen[t] - 1).
+
+    Raises:
+      ValueError: not integers, or not one row per token.
+    """
+    hint = "One row per token: what an earlier step or another layer returned."
+    selection = _check.int32("selection", selection, seen.shape[0], "W", hint=hint)
+    return jnp.where(selection < seen[:, None], jnp.maximum(selection, -1), -1)
 
 
 def select_visible(lengths: Array, width: int) -> Array:

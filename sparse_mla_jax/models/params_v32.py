@@ -17,6 +17,7 @@ import numpy as np
 from jax import Array
 
 from sparse_mla_jax.config import DeepseekV32Config
+from sparse_mla_jax.layers.attention_weights import mla_shapes
 
 Params = dict[str, Any]
 
@@ -32,25 +33,6 @@ _FLOAT32_NAMES = frozenset(
         "e_score_correction_bias",
     }
 )
-
-
-def _attention_shapes(c: DeepseekV32Config) -> Params:
-    return {
-        "q_a_proj": (c.hidden_size, c.q_lora_rank),
-        "q_a_layernorm": (c.q_lora_rank,),
-        "q_b_proj": (c.q_lora_rank, c.num_attention_heads, c.qk_head_dim),
-        "kv_a_proj_with_mqa": (c.hidden_size, c.kv_lora_rank + c.qk_rope_head_dim),
-        "kv_a_layernorm": (c.kv_lora_rank,),
-        "kv_b_k": (c.num_attention_heads, c.qk_nope_head_dim, c.kv_lora_rank),
-        "kv_b_v": (c.num_attention_heads, c.kv_lora_rank, c.v_head_dim),
-        "o_proj": (c.num_attention_heads, c.v_head_dim, c.hidden_size),
-        "indexer": {
-            "wq_b": (c.q_lora_rank, c.index_n_heads, c.index_head_dim),
-            "wk": (c.hidden_size, c.index_head_dim),
-            "k_norm": {"weight": (c.index_head_dim,), "bias": (c.index_head_dim,)},
-            "weights_proj": (c.hidden_size, c.index_n_heads),
-        },
-    }
 
 
 def _swiglu_shapes(*stack: int, hidden: int, inner: int) -> Params:
@@ -89,7 +71,7 @@ def param_specs(config: DeepseekV32Config, dtype: Any = jnp.float32) -> Params:
         "layers": [
             {
                 "input_layernorm": (config.hidden_size,),
-                "self_attn": _attention_shapes(config),
+                "self_attn": mla_shapes(config),
                 "post_attention_layernorm": (config.hidden_size,),
                 "mlp": _mlp_shapes(config, layer),
             }

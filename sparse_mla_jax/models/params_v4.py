@@ -28,6 +28,7 @@ import numpy as np
 from jax import Array
 
 from sparse_mla_jax.config import DeepseekV4Config
+from sparse_mla_jax.layers.attention_weights import compressed_shapes
 
 Params = dict[str, Any]
 
@@ -57,39 +58,6 @@ def _swiglu_shapes(*stack: int, hidden: int, inner: int) -> Params:
     }
 
 
-def _compressor_shapes(c: DeepseekV4Config, ratio: int, width: int) -> Params:
-    both = width * (2 if c.compressor_overlap(ratio) else 1)
-    return {
-        "kv_proj": (c.hidden_size, both),
-        "gate_proj": (c.hidden_size, both),
-        "position_bias": (ratio, both),
-        "norm": (width,),
-    }
-
-
-def _attention_shapes(c: DeepseekV4Config, layer: int) -> Params:
-    shapes: Params = {
-        "q_a_proj": (c.hidden_size, c.q_lora_rank),
-        "q_a_layernorm": (c.q_lora_rank,),
-        "q_b_proj": (c.q_lora_rank, c.num_attention_heads, c.head_dim),
-        "kv_proj": (c.hidden_size, c.head_dim),
-        "kv_layernorm": (c.head_dim,),
-        "sinks": (c.num_attention_heads,),
-        "o_a_proj": (c.o_groups, c.num_attention_heads // c.o_groups * c.head_dim, c.o_lora_rank),
-        "o_b_proj": (c.o_groups * c.o_lora_rank, c.hidden_size),
-    }
-    ratio = c.compress_ratio(layer)
-    if ratio:
-        shapes["compressor"] = _compressor_shapes(c, ratio, c.head_dim)
-    if c.has_indexer(layer):
-        shapes["indexer"] = {
-            "wq_b": (c.q_lora_rank, c.index_n_heads, c.index_head_dim),
-            "weights_proj": (c.hidden_size, c.index_n_heads),
-            "compressor": _compressor_shapes(c, ratio, c.index_head_dim),
-        }
-    return shapes
-
-
 def _mixing_shapes(c: DeepseekV4Config) -> Params:
     mixes = c.hc_mult * (c.hc_mult + 2)
     return {"fn": (c.hc_mult * c.hidden_size, mixes), "base": (mixes,), "scale": (3,)}
@@ -113,7 +81,7 @@ def layer_shapes(config: DeepseekV4Config, layer: int) -> Params:
     return {
         "attn_hc": _mixing_shapes(c),
         "input_layernorm": (c.hidden_size,),
-        "self_attn": _attention_shapes(c, layer),
+        "self_attn": compressed_shapes(c, layer),
         "ffn_hc": _mixing_shapes(c),
         "post_attention_layernorm": (c.hidden_size,),
         "mlp": mlp,

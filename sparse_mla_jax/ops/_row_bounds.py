@@ -10,7 +10,7 @@ from jax import Array
 from sparse_mla_jax import _check
 
 
-class RowBounds(NamedTuple):
+class ColumnBounds(NamedTuple):
     """Row r has the columns starts[r] to starts[r] + lengths[r] - 1, all inside the array. Both int32 [R]."""
 
     starts: Array
@@ -22,7 +22,7 @@ class RowBounds(NamedTuple):
         return self.starts + self.lengths
 
 
-def clamp_rows(starts: Any, lengths: Any, *, rows: int, columns: int) -> RowBounds:
+def clamp_rows(starts: Any, lengths: Any, *, rows: int, columns: int) -> ColumnBounds:
     """Clamps intervals to an array of `columns` columns: first the start, then the length, counted from there.
 
     Args:
@@ -37,8 +37,8 @@ def clamp_rows(starts: Any, lengths: Any, *, rows: int, columns: int) -> RowBoun
     starts = jnp.zeros((rows,), jnp.int32) if starts is None else clamp("row_starts", starts, rows, columns)
     room = columns - starts
     if lengths is None:
-        return RowBounds(starts, room)
-    return RowBounds(starts, jnp.minimum(clamp("row_lengths", lengths, rows, columns), room))
+        return ColumnBounds(starts, room)
+    return ColumnBounds(starts, jnp.minimum(clamp("row_lengths", lengths, rows, columns), room))
 
 
 def clamp(name: str, x: Any, rows: int, high: int) -> Array:

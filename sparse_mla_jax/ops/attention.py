@@ -102,7 +102,7 @@ def sparse_mla(
     scale = _check_scale(sm_scale)
     hint = f"At most D = {q.shape[2]}: latent_dim for DeepSeek-V3.2."
     value_dim = _check.size("value_dim", value_dim, 1, q.shape[2], hint=hint)
-    sinks = None if sinks is None else _check_sinks(sinks, q.shape[1])
+    sinks = None if sinks is None else _check.floats("sinks", sinks, q.shape[1], hint="One logit per head.")
     if q.shape[0] == 0:
         out, lse = jnp.zeros((0, q.shape[1], value_dim), q.dtype), jnp.zeros((0, q.shape[1]), jnp.float32)
     else:
@@ -144,7 +144,7 @@ def apply_sinks(out: Array, lse: Array, sinks: Array) -> Array:
     """
     out = _check.array("out", out, jnp.floating, "T", "H", "V")
     lse = _check.floats("lse", lse, *out.shape[:2], hint="One for each row and head of out.")
-    sinks = _check_sinks(sinks, out.shape[1])
+    sinks = _check.floats("sinks", sinks, out.shape[1], hint="One logit per head.")
     is_empty = jnp.isneginf(lse)
     # Mask the argument too: the derivative of the other case would be NaN.
     share = jnp.where(is_empty, 0.0, jax.nn.sigmoid(jnp.where(is_empty, 0.0, lse) - sinks[None, :]))
@@ -187,10 +187,6 @@ def _check_scale(sm_scale: Any) -> float:
     return float(sm_scale)
 
 
-def _check_sinks(sinks: Any, heads: int) -> Array:
-    return _check.floats("sinks", sinks, heads, hint="One logit per head.")
-
-
 # --- choice of a body
 def _dispatch(
     q: Array,
@@ -216,9 +212,8 @@ def _dispatch(
 def _on_shards(run: Callable[..., Any], q: Array, sources: list[_Source], sinks: Array | None) -> tuple[Array, Array]:
     """`run` in a mesh with Explicit axes: every device attends with its own tokens and heads of q to all keys."""
     tokens, heads, _ = jax.typeof(q).sharding.spec
-    if any(isinstance(rows, Ragged) for _, rows in sources):
-        # Rows of a Ragged can not be told apart by their place.
-        tokens = None
+    # Rows of a Ragged can not be told apart by their place.
+    tokens = None if any(isinstance(rows, Ragged) for _, rows in sources) else tokens
     whole, by_token = PartitionSpec(), PartitionSpec(tokens)
     sources_specs = [
         (jax.tree.map(lambda _: whole, kv), jax.tree.map(lambda _: by_token if tokens else whole, rows))

@@ -8,7 +8,6 @@ scale, which is positive and multiplies the sum over heads. Source: arXiv:2512.0
 
 from __future__ import annotations
 
-import dataclasses
 from functools import partial
 from typing import Any
 
@@ -27,7 +26,8 @@ from sparse_mla_jax.ops import fp8, topk
 from sparse_mla_jax.ops._chunks import loop_to, map_row_chunks, rows_from
 from sparse_mla_jax.ops._derivative import with_derivative_of
 from sparse_mla_jax.ops._dispatch import check_implementation, dispatch, with_plan
-from sparse_mla_jax.ops._row_bounds import RowBounds, clamp_rows
+from sparse_mla_jax.ops._row_bounds import ColumnBounds, clamp_rows
+from sparse_mla_jax.ops._visible_keys import VisibleKeys, check_visible_keys, slots_of
 from sparse_mla_jax.ops.cache import PagedIndexCache
 
 HIGHEST = jax.lax.Precision.HIGHEST
@@ -135,7 +135,7 @@ def paged_indexer_scores(
     """
     implementation, plan = with_plan(implementation, plan, config, IndexerPlan)
     q, weights = _check_queries(q, weights, getattr(cache, "dtype", None))
-    keys = _check_paged(q, cache, page_table, request_ids, lengths, max_length)
+    keys = check_visible_keys(q, cache, page_table, request_ids, lengths, max_length)
     if 0 in (q.shape[0], keys.pages.shape[0], cache.num_slots):
         check_implementation(implementation)
         return jnp.full((q.shape[0], keys.columns), -jnp.inf, jnp.float32)
@@ -162,41 +162,45 @@ def lightning_indexer(
     k: int,
     max_length: int,
     memory_limit: int = MEMORY_LIMIT,
+    return_scores: bool = False,
     implementation: str | None = None,
-) -> Array:
+) -> Any:
     """The k highest-scored positions of each token's request: `paged_indexer_scores`, then `top_k`, by chunks of rows.
 
     Arguments as for `paged_indexer_scores`, and:
       k: how many positions a row selects.
       memory_limit: most bytes of float32 scores [rows, max_length] alive at a time.
+      return_scores: also return the scores of the selected positions (static).
 
     Returns:
       int32 [T, k]: min(k, lengths[t]) positions in ascending order, then -1; ties go to the lower position. If
-      max_length <= k, nothing is scored and every visible position is selected.
+      max_length <= k, every visible position is selected, and nothing is scored without return_scores. With it, also
+      float32 [T, k], the scores of these positions: -inf for NaN and for -1. Neither has a derivative.
 
     Raises:
       ValueError: as `paged_indexer_scores`; k below 1; a memory_limit below one row of scores.
     """
     q, weights = _check_queries(q, weights, getattr(cache, "dtype", None))
-    keys = _check_paged(q, cache, page_table, request_ids, lengths, max_length)
+    keys = check_visible_keys(q, cache, page_table, request_ids, lengths, max_length)
     k, tokens, columns = topk.check_k(k), q.shape[0], keys.columns
     check_implementation(implementation)
     # Positions are integers: they have no derivative, whatever q and the keys have.
     q, weights, cache = jax.lax.stop_gradient((q, weights, cache))
-    if columns <= k or tokens == 0:
+    if tokens == 0 or (columns <= k and not return_scores):
         positions = jnp.arange(k, dtype=jnp.int32)[None, :]
-        return jnp.where(positions < keys.lengths[:, None], positions, -1)
+        chosen = jnp.where(positions < keys.lengths[:, None], positions, -1)
+        return (chosen, jnp.full(chosen.shape, -jnp.inf, jnp.float32)) if return_scores else chosen
     hint = f"One row of {columns} scores needs {4 * columns} bytes."
     memory_limit = _check.size("memory_limit", memory_limit, 4 * columns, hint=hint)
     chunk = min(tokens, memory_limit // (4 * columns))
 
-    def body(first: Array) -> Array:
+    def body(first: Array) -> Any:
         queries, head_weights, requests, seen = (
             rows_from(x, first, chunk) for x in (q, weights, keys.requests, keys.lengths)
         )
         where = cache, keys.pages, requests, seen
         scores = paged_indexer_scores(queries, head_weights, *where, max_length=columns, implementation=implementation)
-        return topk.top_k(scores, k, seen, implementation=implementation)
+        return topk.top_k(scores, k, seen, return_scores=return_scores, implementation=implementation)
 
     return map_row_chunks(body, tokens, chunk, like=(q, weights, keys))
 
@@ -213,44 +217,6 @@ def _check_queries(q: Any, weights: Any, key_dtype: Any) -> tuple[Array, Array]:
         f" {key_dtype}, or pass it as bfloat16.",
     )
     return q, weights
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class _PagedKeys:
-    """The keys that each token sees: the first `lengths[t]` positions of its request.
-
-    Attributes:
-      cache: the index cache.
-      pages: int32 [B, P], pages of every request. -1, or any number that is not a page of the cache, means none.
-      requests: int32 [T]; may be outside [0, B) only if the length is 0.
-      lengths: int32 [T], from 0 to `columns`.
-      columns: static, number of positions that are scored.
-    """
-
-    cache: PagedIndexCache
-    pages: Array
-    requests: Array
-    lengths: Array
-    columns: int = dataclasses.field(metadata={"static": True})
-
-
-def _check_paged(q: Any, cache: Any, page_table: Any, request_ids: Any, lengths: Any, max_length: Any) -> _PagedKeys:
-    """The checked arguments as _PagedKeys; raises ValueError for shapes and types that do not fit."""
-    _check.instance("cache", cache, PagedIndexCache, hint="Make it with PagedIndexCache.create.")
-    width = q.shape[2]
-    require(cache.dim == width, f"cache has keys of {cache.dim} dimensions and q of {width}; they must agree.")
-    page_table = _check.int32("page_table", page_table, "B", "P", hint="The pages of every request.")
-    room = page_table.shape[1] * cache.page_size
-    hint = f"The page_table has room for P * page_size = {room} columns: widen it for more."
-    max_length = _check.size("max_length", max_length, 1, room, hint=hint)
-    requests, lengths = (
-        _check.int32(name, x, q.shape[0], hint="One per token.")
-        for name, x in (("request_ids", request_ids), ("lengths", lengths))
-    )
-    is_known = (requests >= 0) & (requests < page_table.shape[0])
-    lengths = jnp.where(is_known, jnp.clip(lengths, 0, max_length), 0)
-    return _PagedKeys(cache, page_table, requests, lengths, max_length)
 
 
 # --- XLA bodies
@@ -298,7 +264,7 @@ def _xla_ragged(
     keys: Array,
     scales: Array | None,
     weights: Array,
-    bounds: RowBounds,
+    bounds: ColumnBounds,
     *,
     reversible: bool = False,
 ) -> Array:
@@ -330,13 +296,6 @@ def _xla_ragged(
     return map_row_chunks(body, tokens, chunk, like=(q, keys, scales, weights, bounds))
 
 
-def _slots(pages: Array, cache: PagedIndexCache, columns: Array) -> Array:
-    """Slots of positions `columns`[n] in page rows `pages`[..., P]: int32 [..., n], -1 if the page does not exist."""
-    page = jnp.take(pages, columns // cache.page_size, axis=-1, mode="clip")
-    is_page = (page >= 0) & (page < cache.num_pages)
-    return jnp.where(is_page, page * cache.page_size + columns % cache.page_size, -1)
-
-
 def _gather(cache: PagedIndexCache, slots: Array) -> tuple[Array, Array | None]:
     """Keys float32 [..., D] and scales [...] of `slots`. Slot -1 gives the key of slot 0; the caller masks it."""
     safe = jnp.maximum(slots, 0)
@@ -346,7 +305,7 @@ def _gather(cache: PagedIndexCache, slots: Array) -> tuple[Array, Array | None]:
     return keys, cache.scale.reshape(-1).at[safe].get(mode="promise_in_bounds")
 
 
-def _xla_paged(q: Array, weights: Array, keys: _PagedKeys, *, reversible: bool = False) -> Array:
+def _xla_paged(q: Array, weights: Array, keys: VisibleKeys, *, reversible: bool = False) -> Array:
     """Gathers keys once per token (few tokens per request), or once per request and chunk of tokens (many).
 
     See `loop_to` for `reversible`.
@@ -365,7 +324,7 @@ def _xla_paged(q: Array, weights: Array, keys: _PagedKeys, *, reversible: bool =
         def score(start: Array, request: Array) -> tuple[Array, Array]:
             """Scores of `block` columns, and which are visible. `request`: int32 scalar, or one per token [chunk]."""
             columns = start + jnp.arange(block, dtype=jnp.int32)
-            slots = _slots(keys.pages.at[request].get(mode="clip"), keys.cache, columns)
+            slots = slots_of(keys.pages.at[request].get(mode="clip"), keys.cache, columns)
             is_visible = (slots >= 0) & (columns[None, :] < lengths[:, None])
             return _score(queries, *_gather(keys.cache, slots), head_weights), is_visible
 
@@ -397,9 +356,9 @@ def _xla_paged(q: Array, weights: Array, keys: _PagedKeys, *, reversible: bool =
 
 
 # --- reference and kernel bodies
-def _reference_paged(q: Array, weights: Array, keys: _PagedKeys) -> Array:
+def _reference_paged(q: Array, weights: Array, keys: VisibleKeys) -> Array:
     cache, columns = keys.cache, jnp.arange(keys.columns, dtype=jnp.int32)
-    slots = _slots(jnp.take(keys.pages, keys.requests, axis=0, mode="clip"), cache, columns)
+    slots = slots_of(jnp.take(keys.pages, keys.requests, axis=0, mode="clip"), cache, columns)
     slots = jnp.where(columns[None, :] < keys.lengths[:, None], slots, -1)
     values = cache.key.reshape(cache.num_slots, -1)
     scales = None if cache.scale is None else cache.scale.reshape(-1)
@@ -411,14 +370,14 @@ def _triton_ragged(
     keys: Array,
     scales: Array | None,
     weights: Array,
-    bounds: RowBounds,
+    bounds: ColumnBounds,
     *,
     plan: IndexerPlan | None,
 ) -> Array:
     return kernel.ragged(q, _stored(keys), keys.dtype, scales, weights, bounds.starts, bounds.ends, plan=plan)
 
 
-def _triton_paged(q: Array, weights: Array, keys: _PagedKeys, *, plan: IndexerPlan | None) -> Array:
+def _triton_paged(q: Array, weights: Array, keys: VisibleKeys, *, plan: IndexerPlan | None) -> Array:
     stored = keys.cache.data, keys.cache.dtype, keys.cache.scale
     where = keys.pages, keys.requests, keys.lengths
     return kernel.paged(q, *stored, weights, *where, max_length=keys.columns, plan=plan)

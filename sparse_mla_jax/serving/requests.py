@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from sparse_mla_jax import _check
-from sparse_mla_jax._check import require
+from sparse_mla_jax._check import require, shown
 from sparse_mla_jax.config import Config
 from sparse_mla_jax.serving.scheduler import Request
 
@@ -43,7 +43,7 @@ def encode(name: str, text: Prompt, vocab_size: int) -> tuple[int, ...]:
     wrong = next((token for token in ids if not 0 <= token < vocab_size), None)
     require(
         wrong is None,
-        f"{name} holds token id {_shown(wrong or 0)}; the model's vocabulary is 0..{vocab_size - 1}. Give ids of this"
+        f"{name} holds token id {shown(wrong)}; the model's vocabulary is 0..{vocab_size - 1}. Give ids of this"
         " model.",
     )
     return ids
@@ -78,11 +78,6 @@ def _integers(name: str, values: Any) -> tuple[int, ...]:
 
 def _is_integer(value: Any) -> bool:
     return isinstance(value, int | np.integer) and not isinstance(value, bool)
-
-
-def _shown(token: int) -> str:
-    """A number for a message; Python refuses to print one of thousands of digits."""
-    return str(token) if token.bit_length() <= 128 else f"of {token.bit_length()} bits"
 
 
 def _stop_sequences(stop: Stops, vocab_size: int) -> tuple[tuple[int, ...], ...]:

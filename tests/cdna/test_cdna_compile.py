@@ -239,7 +239,7 @@ def test_steps_inside_steps(compiled, inside):
 
 def test_arguments_may_be_arrays_in_trees(compiled, tmp_path):
     require_cdna("triton")
-    trees = {"x": np.zeros(3 * COLUMNS, np.float32), "y": [jnp.zeros(3 * COLUMNS)]}
+    trees = {"x": np.zeros(3 * COLUMNS, np.float32), "y": [jnp.zeros(3 * COLUMNS, jnp.float32)]}
     program = cdna.compile(
         jax.jit(lambda t: surrounded(t["x"], t["y"][0])), trees, arch=ARCH, compiler="triton", cache=tmp_path
     )

@@ -48,7 +48,7 @@ def test_splits_of_the_keys(splits, key_block, shares, held):
     q, cache, keys, rng = small()
     rows, more = make_rows(rng, (100, 0, 13), range(128)), make_rows(rng, (5, 40, 0), range(128))
     sources = [(cache, held(rows)), (cache, held(more))]
-    sinks = jnp.linspace(-2.0, 2.0, 6)
+    sinks = jnp.linspace(-2.0, 2.0, 6, dtype=jnp.float32)
     plan = AttentionPlan(splits=splits, key_block=key_block, shares=shares)
     got = launch(q, sources, sinks, value_dim=32, plan=plan)
     check(got, oracle(q, [(keys, rows), (keys, more)], 32, sinks), 1e-5)
@@ -94,7 +94,7 @@ def test_forms_for_nvidia(form, kind, scale_dtype, splits, shares, half_parts, v
         sources.append((cache, held(rows)))
         plain.append((keys, rows))
     q = jnp.asarray(rng.standard_normal((5, 6, 80)) * np.exp2(np.arange(-3, 3))[None, :, None], jnp.bfloat16)
-    sinks = jnp.linspace(-2.0, 2.0, 6)
+    sinks = jnp.linspace(-2.0, 2.0, 6, dtype=jnp.float32)
     plan = AttentionPlan(form=form, key_block=32, splits=splits, shares=shares, half_parts=half_parts)
     for module in (sparse_attention.float16, sparse_attention.fp8):
         assert module.supports(q, [source(*pair) for pair in sources], value_dim)
@@ -166,7 +166,7 @@ def test_numbers_that_are_nan_to_the_units(scale_dtype, latent, value_dim, split
         after.append((dataclasses.replace(cache, latent=words), held(rows)))
         plain.append((keys, rows))
     q = jnp.asarray(rng.standard_normal((5, 6, latent + 16)), jnp.bfloat16)
-    sinks = jnp.linspace(-2.0, 2.0, 6)
+    sinks = jnp.linspace(-2.0, 2.0, 6, dtype=jnp.float32)
     plan = AttentionPlan(form="fp8", key_block=key_block, splits=splits, shares=shares, half_parts=half_parts)
     (clean, _), (out, lse) = (launch(q, x, sinks, value_dim=value_dim, plan=plan) for x in (before, after))
     want = oracle(q, plain, value_dim, sinks)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from deepseek_v32_oracle import attention, mixture, swiglu
 from small_models import SMALL, scattered_pages, write_folder
-from support.equivalence import QUICK_COMPILE, Close, assert_leaves
+from support.equivalence import QUICK_COMPILE, Close, assert_leaves, assert_same_bits
 from support.marks import interpreted, running
 
 from sparse_mla_jax.layers import moe as moe_layer
@@ -17,7 +17,7 @@ from sparse_mla_jax.metadata import build_metadata
 from sparse_mla_jax.models.checkpoint import load_checkpoint
 from sparse_mla_jax.models.deepseek_v32 import create_caches
 from sparse_mla_jax.ops import fp8
-from sparse_mla_jax.ops.cache import gather
+from sparse_mla_jax.ops.cache import PagedIndexCache, gather
 from sparse_mla_jax.ops.indexer import lightning_indexer
 
 # One worker, which compiles what these tests share.
@@ -241,15 +241,67 @@ def test_bad_arguments(layer):
     call = functools.partial(attention_step, params["self_attn"], config=SMALL)
     hidden = np.zeros((2, SMALL.hidden_size), np.float32)
     for change, message in (
-        ((hidden[:1], cache, index), "hidden has shape"),
-        ((hidden[:, :5], cache, index), "hidden has shape"),
+        ((hidden[:1], cache, index), "hidden is float32"),
+        ((hidden[:, :5], cache, index), "hidden is float32"),
         ((hidden, create_caches(SMALL, 2, 8)[0][0], index), "cache has pages of 8 tokens"),
         ((hidden, cache, create_caches(SMALL, 2, 8)[0][1]), "index_cache has pages of 8 tokens"),
     ):
         with pytest.raises(ValueError, match=message):
             call(*change, meta)
-    with pytest.raises(ValueError, match="index_cache keys have 12 values"):
-        call(hidden, cache, index, meta, config=dataclasses.replace(SMALL, index_head_dim=16))
+    with pytest.raises(ValueError, match="index_cache keys have 8 values"):
+        call(hidden, cache, PagedIndexCache.create(2, 4, dim=8), meta)
+    with pytest.raises(ValueError, match="cache is PagedIndexCache; expected a PagedKVCache"):
+        call(hidden, index, cache, meta)
+    with pytest.raises(ValueError, match="hidden is float16"):
+        call(hidden.astype(np.float16), cache, index, meta)
+    with pytest.raises(ValueError, match="implementation is 'cuda'"):
+        call(hidden, cache, index, meta, implementation="cuda")
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_bad_weights(layer, fused):
+    """Each message names the weight, what came, and what the config asks for."""
+    params = layer[0]["self_attn"]
+    params = fuse_projections(params) if fused else params
+    meta = build_metadata(ints(3), ints(2), ints(0, 1)[None], num_tokens=2, page_size=4)
+    call = functools.partial(attention_step, config=SMALL)
+    rest = np.zeros((2, SMALL.hidden_size), np.float32), *fresh(2), meta
+    for change, message in (
+        ({"o_proj": params["o_proj"][:-1]}, r"params\[o_proj\] is float32\[.*expected floating values"),
+        ({"o_proj": params["o_proj"].astype(int)}, r"params\[o_proj\] is int"),
+        ({"bias": params["o_proj"]}, "the layer does not have bias"),
+        ({"o_proj": None}, r"params\[o_proj\] is NoneType"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call(params | change, *rest)
+    with pytest.raises(ValueError, match="params has no o_proj"):
+        call({name: value for name, value in params.items() if name != "o_proj"}, *rest)
+    with pytest.raises(ValueError, match="params is list; expected a dict"):
+        call([params], *rest)
+
+
+# --- selections that are passed
+def test_a_selection_is_replayed(layer, implementation):
+    """What a step selected gives the same output when it is passed; what a token does not see is no key."""
+    params = layer[0]["self_attn"]
+    hidden = np.random.default_rng(1).normal(size=(12, SMALL.hidden_size)).astype(np.float32)
+    meta = build_metadata(ints(12), ints(12), ints(0, 1, 2)[None], num_tokens=12, page_size=4)
+    call = functools.partial(attention_step, config=SMALL, implementation=implementation)
+    out, *caches, chosen = call(params, hidden, *fresh(3), meta, return_selection=True)
+    positions, scores = select_positions(
+        params, hidden, caches[1], meta, config=SMALL, implementation=implementation, return_scores=True
+    )
+    np.testing.assert_array_equal(chosen, positions)
+    assert (np.isfinite(scores) == (np.asarray(chosen) >= 0)).all()
+    # In another order, with positions of the future and beyond int32 among them.
+    mixed = np.concatenate([np.asarray(chosen)[:, ::-1], np.full((12, 1), 11), np.full((12, 1), 2**40)], axis=1)
+    mixed[-1, -2] = -1
+    again, *others, given = call(params, hidden, *fresh(3), meta, selection=mixed, return_selection=True)
+    np.testing.assert_allclose(again, out, rtol=0, atol=1e-5)
+    assert given.shape == mixed.shape and (np.asarray(given)[0] <= 0).all()
+    assert_same_bits(others, caches)
+    with pytest.raises(ValueError, match=r"selection is int32\[11, 7\]; expected integers \[12, W\]"):
+        call(params, hidden, *fresh(3), meta, selection=mixed[1:])
 
 
 # --- norms
@@ -267,7 +319,7 @@ def test_norms(dtype):
     centred = wide - wide.mean(-1, keepdims=True)
     want = centred / np.sqrt((centred**2).mean(-1, keepdims=True) + 1e-6) * weight + bias
     np.testing.assert_allclose(np.asarray(layer_norm(x, weight, bias), np.float64), want, rtol=limit, atol=2 * limit)
-    np.testing.assert_array_equal(rms_norm(jnp.zeros((2, 7)), weight), 0)
+    np.testing.assert_array_equal(rms_norm(jnp.zeros((2, 7), jnp.float32), weight), 0)
     with pytest.raises(ValueError, match=r"weight has shape \(6,\)"):
         rms_norm(x, weight[:6])
     with pytest.raises(ValueError, match=r"bias has shape \(6,\)"):

@@ -19,7 +19,7 @@ RNG = np.random.default_rng(0)
 X = jnp.asarray(RNG.standard_normal((5, 6)), jnp.float32)
 PARAMS = {
     "first": jnp.asarray(RNG.standard_normal((6, 3)), jnp.float32),
-    "inner": {"second": jnp.asarray(RNG.standard_normal((6, 2, 4)), jnp.float32), "kept": jnp.ones(2)},
+    "inner": {"second": jnp.asarray(RNG.standard_normal((6, 2, 4)), jnp.float32), "kept": jnp.ones(2, jnp.float32)},
     "third": jnp.asarray(RNG.standard_normal((6, 2)), jnp.float32),
 }
 PATHS = [("first",), ("inner", "second"), ("third",)]
@@ -30,7 +30,7 @@ def columns():
     """The first weight as it is, heads of the second with a norm and a rotation, the third in bfloat16."""
     parts = [
         unchanged(3),
-        Section(0, 2, 4, "float32", weight=jnp.full(4, 2.0), rotated=2),
+        Section(0, 2, 4, "float32", weight=jnp.full(4, 2.0, jnp.float32), rotated=2),
         Section(0, 1, 2, "bfloat16"),
     ]
     return place(parts)
@@ -58,7 +58,7 @@ def test_separate_weights_give_what_fused_ones_do(order):
 
 
 def test_weights_without_a_part_are_not_read():
-    only = {"first": PARAMS["first"], "inner": PARAMS["inner"], "third": jnp.full((6, 2), jnp.nan)}
+    only = {"first": PARAMS["first"], "inner": PARAMS["inner"], "third": jnp.full((6, 2), jnp.nan, jnp.float32)}
     products = []
     project(only, "all", X, PATHS, columns()[1:2], lambda x, parts: products.append(x) or FINISH(x, parts))
     assert [x.shape for x in products] == [(5, 8)]
@@ -92,7 +92,7 @@ def test_selection_projects_by_the_implementation_that_was_named(implementation)
     lens = np.array([12], np.int32)
     meta = build_metadata(lens, lens, table, num_tokens=12, page_size=4)
     index = deepseek_v32.create_caches(SMALL, pages, 4, dtype=jnp.float32)[0][1]
-    hidden = jnp.ones((12, SMALL.hidden_size))
+    hidden = jnp.ones((12, SMALL.hidden_size), jnp.float32)
     how = dict(config=SMALL, implementation=implementation)
     for names in (
         kernels_in(lambda x: select_positions(params, x, index, meta, **how), hidden),

@@ -142,7 +142,7 @@ def test_rows_without_keys_are_exactly_zero(implementation):
 def test_infinite_sink_takes_everything(implementation):
     q, cache, _, _ = small()
     rows = dense([[1, 2], [3, 4], [5, 6]])
-    out, lse = run(q, cache, rows, jnp.full((6,), np.inf), value_dim=32, implementation=implementation)
+    out, lse = run(q, cache, rows, jnp.full((6,), np.inf, jnp.float32), value_dim=32, implementation=implementation)
     assert (np.asarray(out) == 0).all() and np.isfinite(np.asarray(lse)).all()
 
 
@@ -232,8 +232,8 @@ def test_empty_inputs(implementation, shape):
     elif shape == "no capacity":
         rows = Ragged(values=jnp.zeros((0,), jnp.int32), indptr=jnp.zeros((4,), jnp.int32))
     else:
-        kv = jnp.zeros((0, 40))
-    out, lse = run(q, kv, rows, jnp.zeros((6,)), value_dim=32, implementation=implementation)
+        kv = jnp.zeros((0, 40), jnp.float32)
+    out, lse = run(q, kv, rows, jnp.zeros((6,), jnp.float32), value_dim=32, implementation=implementation)
     assert out.shape == (q.shape[0], 6, 32) and (np.asarray(out) == 0).all() and np.isneginf(np.asarray(lse)).all()
 
 
@@ -328,8 +328,8 @@ def test_merge_joins_disjoint_parts(implementation):
 
 
 def test_merge_ignores_stale_parts():
-    outs = jnp.stack([jnp.ones((2, 3, 4)), jnp.full((2, 3, 4), jnp.nan)])
-    lses = jnp.stack([jnp.zeros((2, 3)), jnp.full((2, 3), -jnp.inf)])
+    outs = jnp.stack([jnp.ones((2, 3, 4), jnp.float32), jnp.full((2, 3, 4), jnp.nan, jnp.float32)])
+    lses = jnp.stack([jnp.zeros((2, 3), jnp.float32), jnp.full((2, 3), -jnp.inf)])
     join = jax.jit(merge)
     out, lse = join(outs, lses)
     assert (np.asarray(out) == 1).all() and (np.asarray(lse) == 0).all()
@@ -338,9 +338,9 @@ def test_merge_ignores_stale_parts():
 
 
 def test_merge_and_sinks_keep_the_dtype():
-    out, lse = merge(jnp.ones((2, 2, 3, 4), jnp.bfloat16), jnp.zeros((2, 2, 3)))
+    out, lse = merge(jnp.ones((2, 2, 3, 4), jnp.bfloat16), jnp.zeros((2, 2, 3), jnp.float32))
     assert out.dtype == jnp.bfloat16 and lse.dtype == jnp.float32
-    assert apply_sinks(out, lse, jnp.zeros((3,))).dtype == jnp.bfloat16
+    assert apply_sinks(out, lse, jnp.zeros((3,), jnp.float32)).dtype == jnp.bfloat16
 
 
 # --- errors
@@ -358,13 +358,13 @@ def test_sources_of_different_layouts():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"q": jnp.zeros((3, 40))}, r"q is .*\[T, H, D\]"),
+        ({"q": jnp.zeros((3, 40), jnp.float32)}, r"q is .*\[T, H, D\]"),
         ({"q": jnp.zeros((3, 6, 40), jnp.int32)}, "q is int32"),
-        ({"q": jnp.zeros((3, 6, 41))}, "must agree"),
+        ({"q": jnp.zeros((3, 6, 41), jnp.float32)}, "must agree"),
         ({"kv": jnp.zeros((3, 40), jnp.int8)}, "kv is int8"),
         ({"kv": jnp.zeros((3, 40), jnp.float8_e4m3fn)}, "PagedKVCache"),
         ({"kv": "cache"}, "kv is str"),
-        ({"rows": jnp.zeros((3, 4))}, r"rows of kv is float32\[3, 4\]; expected integers \[3, W\]"),
+        ({"rows": jnp.zeros((3, 4), jnp.float32)}, r"rows of kv is float32\[3, 4\]; expected integers \[3, W\]"),
         (
             {"rows": jnp.zeros((4, 4), jnp.int32)},
             r"int32\[4, 4\]; expected integers \[3, W\]. One row of slots per token of q",
@@ -375,9 +375,9 @@ def test_sources_of_different_layouts():
         ({"sm_scale": None}, "sm_scale"),
         ({"value_dim": 0}, "value_dim is 0"),
         ({"value_dim": 41}, "value_dim is 41"),
-        ({"sinks": jnp.zeros((5,))}, r"\[6\]"),
-        ({"extra": jnp.zeros((3, 40))}, "pair"),
-        ({"extra": (jnp.zeros((3, 30)), jnp.zeros((3, 1), jnp.int32))}, "extra has keys of 30"),
+        ({"sinks": jnp.zeros((5,), jnp.float32)}, r"\[6\]"),
+        ({"extra": jnp.zeros((3, 40), jnp.float32)}, "pair"),
+        ({"extra": (jnp.zeros((3, 30), jnp.float32), jnp.zeros((3, 1), jnp.int32))}, "extra has keys of 30"),
         ({"implementation": "cuda"}, "cuda"),
     ],
 )

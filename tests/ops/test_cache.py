@@ -184,14 +184,16 @@ def test_later_tokens_are_found_block_by_block(monkeypatch, target, tokens):
 
 def test_the_kernel_declines():
     cache = PagedKVCache.create(2, 4, latent_dim=12, rope_dim=2, group_size=6, dtype=FP8[0])
-    arguments = (jnp.ones((2, 12)), jnp.ones((2, 2)), jnp.arange(2))
+    arguments = (jnp.ones((2, 12), jnp.float32), jnp.ones((2, 2), jnp.float32), jnp.arange(2))
     with pytest.raises(ValueError, match="groups of 6 values"):
         write(cache, *arguments, implementation="triton")
     assert (gather_jit(write_jit(cache, *arguments), np.arange(2), dtype=jnp.float32) == 1).all()
     with pytest.raises(ValueError, match="implementation is 'cuda'"):
         write(cache, *arguments, implementation="cuda")
     with pytest.raises(ValueError, match="implementation is 'cuda'"):
-        write(cache, jnp.ones((0, 12)), jnp.ones((0, 2)), jnp.arange(0), implementation="cuda")
+        write(
+            cache, jnp.ones((0, 12), jnp.float32), jnp.ones((0, 2), jnp.float32), jnp.arange(0), implementation="cuda"
+        )
 
 
 def test_plans_are_memoised_and_sensible():
@@ -365,7 +367,7 @@ def test_inside_shard_map(dtype):
 def test_slots_of_any_integer_type(name, slot_dtype):
     cache = PagedKVCache.create(100, 7, latent_dim=4, rope_dim=2, group_size=4, dtype=jnp.float32)
     slots = np.array([3, 100, np.iinfo(slot_dtype).max], slot_dtype)
-    after = write_op(cache, jnp.ones((3, 4)), jnp.ones((3, 2)), slots, implementation=name)
+    after = write_op(cache, jnp.ones((3, 4), jnp.float32), jnp.ones((3, 2), jnp.float32), slots, implementation=name)
     want = [1, 1, slots[-1] < 700]
     assert (np.asarray(gather_jit(after, slots, dtype=jnp.float32))[:, 0] == want).all()
 
@@ -421,7 +423,7 @@ KV: Any = dict(latent_dim=LATENT, rope_dim=ROPE, group_size=GROUP)
             lambda: write(kv_cache(FP8[0]), rows(3)[0], rows(3)[1], jnp.ones((3, 1), jnp.int32)),
             r"slots is int32\[3, 1\]",
         ),
-        (lambda: write(kv_cache(FP8[0]), rows(3)[0], rows(3)[1], jnp.ones((3,))), "slots is float32"),
+        (lambda: write(kv_cache(FP8[0]), rows(3)[0], rows(3)[1], jnp.ones((3,), jnp.float32)), "slots is float32"),
         (lambda: write(kv_cache(FP8[0]), rows(3)[1], rows(3)[0], jnp.arange(3)), r"latent is .*expected .*\[3, "),
         (lambda: write(kv_cache(FP8[0]), rows(3)[0], rows(3)[2], jnp.arange(3)), r"rope is .*expected .*\[3, "),
         (lambda: write(kv_cache(FP8[0]), rows(3)[0].astype(int), rows(3)[1], jnp.arange(3)), "latent is int32"),
@@ -435,7 +437,7 @@ KV: Any = dict(latent_dim=LATENT, rope_dim=ROPE, group_size=GROUP)
             ),
             r"key is .*\[3, 8\]",
         ),
-        (lambda: gather(kv_cache(FP8[0]), jnp.ones((3,)), dtype=jnp.float32), "slots is float32"),
+        (lambda: gather(kv_cache(FP8[0]), jnp.ones((3,), jnp.float32), dtype=jnp.float32), "slots is float32"),
         (lambda: gather(kv_cache(FP8[0]), jnp.arange(3), dtype=jnp.int32), "dtype is"),
         (lambda: reinterpret_cache(kv_cache(jnp.float32), FP8[0]), "cache has dtype float32"),
         (lambda: reinterpret_cache(kv_cache(FP8[0]), jnp.float32), "dtype is float32"),

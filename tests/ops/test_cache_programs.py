@@ -30,7 +30,7 @@ flavours = pytest.mark.parametrize("dtype", FP8, ids=lambda d: d.__name__)
 # --- in place
 def _big(kind, dtype):
     """(caches of 64 MB or more, their write, arguments for 8 tokens)."""
-    latent, rope, key = jnp.ones((8, 512)), jnp.ones((8, 64)), jnp.ones((8, 128))
+    latent, rope, key = jnp.ones((8, 512), jnp.float32), jnp.ones((8, 64), jnp.float32), jnp.ones((8, 128), jnp.float32)
     slots = jnp.array([5, -1, 70, 3, 2**31 - 1, 1, 2, 0], jnp.int32)
     size = jnp.dtype(dtype).itemsize
 

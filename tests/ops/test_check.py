@@ -46,7 +46,7 @@ MODULES = [
 ]
 INTS = jnp.zeros(4, jnp.int32)
 TABLE = jnp.zeros((2, 3), jnp.int32)
-SCORES = jnp.zeros((4, 10))
+SCORES = jnp.zeros((4, 10), jnp.float32)
 FN = jnp.float8_e4m3fn
 
 

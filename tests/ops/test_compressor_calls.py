@@ -17,7 +17,10 @@ RATIO, DIM, TOKENS, PAGE_SIZE = 4, 16, 40, 16
 FIELDS = ("positions", "request_ids", "query_indptr", "seq_lens", "page_table", "page_size")
 ROWS = jnp.asarray(np.random.default_rng(0).standard_normal((2, TOKENS, DIM)), jnp.float32)
 WEIGHTS = CompressorWeights(
-    jnp.ones((RATIO, DIM)) * jnp.arange(RATIO)[:, None], jnp.full(DIM, 2.0), jnp.array([1.0, 0.1]), eps=1e-3
+    jnp.ones((RATIO, DIM), jnp.float32) * jnp.arange(RATIO)[:, None],
+    jnp.full(DIM, 2.0, jnp.float32),
+    jnp.array([1.0, 0.1]),
+    eps=1e-3,
 )
 STATE_IDS = jnp.array([1, 0], jnp.int32)
 
@@ -62,7 +65,7 @@ def test_fields_and_structs_are_one_program(implementation):
 
 def test_weights_know_their_sizes():
     assert (WEIGHTS.ratio, WEIGHTS.channels, WEIGHTS.dim, WEIGHTS.rows) == (RATIO, DIM, DIM, RATIO)
-    overlapping = CompressorWeights(jnp.ones((RATIO, 2 * DIM)), WEIGHTS.norm, WEIGHTS.frequencies)
+    overlapping = CompressorWeights(jnp.ones((RATIO, 2 * DIM), jnp.float32), WEIGHTS.norm, WEIGHTS.frequencies)
     assert overlapping.rows == 2 * RATIO and len(jax.tree.leaves(overlapping)) == 3
 
 
@@ -73,7 +76,7 @@ def test_weights_know_their_sizes():
         (dict(meta=None), "metadata is a NoneType; expected a StepMetadata"),
         (dict(kv=ROWS[0, 1:]), r"gate is float32\[40, 16\]; expected floating values \[39, 16\]"),
         (
-            dict(weights=CompressorWeights(jnp.ones(4), WEIGHTS.norm, WEIGHTS.frequencies)),
+            dict(weights=CompressorWeights(jnp.ones(4, jnp.float32), WEIGHTS.norm, WEIGHTS.frequencies)),
             r"position_bias is float32\[4\]",
         ),
         (dict(ids=jnp.array([True, False])), r"state_ids is bool\[2\]; expected integers \[2\]"),

@@ -62,7 +62,7 @@ def write(name, latent, rope):
 def compress(name, kv, gate, bias, norm):
     entries = cache.PagedIndexCache.create(4, 2, dim=8, dtype="float32")
     state = compressor.CompressorState.create(2, ratio=4, dim=8, overlap=False)
-    weights = compressor.CompressorWeights(bias, norm, jnp.full(2, 0.1))
+    weights = compressor.CompressorWeights(bias, norm, jnp.full(2, 0.1, jnp.float32))
     meta = metadata.build_metadata(jnp.asarray([9, 5]), jnp.asarray([9, 5]), TABLE, num_tokens=14, page_size=8)
     entries, state = compressor.compress(entries, state, kv, gate, weights, meta, implementation=name)
     return entries.data, state

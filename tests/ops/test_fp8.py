@@ -41,7 +41,7 @@ def quantize_scaled(x, dtype):
 @pytest.mark.parametrize("jit", [False, True], ids=["eager", "jit"])
 def test_decodes_all_codes_exactly(dtype, jit):
     expected = CODES.view(NUMPY[dtype]).astype(np.float32)
-    decode = lambda values: fp8.dequantize(values, jnp.ones((256,)), group_size=1, dtype=jnp.float32)  # noqa: E731
+    decode = lambda values: fp8.dequantize(values, jnp.ones((256,), jnp.float32), group_size=1, dtype=jnp.float32)  # noqa: E731
     got = np.asarray((jax.jit(decode) if jit else decode)(jnp.asarray(CODES.view(NUMPY[dtype]))))
     np.testing.assert_array_equal(got, expected)
     finite = ~np.isnan(expected)
@@ -149,7 +149,7 @@ def test_amax_floor(dtype):
         (jnp.float32, 1e-4 / fp8.fp8_max(dtype)),
         (jnp.float8_e8m0fnu, 2.0 ** -(22 - (dtype == FLAVOURS[0]))),
     ]:
-        _, scales = fp8.quantize(jnp.zeros((2, 8)), group_size=8, dtype=dtype, scale_dtype=scale_dtype)
+        _, scales = fp8.quantize(jnp.zeros((2, 8), jnp.float32), group_size=8, dtype=dtype, scale_dtype=scale_dtype)
         np.testing.assert_allclose(np.asarray(scales).astype(np.float32), expected, rtol=1e-7)
 
 
@@ -214,7 +214,7 @@ def test_shapes_types_and_relative_error(x_dtype):
 
 @pytest.mark.parametrize("shape", [(0, 8), (4, 0), (2, 0, 8)])
 def test_empty(shape):
-    values, scales = fp8.quantize(jnp.zeros(shape), group_size=4)
+    values, scales = fp8.quantize(jnp.zeros(shape, jnp.float32), group_size=4)
     assert values.shape == shape and scales.shape == (*shape[:-1], shape[-1] // 4)
     assert fp8.dequantize(values, scales, group_size=4).shape == shape
 
@@ -231,23 +231,29 @@ def test_abstract_and_vmap():
 @pytest.mark.parametrize(
     "call, message",
     [
-        (lambda: fp8.quantize(jnp.ones((2, 6)), group_size=4), "group_size is 4"),
-        (lambda: fp8.quantize(jnp.ones((2, 6)), group_size=0), "group_size is 0"),
+        (lambda: fp8.quantize(jnp.ones((2, 6), jnp.float32), group_size=4), "group_size is 4"),
+        (lambda: fp8.quantize(jnp.ones((2, 6), jnp.float32), group_size=0), "group_size is 0"),
         (
-            lambda: fp8.quantize(jnp.ones((2, 6)), group_size=1.5),  # type: ignore[arg-type]
+            lambda: fp8.quantize(jnp.ones((2, 6), jnp.float32), group_size=1.5),  # type: ignore[arg-type]
             "group_size is 1.5",
         ),
         (lambda: fp8.quantize(jnp.ones((2, 6), jnp.int32), group_size=2), "x is int32"),
         (lambda: fp8.quantize(jnp.float32(1), group_size=1), r"x is float32\[\]"),
-        (lambda: fp8.quantize(jnp.ones((2, 6)), group_size=2, dtype=jnp.float8_e5m2), "float8_e5m2"),
-        (lambda: fp8.quantize(jnp.ones((2, 6)), group_size=2, scale_dtype=jnp.bfloat16), "scale_dtype is bfloat16"),
-        (lambda: fp8.dequantize(jnp.ones((2, 4)), jnp.ones((2, 1)), group_size=4), "values is float32"),
+        (lambda: fp8.quantize(jnp.ones((2, 6), jnp.float32), group_size=2, dtype=jnp.float8_e5m2), "float8_e5m2"),
         (
-            lambda: fp8.dequantize(jnp.ones((2, 4), FLAVOURS[0]), jnp.ones((2, 2)), group_size=4),
+            lambda: fp8.quantize(jnp.ones((2, 6), jnp.float32), group_size=2, scale_dtype=jnp.bfloat16),
+            "scale_dtype is bfloat16",
+        ),
+        (
+            lambda: fp8.dequantize(jnp.ones((2, 4), jnp.float32), jnp.ones((2, 1), jnp.float32), group_size=4),
+            "values is float32",
+        ),
+        (
+            lambda: fp8.dequantize(jnp.ones((2, 4), FLAVOURS[0]), jnp.ones((2, 2), jnp.float32), group_size=4),
             r"scales is float32\[2, 2\]; expected float32 or float8_e8m0fnu \[2, 1\]",
         ),
         (lambda: fp8.scales_to_float32(jnp.ones((4,), jnp.bfloat16)), "scales is bfloat16"),
-        (lambda: fp8.reinterpret(jnp.ones((4,), FLAVOURS[0]), jnp.ones((1,)), jnp.int8), "int8"),
+        (lambda: fp8.reinterpret(jnp.ones((4,), FLAVOURS[0]), jnp.ones((1,), jnp.float32), jnp.int8), "int8"),
         (lambda: fp8.pack_words(jnp.ones((6,), FLAVOURS[0])), "multiple of 4"),
         (lambda: fp8.unpack_words(jnp.ones((6,), jnp.int32), FLAVOURS[0]), "words is int32"),
         (lambda: fp8.fp8_max(jnp.float32), "float32"),

@@ -225,16 +225,34 @@ def test_what_the_kernel_does_not_serve():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"streams": jnp.zeros((2, 32))}, r"streams is float32\[2, 32\]; expected floating values \[T, n, D\]"),
+        (
+            {"streams": jnp.zeros((2, 32), jnp.float32)},
+            r"streams is float32\[2, 32\]; expected floating values \[T, n, D\]",
+        ),
         ({"streams": jnp.zeros((2, 4, 8), jnp.int32)}, r"streams is int32\[2, 4, 8\]"),
-        ({"streams": jnp.zeros((2, 4, 0))}, r"streams is float32\[2, 4, 0\]; expected n and D of at least 1"),
-        ({"streams": jnp.zeros((2, 0, 8))}, r"streams is float32\[2, 0, 8\]; expected n and D of at least 1"),
-        ({"product": jnp.zeros((2, 20))}, r"product is float32\[2, 20\]; streams \[2, 4, 8\] need float32\[2, 24\]"),
-        ({"product": jnp.zeros((0, 2, 24))}, r"product is float32\[0, 2, 24\]"),
+        (
+            {"streams": jnp.zeros((2, 4, 0), jnp.float32)},
+            r"streams is float32\[2, 4, 0\]; expected n and D of at least 1",
+        ),
+        (
+            {"streams": jnp.zeros((2, 0, 8), jnp.float32)},
+            r"streams is float32\[2, 0, 8\]; expected n and D of at least 1",
+        ),
+        (
+            {"product": jnp.zeros((2, 20), jnp.float32)},
+            r"product is float32\[2, 20\]; streams \[2, 4, 8\] need float32\[2, 24\]",
+        ),
+        ({"product": jnp.zeros((0, 2, 24), jnp.float32)}, r"product is float32\[0, 2, 24\]"),
         ({"product": jnp.zeros((2, 24), jnp.bfloat16)}, r"product is bfloat16"),
-        ({"base": jnp.zeros(4)}, r"base is float32\[4\]; expected floating values \[24\]. .* streams are \[2, 4, 8\]"),
-        ({"scale": jnp.zeros(1)}, r"scale is float32\[1\]"),
-        ({"norm": jnp.zeros(7)}, r"norm is float32\[7\]; expected floating values \[8\]. .* streams are \[2, 4, 8\]"),
+        (
+            {"base": jnp.zeros(4, jnp.float32)},
+            r"base is float32\[4\]; expected floating values \[24\]. .* streams are \[2, 4, 8\]",
+        ),
+        ({"scale": jnp.zeros(1, jnp.float32)}, r"scale is float32\[1\]"),
+        (
+            {"norm": jnp.zeros(7, jnp.float32)},
+            r"norm is float32\[7\]; expected floating values \[8\]. .* streams are \[2, 4, 8\]",
+        ),
         ({"iterations": 0}, r"iterations is 0; .* pass at least 1"),
         ({"implementation": "cuda"}, r"implementation is 'cuda'; expected None or one of"),
     ],
@@ -291,7 +309,7 @@ def test_mixing_preserves_the_sum_of_streams(implementation):
     # Columns were divided last; each division leaves eps of its sum. Rows have converged after 20 rounds.
     np.testing.assert_allclose(np.asarray(mixing).sum(1), 1.0, atol=5e-6)
     np.testing.assert_allclose(np.asarray(mixing).sum(2), 1.0, atol=1e-4)
-    nothing = jnp.zeros((12, 24)), (jnp.zeros((12, 4)), mixing)
+    nothing = jnp.zeros((12, 24), jnp.float32), (jnp.zeros((12, 4), jnp.float32), mixing)
     mixed = join_streams(jnp.asarray(streams), *nothing)
     np.testing.assert_allclose(np.asarray(mixed).sum(1), streams.sum(1), atol=2e-3)
 
@@ -327,7 +345,7 @@ def test_head_and_types(implementation):
     joined, weights = split_streams(params, narrow, **how)
     assert joined.dtype == jnp.bfloat16 and weights[1].dtype == jnp.float32
     assert join_streams(narrow, joined, weights).dtype == jnp.bfloat16
-    assert merge_streams(head, narrow, norm=jnp.ones(24), **how).dtype == jnp.bfloat16
+    assert merge_streams(head, narrow, norm=jnp.ones(24, jnp.float32), **how).dtype == jnp.bfloat16
 
 
 def test_works_inside_other_transformations():

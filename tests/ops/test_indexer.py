@@ -73,15 +73,21 @@ def test_contiguous_against_float64(implementation, kind):
 
 
 def test_extreme_intervals_are_clamped(implementation):
-    q, weights = jnp.ones((4, 2, 16)), jnp.ones((4, 2))
+    q, weights = jnp.ones((4, 2, 16), jnp.float32), jnp.ones((4, 2), jnp.float32)
     starts = jnp.asarray([-5, -(2**31), 2**31 - 1, 0], jnp.int32)
     lengths = jnp.asarray([9, 2**31 - 1, 5, 2**31 - 1], jnp.int32)
     out = contiguous(
-        q, jnp.ones((20, 16)), None, weights, row_starts=starts, row_lengths=lengths, implementation=implementation
+        q,
+        jnp.ones((20, 16), jnp.float32),
+        None,
+        weights,
+        row_starts=starts,
+        row_lengths=lengths,
+        implementation=implementation,
     )
     assert np.isfinite(np.asarray(out)).sum(axis=1).tolist() == [9, 20, 0, 20]
     # Top-k reads the same interval.
-    _, chosen = top_k(jnp.zeros((4, 20)), 20, lengths, row_starts=starts, return_scores=True)
+    _, chosen = top_k(jnp.zeros((4, 20), jnp.float32), 20, lengths, row_starts=starts, return_scores=True)
     assert np.isfinite(np.asarray(chosen)).sum(axis=1).tolist() == [9, 20, 0, 20]
 
 
@@ -131,7 +137,7 @@ def test_largest_codes(implementation):
     codes = np.asarray([0x7F, 0xFF, 0x7E, 0xFE, 0x01, 0x81, 0x00, 0x08], np.uint8)
     keys, q = jnp.asarray(np.tile(codes, (16, 2))), jnp.asarray(np.tile(codes[::-1], (3, 2, 2)))
     keys, q = (jax.lax.bitcast_convert_type(x, kind) for x in (keys, q))
-    weights, starts, lengths = jnp.ones((3, 2)), jnp.zeros(3, jnp.int32), jnp.full(3, 16, jnp.int32)
+    weights, starts, lengths = jnp.ones((3, 2), jnp.float32), jnp.zeros(3, jnp.int32), jnp.full(3, 16, jnp.int32)
     exact = [np.asarray(x).astype(np.float64) for x in (q, keys)]
     for mine in (q.astype(jnp.bfloat16), q):
         # CDNA widens queries.
@@ -392,14 +398,14 @@ def test_plans_are_memoised():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"q": jnp.zeros((5, 32))}, "q is"),
+        ({"q": jnp.zeros((5, 32), jnp.float32)}, "q is"),
         ({"q": jnp.zeros((5, 4, 32), jnp.int8)}, "q is int8"),
-        ({"q": jnp.zeros((5, 4, 31))}, "must agree"),
-        ({"weights": jnp.zeros((5, 3))}, "weights is"),
-        ({"cache": jnp.zeros((5, 3))}, "PagedIndexCache"),
-        ({"page_table": jnp.zeros((3, 5))}, "page_table is float32"),
+        ({"q": jnp.zeros((5, 4, 31), jnp.float32)}, "must agree"),
+        ({"weights": jnp.zeros((5, 3), jnp.float32)}, "weights is"),
+        ({"cache": jnp.zeros((5, 3), jnp.float32)}, "PagedIndexCache"),
+        ({"page_table": jnp.zeros((3, 5), jnp.float32)}, "page_table is float32"),
         ({"request_ids": jnp.zeros((4,), jnp.int32)}, "request_ids is"),
-        ({"lengths": jnp.zeros((5,))}, "lengths is"),
+        ({"lengths": jnp.zeros((5,), jnp.float32)}, "lengths is"),
         ({"max_length": 81}, "P \\* page_size = 80"),
         ({"max_length": 0}, "max_length is 0"),
         ({"k": 0}, "k is 0"),
@@ -418,23 +424,23 @@ def test_errors_name_the_argument(change, message):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"keys": jnp.zeros((9, 31))}, "must agree"),
+        ({"keys": jnp.zeros((9, 31), jnp.float32)}, "must agree"),
         ({"keys": jnp.zeros((9, 32), jnp.int32)}, "keys is int32"),
         (
-            {"key_scales": jnp.zeros((8,))},
+            {"key_scales": jnp.zeros((8,), jnp.float32)},
             r"key_scales is float32\[8\]; expected floating values \[9\]. One scale per key",
         ),
         ({"row_starts": jnp.zeros((4,), jnp.int32)}, "row_starts"),
-        ({"row_lengths": jnp.zeros((5,))}, "row_lengths"),
+        ({"row_lengths": jnp.zeros((5,), jnp.float32)}, "row_lengths"),
     ],
 )
 def test_errors_of_contiguous_scores(change, message):
     ints = jnp.zeros((5,), jnp.int32)
     arguments = dict(
-        q=jnp.zeros((5, 4, 32)),
-        keys=jnp.zeros((9, 32)),
+        q=jnp.zeros((5, 4, 32), jnp.float32),
+        keys=jnp.zeros((9, 32), jnp.float32),
         key_scales=None,
-        weights=jnp.zeros((5, 4)),
+        weights=jnp.zeros((5, 4), jnp.float32),
         row_starts=ints,
         row_lengths=ints,
     )

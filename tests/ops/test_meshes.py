@@ -136,12 +136,14 @@ def project(out, weight, positions, *, implementation):
 
 
 def split_streams(streams, product, *, implementation):
-    base, scale = jnp.linspace(-1, 1, 8), jnp.ones(3)
+    base, scale = jnp.linspace(-1, 1, 8, dtype=jnp.float32), jnp.ones(3, jnp.float32)
     return hyper_connections.split(streams, product, base, scale, iterations=4, implementation=implementation)
 
 
 def compress(entries, state, kv, gate, seq_lens, *, implementation):
-    weights = compressor.CompressorWeights(jnp.ones((4, 16)), jnp.ones(16), jnp.full(2, 0.1))
+    weights = compressor.CompressorWeights(
+        jnp.ones((4, 16), jnp.float32), jnp.ones(16, jnp.float32), jnp.full(2, 0.1, jnp.float32)
+    )
     table = jnp.arange(seq_lens.shape[0], dtype=jnp.int32)[:, None]
     meta = metadata.decode_metadata(seq_lens, table, page_size=16)
     return compressor.compress(entries, state, kv, gate, weights, meta, implementation=implementation)

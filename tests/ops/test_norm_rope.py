@@ -107,14 +107,14 @@ def test_rows_do_not_see_each_other(implementation):
 def test_nothing_to_do():
     part = Section(0, 2, 6, "float8_e4m3fn", rotated=0)
     (values, scales), plain = norm_rope(
-        jnp.zeros((0, 12)), [part, Section(0, 1, 12, "bfloat16")], jnp.zeros(0, jnp.int32), FREQUENCIES
+        jnp.zeros((0, 12), jnp.float32), [part, Section(0, 1, 12, "bfloat16")], jnp.zeros(0, jnp.int32), FREQUENCIES
     )
     assert values.shape == (0, 2, 6) and scales.shape == (0, 2) and plain.shape == (0, 1, 12)
-    assert norm_rope(jnp.zeros((2, 12)), [], jnp.zeros(2, jnp.int32), FREQUENCIES) == []
+    assert norm_rope(jnp.zeros((2, 12), jnp.float32), [], jnp.zeros(2, jnp.int32), FREQUENCIES) == []
 
 
 def test_gradients_of_the_xla_body():
-    part = Section(0, 2, 6, "float32", weight=jnp.ones(6), rotated=0)
+    part = Section(0, 2, 6, "float32", weight=jnp.ones(6, jnp.float32), rotated=0)
     x = jnp.asarray(np.random.default_rng(3).normal(size=(3, 12)), jnp.float32)
     grad = jax.grad(lambda x: finish(x, [part], POSITIONS, implementation="xla")[0][..., 0].sum())(x)
     assert np.isfinite(grad).all() and np.any(grad)
@@ -126,25 +126,35 @@ def test_gradients_of_the_xla_body():
         (Section(3, 2, 5, "float32"), "parts.0. takes 2 heads of 5 columns from 3 on; x has 12"),
         (Section(0, 1, 12, "float16"), "parts.0. is to be float16"),
         (Section(0, 2, 6, "float32", rotated=1), "rotated from column 1 on; 3 frequencies turn 6 of 6"),
-        (Section(0, 2, 6, "float32", bias=jnp.ones(6)), "a bias and no weight"),
-        (Section(0, 2, 6, "float32", weight=jnp.ones(12)), r"weight is float32\[12\]; expected floating values \[6\]"),
-        (Section(0, 2, 6, "float32", factor=jnp.ones((2, 2))), "a factor belongs to the scales of an FP8 part"),
+        (Section(0, 2, 6, "float32", bias=jnp.ones(6, jnp.float32)), "a bias and no weight"),
+        (
+            Section(0, 2, 6, "float32", weight=jnp.ones(12, jnp.float32)),
+            r"weight is float32\[12\]; expected floating values \[6\]",
+        ),
+        (
+            Section(0, 2, 6, "float32", factor=jnp.ones((2, 2), jnp.float32)),
+            "a factor belongs to the scales of an FP8 part",
+        ),
     ],
 )
 def test_bad_parts(part, message):
     with pytest.raises(ValueError, match=message):
-        norm_rope(jnp.zeros((2, 12)), [part], jnp.zeros(2, jnp.int32), FREQUENCIES)
+        norm_rope(jnp.zeros((2, 12), jnp.float32), [part], jnp.zeros(2, jnp.int32), FREQUENCIES)
 
 
 def test_bad_arguments():
     part = [Section(0, 2, 6, "float32")]
     for change, message in (
-        ({"x": jnp.zeros((2, 3, 4))}, "x is float32"),
+        ({"x": jnp.zeros((2, 3, 4), jnp.float32)}, "x is float32"),
         ({"x": jnp.zeros((2, 12), jnp.float16)}, "x is float16"),
         ({"positions": jnp.zeros(3, jnp.int32)}, "positions is int32"),
         ({"frequencies": np.ones((2, 2))}, "frequencies is float32"),
         ({"implementation": "cuda"}, "implementation is 'cuda'"),
     ):
-        given = {"x": jnp.zeros((2, 12)), "positions": jnp.zeros(2, jnp.int32), "frequencies": FREQUENCIES} | change
+        given = {
+            "x": jnp.zeros((2, 12), jnp.float32),
+            "positions": jnp.zeros(2, jnp.int32),
+            "frequencies": FREQUENCIES,
+        } | change
         with pytest.raises(ValueError, match=message):
             norm_rope(given.pop("x"), part, given.pop("positions"), given.pop("frequencies"), **given)

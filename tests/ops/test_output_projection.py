@@ -214,14 +214,20 @@ def test_gradients_of_the_xla_body():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"out": jnp.zeros((3, 32))}, r"out is float32\[3, 32\]; expected floating values \[T, H, d\]"),
+        ({"out": jnp.zeros((3, 32), jnp.float32)}, r"out is float32\[3, 32\]; expected floating values \[T, H, d\]"),
         ({"out": jnp.zeros((3, 4, 8), jnp.int32)}, r"out is int32"),
-        ({"weight": jnp.zeros((16, 5))}, r"weight is float32\[16, 5\]; expected floating values \[g, H // g \* d, O\]"),
-        ({"weight": jnp.zeros((3, 16, 5))}, r"weight has shape \[3, 16, 5\]; 4 heads of 8 values in 3 groups"),
-        ({"weight": jnp.zeros((2, 15, 5))}, r"need \[2, 4 // 2 \* 8, O\]"),
+        (
+            {"weight": jnp.zeros((16, 5), jnp.float32)},
+            r"weight is float32\[16, 5\]; expected floating values \[g, H // g \* d, O\]",
+        ),
+        (
+            {"weight": jnp.zeros((3, 16, 5), jnp.float32)},
+            r"weight has shape \[3, 16, 5\]; 4 heads of 8 values in 3 groups",
+        ),
+        ({"weight": jnp.zeros((2, 15, 5), jnp.float32)}, r"need \[2, 4 // 2 \* 8, O\]"),
         ({"positions": jnp.zeros(4, jnp.int32)}, r"positions is int32\[4\]; expected integers \[3\]"),
-        ({"positions": jnp.zeros(3)}, r"positions is float32"),
-        ({"frequencies": jnp.zeros(5)}, r"frequencies has shape \[5\]; expected \[r / 2\], r at most 8"),
+        ({"positions": jnp.zeros(3, jnp.float32)}, r"positions is float32"),
+        ({"frequencies": jnp.zeros(5, jnp.float32)}, r"frequencies has shape \[5\]; expected \[r / 2\], r at most 8"),
         ({"implementation": "cuda"}, r"implementation is 'cuda'; expected None or one of"),
     ],
 )

@@ -121,9 +121,20 @@ def test_position_zero_is_the_identity_and_bfloat16_rounds_once():
     [
         (lambda: rope_frequencies(YARN, 7), "dim is 7"),
         (lambda: rope_frequencies(YARN, 0), "dim is 0"),
-        (lambda: rotate(jnp.ones((2, 8)), jnp.zeros(2, int), np.ones(8, np.float32), interleaved=True), "frequencies"),
-        (lambda: rotate(jnp.ones((2, 8)), jnp.zeros(3, int), np.ones(4, np.float32), interleaved=True), "positions"),
-        (lambda: rotate(jnp.ones((2, 8)), jnp.zeros(2), np.ones(4, np.float32), interleaved=True), "positions"),
+        (
+            lambda: rotate(jnp.ones((2, 8), jnp.float32), jnp.zeros(2, int), np.ones(8, np.float32), interleaved=True),
+            "frequencies",
+        ),
+        (
+            lambda: rotate(jnp.ones((2, 8), jnp.float32), jnp.zeros(3, int), np.ones(4, np.float32), interleaved=True),
+            "positions",
+        ),
+        (
+            lambda: rotate(
+                jnp.ones((2, 8), jnp.float32), jnp.zeros(2, jnp.float32), np.ones(4, np.float32), interleaved=True
+            ),
+            "positions",
+        ),
         (lambda: rotate(jnp.ones((2, 8), int), jnp.zeros(2, int), np.ones(4, np.float32), interleaved=True), "x is"),
     ],
 )

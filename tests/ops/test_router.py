@@ -138,16 +138,16 @@ def test_nan_counts_as_score_zero_and_a_zero_sum_is_guarded():
 
 
 def test_no_tokens():
-    weights, ids = route(jnp.zeros((0, 21)), jnp.zeros(21), **SMALL)
+    weights, ids = route(jnp.zeros((0, 21), jnp.float32), jnp.zeros(21, jnp.float32), **SMALL)
     assert weights.shape == ids.shape == (0, 4)
 
 
 @pytest.mark.parametrize(
     ("change", "name"),
     [
-        (dict(logits=jnp.zeros(21)), "logits"),
+        (dict(logits=jnp.zeros(21, jnp.float32)), "logits"),
         (dict(logits=jnp.zeros((2, 21), int)), "logits"),
-        (dict(bias=jnp.zeros(20)), "bias"),
+        (dict(bias=jnp.zeros(20, jnp.float32)), "bias"),
         (dict(num_groups=4), "num_groups"),
         (dict(num_groups=0), "num_groups"),
         (dict(groups_kept=4), "groups_kept"),
@@ -157,7 +157,7 @@ def test_no_tokens():
     ],
 )
 def test_what_does_not_fit_is_named(change, name):
-    arguments = dict(logits=jnp.zeros((2, 21)), bias=jnp.zeros(21), **SMALL) | change
+    arguments = dict(logits=jnp.zeros((2, 21), jnp.float32), bias=jnp.zeros(21, jnp.float32), **SMALL) | change
     with pytest.raises(ValueError, match=name):
         biased_grouped_topk(**arguments)
 
@@ -236,7 +236,7 @@ def test_hash_route_clamps_what_padding_holds():
     [
         (lambda: sqrt_softplus_topk(np.zeros((2, 4), np.float32), np.zeros(3, np.float32), k=1, scale=1.0), "bias"),
         (
-            lambda: sqrt_softplus_topk(jnp.zeros((2, 4)), jnp.zeros(4, jnp.bfloat16), k=1, scale=1.0),
+            lambda: sqrt_softplus_topk(jnp.zeros((2, 4), jnp.float32), jnp.zeros(4, jnp.bfloat16), k=1, scale=1.0),
             "bias is bfloat16",
         ),
         (lambda: sqrt_softplus_topk(np.zeros((2, 4), np.float32), np.zeros(4, np.float32), k=5, scale=1.0), "k is 5"),

@@ -218,7 +218,7 @@ def test_more_wanted_than_columns(implementation):
 
 @pytest.mark.parametrize("shape", [(0, 7), (3, 0), (0, 0)])
 def test_empty_arrays(implementation, shape):
-    local, scores = both(jnp.zeros(shape), 4, implementation=implementation)
+    local, scores = both(jnp.zeros(shape, jnp.float32), 4, implementation=implementation)
     assert local.shape == scores.shape == (shape[0], 4)
     assert np.all(np.asarray(local) == -1) and np.all(np.asarray(scores) == -np.inf)
 
@@ -313,12 +313,12 @@ def test_xla_serves_what_the_kernel_does_not(monkeypatch):
         jax.eval_shape(lambda s: top_k(s, 8, implementation="triton"), long)
     monkeypatch.setattr(_dispatch, "preferred", lambda: ("triton", "xla"))
     assert jax.eval_shape(lambda s: top_k(s, 8), wide).shape == (1, 8)
-    text = str(jax.make_jaxpr(lambda s: top_k(s, 8))(jnp.zeros((2, 9))))
+    text = str(jax.make_jaxpr(lambda s: top_k(s, 8))(jnp.zeros((2, 9), jnp.float32)))
     assert "pallas_call" in text
 
 
 # --- errors
-scores = jnp.zeros((4, 10))
+scores = jnp.zeros((4, 10), jnp.float32)
 
 
 @pytest.mark.parametrize(
@@ -333,17 +333,20 @@ scores = jnp.zeros((4, 10))
         (lambda: top_k(scores.astype(int), 2), r"scores is int32\[4, 10\]; expected"),
         (lambda: top_k(scores.astype(jnp.float16), 2), r"scores is float16\[4, 10\]; expected"),
         (lambda: top_k(scores, 2, jnp.zeros(3, int)), "row_lengths is"),
-        (lambda: top_k(scores, 2, jnp.zeros(4)), "row_lengths is"),
+        (lambda: top_k(scores, 2, jnp.zeros(4, jnp.float32)), "row_lengths is"),
         (lambda: top_k(scores, 2, row_starts=jnp.zeros((4, 1), int)), "row_starts is"),
         (lambda: top_k(scores, 2, implementation="cuda"), "implementation is 'cuda'"),
         (lambda: top_k(scores[:0], 2, implementation="cuda"), "implementation is 'cuda'"),
-        (lambda: top_k_prefill(scores, 2, row_starts=jnp.zeros(4, int), row_ends=jnp.zeros(4)), "row_ends is"),
+        (
+            lambda: top_k_prefill(scores, 2, row_starts=jnp.zeros(4, int), row_ends=jnp.zeros(4, jnp.float32)),
+            "row_ends is",
+        ),
         (lambda: top_k_decode(scores, 2, seq_lens=jnp.zeros(4, int), next_n=0), "next_n is 0"),
         (lambda: top_k_decode(scores, 2, seq_lens=jnp.zeros(4, int), next_n=2), "seq_lens has shape"),
         (lambda: top_k_decode(scores, 2, seq_lens=jnp.zeros(1, int), next_n=3), "seq_lens has shape"),
         (lambda: top_k_decode(scores, 2, seq_lens=jnp.zeros((4, 2), int), next_n=1), "seq_lens has shape"),
-        (lambda: top_k_decode(scores, 2, seq_lens=jnp.zeros(4), next_n=1), "seq_lens is"),
-        (lambda: top_k_decode(scores, 2, seq_lens=jnp.zeros((4, 1)), next_n=1), "seq_lens is"),
+        (lambda: top_k_decode(scores, 2, seq_lens=jnp.zeros(4, jnp.float32), next_n=1), "seq_lens is"),
+        (lambda: top_k_decode(scores, 2, seq_lens=jnp.zeros((4, 1), jnp.float32), next_n=1), "seq_lens is"),
     ],
 )
 def test_what_does_not_fit_is_named(call, message):

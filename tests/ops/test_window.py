@@ -85,7 +85,7 @@ def test_gathered_prefill_equals_the_caches_themselves():
     chosen = np.where(rng.random((10, 5)) < 0.7, np.arange(5), -1)
     chosen = np.where(chosen < ((positions + 1) // ratio)[:, None], chosen, -1)
     q = rng.standard_normal((10, 3, 16)).astype(np.float32)
-    options = dict(sm_scale=0.25, value_dim=16, sinks=jnp.ones(3))
+    options = dict(sm_scale=0.25, value_dim=16, sinks=jnp.ones(3, jnp.float32))
     two = sparse_mla(
         q,
         near,

@@ -125,7 +125,13 @@ def test_numbers_of_other_types():
 
 def test_one_token_vocabulary_no_rows_and_bfloat16():
     assert draw([[4.0]], temperature=1.0).tolist() == [0]
-    empty = sample(jnp.zeros((0, 5)), jnp.zeros(0), jnp.zeros(0), jnp.zeros(0, jnp.uint32), jnp.zeros(0, jnp.int32))
+    empty = sample(
+        jnp.zeros((0, 5), jnp.float32),
+        jnp.zeros(0, jnp.float32),
+        jnp.zeros(0, jnp.float32),
+        jnp.zeros(0, jnp.uint32),
+        jnp.zeros(0, jnp.int32),
+    )
     assert empty.shape == (0,) and empty.dtype == jnp.int32
     low = jitted(
         jnp.array([[0, 9, 3]], jnp.bfloat16), *(np.zeros(1, t) for t in (np.float32, np.float32, np.uint32, np.int32))
@@ -140,15 +146,15 @@ def test_largest_seed():
 @pytest.mark.parametrize("shape", [(3,), (2, 0), (1, 2, 3)])
 def test_bad_logits(shape):
     with pytest.raises(ValueError, match="logits has shape"):
-        sample(jnp.zeros(shape), *(jnp.zeros(shape[:1]) for _ in range(4)))
+        sample(jnp.zeros(shape, jnp.float32), *(jnp.zeros(shape[:1], jnp.float32) for _ in range(4)))
 
 
 @pytest.mark.parametrize("position", range(4))
 def test_bad_parameters(position):
-    arrays = [jnp.zeros(2) for _ in range(4)]
-    arrays[position] = jnp.zeros(3)
+    arrays = [jnp.zeros(2, jnp.float32) for _ in range(4)]
+    arrays[position] = jnp.zeros(3, jnp.float32)
     with pytest.raises(ValueError, match=r"has shape \(3,\); one value per row of logits is expected, so \(2,\)"):
-        sample(jnp.zeros((2, 5)), *arrays)
+        sample(jnp.zeros((2, 5), jnp.float32), *arrays)
 
 
 @settings(deadline=None, max_examples=30, database=None)

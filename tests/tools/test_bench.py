@@ -591,7 +591,7 @@ def test_what_needs_the_host_is_found():
         return jax.pure_callback(lambda a: a, jax.ShapeDtypeStruct(x.shape, x.dtype), x)
 
     found = [
-        bench.host_transfers(jax.jit(f).lower(jnp.ones(4)).compile().as_text())
+        bench.host_transfers(jax.jit(f).lower(jnp.ones(4, jnp.float32)).compile().as_text())
         for f in (harmless, unknown, calls, branches)
     ]
     assert [len(names) for names in found] == [0, 1, 1, 1], found

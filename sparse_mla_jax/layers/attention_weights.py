@@ -1,0 +1,118 @@
+"""The shapes of an attention layer's weights, for both kinds of layers, and the check of what a caller passes."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from sparse_mla_jax import _check
+from sparse_mla_jax._check import require
+from sparse_mla_jax.config import DeepseekV4Config, DeepseekV32Config
+
+# Pytrees of dicts with shapes (tuples) in place of arrays.
+Shapes = dict[str, Any]
+
+
+def mla_shapes(c: DeepseekV32Config) -> Shapes:
+    """Weights of a DeepSeek-V3.2 attention layer, see `layers.mla.attention_step`."""
+    return {
+        "q_a_proj": (c.hidden_size, c.q_lora_rank),
+        "q_a_layernorm": (c.q_lora_rank,),
+        "q_b_proj": (c.q_lora_rank, c.num_attention_heads, c.qk_head_dim),
+        "kv_a_proj_with_mqa": (c.hidden_size, c.kv_lora_rank + c.qk_rope_head_dim),
+        "kv_a_layernorm": (c.kv_lora_rank,),
+        "kv_b_k": (c.num_attention_heads, c.qk_nope_head_dim, c.kv_lora_rank),
+        "kv_b_v": (c.num_attention_heads, c.kv_lora_rank, c.v_head_dim),
+        "o_proj": (c.num_attention_heads, c.v_head_dim, c.hidden_size),
+        "indexer": {
+            "wq_b": (c.q_lora_rank, c.index_n_heads, c.index_head_dim),
+            "wk": (c.hidden_size, c.index_head_dim),
+            "k_norm": {"weight": (c.index_head_dim,), "bias": (c.index_head_dim,)},
+            "weights_proj": (c.hidden_size, c.index_n_heads),
+        },
+    }
+
+
+def _compressor_shapes(c: DeepseekV4Config, ratio: int, width: int) -> Shapes:
+    both = width * (2 if c.compressor_overlap(ratio) else 1)
+    return {
+        "kv_proj": (c.hidden_size, both),
+        "gate_proj": (c.hidden_size, both),
+        "position_bias": (ratio, both),
+        "norm": (width,),
+    }
+
+
+def compressed_shapes(c: DeepseekV4Config, layer: int) -> Shapes:
+    """Weights of layer number `layer` of DeepSeek-V4, see `layers.compressed_attention.compressed_attention_step`."""
+    shapes: Shapes = {
+        "q_a_proj": (c.hidden_size, c.q_lora_rank),
+        "q_a_layernorm": (c.q_lora_rank,),
+        "q_b_proj": (c.q_lora_rank, c.num_attention_heads, c.head_dim),
+        "kv_proj": (c.hidden_size, c.head_dim),
+        "kv_layernorm": (c.head_dim,),
+        "sinks": (c.num_attention_heads,),
+        "o_a_proj": (c.o_groups, c.num_attention_heads // c.o_groups * c.head_dim, c.o_lora_rank),
+        "o_b_proj": (c.o_groups * c.o_lora_rank, c.hidden_size),
+    }
+    ratio = c.compress_ratio(layer)
+    if ratio:
+        shapes["compressor"] = _compressor_shapes(c, ratio, c.head_dim)
+    if c.has_indexer(layer):
+        shapes["indexer"] = {
+            "wq_b": (c.q_lora_rank, c.index_n_heads, c.index_head_dim),
+            "weights_proj": (c.hidden_size, c.index_n_heads),
+            "compressor": _compressor_shapes(c, ratio, c.index_head_dim),
+        }
+    return shapes
+
+
+def check_weights(params: Any, shapes: Shapes, fuse: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+    """Checks one layer's weights, separate or fused, against the shapes that the config asks for.
+
+    Args:
+      params: as the caller passed them.
+      shapes: of the separate weights.
+      fuse: the layer's `fuse_projections`.
+
+    Raises:
+      ValueError: a weight that is missing, has another shape, is not floating, or that the layer does not have.
+    """
+    _check.instance("params", params, dict, hint="Pass one layer's weights, layers[i]['self_attn'].")
+    if "hidden_proj" in params:
+        shapes = _fused_shapes(fuse, _frozen(shapes))
+    wanted, given = _by_path(shapes), _by_path(params)
+    missing, surplus = (sorted(a - b) for a, b in ((set(wanted), set(given)), (set(given), set(wanted))))
+    require(
+        not missing and not surplus,
+        f"params has no {', '.join(missing) or 'missing weight'}, and the layer does not have"
+        f" {', '.join(surplus) or 'any other'}; expected {', '.join(wanted)}. Pass one layer's weights,"
+        " layers[i]['self_attn'] of this config's model.",
+    )
+    for name, shape in wanted.items():
+        _check.array(f"params[{name}]", given[name], jnp.floating, *shape, hint="The config gives these sizes.")
+
+
+def _by_path(tree: Any) -> dict[str, Any]:
+    """Leaves by their keys joined with dots; a tuple of sizes is a leaf."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda node: not isinstance(node, dict))
+    return {".".join(str(key.key) for key in path): leaf for path, leaf in leaves}
+
+
+def _frozen(shapes: Shapes) -> tuple:
+    return tuple((name, _frozen(value) if isinstance(value, dict) else value) for name, value in shapes.items())
+
+
+@functools.lru_cache(maxsize=256)
+def _fused_shapes(fuse: Callable[[dict[str, Any]], dict[str, Any]], frozen: tuple) -> Shapes:
+    def specs(items: tuple) -> dict[str, Any]:
+        return {
+            name: specs(value) if value and isinstance(value[0], tuple) else jax.ShapeDtypeStruct(value, jnp.float32)
+            for name, value in items
+        }
+
+    return jax.tree.map(lambda spec: spec.shape, jax.eval_shape(fuse, specs(frozen)))
