@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 from typing import Any
 
-from sparse_mla_jax._check import require
+from sparse_mla_jax._check import require, shown
 from sparse_mla_jax._folder import find_file
+from sparse_mla_jax.config import read_json
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,11 +40,7 @@ def load_generation_defaults(folder: str | os.PathLike[str]) -> GenerationDefaul
 
 
 def _read_object(path: str) -> dict[str, Any]:
-    try:
-        with open(path, encoding="utf-8") as file:
-            data = json.load(file)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not valid JSON ({error}); fetch the file again.") from None
+    data = read_json(path)
     require(isinstance(data, dict), f"{path} holds a {type(data).__name__}; a JSON object is expected.")
     return data
 
@@ -53,6 +49,6 @@ def _token_ids(path: str, value: Any) -> tuple[int, ...]:
     ids = value if isinstance(value, list) else [value]
     require(
         all(isinstance(token, int) and not isinstance(token, bool) and token >= 0 for token in ids),
-        f"eos_token_id in {path} is {value!r}; a token id or a list of token ids is expected. Mend the file.",
+        f"eos_token_id in {path} is {shown(value)}; a token id or a list of token ids is expected. Mend the file.",
     )
     return tuple(dict.fromkeys(ids))

@@ -43,8 +43,7 @@ def encode(name: str, text: Prompt, vocab_size: int) -> tuple[int, ...]:
     wrong = next((token for token in ids if not 0 <= token < vocab_size), None)
     require(
         wrong is None,
-        f"{name} holds token id {shown(wrong)}; the model's vocabulary is 0..{vocab_size - 1}. Give ids of this"
-        " model.",
+        f"{name} holds token id {shown(wrong)}; the model's vocabulary is 0..{vocab_size - 1}. Give ids of this model.",
     )
     return ids
 
