@@ -9,9 +9,19 @@ Public names are imported at their first use: importing the package imports neit
 also be imported from the module that defines it; `_MODULES` lists the modules.
 """
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from __future__ import annotations
 
+import importlib
+
+from sparse_mla_jax._interrupts import leave_if_program
+from sparse_mla_jax._plugin_message import hide_plugin_message
+
+# First of all: only what comes before this line can be interrupted with a traceback.
+leave_if_program()
+hide_plugin_message()
+
+# For type checkers, which know the name: `typing` takes longer to import than this package.
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from sparse_mla_jax import config as config
     from sparse_mla_jax import interchange as interchange
@@ -155,7 +165,7 @@ _SUBMODULES = ("config", "interchange", "layers", "metadata", "models", "ops", "
 __all__ = list(_MODULE_OF)
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     """Imports a public name or a submodule at its first use."""
     if name in _SUBMODULES:
         return importlib.import_module(f"{__name__}.{name}")

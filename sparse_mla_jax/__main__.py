@@ -1,151 +1,30 @@
 """The command line: `python -m sparse_mla_jax demo | score | generate | bench | inspect | info`.
 
 Exit codes: 0 done; 2 invalid input, with one line on stderr that says what to do; 1 the device failed or ran out of
-memory; 130 interrupted by Ctrl-C. The modules of a command are imported only when it is used, so that --help is quick.
+memory, a result was wrong, or a target was missed; 130 interrupted by Ctrl-C. `tools.command_line` has the commands.
 """
 
 from __future__ import annotations
 
-import argparse
-import logging
-import os
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
 
-from sparse_mla_jax import __version__
-
-
-class _Parser(argparse.ArgumentParser):
-    """Reports bad usage as one line, like every other error here."""
-
-    def error(self, message: str) -> NoReturn:
-        """Prints one line and exits with code 2."""
-        self.exit(2, f"error: {message}; see {self.prog} --help\n")
-
-
-# One line of help for each command.
-COMMANDS = {
-    "demo": "serve the small trained model on real text and compare caches",
-    "score": "logits at every position of given token ids",
-    "generate": "continue a prompt",
-    "bench": "kernel times, or decode throughput of a model",
-    "inspect": "kernels on gfx942 and gfx950 without one: registers, instruction counts, error",
-    "info": "backend, FP8 flavour, implementations, versions",
-}
-DESCRIPTIONS = {
-    "score": "Writes float32 logits [B, L, vocabulary] of integer ids [B, L], through prefill and decode steps.",
-    "generate": "Streams the continuation of a prompt. The bytes of the prompt are its token ids; a vocabulary of at"
-    " most 256 prints text, a larger one prints ids.",
-    "bench": "With an area, or without anything: times every kernel on named shapes and checks it."
-    " With MODEL_DIR: prefills random prompts, then times decode steps of the whole batch; no sequence exceeds"
-    " CONTEXT.",
-    "inspect": "Compiles the kernels for MI300X and MI355X and executes them in an interpreter: no timing.",
-}
-
-
-def _add_arguments(command: str, parser: argparse.ArgumentParser) -> None:
-    """Adds the options of one command."""
-    if command == "bench":
-        from sparse_mla_jax.tools.bench.options import add_arguments
-    elif command == "demo":
-        from sparse_mla_jax.tools.demo import add_arguments
-    elif command == "generate":
-        from sparse_mla_jax.tools.generate import add_arguments
-    elif command == "info":
-        from sparse_mla_jax.tools.info import add_arguments
-    elif command == "inspect":
-        from sparse_mla_jax.tools.inspect.options import add_arguments
-    else:
-        from sparse_mla_jax.tools.score import add_arguments
-    add_arguments(parser)
-
-
-def build_parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
-    """The parser. Only the command named in `arguments` gets its options, since some commands import heavy modules."""
-    parser = _Parser(
-        prog="python -m sparse_mla_jax", description="DeepSeek Sparse Attention over paged FP8 caches, in JAX."
-    )
-    parser.add_argument("--version", action="version", version=f"sparse-mla-jax {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    wanted = next((argument for argument in arguments if not argument.startswith("-")), None)
-    for name, what in COMMANDS.items():
-        command = commands.add_parser(name, help=what, description=DESCRIPTIONS.get(name))
-        if name == wanted:
-            _add_arguments(name, command)
-    return parser
-
-
-def _run(arguments: argparse.Namespace) -> int:
-    """Runs the chosen command; returns its exit code."""
-    if arguments.command == "demo":
-        from sparse_mla_jax.tools.demo import run
-    elif arguments.command == "generate":
-        from sparse_mla_jax.tools.generate import run
-    elif arguments.command == "info":
-        from sparse_mla_jax.tools.info import run
-    elif arguments.command == "score":
-        from sparse_mla_jax.tools.score import run
-    elif arguments.command == "bench":
-        return _bench(arguments)
-    elif arguments.step:
-        from sparse_mla_jax.tools.inspect.steps import run
-    else:
-        from sparse_mla_jax.tools.inspect.kernels import run
-    return run(arguments) or 0
-
-
-def _bench(arguments: argparse.Namespace) -> int:
-    """The command `bench`: the target is an area of kernels or the folder of a model."""
-    from sparse_mla_jax._check import require
-    from sparse_mla_jax.tools.bench import model, options, run
-    from sparse_mla_jax.tools.info import describe_device
-
-    target = arguments.target
-    kernels = target is None or target in run.AREAS
-    options.check_form(arguments, kernels)
-    if kernels:
-        return run.run(arguments, target, describe_device())
-    require(
-        os.path.isdir(target),
-        f"model folder {target!r} does not exist, and it is no area either; give a folder with config.json, or one of"
-        f" {', '.join(run.AREAS)}.",
-    )
-    given = {name: getattr(arguments, name) for name in model.MODEL_BENCH}
-    merged = model.MODEL_BENCH | {name: value for name, value in given.items() if value is not None}
-    return model.run(argparse.Namespace(**{**vars(arguments), **merged, "model_dir": target}))
-
-
-def _fail(message: object, code: int) -> int:
-    print("error:", " ".join(str(message).split()), file=sys.stderr)
-    return code
+from sparse_mla_jax._interrupts import leave_on_interrupt
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command; returns the exit code (listed in the module's docstring)."""
-    argv = sys.argv[1:] if argv is None else argv
-    # Hide a long error message of the ROCm plugin (extra `cdna`): it only says that the machine has no AMD GPU.
-    logging.getLogger("jax._src.xla_bridge").addFilter(lambda record: "plugin configuration" not in record.getMessage())
-    try:
-        code = _run(build_parser(argv).parse_args(argv))
-        sys.stdout.flush()
-        return code
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
-    except BrokenPipeError:
-        # The reader of our output is gone: avoid a second error at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-    except (ValueError, OSError) as error:
-        return _fail(error, 2)
-    except MemoryError:
-        return _fail("out of memory; ask for fewer or shorter sequences (smaller batch, context or chunk).", 1)
-    except RuntimeError as error:
-        # JaxRuntimeError is a RuntimeError: no accelerator, out of device memory, a failed kernel.
-        return _fail(
-            f"the device or its runtime failed: {error}. Run `info`, or ask for a smaller batch or context.", 1
-        )
+    """Runs one command; returns the exit code (listed in the module's docstring).
+
+    Without `argv`, as the program itself, it ends the process: Ctrl-C leaves it from any place, and no exit code is
+    returned. With `argv` it is a function like any other, and Ctrl-C is a KeyboardInterrupt.
+    """
+    if argv is None:
+        leave_on_interrupt()
+    from sparse_mla_jax.tools import command_line
+
+    if argv is None:
+        command_line.run_program(sys.argv[1:])
+    return command_line.run_command(argv)
 
 
 if __name__ == "__main__":

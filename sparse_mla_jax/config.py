@@ -64,10 +64,15 @@ def load_config(folder: str | os.PathLike[str]) -> Config:
         os.path.isdir(folder), f"model folder {os.fspath(folder)!r} does not exist; give a folder with config.json."
     )
     require(os.path.isfile(path), f"{os.fspath(folder)!r} has no config.json; give a Hugging Face model folder.")
-    return config_from_json(_parse(path))
+    return config_from_json(read_json(path))
 
 
-def _parse(path: str | os.PathLike[str]) -> Any:
+def read_json(path: str | os.PathLike[str]) -> Any:
+    """The contents of a JSON file of a model folder.
+
+    Raises:
+      ValueError: not JSON, a field that occurs twice, or nesting that is too deep.
+    """
     try:
         with open(path, encoding="utf-8") as f:
             return json.load(f, object_pairs_hook=_refuse_repeats)
@@ -103,4 +108,4 @@ def from_hf(source: str | os.PathLike[str] | dict[str, Any]) -> Config:
     """
     if isinstance(source, dict):
         return config_from_json(source)
-    return config_from_json(_parse(source)) if os.path.isfile(source) else load_config(source)
+    return config_from_json(read_json(source)) if os.path.isfile(source) else load_config(source)

@@ -16,6 +16,7 @@ SOURCES = sorted([*ROOT.glob("sparse_mla_jax/**/*.py"), *ROOT.glob("pallas_kerne
 LAYERS = [
     ["pallas_kernels.targets", "pallas_kernels.mesh_axes"],
     ["pallas_kernels"],
+    ["sparse_mla_jax._interrupts", "sparse_mla_jax._plugin_message"],
     ["sparse_mla_jax._check", "sparse_mla_jax._choices", "sparse_mla_jax._folder", "sparse_mla_jax._serialization"],
     ["sparse_mla_jax.shapes"],
     ["sparse_mla_jax.families"],

@@ -9,102 +9,34 @@ Shapes depend on the bucket only: after `warm_up` nothing is traced or compiled 
 from __future__ import annotations
 
 import functools
-import math
+import os
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
-import jax
 import numpy as np
 
 from sparse_mla_jax import _check
 from sparse_mla_jax._check import require
 from sparse_mla_jax._choices import CACHE_DTYPES
 from sparse_mla_jax.config import Config
-from sparse_mla_jax.metadata import bucket_for, buckets, build_metadata
-from sparse_mla_jax.models.family import check_params, family_of, matmul_precision
+from sparse_mla_jax.metadata import bucket_for
+from sparse_mla_jax.models.checkpoint import load_checkpoint
+from sparse_mla_jax.models.family import check_params, family_of
+from sparse_mla_jax.models.generation import load_generation_defaults
 from sparse_mla_jax.ops._dispatch import check_implementation
 from sparse_mla_jax.serving.pages import PageAllocator
-from sparse_mla_jax.serving.requests import Prompt, check_request
-from sparse_mla_jax.serving.sampling import sample
+from sparse_mla_jax.serving.requests import Prompt, Stops, check_eos, check_request
 from sparse_mla_jax.serving.scheduler import Request, Scheduled, Scheduler
+from sparse_mla_jax.serving.sizes import check_sizes_fit, choose_sizes, default_buckets
+from sparse_mla_jax.serving.step import StepInputs, jitted_step
 
-
-class StepInputs(NamedTuple):
-    """The host's inputs of a step: T tokens and B = max_batch rows (requests), both padded; P pages per row.
-
-    Attributes:
-      token_ids: int32 [T], the rows' tokens one after the other.
-      seq_lens: int32 [B], each sequence's length after this step; 0 in padded rows.
-      query_lens: int32 [B], number of tokens that the row has in this step; 0 in padded rows.
-      page_table: int32 [B, P], -1 for no page.
-      state_ids: int32 [B], row of the per-request state (in models that have one); -1 in padded rows.
-      temperature: float32 [B].
-      top_p: float32 [B].
-      seeds: uint32 [B].
-    """
-
-    token_ids: Any
-    seq_lens: Any
-    query_lens: Any
-    page_table: Any
-    state_ids: Any
-    temperature: Any
-    top_p: Any
-    seeds: Any
-
-
-def model_step(
-    params: Any,
-    caches: Any,
-    inputs: StepInputs,
-    *,
-    config: Config,
-    page_size: int,
-    implementation: str | None,
-) -> tuple[jax.Array, Any]:
-    """The pure function behind `Engine.step`: (sampled tokens int32 [B], caches); padded rows give any token."""
-    with matmul_precision(params):
-        metadata = build_metadata(
-            inputs.seq_lens,
-            inputs.query_lens,
-            inputs.page_table,
-            num_tokens=inputs.token_ids.shape[0],
-            page_size=page_size,
-        )
-        hidden, caches = family_of(config).forward(
-            params,
-            inputs.token_ids,
-            caches,
-            metadata,
-            config=config,
-            state_ids=inputs.state_ids,
-            implementation=implementation,
-        )
-        scores = family_of(config).logits(params, hidden[metadata.last_token], config)
-        # Position of the sampled token: the length before it, however the earlier tokens were cut into steps.
-        tokens = sample(scores, inputs.temperature, inputs.top_p, inputs.seeds, metadata.seq_lens)
-    return tokens, caches
-
-
-_jitted_step = jax.jit(
-    model_step, static_argnames=("config", "page_size", "implementation"), donate_argnames=("caches",)
-)
-
-
-def default_buckets(max_batch: int, token_budget: int) -> tuple[int, ...]:
-    """Token counts to which steps are padded: a full decode batch, then growing fourfold up to the budget.
-
-    Every bucket is a program to compile. Compared with doubling, there are half as many programs, so the engine starts
-    twice as fast; and a long prompt fills whole budgets anyway.
-    """
-    ladder = buckets(token_budget, min_size=max_batch)
-    return tuple(sorted({ladder[0], *ladder[::-1][::2]}))
+__all__ = ["Engine", "default_buckets"]
 
 
 class Engine:
     """Serves many requests with one model.
 
-    >>> engine = Engine(params, config, max_batch=8, max_context=2048)          # doctest: +SKIP
+    >>> engine = Engine.from_folder("examples/tiny_python", max_context=2048)    # doctest: +SKIP
     >>> request = engine.submit(b"def main(", max_tokens=64, stop=[b"\\n\\n"])   # doctest: +SKIP
     >>> bytes(engine.stream(request))                                           # doctest: +SKIP
 
@@ -126,6 +58,7 @@ class Engine:
         it.
       scheduler: the waiting and running requests.
       token_buckets: token counts to which steps are padded, ascending.
+      eos_token_ids: ids that end every request.
     """
 
     def __init__(
@@ -142,6 +75,7 @@ class Engine:
         prefill_chunk: int = 512,
         token_buckets: Sequence[int] | None = None,
         implementation: str | None = None,
+        eos_token_ids: int | Sequence[int] = (),
     ):
         """Puts the weights on the device and allocates the caches; compiles nothing yet.
 
@@ -158,45 +92,68 @@ class Engine:
             take several steps, in which other requests decode as well.
           token_buckets: token counts to which steps are padded; None: see `default_buckets`.
           implementation: of all operators: None, "triton", "xla" or "reference".
+          eos_token_ids: ids that end every request, as a stop sequence of one id does. `from_folder` reads those of a
+            folder; so does `models.generation.load_generation_defaults`.
 
         Raises:
-          ValueError: a size, type or name that is not as described, or params that do not fit the config.
+          ValueError: a size, type or name that is not as described, params that do not fit the config, or caches that
+            need more memory than there is.
         """
         check_implementation(implementation)
         cache_type = _check.dtype("cache_dtype", cache_dtype, CACHE_DTYPES)
-        family = family_of(config)
-        page_size = family.default_page_size(config) if page_size is None else _check.size("page_size", page_size)
-        max_batch = _check.size("max_batch", max_batch)
-        limit = config.max_position_embeddings
-        max_context = _check.size("max_context", min(limit, 4096) if max_context is None else max_context, 2)
-        require(
-            max_context <= limit,
-            f"max_context is {max_context}; the model's positions end at {limit} (max_position_embeddings).",
-        )
-        token_budget = max(_check.size("prefill_chunk", prefill_chunk), max_batch)
-        width = math.ceil(max_context / page_size)
-        num_pages = max_batch * width if num_pages is None else _check.size("num_pages", num_pages)
-        if token_buckets is None:
-            token_buckets = default_buckets(max_batch, token_budget)
-        self.token_buckets = tuple(sorted({_check.size("token_buckets", size) for size in token_buckets}))
-        require(
-            bool(self.token_buckets) and self.token_buckets[-1] >= token_budget,
-            f"token_buckets is {self.token_buckets}; the largest must hold a whole step of {token_budget} tokens.",
-        )
-        self.config = config
-        self.params = check_params(params, config, dtype)
-        self.scheduler = Scheduler(
-            PageAllocator(num_pages),
+        sizes = choose_sizes(
+            config,
             page_size=page_size,
+            num_pages=num_pages,
             max_batch=max_batch,
             max_context=max_context,
-            token_budget=token_budget,
+            prefill_chunk=prefill_chunk,
+            token_buckets=token_buckets,
         )
-        self.caches = family.create_caches(
-            config, num_pages, page_size, num_requests=max_batch, max_query_len=token_budget, dtype=cache_type
+        self.eos_token_ids = check_eos(eos_token_ids, config.vocab_size)
+        self.token_buckets = sizes.token_buckets
+        self.config = config
+        self.params = check_params(params, config, dtype)
+        check_sizes_fit(config, sizes, cache_type)
+        self.scheduler = Scheduler(
+            PageAllocator(sizes.num_pages),
+            page_size=sizes.page_size,
+            max_batch=sizes.max_batch,
+            max_context=sizes.max_context,
+            token_budget=sizes.token_budget,
         )
-        self._step = functools.partial(_jitted_step, config=config, page_size=page_size, implementation=implementation)
+        self.caches = family_of(config).create_caches(
+            config,
+            sizes.num_pages,
+            sizes.page_size,
+            num_requests=sizes.max_batch,
+            max_query_len=sizes.token_budget,
+            dtype=cache_type,
+        )
+        options = {"config": config, "page_size": sizes.page_size, "implementation": implementation}
+        self._step = functools.partial(jitted_step, **options)
         self._failure: str | None = None
+
+    @classmethod
+    def from_folder(
+        cls, folder: str | os.PathLike[str], *, dtype: Any = "float32", progress: bool = True, **options: Any
+    ) -> Engine:
+        """An engine with the weights of a Hugging Face folder, whose end-of-sequence ids end every request.
+
+        Args:
+          folder: a model folder, see `load_checkpoint`; generation_config.json in it may name the ids, see
+            `load_generation_defaults`.
+          dtype: float32 or bfloat16, of the matrices.
+          progress: show a progress bar of the weights on stderr, if that is a terminal.
+          **options: of `Engine`; eos_token_ids replaces the folder's ids.
+
+        Raises:
+          ValueError: a folder that can not be read, or an argument that is not as described.
+        """
+        if "eos_token_ids" not in options:
+            options["eos_token_ids"] = load_generation_defaults(folder).eos_token_ids
+        config, params = load_checkpoint(folder, dtype=dtype, progress=progress)
+        return cls(params, config, **options)
 
     @property
     def max_context(self) -> int:
@@ -230,20 +187,23 @@ class Engine:
         temperature: float = 0.0,
         top_p: float = 1.0,
         seed: int = 0,
-        stop: Prompt | Sequence[Prompt | int] = (),
+        stop: Stops = None,
+        ignore_eos: bool = False,
     ) -> Request:
         """Queues a request; `step`, `run` or `stream` then work on it.
 
         A request that reaches max_context (or has all pages and fills them) ends there with finish_reason "length".
 
         Args:
-          prompt: text, bytes (ids are the bytes) or token ids, at least one.
+          prompt: token ids, at least one; or text or bytes if the vocabulary is bytes (at most 256 ids). The ids of
+            text are the bytes of its UTF-8 encoding.
           max_tokens: most tokens to generate, at least 1.
           temperature: 0 is greedy.
           top_p: nucleus, above 0 and at most 1.
           seed: 0..2**32 - 1; the same seed gives the same tokens, whatever other requests run.
           stop: texts, bytes or sequences of ids that end the request (an int is a sequence of one id), or a single text
-            or bytes. They do not appear in the tokens.
+            or bytes; None for none. They do not appear in the tokens.
+          ignore_eos: do not end at the engine's eos_token_ids, which then appear in the tokens.
 
         Returns:
           The request; steps append to its `tokens`.
@@ -253,8 +213,16 @@ class Engine:
           RuntimeError: the engine has failed.
         """
         self._check_usable()
+        require(isinstance(ignore_eos, bool), f"ignore_eos is {ignore_eos!r}; True or False is expected.")
         request = check_request(
-            self.config, prompt, max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed, stop=stop
+            self.config,
+            prompt,
+            max_tokens=max_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            seed=seed,
+            stop=stop,
+            eos_token_ids=() if ignore_eos else self.eos_token_ids,
         )
         self.scheduler.add(request)
         if request.error is not None:

@@ -17,6 +17,7 @@ from sparse_mla_jax.config import Config
 from sparse_mla_jax.metadata import build_metadata
 from sparse_mla_jax.models.family import check_params, family_of, matmul_precision
 from sparse_mla_jax.ops._dispatch import check_implementation
+from sparse_mla_jax.serving.memory import check_memory
 
 
 @functools.partial(jax.jit, static_argnames=("config", "page_size", "implementation"), donate_argnames=("caches",))
@@ -91,6 +92,18 @@ def check_arguments(
     return tokens, prompt_length, chunk, page_size
 
 
+def _check_memory(config: Config, tokens: np.ndarray, chunk: int, caches: Any) -> None:
+    """Raises ValueError if caches of these shapes and all logits need more memory than there is."""
+    batch, length = tokens.shape
+    held = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(caches))
+    check_memory(
+        f"the scores of {batch} sequences of {length} tokens over {config.vocab_size} ids",
+        device_bytes=held + 4 * batch * chunk * (config.vocab_size + config.hidden_size),
+        host_bytes=4 * batch * length * config.vocab_size,
+        hint="Score fewer or shorter sequences at a time, or lower chunk or page_size.",
+    )
+
+
 def score(
     params: Any,
     config: Config,
@@ -124,7 +137,7 @@ def score(
       float32 [B, L, V] on the host.
 
     Raises:
-      ValueError: an argument that is not as described.
+      ValueError: an argument that is not as described, or logits that need more memory than there is.
     """
     check_implementation(implementation)
     cache_type = _check.dtype("cache_dtype", cache_dtype, CACHE_DTYPES)
@@ -134,9 +147,14 @@ def score(
     batch, length = tokens.shape
     params = check_params(params, config)
     width = -(-length // page_size)
-    caches = family_of(config).create_caches(
-        config, batch * width, page_size, num_requests=batch, max_query_len=chunk, dtype=cache_type
-    )
+
+    def create() -> Any:
+        return family_of(config).create_caches(
+            config, batch * width, page_size, num_requests=batch, max_query_len=chunk, dtype=cache_type
+        )
+
+    _check_memory(config, tokens, chunk, jax.eval_shape(create))
+    caches = create()
     page_table = jnp.arange(batch * width, dtype=jnp.int32).reshape(batch, width)
     logits = np.empty((batch, length, config.vocab_size), np.float32)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import concurrent.futures
+import contextlib
 import math
 import os
 import pathlib
@@ -16,12 +17,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from sparse_mla_jax._check import require
-from sparse_mla_jax.config import DeepseekV32Config
+from sparse_mla_jax.config import DeepseekV32Config, load_config
 from sparse_mla_jax.layers import mla
 from sparse_mla_jax.metadata import build_metadata
 from sparse_mla_jax.models import checkpoint, deepseek_v32
 from sparse_mla_jax.scoring import score
 from sparse_mla_jax.serving.engine import Engine
+from sparse_mla_jax.tools.output import PLOT_EXTRA, check_picture, has_matplotlib, whole_file
 from sparse_mla_jax.tools.text import stdlib_sources
 
 PACKAGE = pathlib.Path(__file__).parents[1]
@@ -35,6 +37,7 @@ VARIANTS = (
     ("sparse, e4m3fn cache", False, "float8_e4m3fn"),
 )
 WINDOW = 2048
+PICTURE = "out/selected_positions.png"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -44,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompt-bytes", type=int, default=1024, help="longest prompt; the others are shorter")
     parser.add_argument("--max-tokens", type=int, default=64, help="bytes generated for each request")
     parser.add_argument("--windows", type=int, default=3, help="held-out windows of 2048 bytes in the table")
-    parser.add_argument("--picture", default="out/selected_positions.png", help="where the picture goes")
+    parser.add_argument("--picture", metavar="FILE", help=f"where the picture goes (default {PICTURE})")
 
 
 def held_out_windows(count: int, length: int) -> list[tuple[str, np.ndarray]]:
@@ -171,15 +174,10 @@ def last_query_selection(params: Any, config: DeepseekV32Config, tokens: np.ndar
 
 def picture(selected: list[np.ndarray], name: str, length: int, path: str) -> None:
     """Saves which of `length` positions the last query of module `name` selected, one row of marks per layer."""
-    try:
-        import matplotlib
-    except ImportError:
-        print("no picture: matplotlib is missing (pip install 'sparse-mla-jax[plot]')", file=sys.stderr)
-        return
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+    from matplotlib.figure import Figure
 
-    figure, axes = plt.subplots(figsize=(11, 3.6), layout="constrained")
+    figure = Figure(figsize=(11, 3.6), layout="constrained")
+    axes = figure.subplots()
     for layer, positions in enumerate(selected):
         axes.vlines(positions[positions >= 0], layer - 0.4, layer + 0.4, color=f"C{layer}", linewidth=0.8)
     axes.set(
@@ -190,26 +188,61 @@ def picture(selected: list[np.ndarray], name: str, length: int, path: str) -> No
         title=f"The {len(selected[0])} of {length} positions that the last query attends to, by layer",
     )
     axes.invert_yaxis()
-    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    with whole_file(path) as unfinished:
+        figure.savefig(unfinished, dpi=110)
     print(f"\npicture: {path}")
+
+
+def check_options(arguments: argparse.Namespace) -> None:
+    """Raises ValueError for numbers that the demo can not serve."""
+    for option in ("requests", "prompt_bytes", "max_tokens", "windows"):
+        value = getattr(arguments, option)
+        require(value >= 1, f"--{option.replace('_', '-')} is {value}; it must be at least 1.")
+    length = arguments.prompt_bytes + arguments.max_tokens
+    require(length <= WINDOW, f"--prompt-bytes plus --max-tokens is {length}; at most {WINDOW}.")
+    most = sum(len(text) // WINDOW for _, text in stdlib_sources(held_out=True))
+    require(
+        arguments.windows <= max(most, 1), f"--windows is {arguments.windows}; the held-out text has {most} of them."
+    )
+
+
+def load_model(folder: str) -> tuple[DeepseekV32Config, Any]:
+    """Config and weights of a byte-level DeepSeek-V3.2.
+
+    Raises:
+      ValueError: another model, told before its weights are read.
+    """
+    config = load_config(folder)
+    if not isinstance(config, DeepseekV32Config):
+        raise ValueError(f"--model {folder!r} is a DeepSeek-V4 model; the demo shows V3.2. Try generate.")
+    require(config.vocab_size == 256, f"--model has a vocabulary of {config.vocab_size}; the demo needs bytes (256).")
+    return config, checkpoint.load_checkpoint(folder, dtype="float32", progress=False)[1]
+
+
+def check_pictures_path(path: str | None) -> str | None:
+    """The file that the picture goes to, the default one in a folder that is made here; None for no picture.
+
+    Raises:
+      ValueError: a path that was asked for can not be written, or there is no matplotlib to draw it.
+    """
+    if path is None and not has_matplotlib():
+        print(f"no picture: matplotlib is missing ({PLOT_EXTRA})", file=sys.stderr)
+        return None
+    if path is None:
+        path = PICTURE
+        # If it can not be made, the check says so.
+        with contextlib.suppress(OSError):
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+    check_picture("--picture", path)
+    return path
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Runs the demo; returns the exit code."""
-    for option, low in (("requests", 1), ("prompt_bytes", 1), ("max_tokens", 1), ("windows", 1)):
-        value = getattr(arguments, option)
-        require(value >= low, f"--{option.replace('_', '-')} is {value}; it must be at least {low}.")
-    require(
-        arguments.prompt_bytes + arguments.max_tokens <= WINDOW,
-        f"--prompt-bytes plus --max-tokens is {arguments.prompt_bytes + arguments.max_tokens}; at most {WINDOW}.",
-    )
+    check_options(arguments)
+    path = check_pictures_path(arguments.picture)
     start = time.perf_counter()
-    config, params = checkpoint.load_checkpoint(arguments.model, dtype="float32", progress=False)
-    if not isinstance(config, DeepseekV32Config):
-        raise ValueError(f"--model {arguments.model!r} is a DeepSeek-V4 model; the demo shows V3.2. Try generate.")
-    require(config.vocab_size == 256, f"--model has a vocabulary of {config.vocab_size}; the demo needs bytes (256).")
+    config, params = load_model(arguments.model)
     size = sum(leaf.size for leaf in jax.tree.leaves(params))
     print(f"DeepSeek-V3.2 architecture: {config.num_hidden_layers} layers, {size / 1e6:.1f} M parameters, {device()}")
     serve(params, config, arguments)
@@ -223,6 +256,7 @@ def run(arguments: argparse.Namespace) -> int:
         ]
         selection = pool.submit(last_query_selection, params, config, windows[0])
         table([future.result() for future in scores], windows, config.index_topk)
-        picture(selection.result(), names[0], WINDOW, arguments.picture)
+        if path is not None:
+            picture(selection.result(), names[0], WINDOW, path)
     print(f"done in {time.perf_counter() - start:.0f} s")
     return 0

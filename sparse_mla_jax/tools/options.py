@@ -37,23 +37,9 @@ def load_array(path: str, name: str) -> np.ndarray:
 
     require(os.path.isfile(path), f"{name} {path!r} is not a file; give a .npy file (numpy.save).")
     try:
-        array = np.load(path, allow_pickle=False)
-    except (ValueError, OSError, EOFError) as error:
+        # Mapped: a header may promise more than the file has, or than memory holds.
+        array = np.load(path, allow_pickle=False, mmap_mode="r")
+    except (ValueError, OSError, EOFError, OverflowError, SyntaxError, TypeError) as error:
         raise ValueError(f"{name} {path!r} is not a readable .npy file ({error}); write it with numpy.save.") from None
     require(isinstance(array, np.ndarray), f"{name} {path!r} holds several arrays; give a .npy file with one.")
     return array
-
-
-def check_writable(name: str, path: str) -> None:
-    """Checks an output path before any work is done; `name` is the option's name.
-
-    Raises:
-      ValueError: the path is a folder, in a folder that does not exist, or not writable.
-    """
-    from sparse_mla_jax._check import require
-
-    folder = os.path.dirname(os.path.abspath(path))
-    require(os.path.isdir(folder), f"{name} {path!r}: folder {folder!r} does not exist; make it first.")
-    require(not os.path.isdir(path), f"{name} {path!r} is a folder; give the name of a file.")
-    target = path if os.path.exists(path) else folder
-    require(os.access(target, os.W_OK), f"{name} {path!r} is not writable; choose another place.")

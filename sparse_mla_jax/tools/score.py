@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from sparse_mla_jax.tools.options import add_model_options, check_writable, load_array
+from sparse_mla_jax.tools.options import add_model_options, load_array
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,8 +27,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """The command `score`."""
     from sparse_mla_jax.config import load_config
+    from sparse_mla_jax.tools.output import check_output, whole_file
 
     config = load_config(arguments.model_dir)
+    check_output("--output", arguments.output)
     tokens = load_array(arguments.tokens, "--tokens")
     import numpy as np
 
@@ -36,7 +38,6 @@ def run(arguments: argparse.Namespace) -> int:
     from sparse_mla_jax.serving import scoring
     from sparse_mla_jax.tools.info import check_backend
 
-    check_writable("--output", arguments.output)
     # Check the ids before reading gigabytes of weights.
     ids = scoring.check_arguments(
         config,
@@ -58,7 +59,7 @@ def run(arguments: argparse.Namespace) -> int:
         implementation=arguments.implementation,
         progress=True,
     )
-    with open(arguments.output, "wb") as file:
+    with whole_file(arguments.output) as unfinished, open(unfinished, "wb") as file:
         np.save(file, logits)
     print(f"wrote float32 logits {list(logits.shape)} to {arguments.output}")
     return 0

@@ -66,6 +66,11 @@ _BY_STEM = {
     "engine": "engine v4_engine cli",
     "scoring": "engine cli",
     "model_step": "engine v4_engine",
+    "step": "engine v4_engine",
+    "requests": "requests engine",
+    "sizes": "engine cli",
+    "memory": "engine",
+    "generation": "generation cli",
     # kernels
     "cache_write": "cache norm_rope compressor plans",
     "cache_parts": "cache norm_rope compressor plans",

@@ -4,6 +4,7 @@ import dataclasses
 import gc
 import random
 import time
+import types
 
 import jax
 import numpy as np
@@ -12,7 +13,9 @@ from support.marks import slow
 
 from sparse_mla_jax.config import DeepseekV32Config, RopeConfig
 from sparse_mla_jax.models import deepseek_v32
-from sparse_mla_jax.serving import engine as engine_module
+from sparse_mla_jax.models.checkpoint import save_checkpoint
+from sparse_mla_jax.serving import memory
+from sparse_mla_jax.serving import step as step_module
 from sparse_mla_jax.serving.engine import Engine, default_buckets
 from sparse_mla_jax.serving.scoring import score
 
@@ -148,7 +151,7 @@ def count_compilations(function):
 def test_a_warm_engine_traces_nothing(params, jobs):
     engine = make(params, page_size=3)
     assert count_compilations(engine.warm_up) > 0
-    programs = engine_module._jitted_step._cache_size()
+    programs = step_module.jitted_step._cache_size()
 
     def serve():
         for seed in range(3):
@@ -159,7 +162,7 @@ def test_a_warm_engine_traces_nothing(params, jobs):
             engine.run()
 
     assert count_compilations(serve) == 0
-    assert engine_module._jitted_step._cache_size() == programs
+    assert step_module.jitted_step._cache_size() == programs
 
 
 def test_warm_up_changes_nothing(params, jobs, alone):
@@ -224,6 +227,30 @@ def test_stop_sequences(params):
     end = ends[0]
     kept = free[:end] if free[end] == free[15] else free[: end - 2]
     assert (request.tokens, request.finish_reason) == (kept, "stop")
+
+
+def test_end_of_sequence_ids(params):
+    prompt = prompts(1, seed=7)[0]
+    job = {"max_tokens": 20, "temperature": 1.5, "seed": 8}
+    free = generate(params, [(prompt, job)])[0].tokens
+    eos = [free[6], free[11]]
+    end = next(i for i, token in enumerate(free) if token in eos)
+    jobs = [(prompt, job), (prompt, {**job, "ignore_eos": True}), (prompt, {**job, "stop": [free[2]]})]
+    ended, ignoring, stopped = generate(params, jobs, eos_token_ids=eos)
+    assert (ended.tokens, ended.finish_reason) == (free[:end], "stop")
+    assert (ignoring.tokens, ignoring.finish_reason) == (free, "length")
+    assert stopped.tokens == free[: min(free.index(free[2]), end)]
+
+
+def test_an_engine_from_a_folder_ends_at_its_ids(params, tmp_path):
+    save_checkpoint(tmp_path, CONFIG, params, extra={"eos_token_id": 3})
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [5, 6]}')
+    assert Engine.from_folder(tmp_path, **SIZES).eos_token_ids == (5, 6)
+    assert Engine.from_folder(tmp_path, eos_token_ids=(), **SIZES).eos_token_ids == ()
+    (tmp_path / "generation_config.json").unlink()
+    engine = Engine.from_folder(tmp_path, dtype="bfloat16", **SIZES)
+    assert engine.eos_token_ids == (3,) and engine.params["lm_head"].dtype == jax.numpy.bfloat16
+    assert engine.submit([1]).stop == ((3,),)
 
 
 def test_stop_bytes_and_text(params):
@@ -295,6 +322,7 @@ BAD_REQUESTS = [
     ({"top_p": None}, "top_p is None"),
     ({"seed": -1}, "seed is -1"),
     ({"seed": 2**32}, "seed is 4294967296"),
+    ({"ignore_eos": 1}, "ignore_eos is 1; True or False"),
     ({"stop": [b"a", b""]}, "stop holds token id 97"),
     ({"stop": [b""]}, "empty sequence"),
     ({"stop": ""}, "empty sequence"),
@@ -305,8 +333,6 @@ BAD_REQUESTS = [
 def test_bad_requests(shared, options, message):
     prompt = options.get("prompt", [1])
     rest = {name: value for name, value in options.items() if name != "prompt"}
-    if rest.get("stop") == "":
-        rest["stop"] = [""]
     with pytest.raises(ValueError, match=message):
         shared.submit(prompt, **rest)
     assert not shared.has_work()
@@ -331,6 +357,15 @@ BAD_ENGINES = [
     ({"cache_dtype": "nonsense"}, "cache_dtype is 'nonsense'; expected float32, bfloat16"),
     ({"dtype": "float16"}, "dtype is float16; expected float32 or bfloat16"),
     ({"implementation": "cuda"}, "implementation is 'cuda'"),
+    ({"eos_token_ids": 64}, "eos_token_ids holds token id 64"),
+    ({"token_buckets": 16}, "token_buckets is 16; a sequence of integers"),
+    ({"max_batch": 10**9, "num_pages": None}, "num_pages is 12000000000 and page_size 4; slots are int32"),
+]
+TOO_LARGE = [
+    ({"max_batch": 10**9}, "Lower max_batch, max_context, num_pages or prefill_chunk."),
+    ({"num_pages": 10**8}, "an engine of 100000000 pages of 4 tokens, 4 requests and steps of 16 tokens"),
+    ({"prefill_chunk": 10**12}, "steps of 1000000000000 tokens needs at least .* GiB; this machine has 4 GiB free"),
+    ({"prefill_chunk": 10**400}, "this machine has 4 GiB free"),
 ]
 
 
@@ -338,6 +373,32 @@ BAD_ENGINES = [
 def test_bad_engines(params, options, message):
     with pytest.raises(ValueError, match=message):
         make(params, **options)
+
+
+@pytest.mark.parametrize(("options", "message"), TOO_LARGE, ids=[str(options)[:25] for options, _ in TOO_LARGE])
+def test_what_does_not_fit_is_refused_before_memory_is_taken(params, monkeypatch, options, message):
+    monkeypatch.setattr(memory, "host_memory", lambda: 4 << 30)
+    with pytest.raises(ValueError, match=message):
+        make(params, **options)
+
+
+def test_scores_that_do_not_fit(params, monkeypatch):
+    monkeypatch.setattr(memory, "host_memory", lambda: 1 << 20)
+    with pytest.raises(
+        ValueError, match="the scores of 200 sequences of 90 tokens over 64 ids needs at least .* chunk"
+    ):
+        score(params, CONFIG, np.zeros((200, 90), int))
+
+
+def test_how_much_memory_there_is(monkeypatch, tmp_path):
+    assert 1 << 28 < memory.host_memory() < 1 << 50
+    (tmp_path / "memory.max").write_text("123456\n")
+    (tmp_path / "none").write_text("max\n")
+    monkeypatch.setattr(memory, "_LIMITS", (str(tmp_path / "none"), str(tmp_path / "memory.max")))
+    assert memory.host_memory() == 123456
+    gpu = types.SimpleNamespace(platform="gpu", memory_stats=lambda: {"bytes_limit": 100, "bytes_in_use": 30})
+    assert memory.device_memory(gpu) == 70
+    assert memory.device_memory(types.SimpleNamespace(platform="gpu", memory_stats=lambda: None)) is None
 
 
 def test_params_of_another_config(params):

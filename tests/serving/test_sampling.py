@@ -87,6 +87,42 @@ def test_tiny_temperature_and_extreme_logits():
     assert set(tokens.tolist()) == {1, 3}
 
 
+@pytest.mark.parametrize("temperature", [2.0**126, 1e38, 3e38, np.inf])
+def test_huge_temperatures(temperature):
+    """Every finite logit is as probable as any other, and the nucleus is that of the logits."""
+    rows = np.array([[1, 2, 3, 2.5], [-np.inf, 0, -np.inf, np.nan], [5, -np.inf, 4, np.nan], [3e38, -3e38, 0, 0]])
+    logits = np.repeat(rows.astype(np.float32), 1000, axis=0)
+    tokens = draw(logits, temperature, seeds=np.arange(4000)).reshape(4, 1000)
+    np.testing.assert_allclose(np.bincount(tokens[0], minlength=4) / 1000, 0.25, atol=0.05)
+    assert [set(row.tolist()) for row in tokens[1:3]] == [{1}, {0, 2}]
+    # Differences as large as the temperature count: e^-3.5 and e^-7.
+    share = np.bincount(tokens[3], minlength=4) / 1000
+    assert 0.9 < share[0] < 1 and share[2] + share[3] > 0.01
+    assert set(draw(logits, temperature, top_p=0.4, seeds=np.arange(4000))[:1000].tolist()) == {2, 3}
+    np.testing.assert_array_equal(draw(logits, temperature, top_p=0.0)[::1000], [2, 1, 0, 0])
+
+
+@pytest.mark.parametrize("temperature", [np.nan, -np.inf, -0.0, 1e-45, 1e-39])
+def test_temperatures_that_are_greedy(temperature):
+    np.testing.assert_array_equal(draw([[1, 3, 3], [np.nan, -np.inf, -2]], temperature, seeds=7), [1, 2])
+
+
+@pytest.mark.parametrize(("top_p", "kept"), [(np.nan, {2}), (-np.inf, {2}), (1e-45, {2}), (np.inf, {0, 1, 2})])
+def test_extreme_top_p(top_p, kept):
+    tokens = draw(np.tile(np.array([1.0, 0.5, 1.5], np.float32), (300, 1)), top_p=top_p, seeds=np.arange(300))
+    assert set(tokens.tolist()) == kept
+
+
+def test_numbers_of_other_types():
+    """float64 beyond float32, and integers of 64 bits: no warning, and the row of its float32 and int32."""
+    logits = np.random.default_rng(5).normal(size=(3, 9)).astype(np.float32)
+    options = np.array([1e300, 1.0, 1e-300]), np.ones(3), np.arange(3), np.arange(3, dtype=np.int64)
+    tokens = jax.jit(lambda logits: sample(logits, *options))(logits)
+    assert tokens.dtype == jnp.int32
+    expected = draw(logits, seeds=np.arange(3), positions=np.arange(3))[1]
+    assert int(tokens[1]) == expected and int(tokens[2]) == logits[2].argmax()
+
+
 def test_one_token_vocabulary_no_rows_and_bfloat16():
     assert draw([[4.0]], temperature=1.0).tolist() == [0]
     empty = sample(

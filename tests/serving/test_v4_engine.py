@@ -6,7 +6,7 @@ import pytest
 
 from sparse_mla_jax.config import DeepseekV4Config
 from sparse_mla_jax.models import deepseek_v4
-from sparse_mla_jax.serving import engine as engine_module
+from sparse_mla_jax.serving import step as step_module
 from sparse_mla_jax.serving.engine import Engine
 from sparse_mla_jax.serving.scoring import score
 
@@ -104,11 +104,11 @@ def test_running_requests_never_share_a_state(params, jobs):
 def test_a_warm_engine_traces_nothing(params, jobs):
     engine = Engine(params, CONFIG, **SIZES)
     engine.warm_up()
-    before = engine_module._jitted_step._cache_size()
+    before = step_module.jitted_step._cache_size()
     for prompt, job in jobs[:3]:
         engine.submit(prompt, **job)
     engine.run()
-    assert engine_module._jitted_step._cache_size() == before
+    assert step_module.jitted_step._cache_size() == before
 
 
 def test_default_pages_fit_every_ratio(params):

@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import json
 import pathlib
+import re
 import runpy
 import sys
 import types
@@ -19,6 +20,7 @@ from sparse_mla_jax.__main__ import main
 from sparse_mla_jax.cases import answers, catalogue, indexer, inputs, topk
 from sparse_mla_jax.cases.case import FP8
 from sparse_mla_jax.cases.catalogue import AREAS, CASES
+from sparse_mla_jax.tools import output
 from sparse_mla_jax.tools.bench import device_timing, report
 from sparse_mla_jax.tools.bench import run as bench
 
@@ -260,6 +262,24 @@ def test_one_failure_stops_no_other(capsys, monkeypatch, tmp_path):
     assert [row["us"] is None for row in rows] == [True, True, False]
 
 
+def test_a_missed_target_fails(capsys, monkeypatch):
+    """A time above its floor, one above a reach without a floor, and a ratio to another case."""
+    measure = bench.measure
+    targets = {
+        "topk-64x32768": {"reach": 1e-9, "floor": 2e-9, "verdict": "FAIL"},
+        "topk-64x32768-up": {"at_most": (1e-9, "topk-64x32768")},
+        "topk-64x32768-down": {"reach": 1e9, "floor": 2e9, "verdict": "reach"},
+        "topk-64x32768-plateau": {"reach": 3e-9, "verdict": "FAIL"},
+    }
+    monkeypatch.setattr(bench, "measure", lambda case, *rest: measure(case, *rest) | targets.get(case.name, {}))
+    code, out, err = run(capsys, "topk", "--case", "64x32768", "--repeats", 1, "--no-peers")
+    missed = [line for line in err.splitlines() if "FAIL" in line]
+    assert code == 1 and "FAIL" in out and len(missed) == 3
+    assert re.fullmatch(r"topk-64x32768: FAIL, \S+ us above 2.0e-09 us", missed[0])
+    assert re.fullmatch(r"topk-64x32768-up: FAIL, \S+ x topk-64x32768, above 1e-09 x", missed[1])
+    assert re.fullmatch(r"topk-64x32768-plateau: FAIL, \S+ us above 3.0e-09 us", missed[2])
+
+
 def test_refusals_of_the_library_are_not_failures(monkeypatch):
     def refuses(*args, **kwargs):
         raise ValueError("no FP8 queries")
@@ -400,6 +420,9 @@ def test_the_readme_table(capsys, document):
         (["topk", "--compare", "missing.json"], "is not a file"),
         (["topk", "--compare", "pyproject.toml"], "not valid JSON"),
         (["topk", "--compare", "benchmarks/cdna_counts.json"], "does not hold kernel times"),
+        (["topk", "--json", ""], "--json is empty"),
+        (["topk", "--plot", ""], "--plot is empty"),
+        (["topk", "--compare", ""], "is not a file"),
     ],
 )
 def test_bad_options(capsys, monkeypatch, options, message):
@@ -407,8 +430,21 @@ def test_bad_options(capsys, monkeypatch, options, message):
     assert message in refused(capsys, *options)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [{"machine": 3}, {"results": {}}, {"results": [1]}, {"results": [{}]}, {"us": "x"}, {"sizes": None}],
+    ids=str,
+)
+def test_documents_that_can_not_be_compared(capsys, document, tmp_path, change):
+    found = copy.deepcopy(document[1])
+    if not set(change) <= set(found):
+        found["results"][0] |= change
+    (tmp_path / "old.json").write_text(json.dumps(found | change))
+    assert "does not hold kernel times" in refused(capsys, "topk", "--compare", tmp_path / "old.json")
+
+
 def test_plot_without_matplotlib(capsys, monkeypatch):
-    monkeypatch.setattr(report.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(output, "has_matplotlib", lambda: False)
     assert "pip install 'sparse-mla-jax[plot]'" in refused(capsys, "topk", "--plot", "x.png")
 
 

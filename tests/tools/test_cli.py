@@ -1,14 +1,15 @@
 """The command line: what it prints and writes, and one line with exit code 2 for everything that is wrong."""
 
 import dataclasses
+import io
 import json
 import os
 import pathlib
+import re
 import shutil
-import signal
 import subprocess
 import sys
-import time
+import types
 
 import jax
 import numpy as np
@@ -288,15 +289,107 @@ def test_generate_stops(capsys, model, expected):
     assert code == 0 and out == bytes(tokens[:at]).decode("utf-8", "replace") + "\n"
 
 
+IDS = " ".join(["97,98"] * 13)
+WIDE = ["--page-size", 16, "--ignore-eos"]
+
+
 def test_generate_prints_ids_of_a_larger_vocabulary(capsys, wide):
-    code, out, _ = run(capsys, "generate", wide, "--prompt", "ab" * 13, "--max-tokens", 5, "--page-size", 16)
+    code, out, _ = run(capsys, "generate", wide, "--tokens", IDS, "--max-tokens", 5, *WIDE)
     assert code == 0
     assert len([int(token) for token in out.split()]) == 5
 
 
 def test_generate_is_cut_at_the_context(capsys, wide):
-    code, out, _ = run(capsys, "generate", wide, "--prompt", "a" * 26, "--max-tokens", 50, "--page-size", 16)
+    code, out, _ = run(capsys, "generate", wide, "--tokens", IDS, "--max-tokens", 50, *WIDE)
     assert code == 0 and len(out.split()) == 6
+
+
+def test_token_ids_in_every_form(capsys, wide, tmp_path, monkeypatch):
+    np.save(tmp_path / "ids.npy", np.array([97, 98] * 13, np.uint16))
+    (tmp_path / "ids.txt").write_text("97, 98\n" * 13)
+    monkeypatch.setattr(sys, "stdin", types.SimpleNamespace(buffer=io.BytesIO(b"97 98 " * 13)))
+    forms = [("--tokens", IDS), ("--tokens", tmp_path / "ids.txt"), ("--tokens", tmp_path / "ids.npy")]
+    forms += [("--prompt-file", tmp_path / "ids.npy"), ("--tokens", "-")]
+    answers = {run(capsys, "generate", wide, *form, "--max-tokens", 5, *WIDE) for form in forms}
+    ((code, out, err),) = answers
+    assert (code, err) == (0, "") and len(out.split()) == 5
+    # A stop sequence of ids ends it.
+    first = out.split()[0]
+    options = ["--max-tokens", 5, *WIDE, "--stop-tokens", "1 2", "--stop-tokens", first]
+    assert run(capsys, "generate", wide, "--tokens", IDS, *options) == (0, "\n", "")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--prompt", "ab"], "--prompt is text, and .* has a vocabulary of 300 tokens that are not bytes.* --tokens"),
+        (["--prompt-file", "-"], "--prompt-file is text.* pass them with --tokens"),
+        (["--tokens", "1", "--stop", "x"], "--stop is text.* pass them with --stop-tokens"),
+        (["--tokens", "300"], "token id 300; the model's vocabulary is 0..299"),
+        (["--tokens", "1 2 x"], "neither token ids, as in 1 2 3, nor a file"),
+        (["--tokens", "-1"], "token id -1"),
+        (["--tokens", "1 -"], "--tokens holds '-'; token ids"),
+        (["--tokens", "9" * 40], "--tokens holds '9999"),
+        (["--tokens", ""], "--tokens is empty"),
+        (["--tokens", "/"], "--tokens '/' is not a file"),
+        (["--tokens", "0 " * 32], "the prompt has 32 tokens; the model's context is 32"),
+        (["--tokens", "1", "--prompt", "x"], "not allowed with"),
+        (["--tokens", "1", "--stop-tokens", ""], "--stop-tokens is empty"),
+    ],
+    ids=lambda value: " ".join(value)[:30] if isinstance(value, list) else "",
+)
+def test_generate_refuses_text_and_ids(capsys, wide, options, message):
+    assert re.search(message, refused(capsys, "generate", wide, *options))
+
+
+def test_generate_refuses_files_of_ids(capsys, wide, tmp_path):
+    (tmp_path / "binary").write_bytes(b"1 2 \xff")
+    (tmp_path / "words").write_text("1 two")
+    for name, array in (("s", np.int64(3)), ("f", np.zeros(3)), ("two", np.zeros((1, 2), int))):
+        np.save(tmp_path / f"{name}.npy", array)
+        message = "a flat array of integer token ids is expected"
+        assert message in refused(capsys, "generate", wide, "--tokens", tmp_path / f"{name}.npy")
+    header = (tmp_path / "f.npy").read_bytes()
+    (tmp_path / "huge.npy").write_bytes(header.replace(b"(3,), }", b"(99999999999999,), }"))
+    assert "not a readable .npy file" in refused(capsys, "generate", wide, "--tokens", tmp_path / "huge.npy")
+    assert "other bytes than digits" in refused(capsys, "generate", wide, "--tokens", tmp_path / "binary")
+    assert "holds 'two'" in refused(capsys, "generate", wide, "--tokens", tmp_path / "words")
+    assert "--tokens holds '\\x00" in refused(capsys, "generate", wide, "--tokens", "/dev/zero")
+
+
+def test_a_tokenizer_in_the_folder_means_that_bytes_are_no_ids(capsys, broken):
+    (broken / "tokenizer.json").write_text("{}")
+    error = refused(capsys, "generate", broken, "--prompt", "x")
+    assert "a vocabulary of 256 tokens that are not bytes. Tokenizers are not supported yet" in error
+
+
+def test_generate_ends_at_the_ids_of_the_folder(capsys, broken, expected):
+    free = expected(b"abcde", max_tokens=30, temperature=1.3, seed=1)
+    arguments = ["generate", broken, "--prompt", "abcde", "--max-tokens", 30, "--temperature", 1.3, "--seed", 1]
+
+    def text(tokens):
+        return bytes(tokens).decode("utf-8", "replace") + "\n"
+
+    config = json.loads((broken / "config.json").read_text())
+    (broken / "config.json").write_text(json.dumps(config | {"eos_token_id": free[9]}))
+    assert run(capsys, *arguments)[1] == text(free[: free.index(free[9])])
+    (broken / "generation_config.json").write_text(json.dumps({"eos_token_id": [free[5], free[4]]}))
+    assert run(capsys, *arguments)[1] == text(free[: min(free.index(free[5]), free.index(free[4]))])
+    assert run(capsys, *arguments, "--ignore-eos")[1] == text(free)
+    (broken / "generation_config.json").write_text('{"eos_token_id": 256}')
+    assert "eos_token_id of " in refused(capsys, *arguments)
+    (broken / "generation_config.json").write_text('{"eos_token_id": "x"}')
+    assert "is 'x'; a token id or a list of token ids" in refused(capsys, *arguments)
+
+
+def test_generate_shows_that_it_compiles(capsys, model, monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    assert run(capsys, "generate", model[0], "--prompt", "def m", "--max-tokens", 20)[0] == 0
+    assert re.search(r"compiling: +0%.* 0/2 ", sys.stderr.getvalue())
 
 
 @pytest.mark.parametrize(
@@ -305,7 +398,7 @@ def test_generate_is_cut_at_the_context(capsys, wide):
         (["--prompt", ""], "the prompt is empty"),
         (["--prompt", "a" * 96], "the prompt has 96 tokens; the model's context is 96"),
         (["--prompt-file", "/nowhere/at/all"], "is not a file"),
-        ([], "one of the arguments --prompt --prompt-file is required"),
+        ([], "one of the arguments --prompt --prompt-file --tokens is required"),
         (["--prompt", "a", "--prompt-file", "b"], "not allowed with"),
         (["--prompt", "a", "--max-tokens", 0], "--max-tokens is 0"),
         (["--prompt", "a", "--temperature", -1], "temperature is -1"),
@@ -313,6 +406,9 @@ def test_generate_is_cut_at_the_context(capsys, wide):
         (["--prompt", "a", "--top-p", 0], "top_p is 0"),
         (["--prompt", "a", "--seed", -1], "seed is -1"),
         (["--prompt", "a", "--stop", ""], "stop holds an empty sequence"),
+        (["--prompt-file", ""], "--prompt-file is empty"),
+        (["--prompt-file", "/dev/zero"], "the prompt has more than 96 tokens"),
+        (["--prompt", "a", "--page-size", 10**9], "an engine of 1 pages of 1000000000 tokens"),
         (["--prompt", "a", "--page-size", 0], "page_size is 0"),
     ],
     ids=str,
@@ -322,7 +418,7 @@ def test_generate_refuses(capsys, model, options, message):
 
 
 def test_generate_refuses_ids(capsys, model, wide, tmp_path):
-    for array in (np.array([[1, 2]]), np.array([0.5]), np.array([1, 256])):
+    for array in (np.array([[1, 2]]), np.array([0.5]), np.array([1, 256]), np.int64(3)):
         np.save(tmp_path / "p.npy", array)
         assert "prompt" in refused(capsys, "generate", model[0], "--prompt-file", tmp_path / "p.npy")
 
@@ -360,6 +456,8 @@ def test_bench(capsys, model):
     [
         (["--batch", 0], "--batch is 0"),
         (["--steps", 0], "--steps is 0"),
+        (["--batch", 10**7, "--prefill-chunk", 10**9, "--page-size", 1000], "slots are int32"),
+        (["--json", ""], "--json is empty"),
         (["--page-size", 0], "--page-size is 0"),
         (["--context", 97], "--context is 97; the model's context is 96"),
         (["--context", 20], "Raise --context or lower --steps"),
@@ -442,29 +540,5 @@ def test_help_is_quick(arguments):
     assert process.stdout
 
 
-def test_ctrl_c_in_a_real_process(model):
-    """Interrupted while it streams: one line, exit code 130."""
-    command = [sys.executable, "-m", "sparse_mla_jax", "generate", model[0], "--prompt", "x", "--max-tokens", "90"]
-    # What a shell runs in the background ignores the signal, and so would its children.
-    code = "import signal\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"
-    code += "import sys, sparse_mla_jax.__main__ as m, time; from sparse_mla_jax.serving.engine import Engine\n"
-    code += "step = Engine.step\n"
-    code += "def slow(self):\n    print('s', flush=True); time.sleep(0.2); return step(self)\n"
-    code += f"Engine.step = slow\nsys.exit(m.main({command[3:]!r}))"
-    process = subprocess.Popen(
-        [sys.executable, "-c", code],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "JAX_PLATFORMS": "cpu"},
-    )
-    with process:
-        try:
-            assert process.stdout.readline() == "s\n"
-            time.sleep(0.1)
-            process.send_signal(signal.SIGINT)
-            _, said = process.communicate(timeout=60)
-        finally:
-            process.kill()
-    assert (process.returncode, said) == (130, "interrupted\n")
+def test_an_argument_with_a_line_break_is_one_line(capsys, model):
+    assert "unrecognized arguments: --no such" in refused(capsys, "info", model[0], "--no\nsuch")

@@ -10,11 +10,13 @@ from cdna_support import require_cdna
 from support import published
 from support.marks import slow
 
+from pallas_kernels.cdna import toolchain
 from pallas_kernels.cdna.program import Argument
 from sparse_mla_jax import __main__
 from sparse_mla_jax.cases import catalogue, steps
 from sparse_mla_jax.tools.inspect import kernels
 from sparse_mla_jax.tools.inspect import steps as step_inspection
+from sparse_mla_jax.tools.inspect.options import WITH_HEADS
 
 
 def inspect(*arguments):
@@ -66,6 +68,8 @@ def test_a_plan_with_other_fields(capsys):
     for plan, message in (
         ("key_block=32", "--plan key_block: TopKPlan has block, num_warps, wave, groups, run, unroll"),
         ("num_warps", "'num_warps' is not FIELD=VALUE"),
+        ("num_warps=x", "--plan num_warps=x: TopKPlan has a int there, 4"),
+        ("num_warps=0", "does not fit top_k: integer division"),
     ):
         code = None
         try:
@@ -106,6 +110,48 @@ def test_bad_options(arguments, message, capsys):
     require_cdna("triton")
     assert inspect(*arguments) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--step", "--asm", "x"], "--asm is an option of `inspect` without --step"),
+        (["--step", "--kernel", "top_k"], "--kernel is an option of `inspect` without --step"),
+        (["--step", "--compiler", "both"], "--compiler is an option of"),
+        (["--batch", "3"], "--batch is an option of `inspect` with --step"),
+        (["--step", "--layers", "1000000000"], "--layers is 1000000000; DeepSeek-V3.2 has 61"),
+        (["--step", "--heads", "1000000000"], "--heads is 1000000000; DeepSeek-V3.2 has 128"),
+        (["--step", "--batch", "1000000000000"], "2**31"),
+        (["--kernel", "norm_rope_query", "--heads", "1000000000"], "heads is 1000000000; between 1 and 1024"),
+        (["--kernel", "top_k", "--heads", "3"], "kernel top_k has no query heads"),
+        (["--kernel", "cache_write", "--heads", "3"], "kernel cache_write has no query heads"),
+        (["--kernel", "top_k", "--cache-dtype", "float32"], "kernel top_k has no cache"),
+        (["--kernel", "top_k", "--asm", ""], "--asm is empty"),
+        (["--kernel", "top_k", "--picture", "no/x.png"], "does not exist; make it first"),
+        (["--kernel", "top_k", "--picture", "x.nonsense"], "is no picture"),
+    ],
+)
+def test_options_that_do_not_fit(arguments, message, capsys, monkeypatch):
+    """Told before any kernel is compiled, whether or not there is a compiler."""
+    monkeypatch.setattr(toolchain, "available", lambda compiler: None)
+    assert inspect(*arguments) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("options", [["--kernel", "top_k"], ["--step"]])
+def test_without_a_compiler(options, capsys, monkeypatch):
+    monkeypatch.setattr(toolchain, "available", lambda compiler: f"{compiler} is not installed: pip install it")
+    assert inspect(*options) == 2
+    assert capsys.readouterr().err.endswith(" is not installed: pip install it\n")
+
+
+@pytest.mark.slow
+def test_heads_are_checked_for_the_kernels_that_have_them():
+    """Those whose problem does not depend on the number have none to choose."""
+    for case in catalogue.KERNEL_CASES:
+        kind = case.kinds[0] if case.kinds else ""
+        chosen = [jax.tree.map(lambda x: x.shape, case.build(kind, heads).args) for heads in (None, 3)]
+        assert (chosen[0] != chosen[1]) == (case.name in WITH_HEADS), case.name
 
 
 # --- the decode step -------------------------------------------------------------------------------------------------

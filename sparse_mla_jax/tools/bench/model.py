@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING, Any
 from sparse_mla_jax._check import require
 from sparse_mla_jax.config import load_config
 from sparse_mla_jax.tools.info import check_backend, describe_device, implementation, print_report
-from sparse_mla_jax.tools.options import check_writable
+from sparse_mla_jax.tools.output import check_output, whole_file
 
 if TYPE_CHECKING:
     from sparse_mla_jax.serving.engine import Engine
 
+# What `--json` without a file means, and with "-": one line on stdout.
+STDOUT = "-"
 # Options of `bench MODEL_DIR` only, with their defaults.
 MODEL_BENCH = {
     "batch": 8,
@@ -25,6 +27,11 @@ MODEL_BENCH = {
     "cache_dtype": "float8_e4m3fnuz",
     "dtype": "float32",
 }
+
+
+def writes_file(json_option: str | None) -> bool:
+    """Whether `--json` names a file."""
+    return json_option not in (None, STDOUT)
 
 
 # Decode steps before the timed ones.
@@ -73,7 +80,7 @@ def measure_decode(engine: Engine, *, context: int, steps: int, seed: int = 0) -
     )
     prompts = np.random.default_rng(seed).integers(0, engine.config.vocab_size, (batch, prompt_length))
     engine.warm_up(progress=True)
-    requests = [engine.submit(prompt, max_tokens=context) for prompt in prompts]
+    requests = [engine.submit(prompt, max_tokens=context, ignore_eos=True) for prompt in prompts]
     start = time.perf_counter()
     while engine.has_work() and not all(request.prefilled for request in requests):
         engine.step()
@@ -99,9 +106,11 @@ def measure_decode(engine: Engine, *, context: int, steps: int, seed: int = 0) -
 
 def run(arguments: argparse.Namespace) -> int:
     """The command `bench MODEL_DIR`."""
+    from sparse_mla_jax.serving.sizes import check_sizes_fit, choose_sizes
+
     config = load_config(arguments.model_dir)
-    if arguments.json:
-        check_writable("--json", arguments.json)
+    if writes_file(arguments.json):
+        check_output("--json", arguments.json)
     for name in ("batch", "context", "steps", "prefill_chunk", "page_size"):
         value = getattr(arguments, name)
         require(value is None or value >= 1, f"--{name.replace('_', '-')} is {value}; at least 1 is expected.")
@@ -113,12 +122,24 @@ def run(arguments: argparse.Namespace) -> int:
     budget = max(arguments.prefill_chunk, arguments.batch)
     _prompt_length(arguments.batch, budget, arguments.context, arguments.steps)
     check_backend()
+    sizes = choose_sizes(config, **_sizes(arguments))
+    check_sizes_fit(config, sizes, arguments.cache_dtype)
     report = _measure(arguments)
-    if arguments.json:
-        with open(arguments.json, "w") as file:
+    if writes_file(arguments.json):
+        with whole_file(arguments.json) as unfinished, open(unfinished, "w", encoding="utf-8") as file:
             file.write(json.dumps(report) + "\n")
-    print_report(report, arguments.json == "")
+    print_report(report, arguments.json == STDOUT)
     return 0
+
+
+def _sizes(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The options that are sizes of an engine."""
+    return {
+        "page_size": arguments.page_size,
+        "max_batch": arguments.batch,
+        "max_context": arguments.context,
+        "prefill_chunk": arguments.prefill_chunk,
+    }
 
 
 def _measure(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -131,11 +152,8 @@ def _measure(arguments: argparse.Namespace) -> dict[str, Any]:
         params,
         config,
         cache_dtype=arguments.cache_dtype,
-        page_size=arguments.page_size,
-        max_batch=arguments.batch,
-        max_context=arguments.context,
-        prefill_chunk=arguments.prefill_chunk,
         implementation=arguments.implementation,
+        **_sizes(arguments),
     )
     measured = measure_decode(engine, context=arguments.context, steps=arguments.steps)
     device = describe_device()

@@ -6,7 +6,7 @@ import argparse
 
 from sparse_mla_jax._check import require
 from sparse_mla_jax._choices import CACHE_DTYPES, DTYPES, IMPLEMENTATIONS
-from sparse_mla_jax.tools.bench.model import MODEL_BENCH
+from sparse_mla_jax.tools.bench.model import MODEL_BENCH, STDOUT
 
 _MODEL_SIZES = {
     "batch": "sequences",
@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--json",
         nargs="?",
-        const="",
+        const=STDOUT,
         metavar="FILE",
         help="write JSON to FILE; without FILE one line of it is printed instead of a table (put it last then)",
     )

@@ -5,7 +5,6 @@ A document is the JSON of `bench --json FILE`: machine, method, ceilings and `re
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
 import os
@@ -13,6 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from sparse_mla_jax._check import require
+from sparse_mla_jax.tools.output import whole_file
 
 # A case is marked as slower if its time grew by this factor.
 SLOWER = 1.1
@@ -32,8 +32,20 @@ def load(path: str) -> dict[str, Any]:
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path!r} is not valid JSON ({error}); give what `bench --json FILE` wrote.") from None
     known = isinstance(document, dict) and {"machine", "method", "ceilings", "results"} <= set(document)
+    known = known and isinstance(document["machine"], dict) and _are_rows(document["results"])
     require(known, f"{path!r} does not hold kernel times; give what `bench [AREA] --json FILE` wrote.")
     return document
+
+
+def _are_rows(rows: Any) -> bool:
+    """Whether these are rows that `ratios` can compare."""
+    return isinstance(rows, list) and all(
+        isinstance(row, dict)
+        and all(isinstance(row.get(name), str) for name in ("case", "flavour", "query"))
+        and (row.get("us") is None or isinstance(row["us"], int | float))
+        and isinstance(row.get("sizes"), dict)
+        for row in rows
+    )
 
 
 def key(row: dict[str, Any]) -> tuple[str, str, str]:
@@ -88,6 +100,23 @@ def _note(row: dict[str, Any]) -> str:
         notes.append(f"parts {number(row['parts_us'])} us")
     text = "; ".join(notes)
     return text if len(text) <= 110 else f"{text[:110]}..."
+
+
+def failures(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """A line for every row that failed, missed its targets, or took too many times as long as another."""
+    found = []
+    for row in rows:
+        relation = row.get("relation") or {}
+        if row["failure"]:
+            found.append(f"{label(row)}: {row['failure']}")
+        if row["verdict"] == "FAIL":
+            target = row["floor"] if row["floor"] is not None else row["reach"]
+            found.append(f"{label(row)}: FAIL, {number(row['us'])} us above {number(target)} us")
+        if relation.get("verdict") == "FAIL":
+            found.append(
+                f"{label(row)}: FAIL, {relation['ratio']:.2f} x {relation['to']}, above {relation['at_most']:g} x"
+            )
+    return found
 
 
 # --- text
@@ -212,22 +241,8 @@ def markdown(document: dict[str, Any], *, area: str | None = None, text: str | N
 
 
 # --- a picture
-def check_plot(path: str) -> None:
-    """Raises ValueError if a picture can not be written: no matplotlib, or an unsupported file type."""
-    require(
-        importlib.util.find_spec("matplotlib") is not None,
-        "--plot needs matplotlib, which is not installed: pip install 'sparse-mla-jax[plot]'.",
-    )
-    from matplotlib.backend_bases import FigureCanvasBase
-
-    kinds = sorted(FigureCanvasBase.filetypes)
-    ending = os.path.splitext(path)[1].removeprefix(".").lower()
-    require(ending in kinds, f"--plot {path!r} is no picture; give a name that ends in one of {', '.join(kinds)}.")
-
-
 def plot(document: dict[str, Any], path: str) -> None:
     """Draws one bar per row, by area, with marks for targets and peers; the suffix of `path` is the file type."""
-    check_plot(path)
     from matplotlib.figure import Figure
 
     rows = [row for row in document["results"] if row["us"]]
@@ -254,4 +269,5 @@ def plot(document: dict[str, Any], path: str) -> None:
         axis.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
     axes[-1].set_xlabel("microseconds")
     figure.suptitle(heading(document), fontsize=8)
-    figure.savefig(path, dpi=130)
+    with whole_file(path) as unfinished:
+        figure.savefig(unfinished, dpi=130)

@@ -36,8 +36,9 @@ from sparse_mla_jax.tools.bench.device_timing import (
     time_calls,
     wall_time,
 )
+from sparse_mla_jax.tools.bench.model import STDOUT, writes_file
 from sparse_mla_jax.tools.bench.peers import torch_topk
-from sparse_mla_jax.tools.options import check_writable
+from sparse_mla_jax.tools.output import check_output, check_picture, whole_file
 
 FLAVOURS = (*FP8, "bfloat16")
 # Default number of timed calls of a case, and most timed calls of a peer.
@@ -345,7 +346,7 @@ def run(arguments: argparse.Namespace, area: str | None, machine: dict[str, Any]
     """The command `bench [AREA]`: `area` is one of AREAS, or None for all; `machine` goes into the report.
 
     Returns:
-      1 if a case failed or gave a wrong result, else 0.
+      1 if a case failed, gave a wrong result or missed a target, else 0.
 
     Raises:
       ValueError: options that do not fit; nothing has run then.
@@ -353,12 +354,11 @@ def run(arguments: argparse.Namespace, area: str | None, machine: dict[str, Any]
     asked = variants(area, arguments.case, arguments.flavour)
     repeats = REPEATS if arguments.repeats is None else arguments.repeats
     require(repeats >= 1, f"--repeats is {repeats}; at least 1 is expected.")
-    old = report.load(arguments.compare) if arguments.compare else None
-    for name, path in (("--json", arguments.json), ("--plot", arguments.plot)):
-        if path:
-            check_writable(name, path)
-    if arguments.plot:
-        report.check_plot(arguments.plot)
+    old = report.load(arguments.compare) if arguments.compare is not None else None
+    if writes_file(arguments.json):
+        check_output("--json", arguments.json)
+    if arguments.plot is not None:
+        check_picture("--plot", arguments.plot)
     on_cpu = jax.default_backend() == "cpu"
     shrink = on_cpu if arguments.shrink is None else arguments.shrink
     ceilings = measure_ceilings(calls=min(repeats, 10), small=on_cpu)
@@ -376,17 +376,17 @@ def run(arguments: argparse.Namespace, area: str | None, machine: dict[str, Any]
     def save(row: dict[str, Any]) -> None:
         # Save after every case, so that an interrupted run keeps its results.
         document["results"].append(row)
-        if arguments.json:
-            with open(arguments.json, "w") as file:
+        if writes_file(arguments.json):
+            with whole_file(arguments.json) as unfinished, open(unfinished, "w", encoding="utf-8") as file:
                 file.write(json.dumps(document, indent=1) + "\n")
 
     rows = run_variants(asked, settings, save)
-    if arguments.json == "":
+    if arguments.json == STDOUT:
         print(json.dumps(document))
     else:
         print(report.report(document, old))
-    if arguments.plot:
+    if arguments.plot is not None:
         report.plot(document, arguments.plot)
-    failed = [f"{report.label(row)}: {row['failure']}" for row in rows if row["failure"]]
-    print(*failed, sep="\n", end="\n" if failed else "", file=sys.stderr)
-    return 1 if failed else 0
+    bad = report.failures(rows)
+    print(*bad, sep="\n", end="\n" if bad else "", file=sys.stderr)
+    return 1 if bad else 0

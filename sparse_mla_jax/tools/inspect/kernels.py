@@ -17,13 +17,21 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 
-from pallas_kernels.cdna.program import COMPILERS, LDS_BYTES, MAX_THREADS, PRODUCT
+from pallas_kernels.cdna.program import LDS_BYTES, MAX_THREADS, PRODUCT
 from pallas_kernels.plans import plan_for
 from pallas_kernels.targets import CDNA
 from sparse_mla_jax._check import require
 from sparse_mla_jax.cases import catalogue
 from sparse_mla_jax.cases.case import KernelCase, KernelProblem
-from sparse_mla_jax.tools.inspect.options import chosen_architectures
+from sparse_mla_jax.tools.inspect.options import (
+    WITH_HEADS,
+    check_form,
+    check_kernels,
+    check_tools,
+    chosen_architectures,
+    chosen_compilers,
+)
+from sparse_mla_jax.tools.output import check_output, check_picture, whole_file
 from sparse_mla_jax.tools.tables import table
 
 if TYPE_CHECKING:
@@ -119,7 +127,12 @@ def measure(
     problem = case.build(kind, heads)
     plan = changed_plan(problem, arch, changes) if changes else None
     with cdna.device(arch, compiler=compiler) as device:
-        out = jax.block_until_ready(jax.jit(functools.partial(problem.fn, plan=plan))(*problem.args))
+        try:
+            out = jax.block_until_ready(jax.jit(functools.partial(problem.fn, plan=plan))(*problem.args))
+        except (TypeError, ArithmeticError, AssertionError, IndexError) as error:
+            # Plans check no field: a kernel traced with sizes that do not fit fails in its own arithmetic.
+            require(plan is None, f"--plan {plan} does not fit {case.name}: {error}.")
+            raise
     (launch,) = device.launches
     return Measurement(
         case.name, kind if case.kinds else "", heads, launch, problem.error(out), problem.bound, problem.bytes
@@ -134,8 +147,13 @@ def changed_plan(problem: KernelProblem, arch: str, changes: Mapping[str, Any]) 
     """
     plan = plan_for(problem.fn, *problem.args, target=arch)
     known = [field.name for field in dataclasses.fields(plan)]
-    for name in changes:
+    for name, value in changes.items():
         require(name in known, f"--plan {name}: {type(plan).__name__} has {', '.join(known)}.")
+        old = getattr(plan, name)
+        require(
+            old is None or type(value) is type(old),
+            f"--plan {name}={value}: {type(plan).__name__} has a {type(old).__name__} there, {old!r}.",
+        )
     return dataclasses.replace(plan, **changes)
 
 
@@ -143,22 +161,25 @@ def measurements(arguments: argparse.Namespace) -> Iterator[Measurement]:
     """Yields the measurements that the options select."""
     chosen = [catalogue.kernel_case(name) for name in arguments.kernel or catalogue.kernel_names()]
     for case in chosen:
-        heads = arguments.heads if case.kinds else None
+        heads = arguments.heads if case.name in WITH_HEADS else None
         for arch in chosen_architectures(arguments):
             kind = arguments.cache_dtype or NATIVE[arch]
             if arguments.cache_dtype and case.kinds and kind not in case.kinds and not arguments.kernel:
                 continue
-            for compiler in COMPILERS if arguments.compiler == "both" else (arguments.compiler,):
+            for compiler in chosen_compilers(arguments):
                 yield measure(case, kind, arch, compiler, heads, arguments.plan)
 
 
 # --- the command
 def run(arguments: argparse.Namespace) -> int:
     """The command `inspect`; returns 1 if a kernel breaks a rule."""
-    require(
-        not arguments.plan or len(arguments.kernel or ()) == 1,
-        "--plan replaces fields of one kernel's plan; name the kernel with --kernel.",
-    )
+    check_form(arguments)
+    check_kernels(arguments)
+    if arguments.asm is not None:
+        check_output("--asm", arguments.asm)
+    if arguments.picture is not None:
+        check_picture("--picture", arguments.picture)
+    check_tools(chosen_compilers(arguments))
     found = []
     for m in measurements(arguments):
         if not arguments.json:
@@ -169,13 +190,14 @@ def run(arguments: argparse.Namespace) -> int:
         print(json.dumps(rows))
     else:
         print(report(rows))
-    if arguments.asm:
-        with open(arguments.asm, "w") as file:
+    if arguments.asm is not None:
+        with whole_file(arguments.asm) as unfinished, open(unfinished, "w", encoding="utf-8") as file:
             file.write("\n".join(_annotated(m) for m in found))
-    if arguments.picture:
+    if arguments.picture is not None:
         from pallas_kernels.cdna.picture import picture
 
-        picture([(f"{m.label}\n{m.launch.kernel.arch}", m.launch.counts) for m in found], arguments.picture)
+        with whole_file(arguments.picture) as unfinished:
+            picture([(f"{m.label}\n{m.launch.kernel.arch}", m.launch.counts) for m in found], unfinished)
     broken = [f"{row['kernel']} on {row['arch']} ({row['compiler']}): {p}" for row in rows for p in row["problems"]]
     print(*broken, sep="\n", end="\n" if broken else "", file=sys.stderr)
     return 1 if broken else 0

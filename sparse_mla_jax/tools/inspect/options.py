@@ -7,17 +7,76 @@ import ast
 from collections.abc import Sequence
 from typing import Any
 
+from pallas_kernels.cdna import toolchain
 from pallas_kernels.cdna.program import ARCHITECTURES, COMPILERS
+from sparse_mla_jax._check import require
 from sparse_mla_jax.cases import catalogue
 from sparse_mla_jax.cases.case import KINDS
 
+# Options of `inspect --step` only, with their defaults, and those of `inspect` without it.
+STEP = {"batch": 64, "context": 32768, "layers": 2}
+_KERNELS_ONLY = ("kernel", "compiler", "plan", "asm", "picture")
+# Kernels whose case has a number of query heads that may be chosen.
+WITH_HEADS = ("sparse_mla", "sparse_mla_v4", "sparse_mla_v4_window", "indexer", "paged_indexer", "norm_rope_query")
+# Of DeepSeek-V3.2 as published.
+MOST_HEADS, MOST_LAYERS = 128, 61
 COMPILER_CHOICES = (*COMPILERS, "both")
 ARCH_CHOICES = (*ARCHITECTURES, "both")
+
+
+def chosen_compilers(arguments: argparse.Namespace) -> Sequence[str]:
+    """The compilers that `--compiler` names."""
+    return COMPILERS if arguments.compiler == "both" else (arguments.compiler or "triton",)
 
 
 def chosen_architectures(arguments: argparse.Namespace) -> Sequence[str]:
     """The architectures that `--arch` names."""
     return ARCHITECTURES if arguments.arch == "both" else (arguments.arch,)
+
+
+def check_form(arguments: argparse.Namespace) -> None:
+    """Raises ValueError for options of `inspect` in `inspect --step`, and vice versa."""
+    refused = _KERNELS_ONLY if arguments.step else tuple(STEP)
+    where = "without --step" if arguments.step else "with --step"
+    for name in refused:
+        require(
+            getattr(arguments, name) in (None, False),
+            f"--{name} is an option of `inspect` {where}; leave it out.",
+        )
+
+
+def check_tools(compilers: Sequence[str]) -> None:
+    """Raises ValueError if a compiler or disassembler is not installed; the message says what installs it."""
+    for compiler in compilers:
+        missing = toolchain.available(compiler)
+        require(missing is None, missing or "")
+
+
+def check_step(arguments: argparse.Namespace) -> None:
+    """Raises ValueError for sizes of `inspect --step` above the published model's, before anything is traced."""
+    for name, most in (("heads", MOST_HEADS), ("layers", MOST_LAYERS)):
+        value = getattr(arguments, name)
+        require(value is None or value <= most, f"--{name} is {value}; DeepSeek-V3.2 has {most}, give no more.")
+
+
+def check_kernels(arguments: argparse.Namespace) -> None:
+    """Raises ValueError for options that do not fit the kernels of --kernel."""
+    names = arguments.kernel or ()
+    require(
+        not arguments.plan or len(names) == 1,
+        "--plan replaces fields of one kernel's plan; name the kernel with --kernel.",
+    )
+    heads = arguments.heads
+    require(heads is None or 1 <= heads <= 1024, f"heads is {heads}; between 1 and 1024 are expected.")
+    for case in map(catalogue.kernel_case, names):
+        require(
+            heads is None or case.name in WITH_HEADS,
+            f"--heads: kernel {case.name} has no query heads; leave it out.",
+        )
+        require(
+            arguments.cache_dtype is None or bool(case.kinds),
+            f"--cache-dtype: kernel {case.name} has no cache; leave it out.",
+        )
 
 
 def plan_changes(text: str) -> dict[str, Any]:
@@ -44,8 +103,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--compiler",
         choices=COMPILER_CHOICES,
-        default="triton",
-        help="triton: the public wheel, quick; xla: XLA:ROCm, what jax would launch (default: %(default)s)",
+        help="triton: the public wheel, quick; xla: XLA:ROCm, what jax would launch (default: triton)",
     )
     parser.add_argument(
         "--kernel",
@@ -73,8 +131,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="the whole DeepSeek-V3.2 decode step as XLA:ROCm compiles it: launches, temporary memory, cache copies",
     )
-    parser.add_argument("--batch", type=int, default=64, metavar="N", help="with --step: sequences (default 64)")
-    parser.add_argument("--context", type=int, default=32768, metavar="N", help="with --step: tokens (default 32768)")
+    parser.add_argument("--batch", type=int, metavar="N", help="with --step: sequences (default 64)")
+    parser.add_argument("--context", type=int, metavar="N", help="with --step: tokens (default 32768)")
     parser.add_argument(
-        "--layers", type=int, default=2, metavar="N", help="with --step: the first is dense (default 2; published: 61)"
+        "--layers", type=int, metavar="N", help="with --step: the first is dense (default 2; published: 61)"
     )

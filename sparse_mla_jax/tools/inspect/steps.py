@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from pallas_kernels import cdna
 from pallas_kernels.cdna.program import PRODUCT, Program
 from sparse_mla_jax.cases.steps import Step, decode_step
-from sparse_mla_jax.tools.inspect.options import chosen_architectures
+from sparse_mla_jax.tools.inspect.options import STEP, check_form, check_step, check_tools, chosen_architectures
 from sparse_mla_jax.tools.tables import table
 
 
@@ -100,11 +100,14 @@ def report(row: dict[str, Any]) -> str:
 
 def run(arguments: argparse.Namespace) -> int:
     """The command `inspect --step`; returns 1 if a cache is copied or a Pallas kernel spills."""
+    check_form(arguments)
+    check_step(arguments)
+    check_tools(["xla"])
+    given = {name: getattr(arguments, name) for name in STEP}
+    sizes = STEP | {name: value for name, value in given.items() if value is not None}
     step = decode_step(
-        heads=arguments.heads or 16,
-        batch=arguments.batch,
-        context=arguments.context,
-        layers=arguments.layers,
+        heads=16 if arguments.heads is None else arguments.heads,
+        **sizes,
         cache_dtype=arguments.cache_dtype or jnp.float8_e4m3fnuz,
     )
     rows = []
