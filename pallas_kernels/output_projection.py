@@ -93,9 +93,9 @@ def _kernel(x_ref, w_ref, cos_ref, sin_ref, out_ref, *, heads: int, width: int, 
         return total + dot(_turned(product, first, cos, sin, rotated), product.weights(first, turn, rotated))
 
     # Use two loops in sequence, not nested ones: the load pipeline of an inner loop would start anew for each head.
-    total = lax.fori_loop(0, heads, ends, jnp.zeros((plan.tokens, plan.columns), jnp.float32))
+    total = lax.fori_loop(jnp.int32(0), jnp.int32(heads), ends, jnp.zeros((plan.tokens, plan.columns), jnp.float32))
     if whole:
-        total = lax.fori_loop(0, heads * whole, steps, total)
+        total = lax.fori_loop(jnp.int32(0), jnp.int32(heads * whole), steps, total)
     exists = (token < tokens)[:, None] & (column < columns)[None, :]
     if not tokens % plan.tokens and not columns % plan.columns:
         exists = None

@@ -90,7 +90,7 @@ def array(name: str, x: Any, types: Any, *axes: Axis, hint: str = "") -> Array:
       ValueError: another type or shape.
     """
     try:
-        given = jnp.asarray(_saturate_on_host(x) if types is jnp.integer else x)
+        given = jnp.asarray(_narrow_on_host(x, types is jnp.integer))
         fits = _fits(given.shape, axes)
         fits = fits and (jnp.issubdtype(given.dtype, types) if types in _KINDS else given.dtype in types)
     except (TypeError, ValueError, OverflowError):
@@ -130,15 +130,18 @@ def saturate(x: Array) -> Array:
     return x.astype(jnp.int32)
 
 
-def _saturate_on_host(x: Any) -> Any:
-    """Integers of numpy, of Python or of lists as int32, saturated; jax arrays and anything else unchanged.
+def _narrow_on_host(x: Any, saturate: bool) -> Any:
+    """Numbers of numpy, of Python or of lists in 32 bits; jax arrays and anything else unchanged.
 
-    Without 64-bit types, jax would keep the low 32 bits of a numpy integer and so make another number of it.
+    Floating ones are rounded to float32, as jax does without 64-bit types: lists mean the same with and without them.
+    Integers saturate if asked: jax would keep their low 32 bits and so make other numbers of them.
     """
     if isinstance(x, Array) or hasattr(x, "__jax_array__"):
         return x
     host = np.asarray(x)
-    if host.dtype.kind not in "iu" or host.dtype.itemsize < 4:
+    if host.dtype == np.float64:
+        return host.astype(np.float32)
+    if not saturate or host.dtype.kind not in "iu" or host.dtype.itemsize < 4:
         return x
     limits = np.iinfo(np.int32)
     return np.clip(host, limits.min if host.dtype.kind == "i" else 0, limits.max).astype(np.int32)

@@ -95,7 +95,7 @@ def test_whole_quantisation_matches_numpy(dtype, data):
 
 @flavours
 def test_eager_and_jit_give_the_same_bits(dtype):
-    x = jax.random.normal(jax.random.key(3), (64, 8)) * 3
+    x = jax.random.normal(jax.random.key(3), (64, 8), jnp.float32) * 3
     eager = fp8.quantize(x, group_size=8, dtype=dtype)
     jitted = jax.jit(lambda x: fp8.quantize(x, group_size=8, dtype=dtype))(x)
     amax = np.abs(np.asarray(x)).max(-1, keepdims=True)
