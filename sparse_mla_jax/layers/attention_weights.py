@@ -87,11 +87,11 @@ def check_weights(params: Any, shapes: Shapes, fuse: Callable[[dict[str, Any]], 
         shapes = _fused_shapes(fuse, _frozen(shapes))
     wanted, given = _by_path(shapes), _by_path(params)
     missing, surplus = (sorted(a - b) for a, b in ((set(wanted), set(given)), (set(given), set(wanted))))
+    faults = [f"lacks {', '.join(missing)}"] * bool(missing) + [f"has {', '.join(surplus)}"] * bool(surplus)
     require(
-        not missing and not surplus,
-        f"params has no {', '.join(missing) or 'missing weight'}, and the layer does not have"
-        f" {', '.join(surplus) or 'any other'}; expected {', '.join(wanted)}. Pass one layer's weights,"
-        " layers[i]['self_attn'] of this config's model.",
+        not faults,
+        f"params {' and '.join(faults)}; expected {', '.join(wanted)}. Pass one layer's weights, layers[i]['self_attn']"
+        " of this config's model.",
     )
     for name, shape in wanted.items():
         _check.array(f"params[{name}]", given[name], jnp.floating, *shape, hint="The config gives these sizes.")

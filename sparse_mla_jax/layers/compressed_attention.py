@@ -77,12 +77,11 @@ class LayerCaches:
     page_size: int | None = None
 
 
-def _check_arguments(params: Any, hidden: Any, caches: Any, meta: Any, c: Any, layer: int) -> Array:
+def _check_arguments(hidden: Any, caches: Any, meta: Any, c: Any) -> Array:
     """`hidden` as an array; raises ValueError for arguments that do not fit together."""
     _check.instance("config", c, DeepseekV4Config)
     _check.instance("metadata", meta, StepMetadata, hint="Make it with build_metadata or decode_metadata.")
     _check.instance("caches", caches, LayerCaches, hint="Make them with models.deepseek_v4.create_caches.")
-    check_weights(params, compressed_shapes(c, layer), fuse_projections)
     hint = "Pad it to the metadata's num_tokens; its width is config.hidden_size."
     return _check.array("hidden", hidden, (jnp.float32, jnp.bfloat16), meta.num_tokens, c.hidden_size, hint=hint)
 
@@ -307,8 +306,9 @@ def compressed_attention_step(
       ValueError: weights, hidden, caches, metadata, state_ids, selection and config that do not fit together (at trace
         time).
     """
-    hidden = _check_arguments(params, hidden, caches, metadata, config, layer)
+    hidden = _check_arguments(hidden, caches, metadata, config)
     _check_caches(caches, metadata, state_ids, config.compress_ratio(layer), config)
+    check_weights(params, compressed_shapes(config, layer), fuse_projections)
     check_implementation(implementation)
     step = LayerStep.create(metadata, config, layer, implementation)
     ring, rings = caches.window.page_size, caches.window.num_pages

@@ -62,7 +62,7 @@ def paged(**given):
 
 
 def select(**given):
-    return top_k(jnp.asarray(np.sin(np.arange(3 * 700.0)).reshape(3, 700)), 40, **given)
+    return top_k(jnp.asarray(np.sin(np.arange(3 * 700.0)).reshape(3, 700), jnp.float32), 40, **given)
 
 
 # Forty tokens in a cache of 96: some name the slot of a later one, some none.

@@ -247,7 +247,7 @@ def test_selection_by_fused_weights():
         (dict(hidden=hidden_states(6)[:, 1:]), r"hidden is float32\[24, 23\]; expected float32 or bfloat16 \[24, 24\]"),
         (dict(cache=caches(2)), "caches.index is absent"),
         (dict(cache=caches(0)), "caches.compressed is absent"),
-        (dict(config=dataclasses.replace(CONFIG, head_dim=20)), r"params\[compressor.gate_proj\] is float32"),
+        (dict(config=dataclasses.replace(CONFIG, head_dim=20)), r"caches.window holds 12 \+ 4 values"),
         (
             dict(config=dataclasses.replace(CONFIG, sliding_window=30)),
             "ring is 25; expected an integer of at least 30. A window of 30",

@@ -334,7 +334,7 @@ def test_decode_only_rings_are_windows():
     ("change", "message"),
     [
         (dict(ids=np.zeros(2, np.float32)), "token_ids is float32"),
-        (dict(states=np.zeros(5, np.int32)), "state_ids has shape"),
+        (dict(states=np.zeros(5, np.int32)), r"state_ids is int32\[5\]; expected integers \[2\]"),
         (dict(config=dataclasses.replace(ODD, compress_ratios=(4, 0, 0))), "caches.compressed is"),
         (
             dict(config=dataclasses.replace(ODD, num_hidden_layers=2, compress_ratios=(4, 128))),
