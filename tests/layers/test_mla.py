@@ -281,6 +281,9 @@ def test_bad_weights(layer, fused):
 
 
 # --- selections that are passed
+@pytest.mark.parametrize(
+    "implementation", ["xla", *(pytest.param(n, marks=pytest.mark.slow) for n in ("triton", "reference"))]
+)
 def test_a_selection_is_replayed(layer, implementation):
     """What a step selected gives the same output when it is passed; what a token does not see is no key."""
     params = layer[0]["self_attn"]

@@ -155,7 +155,8 @@ CALLS = {
 }
 
 
-@pytest.mark.parametrize("form", ["numpy", "lists"])
+# The arrays of numpy are a second way to the same code.
+@pytest.mark.parametrize("form", ["lists", pytest.param("numpy", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("call", CALLS)
 def test_host_arrays_are_arrays(call, form):
     fn, arrays = CALLS[call]

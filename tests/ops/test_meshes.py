@@ -223,7 +223,6 @@ QUICK = {
     ("sparse_mla, heads", 2, "triton"),
     ("write, pages", 2, "triton"),
     ("indexer_scores, columns", 8, "xla"),
-    ("sparse_mla, columns", 8, "xla"),
     ("lightning_indexer, tokens", 1, "reference"),
 }
 EVERY = [

@@ -14,7 +14,9 @@ SCORES = np.arange(8, dtype=np.float32)[None]
 TABLE = np.array([[1, 0]])
 
 
-@pytest.fixture(params=["numpy", "list", "jax int64", "jax uint32"])
+@pytest.fixture(
+    params=["numpy", "jax int64", *(pytest.param(x, marks=pytest.mark.slow) for x in ("list", "jax uint32"))]
+)
 def wide(request):
     """Makes an array of the integers in one of the ways in which they may come."""
     if request.param == "numpy":
