@@ -377,4 +377,4 @@ def test_damaged_folders(tmp_path, bases, part):
         for ours, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(plain), strict=True):
             np.testing.assert_array_equal(ours, theirs, err_msg=f"seed {seed}")
     # Most damage is noticed; some, in the first part at least, changes nothing or is a sound folder of other values.
-    assert 25 < sum(outcomes) and (part or not all(outcomes))
+    assert sum(outcomes) > 25 and (part or not all(outcomes))
