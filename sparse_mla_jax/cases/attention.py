@@ -115,7 +115,7 @@ def _two_sources(
     def each(number):
         both = (DenseRows(*x) for x in zip(rows(number), (jnp.asarray(n) for n in lengths)))
         q = jax.random.normal(seed(17, number), (tokens, heads, dim), jnp.bfloat16)
-        return q, *both, jax.random.normal(seed(18, number), (heads,))
+        return q, *both, jax.random.normal(seed(18, number), (heads,), jnp.float32)
 
     def fn(near, far, q, near_rows, far_rows, sinks, *, implementation=None):
         return sparse_mla(

@@ -159,7 +159,7 @@ def _v4_caches(config: DeepseekV4Config, kind: int, flavour: str, batch: int, pa
 
     def random(part: Any) -> Any:
         if isinstance(part, CompressorState):
-            return CompressorState(*(jax.random.normal(seed(51 + i), part.kv.shape) for i in range(2)))
+            return CompressorState(*(jax.random.normal(seed(51 + i), part.kv.shape, jnp.float32) for i in range(2)))
         # page_size is a number, not a cache.
         return part if isinstance(part, int) else filled(part)
 
@@ -230,7 +230,7 @@ def _v4_step(sizes: Mapping[str, int], flavour: str, query: str) -> Work:
 
     def each(number):
         # As small as attention's result on random keys, so that an error of attention shows in the output.
-        streams = jax.random.normal(seed(54, number), (batch, config.hc_mult, config.hidden_size)) / 16
+        streams = jax.random.normal(seed(54, number), (batch, config.hc_mult, config.hidden_size), jnp.float32) / 16
         table = permutation(seed(55, number), pages).reshape(batch, -1)
         return streams.astype(jnp.bfloat16), context - jnp.arange(batch, dtype=jnp.int32), table
 

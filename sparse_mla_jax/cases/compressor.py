@@ -39,19 +39,19 @@ def _compress(sizes: Mapping[str, int], flavour: str, query: str) -> Work:
         _, entries = entry_pages(jnp.zeros((0, 0), jnp.int32), page_size=page_size, ratio=ratio)
         cache = _compressor_cache(flavour, False, batch * pages, entries)
         shape = CompressorState.create(batch, ratio=ratio, dim=dim, overlap=overlap).kv.shape
-        return cache, CompressorState(*(jax.random.normal(seed(19 + i), shape) for i in range(2)))
+        return cache, CompressorState(*(jax.random.normal(seed(19 + i), shape, jnp.float32) for i in range(2)))
 
     def each(number):
         # Consecutive positions: every ratio-th request, the first included, closes a window. None is a first window.
         positions = pages * page_size // 2 - 1 + jnp.arange(batch, dtype=jnp.int32)
         table = permutation(seed(21, number), batch * pages).reshape(batch, pages)
-        kv, gate = (jax.random.normal(seed(22 + i, number), (batch, channels)) for i in range(2))
-        bias = jax.random.normal(seed(24, number), (ratio, channels))
+        kv, gate = (jax.random.normal(seed(22 + i, number), (batch, channels), jnp.float32) for i in range(2))
+        bias = jax.random.normal(seed(24, number), (ratio, channels), jnp.float32)
         # Make the metadata here, so that it is not timed: a step makes it once for all layers.
-        return kv, gate, bias, jnp.ones(dim), decode_metadata(positions + 1, table, page_size=page_size)
+        return kv, gate, bias, jnp.ones(dim, jnp.float32), decode_metadata(positions + 1, table, page_size=page_size)
 
     def fn(cache, state, kv, gate, bias, norm, metadata, *, implementation=None):
-        weights = CompressorWeights(bias, norm, jnp.full((ROPE // 2,), 0.01))
+        weights = CompressorWeights(bias, norm, jnp.full((ROPE // 2,), 0.01, jnp.float32))
         return compress(cache, state, kv, gate, weights, metadata, implementation=implementation)
 
     def error(arguments, got):

@@ -38,7 +38,9 @@ def _mixing_inputs(sizes: Mapping[str, int], number: int, columns: int) -> tuple
     n = sizes["streams"]
     streams = jax.random.normal(seed(30, number), (sizes["tokens"], n, sizes["hidden"]), jnp.bfloat16)
     vectors = columns, 3 if columns > n else 1, sizes["hidden"]
-    base, scale, norm = (jax.random.normal(seed(31 + i, number), (size,)) for i, size in enumerate(vectors))
+    base, scale, norm = (
+        jax.random.normal(seed(31 + i, number), (size,), jnp.float32) for i, size in enumerate(vectors)
+    )
     return streams, base, scale, 1 + 0.1 * norm
 
 
@@ -53,7 +55,7 @@ def _streams(sizes: Mapping[str, int], flavour: str, query: str, *, split: bool)
 
     def each(number):
         streams, *rest = _mixing_inputs(sizes, number, columns)
-        return streams, jax.random.normal(seed(34, number), (32, tokens, columns)) / np.sqrt(32), *rest
+        return streams, jax.random.normal(seed(34, number), (32, tokens, columns), jnp.float32) / 32**0.5, *rest
 
     def fn(streams, product, base, scale, norm, *, implementation=None):
         op, how = (hyper_connections.split, _SPLIT) if split else (hyper_connections.merge, _MERGE)
@@ -82,7 +84,7 @@ def _around(sizes: Mapping[str, int], flavour: str, query: str) -> Work:
 
     def each(number):
         streams, base, scale, norm = _mixing_inputs(sizes, number, columns)
-        matrix = jax.random.normal(seed(35, number), (n * hidden, columns)) / np.sqrt(n * hidden)
+        matrix = jax.random.normal(seed(35, number), (n * hidden, columns), jnp.float32) / (n * hidden) ** 0.5
         out = jax.random.normal(seed(36, number), (tokens, hidden), jnp.bfloat16)
         return {"fn": matrix, "base": base, "scale": scale}, streams, out, norm
 

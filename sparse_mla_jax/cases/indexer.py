@@ -39,8 +39,8 @@ from sparse_mla_jax.ops.indexer import indexer_scores, lightning_indexer, paged_
 
 
 def _queries(number: int, tokens: int, heads: int, query: str) -> tuple[Array, Array]:
-    q = jax.random.normal(seed(3, number), (tokens, heads, DIM)).astype(jnp.dtype(query or "bfloat16"))
-    return q, jax.random.normal(seed(4, number), (tokens, heads))
+    q = jax.random.normal(seed(3, number), (tokens, heads, DIM), jnp.float32).astype(jnp.dtype(query or "bfloat16"))
+    return q, jax.random.normal(seed(4, number), (tokens, heads), jnp.float32)
 
 
 def _score_bound(query: str) -> float:

@@ -90,9 +90,11 @@ def filled[Cache: (PagedKVCache, PagedIndexCache)](cache: Cache) -> Cache:
     def fill(i: Array, cache: Any) -> Any:
         key, at = seed(1, i), i * some + jnp.arange(some, dtype=jnp.int32)
         if isinstance(cache, PagedIndexCache):
-            return cache_ops.write_index(cache, jax.random.normal(key, (some, cache.dim)), at)
-        latent = jax.random.normal(key, (some, cache.latent_dim))
-        return cache_ops.write(cache, latent, jax.random.normal(jax.random.fold_in(key, 1), (some, ROPE)), at)
+            return cache_ops.write_index(cache, jax.random.normal(key, (some, cache.dim), jnp.float32), at)
+        latent = jax.random.normal(key, (some, cache.latent_dim), jnp.float32)
+        return cache_ops.write(
+            cache, latent, jax.random.normal(jax.random.fold_in(key, 1), (some, ROPE), jnp.float32), at
+        )
 
     return jax.lax.fori_loop(0, -(-cache.num_slots // some), fill, cache)
 

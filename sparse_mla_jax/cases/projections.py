@@ -107,7 +107,7 @@ def _v4_parts(form: str, heads: int, vector: Callable[[int], Array]) -> tuple[Se
         return part(0, 1, c.q_lora_rank, weight=vector(c.q_lora_rank)), key
     start, rotated = heads * c.head_dim, c.index_head_dim - c.qk_rope_head_dim
     return (
-        part(0, heads, c.head_dim, weight=jnp.ones(c.head_dim), rotated=c.nope_dim),
+        part(0, heads, c.head_dim, weight=jnp.ones(c.head_dim, jnp.float32), rotated=c.nope_dim),
         part(start, c.index_n_heads, c.index_head_dim, rotated=rotated),
     )
 
@@ -122,13 +122,17 @@ def _finished(sizes: Mapping[str, int], flavour: str, query: str, *, model: str,
 
     def parts(number):
         def vector(size):
-            return 1 + 0.1 * jax.random.normal(seed(40 + size, number), (size,))
+            return 1 + 0.1 * jax.random.normal(seed(40 + size, number), (size,), jnp.float32)
 
         if model == "v4":
             return _v4_parts(form, heads, vector)
         if form == "hidden":
             return v32_hidden_parts(vector, "bfloat16")
-        factor = 1 + jax.random.uniform(seed(41, number), (tokens, config.index_n_heads)) if query in FP8 else None
+        factor = (
+            1 + jax.random.uniform(seed(41, number), (tokens, config.index_n_heads), jnp.float32)
+            if query in FP8
+            else None
+        )
         return v32_query_parts(heads, "bfloat16", query, factor)
 
     def each(number):

@@ -144,7 +144,9 @@ def layers_step(
 
     @jax.jit
     def layer(params, hidden, cache, seq_lens, page_table):
-        out, cache = single.fn(params, rms_norm(hidden, jnp.ones(hidden.shape[1])), cache, seq_lens, page_table)
+        out, cache = single.fn(
+            params, rms_norm(hidden, jnp.ones(hidden.shape[1], jnp.float32)), cache, seq_lens, page_table
+        )
         return hidden + out, cache
 
     def step(params, hidden, caches, seq_lens, page_table):

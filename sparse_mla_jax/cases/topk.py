@@ -32,9 +32,9 @@ def _scores(kind: str, key: Array, rows: int, columns: int, k: int) -> Array:
     """Scores of one of ROWS, float32 [rows, columns]."""
     shape = (rows, columns)
     if kind == "random":
-        return jax.random.normal(key, shape)
+        return jax.random.normal(key, shape, jnp.float32)
     if kind == "equal":
-        return jnp.full(shape, 1.5)
+        return jnp.full(shape, 1.5, jnp.float32)
     if kind == "narrow":
         # Equal in all but the last ten bits.
         return 1 + jax.random.randint(key, shape, 0, 1 << 10).astype(jnp.float32) * 2.0**-23
@@ -44,7 +44,7 @@ def _scores(kind: str, key: Array, rows: int, columns: int, k: int) -> Array:
     require(kind == "plateau", f"scores are {kind!r}; expected one of {', '.join(ROWS)}.")
     winners = distinct(key, rows, min(100, k // 2), columns)
     row = jnp.arange(rows, dtype=jnp.int32)[:, None]
-    return jnp.zeros(shape).at[row, winners].set(1 + jax.random.uniform(key, winners.shape))
+    return jnp.zeros(shape, jnp.float32).at[row, winners].set(1 + jax.random.uniform(key, winners.shape, jnp.float32))
 
 
 def _topk(sizes: Mapping[str, int], flavour: str, query: str, *, kind: str = "random") -> Work:
