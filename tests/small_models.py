@@ -54,6 +54,23 @@ def write_folder(folder, config, tensors=None, seed=0, **extra):
     return tensors
 
 
+# Shapes of one attention layer with an even number of heads.
+ONE_LAYER = DeepseekV32Config(
+    vocab_size=64,
+    hidden_size=24,
+    num_attention_heads=4,
+    q_lora_rank=20,
+    kv_lora_rank=16,
+    qk_nope_head_dim=10,
+    qk_rope_head_dim=6,
+    v_head_dim=8,
+    index_n_heads=2,
+    index_head_dim=12,
+    index_topk=9,
+    rope=RopeConfig(),
+)
+
+
 def random_params(specs, experts=0, seed=0):
     """Parameters of a tree of shapes and types, by numpy: `init_params` compiles a program for each shape.
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import export
-from small_models import random_params
+from small_models import ONE_LAYER, random_params
 from support.equivalence import assert_same_bits
 from support.marks import machine_code_runs
 
@@ -18,29 +18,14 @@ from pallas_kernels.targets import named_targets
 from sparse_mla_jax.layers.compressed_attention import LayerCaches
 from sparse_mla_jax.models.deepseek_v32 import create_caches, param_specs
 
-CONFIG = sm.DeepseekV32Config(
-    vocab_size=64,
-    hidden_size=24,
-    num_attention_heads=4,
-    q_lora_rank=20,
-    kv_lora_rank=16,
-    qk_nope_head_dim=10,
-    qk_rope_head_dim=6,
-    v_head_dim=8,
-    index_n_heads=2,
-    index_head_dim=12,
-    index_topk=9,
-    rope=sm.RopeConfig(),
-)
-
 
 def step(params, hidden, caches, metadata, *, name):
-    return sm.attention_step(params, hidden, *caches, metadata, config=CONFIG, implementation=name)
+    return sm.attention_step(params, hidden, *caches, metadata, config=ONE_LAYER, implementation=name)
 
 
 def arguments():
-    params = random_params(param_specs(CONFIG)["layers"][0]["self_attn"])
-    caches = create_caches(CONFIG, num_pages=8, page_size=4, dtype="float8_e4m3fnuz")[0]
+    params = random_params(param_specs(ONE_LAYER)["layers"][0]["self_attn"])
+    caches = create_caches(ONE_LAYER, num_pages=8, page_size=4, dtype="float8_e4m3fnuz")[0]
     metadata = sm.decode_metadata(jnp.asarray([5, 11]), jnp.arange(8).reshape(2, 4), page_size=4)
     hidden = jnp.asarray(np.random.default_rng(0).standard_normal((2, 24)), jnp.float32)
     return params, hidden, caches, metadata

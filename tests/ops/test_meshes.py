@@ -16,11 +16,10 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-from small_models import random_params
+from small_models import ONE_LAYER, random_params
 from support.equivalence import Close, Same, assert_leaves, assert_same_bits
 
 from sparse_mla_jax import metadata
-from sparse_mla_jax.config import DeepseekV32Config, RopeConfig
 from sparse_mla_jax.layers.mla import attention_step
 from sparse_mla_jax.models.deepseek_v32 import create_caches, param_specs
 from sparse_mla_jax.ops import attention, cache, compressor, hyper_connections, indexer, norm_rope, ragged, topk
@@ -252,20 +251,6 @@ def test_vmap_inside_shard_map():
 
 
 # --- Explicit axes
-CONFIG = DeepseekV32Config(
-    vocab_size=64,
-    hidden_size=24,
-    num_attention_heads=4,
-    q_lora_rank=20,
-    kv_lora_rank=16,
-    qk_nope_head_dim=10,
-    qk_rope_head_dim=6,
-    v_head_dim=8,
-    index_n_heads=2,
-    index_head_dim=12,
-    index_topk=9,
-    rope=RopeConfig(),
-)
 HEADS = {"q_b_proj": P(None, "x"), "kv_b_k": P("x"), "kv_b_v": P("x"), "o_proj": P("x")}
 
 
@@ -275,14 +260,14 @@ HEADS = {"q_b_proj": P(None, "x"), "kv_b_k": P("x"), "kv_b_v": P("x"), "o_proj":
 def test_attention_step_with_sharded_heads(name):
     """`jax.make_mesh` gives Explicit axes: types say how arrays lie, and the layer must say what it does with them."""
     mesh = jax.make_mesh((2,), ("x",), devices=jax.devices()[:2])
-    params = random_params(param_specs(CONFIG)["layers"][0]["self_attn"])
-    caches = create_caches(CONFIG, num_pages=8, page_size=4, dtype="float8_e4m3fnuz")[0]
+    params = random_params(param_specs(ONE_LAYER)["layers"][0]["self_attn"])
+    caches = create_caches(ONE_LAYER, num_pages=8, page_size=4, dtype="float8_e4m3fnuz")[0]
     hidden = normal(12, 24)
 
     @jax.jit
     def step(params, hidden, caches):
         meta = metadata.build_metadata(*(jnp.full(1, 12),) * 2, jnp.arange(8)[None], num_tokens=12, page_size=4)
-        return attention_step(params, hidden, *caches, meta, config=CONFIG, implementation=name)
+        return attention_step(params, hidden, *caches, meta, config=ONE_LAYER, implementation=name)
 
     want = step(params, hidden, caches)
     with jax.set_mesh(mesh):
