@@ -20,6 +20,7 @@ from sparse_mla_jax.shapes import (
     Config,
     DeepseekV4Config,
     DeepseekV32Config,
+    MlaConfig,
     RopeConfig,
 )
 
@@ -30,6 +31,7 @@ __all__ = [
     "Config",
     "DeepseekV4Config",
     "DeepseekV32Config",
+    "MlaConfig",
     "RopeConfig",
     "config_from_json",
     "from_hf",
