@@ -243,6 +243,12 @@ class MlaConfig:
         """All layers."""
         return tuple(self.layer(number) for number in range(self.num_hidden_layers))
 
+    @property
+    def is_uniform(self) -> bool:
+        """Whether the attention of all layers is alike."""
+        names = ("layer_types", "layer_sizes", "indexer_types", "kv_source_layers", "rope_layers")
+        return not any(getattr(self, name) for name in names)
+
     def _entry(self, name: str, number: int, default: Any) -> Any:
         """Entry `number` of a per-layer tuple."""
         entries = getattr(self, name)
