@@ -30,7 +30,7 @@ from sparse_mla_jax.layers.latent_projections import (
     project_queries,
 )
 from sparse_mla_jax.layers.selection import IndexInputs, check_selection, select_visible
-from sparse_mla_jax.layers.window import check_states, token_states, window_rows
+from sparse_mla_jax.layers.window import WindowCache, check_states, token_states, window_rows
 from sparse_mla_jax.metadata import StepMetadata
 from sparse_mla_jax.mla_shapes import MlaConfig
 from sparse_mla_jax.ops._dispatch import check_implementation
@@ -46,7 +46,8 @@ _MAKE = "Make it with models.mla.create_caches."
 def _check_call(params: Any, hidden: Any, cache: Any, index: Any, state_ids: Any, step: LatentStep) -> Array:
     """`hidden` as an array; raises ValueError for arguments that do not fit together."""
     c, layer, meta, sizes = step.config, step.layer, step.metadata, step.layer.sizes
-    _check.instance("cache", cache, PagedKVCache, hint=_MAKE)
+    _check.instance("cache", cache, WindowCache if layer.is_sliding else PagedKVCache, hint=_MAKE)
+    keys = _keys(cache)
     require(
         (index is not None) == layer.has_indexer,
         f"index_cache is {'absent' if index is None else 'there'} in layer {layer.number}, which has"
@@ -56,16 +57,16 @@ def _check_call(params: Any, hidden: Any, cache: Any, index: Any, state_ids: Any
     hint = "Pad it to the metadata's num_tokens; its width is config.hidden_size."
     hidden = _check.array("hidden", hidden, (jnp.float32, jnp.bfloat16), meta.num_tokens, c.hidden_size, hint=hint)
     require(
-        (cache.latent_dim, cache.rope_dim) == (sizes.kv_lora_rank, sizes.qk_rope_head_dim),
-        f"cache holds {cache.latent_dim} + {cache.rope_dim} values per token; config needs {sizes.kv_lora_rank} +"
+        (keys.latent_dim, keys.rope_dim) == (sizes.kv_lora_rank, sizes.qk_rope_head_dim),
+        f"cache holds {keys.latent_dim} + {keys.rope_dim} values per token; config needs {sizes.kv_lora_rank} +"
         f" {sizes.qk_rope_head_dim}. {_MAKE}",
     )
-    paged = {} if layer.is_sliding else {"cache": cache.page_size}
+    paged = {} if layer.is_sliding else {"cache": keys.page_size}
     if layer.is_sliding:
-        check_states("cache", state_ids, cache.num_pages, meta.num_requests)
+        check_states("cache", state_ids, keys.num_pages, meta.num_requests)
         require(
-            cache.page_size >= c.sliding_window,
-            f"cache has rings of {cache.page_size} slots; a window of {c.sliding_window} needs as many. {_MAKE}",
+            keys.page_size >= c.sliding_window,
+            f"cache has rings of {keys.page_size} slots; a window of {c.sliding_window} needs as many. {_MAKE}",
         )
     if index is not None:
         _check.instance("index_cache", index, PagedIndexCache, hint=_MAKE)
@@ -80,6 +81,10 @@ def _check_call(params: Any, hidden: Any, cache: Any, index: Any, state_ids: Any
             f"{name} has pages of {page_size} tokens, metadata was built for {meta.page_size}; use one page_size.",
         )
     return hidden
+
+
+def _keys(cache: PagedKVCache | WindowCache) -> PagedKVCache:
+    return cache.keys if isinstance(cache, WindowCache) else cache
 
 
 def _check_static(metadata: Any, config: Any, implementation: Any) -> None:
@@ -295,7 +300,7 @@ def _attend(
 def attention_step(
     params: dict[str, Any],
     hidden: Array,
-    cache: PagedKVCache,
+    cache: PagedKVCache | WindowCache,
     index_cache: PagedIndexCache | None,
     metadata: StepMetadata,
     *,
@@ -323,8 +328,8 @@ def attention_step(
         width, dn/dr/dv head widths, Hi/Di indexer heads and width. Other families and layers have more or less of
         them: `layers.attention_weights.mla_shapes(config, config.layer(number))` lists names and shapes.
       hidden: [T, D] float32 or bfloat16, the RMS-normed input of the sub-layer; padding may hold anything.
-      cache: latents and rotary keys of this layer, or of the layer whose latents it uses, after that layer's step. In
-        a sliding layer a page is the ring of one running request (`ops.window`).
+      cache: latents and rotary keys of this layer, or of the layer whose latents it uses, after that layer's step; a
+        WindowCache in sliding layers.
       index_cache: the indexer's keys of this layer; None in layers without an indexer.
       metadata: of this step, from `build_metadata`.
       config: the model's shapes (static). With quantize_index_query and FP8 keys in index_cache, the indexer's queries
@@ -355,27 +360,27 @@ def attention_step(
     step = LatentStep.create(metadata, config, layer, implementation, frequencies)
     hidden = _check_call(params, hidden, cache, index_cache, state_ids, step)
     chosen = _check_passed(selection, step)
-    states = _states(cache, state_ids, step)
-    known = project_hidden(params, hidden, step)
-    cache, index_cache = _write(known, cache, index_cache, states, step)
+    known, keys = project_hidden(params, hidden, step), _keys(cache)
+    states = _states(keys, state_ids, step)
+    keys, index_cache = _write(known, keys, index_cache, states, step)
     index_dtype = None
     if chosen is None and step.needs_indexer and index_cache is not None:
         index_dtype = _index_dtype(index_cache, hidden, config)
     queries = project_queries(params, hidden, known, step, index_dtype)
     if states is not None:
-        rows: Rows = window_rows(metadata, states, window=config.sliding_window, ring=cache.page_size)
+        rows: Rows = window_rows(metadata, states, window=config.sliding_window, ring=keys.page_size)
     else:
         chosen = _select(queries.index_inputs, index_cache, step) if chosen is None else chosen
         # Pass dense rows: top-k ends them with -1, and packing would take five more kernels. Padding selects nothing.
         rows = slots_from_positions(chosen, metadata.request_ids, metadata.page_table, page_size=metadata.page_size)
-    out = _attend(params, queries, cache, rows, step)
-    results = out.astype(hidden.dtype), cache, index_cache
+    out = _attend(params, queries, keys, rows, step)
+    results = out.astype(hidden.dtype), keys if states is None else WindowCache(keys), index_cache
     return (*results, chosen) if return_selection else results
 
 
-def _states(cache: PagedKVCache, state_ids: Array | None, step: LatentStep) -> Array | None:
+def _states(keys: PagedKVCache, state_ids: Array | None, step: LatentStep) -> Array | None:
     """The ring of every token's request in a sliding layer, None in others."""
     if not step.layer.is_sliding:
         return None
-    capacity = cache.page_size - step.config.sliding_window + 1
-    return token_states(step.metadata, state_ids, rings=cache.num_pages, capacity=capacity)
+    capacity = keys.page_size - step.config.sliding_window + 1
+    return token_states(step.metadata, state_ids, rings=keys.num_pages, capacity=capacity)

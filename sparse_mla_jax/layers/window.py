@@ -5,16 +5,34 @@ See `ops.window` for the rings.
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 
 from sparse_mla_jax import _check
 from sparse_mla_jax._check import require
+from sparse_mla_jax._serialization import serializable
 from sparse_mla_jax.metadata import StepMetadata
+from sparse_mla_jax.ops.cache import PagedKVCache
 from sparse_mla_jax.ops.ragged import DenseRows
 from sparse_mla_jax.ops.window import window_slots
+
+
+@serializable
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["keys"], meta_fields=[])
+@dataclasses.dataclass(frozen=True)
+class WindowCache:
+    """The newest tokens of every running request, in the sliding layers of models with latent attention.
+
+    Attributes:
+      keys: latents and rotary keys; a page is the ring of one running request (`ops.window`).
+    """
+
+    keys: PagedKVCache
 
 
 def check_states(name: str, state_ids: Any, rings: int, requests: int) -> None:
