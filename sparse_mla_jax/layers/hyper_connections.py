@@ -78,20 +78,20 @@ def split_streams(
     return joined, (writes, mixing)
 
 
-def join_streams(streams: Array, out: Array, weights: tuple[Array, Array]) -> Array:
+def join_streams(streams: Array, out: Array, weights: tuple[Array, Array | None]) -> Array:
     """streams'[t, j] = writes[t, j] * out[t] + sum_i mixing[t, i, j] * streams[t, i].
 
     Args:
       streams: [T, n, D] before the sub-layer.
       out: [T, D], the sub-layer's output.
-      weights: from `split_streams`.
+      weights: from `split_streams`; (writes, None) leaves the streams unmixed: mixing is the identity.
 
     Returns:
       [T, n, D] in streams.dtype.
     """
     writes, mixing = weights
     wide = streams.astype(jnp.float32)
-    mixed = jnp.sum(mixing[:, :, :, None] * wide[:, :, None, :], axis=1)
+    mixed = wide if mixing is None else jnp.sum(mixing[:, :, :, None] * wide[:, :, None, :], axis=1)
     return (writes[:, :, None] * out.astype(jnp.float32)[:, None, :] + mixed).astype(streams.dtype)
 
 

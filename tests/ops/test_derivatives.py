@@ -77,6 +77,10 @@ def split(name, streams, product, base, scale):
     return hyper_connections.split(streams, product, base, scale, iterations=3, implementation=name)
 
 
+def split_independent(name, streams, product, base, scale):
+    return hyper_connections.split(streams, product, base, scale, iterations=None, implementation=name)[:2]
+
+
 def merge(name, streams, product, base, scale):
     return hyper_connections.merge(streams, product, base, scale, implementation=name)
 
@@ -103,6 +107,7 @@ CALLS = {
     "compress": (compress, (normal(14, 8), normal(14, 8), normal(4, 8), normal(8))),
     "norm_rope": (finish, (normal(3, 16), normal(8), normal(8), normal(3, 2))),
     "split_streams": (split, (normal(3, 2, 4), normal(3, 8), normal(8), normal(3))),
+    "split_streams, no matrix": (split_independent, (normal(3, 2, 4), normal(3, 4), normal(4), normal(2))),
     "merge_streams": (merge, (normal(3, 2, 4), normal(3, 2), normal(2), normal(1))),
     "rotated_projection": (project, (normal(3, 4, 8), normal(2, 16, 5))),
     "top_k": (best, (normal(2, 9),)),
