@@ -69,9 +69,9 @@ class LatentStep:
             frequencies is not None or not config.learned_rope or not width,
             "frequencies is None; this model learns them. Pass layers.latent_projections.learned_frequencies.",
         )
-        if frequencies is None or not width:
-            frequencies = rope_frequencies(chosen.sizes.rope, width) if width else np.zeros(0, np.float32)
-        return cls(metadata, config, chosen, implementation, frequencies)
+        own = rope_frequencies(chosen.sizes.rope, width) if width else np.zeros(0, np.float32)
+        used = own if frequencies is None or not width else frequencies
+        return cls(metadata, config, chosen, implementation, used)
 
     @property
     def needs_indexer(self) -> bool:
@@ -86,7 +86,7 @@ class LatentStep:
 
 def learned_frequencies(alpha: Array, config: MlaConfig) -> Array:
     """The rotary frequencies of a model with learned_rope: those of its config times exp(alpha), float32[dr // 2]."""
-    return rope_frequencies(config.rope, config.qk_rope_head_dim) * jnp.exp(alpha.astype(jnp.float32))
+    return jnp.asarray(rope_frequencies(config.rope, config.qk_rope_head_dim)) * jnp.exp(alpha.astype(jnp.float32))
 
 
 # --- weights
@@ -175,7 +175,7 @@ def project_hidden(params: dict[str, Any], hidden: Array, step: LatentStep) -> L
 
 
 def _hidden_parts(params: dict[str, Any], dtype: str, step: LatentStep) -> dict[str, Section]:
-    """The sections of the product, in the order of `_hidden_paths`; the raw latent has the columns of the normed one."""
+    """The sections of the product, in the order of `_hidden_paths`; raw and normed query latent share columns."""
     c, layer, sizes = step.config, step.layer, step.layer.sizes
     parts: dict[str, Section] = {}
     start = 0
@@ -297,15 +297,16 @@ def _from_q_latent(
     start = c.index_n_heads * c.index_head_dim if step.layer.has_indexer else 0
     start = 0 if c.index_query_from_hidden or known.raw_q_latent is not None else start
     parts = [Section(start, heads, sizes.qk_head_dim, dtype, **_query_finish(params, step))]
-    together = start > 0 and index is not None
-    if together:
+    left = index
+    if start > 0 and index is not None:
         parts.append(index)
+        left = None
     if known.raw_q_latent is not None:
         source = jnp.concatenate([source, known.raw_q_latent], axis=1)
         parts.append(Section(parts[0].columns, heads, sizes.v_head_dim, dtype))
     done = project(params, "q_latent_proj", source, _q_latent_paths(params), parts, finish)
     gate = done.pop() if known.raw_q_latent is not None else known.gate
-    return done, None if together else index, gate
+    return done, left, gate
 
 
 def _query_finish(params: dict[str, Any], step: LatentStep) -> dict[str, Any]:

@@ -201,7 +201,7 @@ def _check_passed(selection: Any, step: LatentStep) -> Array | None:
     layer = step.layer
     if selection is None:
         require(
-            layer.index_source in (None, layer.number),
+            not layer.shares_index,
             f"selection is None; layer {layer.number} has no indexer. Pass the one that layer {layer.index_source}"
             " returned (return_selection=True).",
         )
@@ -223,7 +223,7 @@ def _write(
     step: LatentStep,
 ) -> tuple[PagedKVCache, PagedIndexCache | None]:
     """Writes what the layer makes: its latents and rotary keys, and its index keys."""
-    meta, how = step.metadata, {"implementation": step.implementation}
+    meta, how = step.metadata, step.implementation
     slots = meta.slots
     if states is not None:
         slots = ring_slots(meta.positions, states, ring=cache.page_size)
@@ -231,8 +231,8 @@ def _write(
         return cache, _write_index(known, index_cache, step)
     rope = known.latent[:, :0] if known.rope is None else known.rope
     if index_cache is None or known.index_key is None:
-        return write(cache, known.latent, rope, slots, **how), None
-    return write_token(cache, index_cache, known.latent, rope, known.index_key, slots, **how)
+        return write(cache, known.latent, rope, slots, implementation=how), None
+    return write_token(cache, index_cache, known.latent, rope, known.index_key, slots, implementation=how)
 
 
 def _write_index(known: LatentProjections, index_cache: PagedIndexCache | None, step: LatentStep) -> Any:

@@ -55,7 +55,8 @@ def _bias_path(path: Path) -> Path:
 
 def _bias_at(params: dict[str, Any], path: Path) -> Array | None:
     """The bias [columns] of the weight at `path`, which has its name and "_bias"; None without one."""
-    return _weight_at(params, path[:-1]).get(_bias_path(path)[-1])
+    parent: Any = _weight_at(params, path[:-1])
+    return parent.get(_bias_path(path)[-1])
 
 
 def _affine(x: Array, weight: Array, bias: Array | None) -> Array:

@@ -46,7 +46,7 @@ __all__ = [
 
 
 def fuse_projections(params: Params) -> Params:
-    """Fuses the projections of every layer (`layers.latent_projections.fuse_projections`), which makes steps on a GPU faster.
+    """Fuses the projections of every layer (`layers.latent_projections.fuse_projections`): faster steps on a GPU.
 
     Call it once, when weights are loaded (`jax.jit(fuse_projections, donate_argnums=0)`). Every step of this module
     accepts the result; `save_checkpoint` does not.
@@ -116,7 +116,7 @@ def forward(
             state_ids=state_ids,
             frequencies=frequencies,
             implementation=implementation,
-            selection=None if layer.has_indexer else selection,
+            selection=selection if layer.shares_index else None,
         )
         # Layers that share it come later, with sliding layers between them perhaps.
         selection = chosen if layer.has_indexer else selection
