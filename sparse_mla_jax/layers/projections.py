@@ -126,7 +126,8 @@ def _finish_some(
 
 def _changes(part: Section) -> bool:
     """Whether a section needs `norm_rope`."""
-    return part.weight is not None or part.rotated is not None or part.scale != 1.0 or part.dtype != "float32"
+    arrays = (part.weight, part.rotated, part.gain)
+    return any(one is not None for one in arrays) or part.scale != 1.0 or part.dtype != "float32"
 
 
 def _move(part: Section, columns: int) -> Section:
