@@ -40,6 +40,17 @@ class _Sizes:
     columns: int
 
 
+@dataclasses.dataclass(frozen=True)
+class _Constants:
+    """Static numbers of the formulas; see `split`."""
+
+    iterations: int | None
+    eps: float
+    norm_eps: float
+    magnitude: float
+    writes_eps: float
+
+
 # --- arithmetic
 def _sigmoid(x: Array) -> Array:
     return 1.0 / (1.0 + jnp.exp(-x))
@@ -109,12 +120,12 @@ def _row(refs, sizes: _Sizes, token: Array, eps: float, norm_eps: float, target:
     return scale
 
 
-def _matrices(refs, sizes: _Sizes, first: Array, scales: Array, iterations: int, eps: float, target: Target) -> None:
-    """Stores the output weights and mixing matrices of the tokens from `first` on.
+def _weights(refs, sizes: _Sizes, first: Array, scales: Array, constants: _Constants, target: Target) -> None:
+    """Stores the output weights, and mixing matrices if there are any, of the tokens from `first` on.
 
     scales: reciprocal root mean squares of the tokens [b], a scalar for one token.
     """
-    product_ref, base_ref, scale_ref, writes_ref, mixing_ref = refs
+    product_ref, base_ref, scale_ref, writes_ref, *mixing_refs = refs
     n, side = sizes.streams, power_of_two(sizes.streams)
     block = 1 if scales.ndim == 0 else scales.shape[0]
     # Padding repeats the last token and stores the same bits.
@@ -131,7 +142,10 @@ def _matrices(refs, sizes: _Sizes, first: Array, scales: Array, iterations: int,
     at, column = jnp.broadcast_arrays(token[:, None], stream[None, :])
     exists = column < n
     values = logits(at, jnp.where(exists, n + column, n), scales if block == 1 else scales[:, None], 1)
-    put(writes_ref, at, column, exists, 2.0 * _sigmoid(values))
+    writes = constants.magnitude * _sigmoid(values)
+    put(writes_ref, at, column, exists, writes + constants.writes_eps if constants.writes_eps else writes)
+    if constants.iterations is None:
+        return
 
     shape = (block, side, side)
     at, row, column = (
@@ -139,14 +153,16 @@ def _matrices(refs, sizes: _Sizes, first: Array, scales: Array, iterations: int,
     )
     exists, entry = (row < n) & (column < n), row * n + column
     values = logits(at, 2 * n + jnp.where(exists, entry, 0), scales if block == 1 else scales[:, None, None], 2)
-    put(mixing_ref, at, entry, exists, _sinkhorn(values, exists, column < n, iterations, eps, target))
+    mixing = _sinkhorn(values, exists, column < n, constants.iterations, constants.eps, target)
+    put(mixing_refs[0], at, entry, exists, mixing)
 
 
-def _kernel(*refs, sizes: _Sizes, iterations, eps, norm_eps, normed: bool, plan: HyperConnectionPlan, target: Target):
+def _kernel(*refs, sizes: _Sizes, constants: _Constants, normed: bool, plan: HyperConnectionPlan, target: Target):
     """Grid (ceil(tokens / plan.tokens),). refs: streams, product, base, scale, norm if given, results.
 
-    Results: joined [T, D]; with matrices (iterations is not None) also writes [T, n] and mixing [T, n * n].
+    Results: joined [T, D], then writes [T, n] and mixing [T, n * n] if the product has columns for them.
     """
+    eps, norm_eps = constants.eps, constants.norm_eps
     if not normed:
         refs = (*refs[:4], None, *refs[4:])
     first = pl.program_id(0) * plan.tokens
@@ -160,8 +176,8 @@ def _kernel(*refs, sizes: _Sizes, iterations, eps, norm_eps, normed: bool, plan:
             return jnp.where(number == i, _row(refs[:6], sizes, token, eps, norm_eps, target), scales)
 
         scales = lax.fori_loop(0, plan.tokens, once, jnp.zeros(plan.tokens, jnp.float32))
-    if iterations is not None:
-        _matrices([*refs[1:4], *refs[6:]], sizes, first, scales, iterations, eps, target)
+    if sizes.columns > sizes.streams:
+        _weights([*refs[1:4], *refs[6:]], sizes, first, scales, constants, target)
 
 
 # --- launch
@@ -175,18 +191,22 @@ def split(
     iterations: int | None,
     eps: float,
     norm_eps: float,
+    magnitude: float = 2.0,
+    writes_eps: float = 0.0,
     plan: HyperConnectionPlan | None = None,
 ) -> list[Array]:
-    """Returns joined [T, D] in streams.dtype and, with matrices, writes float32 [T, n] and mixing float32 [T, n, n].
+    """Returns joined [T, D] in streams.dtype, and as far as asked writes float32 [T, n] and mixing float32 [T, n, n].
 
     Args:
       streams: bfloat16 or float32 [T, n, D], T at least 1.
-      product: float32 [S, T, O]; its sum over S is flat(streams) @ fn. O is n * (n + 2), or n without matrices.
+      product: float32 [S, T, O]; its sum over S is flat(streams) @ fn. O is n for joined only, 2 * n with writes, and
+        n * (n + 2) with mixing too.
       base: float32 [O].
-      scale: float32 [3], [1] without matrices.
+      scale: float32 [1], [2] or [3].
       norm: [D], weight of an RMS norm of the weighted sum; None: no norm.
-      iterations: of Sinkhorn's normalisation. None: returns the weighted sum only, without matrices.
+      iterations: of Sinkhorn's normalisation; None without mixing.
       eps, norm_eps: epsilons of the weights and of the norms.
+      magnitude, writes_eps: the writes are magnitude * sigmoid(...) + writes_eps.
       plan: None for the heuristic plan.
 
     Raises:
@@ -200,31 +220,24 @@ def split(
             f"{n} streams of {width} values; a program holds {MOST_STREAMS} streams and {MOST_VALUES} values at most"
         )
     sizes = _Sizes(tokens, n, width, product.shape[0], product.shape[2])
+    constants = _Constants(iterations, eps, norm_eps, magnitude, writes_eps)
+    more = [] if sizes.columns == n else [n] if iterations is None else [n, n * n]
 
     def run(target, *arrays):
         chosen = choose_plan("split_streams", plan, hyper_connection_plan, tokens=tokens, width=width, target=target)
         out = [jax.ShapeDtypeStruct((tokens, width), streams.dtype)]
-        if iterations is not None:
-            out += [jax.ShapeDtypeStruct((tokens, k), jnp.float32) for k in (n, n * n)]
+        out += [jax.ShapeDtypeStruct((tokens, k), jnp.float32) for k in more]
+        given = dict(sizes=sizes, constants=constants, normed=norm is not None, plan=chosen, target=target)
         return call(
-            functools.partial(
-                _kernel,
-                sizes=sizes,
-                iterations=iterations,
-                eps=eps,
-                norm_eps=norm_eps,
-                normed=norm is not None,
-                plan=chosen,
-                target=target,
-            ),
+            functools.partial(_kernel, **given),
             *arrays,
             out_shape=out,
             grid=(-(-tokens // chosen.tokens),),
-            name="split_streams" if iterations is not None else "merge_streams",
+            name="split_streams" if more else "merge_streams",
             target=target,
             num_warps=chosen.num_warps,
         )
 
     flat = streams.reshape(tokens, n * width), product.reshape(-1, product.shape[2])
     joined, *rest = by_target(run, *flat, base, scale, *([] if norm is None else [norm]))
-    return [joined, rest[0], rest[1].reshape(tokens, n, n)] if rest else [joined]
+    return [joined, *rest[:1], *(mixing.reshape(tokens, n, n) for mixing in rest[1:])]

@@ -28,8 +28,8 @@ _TYPES = ("bfloat16", "float32", "float8_e4m3fn", "float8_e4m3fnuz")
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["weight", "bias", "factor"],
-    meta_fields=["start", "heads", "width", "dtype", "rotated", "interleaved", "scale"],
+    data_fields=["weight", "bias", "factor", "gain"],
+    meta_fields=["start", "heads", "width", "dtype", "rotated", "interleaved", "scale", "eps"],
 )
 @dataclasses.dataclass(frozen=True)
 class Section:
@@ -45,6 +45,9 @@ class Section:
       interleaved: True pairs neighbouring columns, False pairs the two halves of the rotated columns.
       scale: multiplies the result.
       factor: float32 [T, heads], multiplies the scales of an FP8 result; None for 1.
+      gain: float32 [T, heads] of any sign, multiplies all values of a head after the rotation and `scale`, before they
+        are quantised to FP8; None for 1.
+      eps: of this section's norm; None for that of the call.
     """
 
     start: int
@@ -57,6 +60,8 @@ class Section:
     interleaved: bool = False
     scale: float = 1.0
     factor: Array | None = None
+    gain: Array | None = None
+    eps: float | None = None
 
     @property
     def quantized(self) -> bool:
@@ -100,6 +105,12 @@ class _Tile:
         at = self.head * self.part.width + self.column
         store_masked(ref, (self.token, at), values, self.exists, self.target)
 
+    def load_per_head(self, ref) -> Array:
+        """Loads ref[token, head] of the tile's heads, [heads]. Padded heads load the last head's; it is not stored."""
+        return load(ref.at[jnp.full_like(self.heads, self.row), jnp.minimum(self.heads, self.part.heads - 1)]).astype(
+            jnp.float32
+        )
+
 
 def _norm(tile: _Tile, x: Array, weight_ref: Any, bias_ref: Any, eps: float):
     """Returns a function (values, columns) -> normalised values; mean and variance are those of x[heads, columns]."""
@@ -130,9 +141,9 @@ def _partners(tile: _Tile, first: int, pairs: int) -> tuple[Array, Array, Array,
     return inside, jnp.where(inside, first + partner, tile.column), jnp.where(inside, pair, 0), second
 
 
-def _finish(tile: _Tile, x_ref, cos_ref, sin_ref, weight_ref, bias_ref, eps: float) -> Array:
-    """Loads a tile and normalises, rotates and scales it, float32."""
-    part = tile.part
+def _finish(tile: _Tile, x_ref, cos_ref, sin_ref, given: Sequence[Any], eps: float) -> Array:
+    """Loads a tile and normalises, rotates and scales it, float32. given: weight, bias and gain, or None for each."""
+    part, (weight_ref, bias_ref, gain_ref) = tile.part, given
     values = tile.read(x_ref, tile.column)
     norm = None if weight_ref is None else _norm(tile, values, weight_ref, bias_ref, eps)
     if norm is not None:
@@ -143,7 +154,8 @@ def _finish(tile: _Tile, x_ref, cos_ref, sin_ref, weight_ref, bias_ref, eps: flo
         others = others if norm is None else norm(others, partner)
         cos, sin = (tile.load(ref, tile.token, pair) for ref in (cos_ref, sin_ref))
         values = jnp.where(inside, values * cos + jnp.where(second, others, -others) * sin, values)
-    return values if part.scale == 1.0 else values * jnp.float32(part.scale)
+    values = values if part.scale == 1.0 else values * jnp.float32(part.scale)
+    return values if gain_ref is None else values * tile.load_per_head(gain_ref)[:, None]
 
 
 def _store(tile: _Tile, values: Array, out_refs: Sequence[Any], factor_ref: Any) -> None:
@@ -158,8 +170,7 @@ def _store(tile: _Tile, values: Array, out_refs: Sequence[Any], factor_ref: Any)
     head, exists = tile.heads, tile.heads < part.heads
     token, mask = jnp.full_like(head, tile.row), exists if part.heads % head.shape[0] else None
     if factor_ref is not None:
-        # Padded heads load the last head's factor; their results are not stored.
-        scales = scales * load(factor_ref.at[token, jnp.minimum(head, part.heads - 1)])
+        scales = scales * tile.load_per_head(factor_ref)
     store_masked(out_refs[1], (token, head), scales, mask, tile.target)
 
 
@@ -169,17 +180,18 @@ def _kernel(*refs, parts: Sequence[Section], eps: float, plan: NormRopePlan, tar
     x_ref, *left = refs
     rotates = any(p.rotated is not None for p in parts)
     cos_ref, sin_ref = (left.pop(0), left.pop(0)) if rotates else (None, None)
-    given = [[None if a is None else left.pop(0) for a in (p.weight, p.bias, p.factor)] for p in parts]
+    given = [[None if a is None else left.pop(0) for a in (p.weight, p.bias, p.gain, p.factor)] for p in parts]
     first = 0
-    for part, (weight, bias, factor) in zip(parts, given):
+    for part, (*norm, factor) in zip(parts, given):
         outs = [left.pop(0) for _ in range(1 + part.quantized)]
         size = plan.heads(part.heads, part.width)
         count = -(-part.heads // size)
 
         @pl.when((program >= first) & (program < first + count))
-        def _(part=part, weight=weight, bias=bias, factor=factor, outs=outs, size=size, first=first):
+        def _(part=part, norm=norm, factor=factor, outs=outs, size=size, first=first):
             tile = _Tile(part, token, program - first, size, target)
-            _store(tile, _finish(tile, x_ref, cos_ref, sin_ref, weight, bias, eps), outs, factor)
+            own = eps if part.eps is None else part.eps
+            _store(tile, _finish(tile, x_ref, cos_ref, sin_ref, norm, own), outs, factor)
 
         first += count
 
@@ -194,7 +206,7 @@ def _shapes(part: Section, tokens: int) -> list[jax.ShapeDtypeStruct]:
 def norm_rope(
     x: Array, parts: Sequence[Section], cos: Array, sin: Array, *, eps: float, plan: NormRopePlan | None = None
 ) -> list[list[Array]]:
-    """Finishes each section of x[T, W]: norm, rotation, scale and cast.
+    """Finishes each section of x[T, W]: norm, rotation, scale, gain and cast.
 
     x is bfloat16 or float32; cos and sin are float32 [T, pairs]. T is at least 1, and there is at least one section.
 
@@ -214,7 +226,7 @@ def norm_rope(
     def run(target: Target, x, rotated, parts):
         chosen = choose_plan("norm_rope", plan, norm_rope_plan, widest=max(p.width for p in parts), target=target)
         static = [jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), p) for p in parts]
-        arrays = [a for p in parts for a in (p.weight, p.bias, p.factor) if a is not None]
+        arrays = [a for p in parts for a in (p.weight, p.bias, p.gain, p.factor) if a is not None]
         programs = sum(-(-p.heads // chosen.heads(p.heads, p.width)) for p in parts)
         return call(
             functools.partial(_kernel, parts=static, eps=eps, plan=chosen, target=target),

@@ -97,6 +97,7 @@ if TYPE_CHECKING:
     from sparse_mla_jax.ops.rope import rotate as rotate
     from sparse_mla_jax.ops.router import biased_grouped_topk as biased_grouped_topk
     from sparse_mla_jax.ops.router import hash_route as hash_route
+    from sparse_mla_jax.ops.router import softmax_grouped_topk as softmax_grouped_topk
     from sparse_mla_jax.ops.router import sqrt_softplus_topk as sqrt_softplus_topk
     from sparse_mla_jax.ops.topk import top_k as top_k
     from sparse_mla_jax.ops.topk import top_k_decode as top_k_decode
@@ -136,7 +137,7 @@ _MODULES = {
     "ops.window": ("ring_size", "ring_slots", "window_slots"),
     "ops.attention": ("sparse_mla", "merge", "apply_sinks"),
     "ops.compressor": ("CompressorState", "CompressorWeights", "compress", "entry_pages", "num_entries"),
-    "ops.router": ("biased_grouped_topk", "sqrt_softplus_topk", "hash_route"),
+    "ops.router": ("biased_grouped_topk", "softmax_grouped_topk", "sqrt_softplus_topk", "hash_route"),
     "ops.rope": ("rope_frequencies", "rotate"),
     "ops.norm_rope": ("norm_rope",),
     "ops.output_projection": ("rotated_projection",),

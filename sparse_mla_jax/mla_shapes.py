@@ -77,8 +77,8 @@ class MlaLayer:
     Attributes:
       number: of the layer.
       kind: "indexed_attention" (the keys that an indexer chooses), "full_attention" (all) or "sliding_attention".
-      sizes: heads, ranks, widths and rotation. A layer without rotation has a rope width of 0, and its whole heads count
-        as nope.
+      sizes: heads, ranks, widths and rotation. A layer without rotation has a rope width of 0, and all of a head is
+        nope.
       index_source: the layer whose indexer chooses; None if the layer is not "indexed_attention".
       kv_source: the layer whose latents it attends to.
       is_moe: whether it routes to experts.
@@ -95,6 +95,11 @@ class MlaLayer:
     def has_indexer(self) -> bool:
         """Whether the layer has an indexer of its own."""
         return self.index_source == self.number
+
+    @property
+    def shares_index(self) -> bool:
+        """Whether the layer uses the selection of another one."""
+        return self.index_source not in (None, self.number)
 
     @property
     def has_latents(self) -> bool:
@@ -243,6 +248,12 @@ class MlaConfig:
         """All layers."""
         return tuple(self.layer(number) for number in range(self.num_hidden_layers))
 
+    @property
+    def is_uniform(self) -> bool:
+        """Whether the attention of all layers is alike."""
+        names = ("layer_types", "layer_sizes", "indexer_types", "kv_source_layers", "rope_layers")
+        return not any(getattr(self, name) for name in names)
+
     def _entry(self, name: str, number: int, default: Any) -> Any:
         """Entry `number` of a per-layer tuple."""
         entries = getattr(self, name)
@@ -329,7 +340,7 @@ def _check_words(c: MlaConfig) -> None:
             f" {' or '.join(map(repr, allowed[:8])) or 'an AttentionSizes'}. Mend it.",
         )
     require(
-        not c.layer_types or SLIDING not in c.layer_types or c.sliding_window,
+        not c.layer_types or SLIDING not in c.layer_types or c.sliding_window > 0,
         "config field layer_types has 'sliding_attention' and sliding_window is 0; give the keys that a token sees.",
     )
 

@@ -63,10 +63,9 @@ def write(pages: Array, rows: Array, slots: Array) -> Array:
 def gather(rows: Array, slots: Array) -> Array:
     """Reads rows[N, D] at slots[...]; a slot outside [0, N) gives zeros."""
     valid = (slots >= 0) & (slots < rows.shape[0])
-    taken = (
-        jnp.take(rows, jnp.where(valid, slots, 0), axis=0, mode="clip") if rows.shape[0] else jnp.zeros((), rows.dtype)
-    )
-    return jnp.where(valid[..., None], taken, jnp.zeros((), rows.dtype)) * jnp.ones((rows.shape[1],), rows.dtype)
+    zero = jnp.zeros((), rows.dtype)
+    taken = jnp.take(rows, jnp.where(valid, slots, 0), axis=0, mode="clip") if rows.shape[0] else zero
+    return jnp.where(valid[..., None], taken, zero) * jnp.ones((rows.shape[1],), rows.dtype)
 
 
 # --- indexer
@@ -234,15 +233,7 @@ def compress(
 
 # --- hyper-connections
 def merge_streams(
-    streams: Array,
-    product: Array,
-    base: Array,
-    scale: Array,
-    norm: Array | None = None,
-    *,
-    eps: float,
-    norm_eps: float,
-    dtype=jnp.float32,
+    streams: Array, product: Array, base: Array, scale: Array, norm=None, *, eps, norm_eps, dtype=jnp.float32
 ) -> Array:
     """Sum over n of (sigmoid(scale[0] * z + base) + eps)[n] * streams[T, n, D], then RMSNorm if given: dtype[T, D].
 
@@ -264,21 +255,25 @@ def split_streams(
     scale: Array,
     norm: Array | None = None,
     *,
-    iterations: int,
+    iterations: int | None,
     eps: float,
     norm_eps: float,
+    magnitude: float = 2.0,
+    writes_eps: float = 0.0,
     dtype=jnp.float32,
-) -> tuple[Array, Array, Array]:
+) -> tuple[Array, ...]:
     """(input of a sub-layer dtype[T, D], weights of its output dtype[T, n], mixing matrices dtype[T, n, n]).
 
-    Columns of product[T, n * (n + 2)], see `merge_streams`: n for the input, n for the output, n * n of the matrix, row
-    by row.
+    Columns of product[T, O], see `merge_streams`: n for the input, n for the output, n * n of the matrix, row by row.
+    Without iterations there is no matrix.
     """
     constants = {"eps": eps, "norm_eps": norm_eps, "dtype": dtype}
     joined, n = merge_streams(streams, product, base, scale, norm, **constants), streams.shape[1]
     z = product.astype(dtype) / jnp.sqrt((streams.astype(dtype) ** 2).mean(axis=(1, 2)) + norm_eps)[:, None]
     scale, base = scale.astype(dtype), base.astype(dtype)
-    writes = 2 / (1 + jnp.exp(-(scale[1] * z + base)[:, n : 2 * n]))
+    writes = magnitude / (1 + jnp.exp(-(scale[1] * z + base)[:, n : 2 * n])) + writes_eps
+    if iterations is None:
+        return joined, writes
     mixing = jax.nn.softmax((scale[2] * z + base)[:, 2 * n :].reshape(-1, n, n), axis=2) + eps
 
     def by_columns(mixing):
@@ -306,35 +301,41 @@ def rotated_projection(out: Array, weight: Array, angles: Array, *, dtype=jnp.fl
 
 
 # --- router
-def biased_grouped_topk(
-    logits: Array, bias: Array, *, num_groups: int, groups_kept: int, k: int, scale: float, renormalize: bool = True
-) -> tuple[Array, Array]:
+def biased_grouped_topk(logits: Array, bias: Array, *, excluded: float = -jnp.inf, **sizes) -> tuple[Array, Array]:
     """DeepSeek-V3's noaux_tc router: (weights float32[T, k], ids int32[T, k]), ids by descending biased score."""
-    tokens, experts = logits.shape
-    logits = logits.astype(jnp.float32)
-    score = jax.nn.sigmoid(jnp.where(jnp.isnan(logits), -jnp.inf, logits))
-    choice = score + bias.astype(jnp.float32)
-    grouped = choice.reshape(tokens, num_groups, experts // num_groups)
+    score = jax.nn.sigmoid(_nan_as_lowest(logits))
+    return _grouped(score, score + bias.astype(jnp.float32), excluded, **sizes)
+
+
+def softmax_grouped_topk(logits: Array, **sizes) -> tuple[Array, Array]:
+    """Mistral Large 4's router: a softmax over all experts, no bias; results as of `biased_grouped_topk`."""
+    share = jnp.nan_to_num(jax.nn.softmax(jnp.minimum(_nan_as_lowest(logits), jnp.finfo(jnp.float32).max)))
+    return _grouped(share, share, -jnp.inf, **sizes)
+
+
+def _nan_as_lowest(logits: Array) -> Array:
+    return jnp.where(jnp.isnan(logits), -jnp.inf, logits.astype(jnp.float32))
+
+
+def _grouped(score, choice, excluded, *, num_groups: int, groups_kept: int, k: int, scale: float, renormalize=True):
+    """The k experts of the largest choice[T, E], which is `excluded` outside the groups whose two best sum highest."""
+    grouped = choice.reshape(choice.shape[0], num_groups, choice.shape[1] // num_groups)
     group_score = jnp.sort(grouped, axis=-1)[..., -2:].sum(axis=-1)
     kept = jnp.argsort(-group_score, axis=-1, stable=True)[:, :groups_kept]
     alive = jnp.any(jnp.arange(num_groups)[None, None, :] == kept[:, :, None], axis=1)
-    choice = jnp.where(jnp.repeat(alive, experts // num_groups, axis=-1), choice, -jnp.inf)
+    choice = jnp.where(jnp.repeat(alive, grouped.shape[2], axis=-1), choice, excluded)
     ids = jnp.argsort(-choice, axis=-1, stable=True)[:, :k].astype(jnp.int32)
     return _shares(jnp.take_along_axis(score, ids, axis=-1), scale, renormalize), ids
 
 
-def sqrt_softplus_topk(
-    logits: Array, bias: Array, *, k: int, scale: float, renormalize: bool = True
-) -> tuple[Array, Array]:
+def sqrt_softplus_topk(logits: Array, bias: Array, *, k: int, scale: float, renormalize=True) -> tuple[Array, Array]:
     """DeepSeek-V4's router: (weights float32[T, k], ids int32[T, k]), ids by descending biased score."""
     score = sqrt_softplus(logits)
-    ids = jnp.argsort(-(score + bias.astype(jnp.float32)), axis=-1, stable=True)[:, :k].astype(jnp.int32)
-    return _shares(jnp.take_along_axis(score, ids, axis=-1), scale, renormalize), ids
+    how = {"num_groups": 1, "groups_kept": 1, "k": k, "scale": scale, "renormalize": renormalize}
+    return _grouped(score, score + bias.astype(jnp.float32), -jnp.inf, **how)
 
 
-def hash_route(
-    logits: Array, token_ids: Array, table: Array, *, scale: float, renormalize: bool = True
-) -> tuple[Array, Array]:
+def hash_route(logits: Array, token_ids: Array, table: Array, *, scale, renormalize=True) -> tuple[Array, Array]:
     """Routing in DeepSeek-V4's first layers: experts table[token id], weights from their scores."""
     ids = jnp.clip(table[jnp.clip(token_ids, 0, table.shape[0] - 1)], 0, logits.shape[1] - 1).astype(jnp.int32)
     return _shares(jnp.take_along_axis(sqrt_softplus(logits), ids, axis=-1), scale, renormalize), ids
@@ -342,8 +343,7 @@ def hash_route(
 
 def sqrt_softplus(logits: Array) -> Array:
     """sqrt(ln(1 + e^x)) in float32, always finite; NaN gives 0."""
-    logits = logits.astype(jnp.float32)
-    logits = jnp.minimum(jnp.where(jnp.isnan(logits), -jnp.inf, logits), jnp.finfo(jnp.float32).max)
+    logits = jnp.minimum(_nan_as_lowest(logits), jnp.finfo(jnp.float32).max)
     return jnp.sqrt(jnp.maximum(logits, 0) + jnp.log1p(jnp.exp(-jnp.abs(logits))))
 
 
@@ -362,11 +362,8 @@ def rotate(x: np.ndarray, angles: np.ndarray, *, interleaved: bool, inverse: boo
     half = x.shape[-1] // 2
     first, second = (x[..., 0::2], x[..., 1::2]) if interleaved else (x[..., :half], x[..., half:])
     turn = (first + 1j * second) * np.exp((-1j if inverse else 1j) * np.asarray(angles, np.float64))
-    return (
-        np.stack([turn.real, turn.imag], -1).reshape(x.shape)
-        if interleaved
-        else np.concatenate([turn.real, turn.imag], -1)
-    )
+    both = turn.real, turn.imag
+    return np.stack(both, -1).reshape(x.shape) if interleaved else np.concatenate(both, -1)
 
 
 # --- projections

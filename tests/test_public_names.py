@@ -38,6 +38,7 @@ CONTRACT = {
     "merge": "outs lses",
     "apply_sinks": "out lse sinks",
     "biased_grouped_topk": "logits bias num_groups groups_kept k scale renormalize",
+    "softmax_grouped_topk": "logits num_groups groups_kept k scale renormalize",
     "sqrt_softplus_topk": "logits bias k scale",
     "hash_route": "logits token_ids table scale",
     "build_metadata": "seq_lens query_lens page_table num_tokens page_size",

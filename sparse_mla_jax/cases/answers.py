@@ -76,8 +76,10 @@ def finished_answer(x: Any, part: Section, angles: Any, eps: float = 1e-6) -> np
     with jax.enable_x64(True):
         wide = jnp.asarray(mine.reshape(-1, part.heads, part.width))
         turned = jnp.asarray(np.asarray(angles).astype(np.float64))
+        eps = eps if part.eps is None else part.eps
         how: Any = dict(rotated=part.rotated, interleaved=part.interleaved, eps=eps, dtype=jnp.float64)
-        return np.asarray(reference.norm_rope(wide, part.weight, part.bias, turned, **how)) * part.scale
+        out = np.asarray(reference.norm_rope(wide, part.weight, part.bias, turned, **how)) * part.scale
+    return out if part.gain is None else out * np.asarray(part.gain).astype(np.float64)[:, :, None]
 
 
 def finished_error(part: Section, got: Any, want: np.ndarray) -> float:

@@ -152,8 +152,8 @@ def _finished(sizes: Mapping[str, int], flavour: str, query: str, *, model: str,
         x, positions = take(x, some), take(positions, some)
         angles = positions.astype(np.float32)[:, None] * np.asarray(frequencies, np.float32)
         for part, result in zip(mine, got):
-            if part.factor is not None:
-                part = dataclasses.replace(part, factor=take(part.factor, some))
+            per_head = {name: getattr(part, name) for name in ("factor", "gain")}
+            part = dataclasses.replace(part, **{k: a if a is None else take(a, some) for k, a in per_head.items()})
             result = jax.tree.map(lambda a: take(a, some), result)
             worst = max(worst, finished_error(part, result, finished_answer(x, part, angles)))
         return worst

@@ -11,30 +11,63 @@ import jax.numpy as jnp
 
 from sparse_mla_jax import _check
 from sparse_mla_jax._check import require
-from sparse_mla_jax.config import DeepseekV4Config, DeepseekV32Config
+from sparse_mla_jax.config import DeepseekV4Config
+from sparse_mla_jax.mla_shapes import MlaConfig, MlaLayer
 
 # Pytrees of dicts with shapes (tuples) in place of arrays.
 Shapes = dict[str, Any]
 
 
-def mla_shapes(c: DeepseekV32Config) -> Shapes:
-    """Weights of a DeepSeek-V3.2 attention layer, see `layers.mla.attention_step`."""
-    return {
-        "q_a_proj": (c.hidden_size, c.q_lora_rank),
-        "q_a_layernorm": (c.q_lora_rank,),
-        "q_b_proj": (c.q_lora_rank, c.num_attention_heads, c.qk_head_dim),
-        "kv_a_proj_with_mqa": (c.hidden_size, c.kv_lora_rank + c.qk_rope_head_dim),
-        "kv_a_layernorm": (c.kv_lora_rank,),
-        "kv_b_k": (c.num_attention_heads, c.qk_nope_head_dim, c.kv_lora_rank),
-        "kv_b_v": (c.num_attention_heads, c.kv_lora_rank, c.v_head_dim),
-        "o_proj": (c.num_attention_heads, c.v_head_dim, c.hidden_size),
-        "indexer": {
-            "wq_b": (c.q_lora_rank, c.index_n_heads, c.index_head_dim),
-            "wk": (c.hidden_size, c.index_head_dim),
-            "k_norm": {"weight": (c.index_head_dim,), "bias": (c.index_head_dim,)},
-            "weights_proj": (c.hidden_size, c.index_n_heads),
-        },
+def mla_shapes(c: MlaConfig, layer: MlaLayer) -> Shapes:
+    """Weights of a latent-attention layer, see `layers.mla.attention_step`."""
+    s = layer.sizes
+    heads, rank, latent = s.num_attention_heads, s.q_lora_rank, s.kv_lora_rank
+    # With a gate from the query latent, its normed and raw form are the input of both.
+    both = 2 * rank if c.attention_gate == "latent" else rank
+    shapes: Shapes = {}
+    if rank:
+        shapes["q_a_proj"] = (c.hidden_size, rank)
+        shapes["q_a_layernorm"] = (rank,)
+        shapes["q_b_proj"] = (both, heads, s.qk_head_dim)
+    else:
+        shapes["q_proj"] = (c.hidden_size, heads, s.qk_head_dim)
+    if layer.has_latents:
+        shapes["kv_a_proj_with_mqa"] = (c.hidden_size, latent + s.qk_rope_head_dim)
+        shapes["kv_a_layernorm"] = (latent,)
+        if c.rope_key_norm:
+            shapes["k_rope_layernorm"] = (s.qk_rope_head_dim,)
+    shapes["kv_b_k"] = (heads, s.qk_nope_head_dim, latent)
+    shapes["kv_b_v"] = (heads, latent, s.v_head_dim)
+    gates = {"head": (c.hidden_size, heads), "value": (c.hidden_size, heads, s.v_head_dim)}
+    if c.attention_gate != "none":
+        shapes["output_gate"] = gates.get(c.attention_gate, (both, heads, s.v_head_dim))
+    if c.attention_sinks:
+        shapes["sinks"] = (heads,)
+    shapes["o_proj"] = (heads, s.v_head_dim, c.hidden_size)
+    if c.query_position_scale:
+        shapes["query_scale"] = {"scale": (heads,), "bias": (heads,)}
+    if c.attention_bias:
+        outputs = {"q_a_proj": (rank,), "kv_a_proj_with_mqa": (latent + s.qk_rope_head_dim,)}
+        shapes |= {f"{name}_bias": shape for name, shape in outputs.items() if name in shapes}
+        shapes["o_proj_bias"] = (c.hidden_size,)
+    if layer.has_indexer:
+        shapes["indexer"] = _indexer_shapes(c, rank)
+    return shapes
+
+
+def _indexer_shapes(c: MlaConfig, rank: int) -> Shapes:
+    heads, width = c.index_n_heads, c.index_head_dim
+    shapes: Shapes = {
+        "wq_b": (c.hidden_size if c.index_query_from_hidden else rank, heads, width),
+        "wk": (c.hidden_size, width),
+        "k_norm": {"weight": (width,), "bias": (width,)},
+        "weights_proj": (c.hidden_size, heads),
     }
+    if c.index_query_from_hidden:
+        shapes["q_norm"] = {"weight": (c.hidden_size,), "bias": (c.hidden_size,)}
+    if c.query_position_scale:
+        shapes["query_scale"] = {"scale": (heads,), "bias": (heads,)}
+    return shapes
 
 
 def _compressor_shapes(c: DeepseekV4Config, ratio: int, width: int) -> Shapes:

@@ -30,6 +30,7 @@ from sparse_mla_jax.layers.compressed_projections import (
 )
 from sparse_mla_jax.layers.projections import matmul
 from sparse_mla_jax.layers.selection import IndexInputs, check_selection, select_visible
+from sparse_mla_jax.layers.window import check_states, token_states, window_rows
 from sparse_mla_jax.metadata import StepMetadata
 from sparse_mla_jax.ops._dispatch import check_implementation
 from sparse_mla_jax.ops.attention import sparse_mla
@@ -38,7 +39,7 @@ from sparse_mla_jax.ops.compressor import CompressorState, CompressorWeights, co
 from sparse_mla_jax.ops.indexer import lightning_indexer
 from sparse_mla_jax.ops.output_projection import rotated_projection
 from sparse_mla_jax.ops.ragged import DenseRows, slots_from_positions
-from sparse_mla_jax.ops.window import ring_slots, window_slots
+from sparse_mla_jax.ops.window import ring_slots
 
 __all__ = [
     "LayerCaches",
@@ -93,7 +94,7 @@ def _check_caches(caches: LayerCaches, meta: StepMetadata, state_ids: Any, ratio
         f"caches.window holds {window.latent_dim} + {window.rope_dim} values per token; config needs {c.nope_dim} +"
         f" {c.qk_rope_head_dim}. Make it with models.deepseek_v4.create_caches.",
     )
-    _check_states(state_ids, window.num_pages, meta.num_requests)
+    check_states("caches.window", state_ids, window.num_pages, meta.num_requests)
     wanted = {"compressed": ratio > 0, "state": ratio > 0, "index": ratio == 4, "index_state": ratio == 4}
     for name, expected in wanted.items():
         require(
@@ -115,32 +116,6 @@ def _check_caches(caches: LayerCaches, meta: StepMetadata, state_ids: Any, ratio
             f"caches.compressed has pages of {caches.compressed and caches.compressed.page_size} entries; metadata with"
             f" page_size {meta.page_size} and ratio {ratio} need {entries}. Use one page_size.",
         )
-
-
-def _check_states(state_ids: Any, rings: int, requests: int) -> None:
-    if state_ids is None:
-        require(
-            rings >= requests,
-            f"caches.window has {rings} rings for {requests} requests; create the caches with"
-            f" num_requests={requests} or more, or pass state_ids.",
-        )
-        return
-    _check.int32("state_ids", state_ids, requests, hint="The ring of each request of the metadata.")
-
-
-def token_states(metadata: StepMetadata, state_ids: Array | None, *, rings: int, capacity: int) -> Array:
-    """The ring of every token's request: int32[T].
-
-    -1 for padding, for a request's tokens after the first `capacity` of the step, and for requests whose state id is
-    not in 0..rings - 1.
-    """
-    meta, requests = metadata, metadata.num_requests
-    if requests == 0:
-        return jnp.full(meta.positions.shape, -1, jnp.int32)
-    ids = jnp.arange(requests, dtype=jnp.int32) if state_ids is None else _check.int32("state_ids", state_ids, requests)
-    ids = jnp.where((ids >= 0) & (ids < rings), ids, -1)
-    within = jnp.arange(meta.num_tokens, dtype=jnp.int32) - meta.query_indptr[meta.request_ids]
-    return jnp.where(meta.valid & (within < capacity), ids[meta.request_ids], -1)
 
 
 # --- selection
@@ -330,7 +305,7 @@ def compressed_attention_step(
     out = sparse_mla(
         queries.heads,
         window,
-        _window_rows(states, ring, step),
+        window_rows(metadata, states, window=config.sliding_window, ring=ring),
         sm_scale=config.sm_scale,
         value_dim=config.head_dim,
         sinks=params["sinks"].astype(jnp.float32),
@@ -340,13 +315,6 @@ def compressed_attention_step(
     projected = grouped_output(params, out, metadata.positions, step.frequencies, implementation=implementation)
     results = projected.astype(hidden.dtype), caches
     return (*results, chosen) if return_selection else results
-
-
-def _window_rows(states: Array, ring: int, step: LayerStep) -> DenseRows:
-    """Slots of each token's window in its request's ring; an empty row for a token without a ring."""
-    meta, window = step.metadata, step.config.sliding_window
-    slots = window_slots(meta.positions, states, window=window, ring=ring)
-    return DenseRows(slots, jnp.where(states >= 0, jnp.minimum(meta.lengths, window), 0))
 
 
 def _entry_rows(chosen: Array, count: Array, states: Array, step: LayerStep) -> DenseRows:

@@ -1,8 +1,9 @@
-"""Manifold-constrained hyper-connections: n residual streams, mixed by matrices that preserve their sum.
+"""Hyper-connections: n residual streams in place of one.
 
-They replace `x + f(norm(x))`. A sub-layer reads a weighted sum of n streams. The streams are then mixed by a doubly
-stochastic matrix M, and the sub-layer's output is added to each with a weight of its own. Weights and M depend on the
-token. Sources: mHC (arXiv:2512.24880), hyper-connections (arXiv:2409.19606); formulas and constants are DeepSeek-V4's.
+They replace `x + f(norm(x))`. A sub-layer reads a weighted sum of n streams, and its output is added to each with a
+weight of its own. In DeepSeek-V4 the streams are first mixed by a doubly stochastic matrix M, which preserves their sum
+(manifold-constrained hyper-connections); in Hy4 they are independent, without M. Weights and M depend on the token.
+Sources: mHC (arXiv:2512.24880), hyper-connections (arXiv:2409.19606); formulas and constants are the models'.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from sparse_mla_jax._check import require
-from sparse_mla_jax.config import DeepseekV4Config
+from sparse_mla_jax.config import Config
 from sparse_mla_jax.ops.hyper_connections import doubly_stochastic, merge, split
 
 __all__ = ["doubly_stochastic", "join_streams", "merge_streams", "split_streams"]
@@ -44,22 +45,23 @@ def split_streams(
     params: dict[str, Any],
     streams: Array,
     *,
-    config: DeepseekV4Config,
+    config: Config,
     norm: Array | None = None,
     implementation: str | None = None,
-) -> tuple[Array, tuple[Array, Array]]:
+) -> tuple[Array, tuple[Array, Array | None]]:
     """The input of a sub-layer, and the weights with which `join_streams` adds its output.
 
     Args:
-      params: fn [n * D, n * (n + 2)], base [n * (n + 2)], scale [3], float32.
+      params: fn [n * D, n * (n + 2)], base [n * (n + 2)], scale [3], float32; without mixing matrix fn [n * D, 2 * n],
+        base [2 * n], scale [2].
       streams: [T, n, D].
       config: the model's constants.
       norm: [D] weight of the sub-layer's own RMS norm; None leaves the norm to the caller.
       implementation: None, "triton", "xla" or "reference".
 
     Returns:
-      (input [T, D] in streams.dtype, (weights of the output float32[T, n], mixing float32[T, n, n])), for
-      `join_streams`.
+      (input [T, D] in streams.dtype, (weights of the output float32[T, n], mixing float32[T, n, n] or
+      None)), for `join_streams`.
 
     Raises:
       ValueError: weights that do not fit the streams.
@@ -69,29 +71,27 @@ def split_streams(
         _multiply_in_splits(streams, params["fn"]),
         params["base"],
         params["scale"],
-        iterations=config.hc_sinkhorn_iters,
-        eps=config.hc_eps,
-        norm_eps=config.rms_norm_eps,
+        **config.mixing_constants,
         norm=norm,
         implementation=implementation,
     )
     return joined, (writes, mixing)
 
 
-def join_streams(streams: Array, out: Array, weights: tuple[Array, Array]) -> Array:
+def join_streams(streams: Array, out: Array, weights: tuple[Array, Array | None]) -> Array:
     """streams'[t, j] = writes[t, j] * out[t] + sum_i mixing[t, i, j] * streams[t, i].
 
     Args:
       streams: [T, n, D] before the sub-layer.
       out: [T, D], the sub-layer's output.
-      weights: from `split_streams`.
+      weights: from `split_streams`; (writes, None) leaves the streams unmixed: mixing is the identity.
 
     Returns:
       [T, n, D] in streams.dtype.
     """
     writes, mixing = weights
     wide = streams.astype(jnp.float32)
-    mixed = jnp.sum(mixing[:, :, :, None] * wide[:, :, None, :], axis=1)
+    mixed = wide if mixing is None else jnp.sum(mixing[:, :, :, None] * wide[:, :, None, :], axis=1)
     return (writes[:, :, None] * out.astype(jnp.float32)[:, None, :] + mixed).astype(streams.dtype)
 
 
@@ -99,7 +99,7 @@ def merge_streams(
     params: dict[str, Any],
     streams: Array,
     *,
-    config: DeepseekV4Config,
+    config: Config,
     norm: Array | None = None,
     implementation: str | None = None,
 ) -> Array:

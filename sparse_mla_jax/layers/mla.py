@@ -1,4 +1,4 @@
-"""One attention layer of DeepSeek-V3.2: latent attention over the keys that the lightning indexer selects.
+"""One layer of latent attention (MLA): attention over the keys that an indexer selects, over all keys, or a window.
 
 Call `attention_step` from your own step function, inside its `jax.jit`. Decode tokens, prefill chunks and mixes of both
 use the same call and differ only in the metadata.
@@ -20,40 +20,62 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from sparse_mla_jax import _check
 from sparse_mla_jax._check import require
-from sparse_mla_jax.config import DeepseekV32Config
 from sparse_mla_jax.layers.attention_weights import check_weights, mla_shapes
-from sparse_mla_jax.layers.latent_projections import fuse_projections, project_hidden, project_q_latent
+from sparse_mla_jax.layers.latent_projections import (
+    AttentionQueries,
+    LatentProjections,
+    LatentStep,
+    fuse_projections,
+    project_hidden,
+    project_queries,
+)
 from sparse_mla_jax.layers.selection import IndexInputs, check_selection, select_visible
+from sparse_mla_jax.layers.window import WindowCache, check_states, token_states, window_rows
 from sparse_mla_jax.metadata import StepMetadata
+from sparse_mla_jax.mla_shapes import MlaConfig
 from sparse_mla_jax.ops._dispatch import check_implementation
-from sparse_mla_jax.ops.attention import sparse_mla
-from sparse_mla_jax.ops.cache import PagedIndexCache, PagedKVCache, write_token
+from sparse_mla_jax.ops.attention import Rows, sparse_mla
+from sparse_mla_jax.ops.cache import PagedIndexCache, PagedKVCache, write, write_index, write_token
 from sparse_mla_jax.ops.indexer import lightning_indexer
 from sparse_mla_jax.ops.ragged import slots_from_positions
+from sparse_mla_jax.ops.window import ring_slots
+
+_MAKE = "Make it with models.mla.create_caches."
 
 
-def _check_call(
-    params: Any, hidden: Any, cache: PagedKVCache, index: PagedIndexCache, meta: StepMetadata, c: DeepseekV32Config
-) -> Array:
+def _check_call(params: Any, hidden: Any, cache: Any, index: Any, state_ids: Any, step: LatentStep) -> Array:
     """`hidden` as an array; raises ValueError for arguments that do not fit together."""
-    _check.instance("config", c, DeepseekV32Config)
-    _check.instance("metadata", meta, StepMetadata, hint="Make it with build_metadata or decode_metadata.")
-    for name, value, kind in (("cache", cache, PagedKVCache), ("index_cache", index, PagedIndexCache)):
-        _check.instance(name, value, kind, hint="Make both with models.deepseek_v32.create_caches.")
-    check_weights(params, mla_shapes(c), fuse_projections)
+    c, layer, meta, sizes = step.config, step.layer, step.metadata, step.layer.sizes
+    _check.instance("cache", cache, WindowCache if layer.is_sliding else PagedKVCache, hint=_MAKE)
+    keys = _keys(cache)
+    require(
+        (index is not None) == layer.has_indexer,
+        f"index_cache is {'absent' if index is None else 'there'} in layer {layer.number}, which has"
+        f" {'an' if layer.has_indexer else 'no'} indexer of its own. {_MAKE}",
+    )
+    check_weights(params, mla_shapes(c, layer), fuse_projections)
     hint = "Pad it to the metadata's num_tokens; its width is config.hidden_size."
     hidden = _check.array("hidden", hidden, (jnp.float32, jnp.bfloat16), meta.num_tokens, c.hidden_size, hint=hint)
     require(
-        (cache.latent_dim, cache.rope_dim) == (c.kv_lora_rank, c.qk_rope_head_dim),
-        f"cache holds {cache.latent_dim} + {cache.rope_dim} values per token; config needs {c.kv_lora_rank} +"
-        f" {c.qk_rope_head_dim}. Make it with models.deepseek_v32.create_caches.",
+        (keys.latent_dim, keys.rope_dim) == (sizes.kv_lora_rank, sizes.qk_rope_head_dim),
+        f"cache holds {keys.latent_dim} + {keys.rope_dim} values per token; config needs {sizes.kv_lora_rank} +"
+        f" {sizes.qk_rope_head_dim}. {_MAKE}",
     )
-    require(
-        index.dim == c.index_head_dim,
-        f"index_cache keys have {index.dim} values; config.index_head_dim is {c.index_head_dim}. Make it with"
-        " models.deepseek_v32.create_caches.",
-    )
-    for name, page_size in (("cache", cache.page_size), ("index_cache", index.page_size)):
+    paged = {} if layer.is_sliding else {"cache": keys.page_size}
+    if layer.is_sliding:
+        check_states("cache", state_ids, keys.num_pages, meta.num_requests)
+        require(
+            keys.page_size >= c.sliding_window,
+            f"cache has rings of {keys.page_size} slots; a window of {c.sliding_window} needs as many. {_MAKE}",
+        )
+    if index is not None:
+        _check.instance("index_cache", index, PagedIndexCache, hint=_MAKE)
+        require(
+            index.dim == c.index_head_dim,
+            f"index_cache keys have {index.dim} values; config.index_head_dim is {c.index_head_dim}. {_MAKE}",
+        )
+        paged["index_cache"] = index.page_size
+    for name, page_size in paged.items():
         require(
             page_size == meta.page_size,
             f"{name} has pages of {page_size} tokens, metadata was built for {meta.page_size}; use one page_size.",
@@ -61,8 +83,18 @@ def _check_call(
     return hidden
 
 
+def _keys(cache: PagedKVCache | WindowCache) -> PagedKVCache:
+    return cache.keys if isinstance(cache, WindowCache) else cache
+
+
+def _check_static(metadata: Any, config: Any, implementation: Any) -> None:
+    _check.instance("config", config, MlaConfig)
+    _check.instance("metadata", metadata, StepMetadata, hint="Make it with build_metadata or decode_metadata.")
+    check_implementation(implementation)
+
+
 # --- selection
-def _index_dtype(index_cache: PagedIndexCache, hidden: Array, c: DeepseekV32Config) -> np.dtype:
+def _index_dtype(index_cache: PagedIndexCache, hidden: Array, c: MlaConfig) -> np.dtype:
     """Type of the indexer's queries: that of its keys with quantize_index_query and an FP8 cache, else hidden's."""
     return index_cache.dtype if c.quantize_index_query and index_cache.quantized else hidden.dtype
 
@@ -72,7 +104,9 @@ def index_query(
     hidden: Array,
     metadata: StepMetadata,
     *,
-    config: DeepseekV32Config,
+    config: MlaConfig,
+    layer: int | None = None,
+    frequencies: Array | None = None,
     implementation: str | None = None,
     q_latent: Array | None = None,
     dtype: Any = None,
@@ -82,17 +116,19 @@ def index_query(
     Arguments as for `attention_step`, and:
       q_latent: [T, r_q], the query latent if it is known already.
       dtype: of the query. None: hidden's. FP8: quantised per token and head, the scales multiplied into the weights.
+
+    Raises:
+      ValueError: a layer without an indexer, or arguments that do not fit together.
     """
-    known = project_hidden(params, hidden, metadata, config, implementation)
-    inputs = project_q_latent(
-        params,
-        known.q_latent if q_latent is None else q_latent,
-        metadata,
-        config,
-        implementation,
-        index_dtype=hidden.dtype if dtype is None else dtype,
-        index_weights=known.index_weights,
-    ).index_inputs
+    _check_static(metadata, config, implementation)
+    step = LatentStep.create(metadata, config, layer, implementation, frequencies)
+    require(
+        step.layer.has_indexer,
+        f"layer {step.layer.number} has no indexer; use the selection of layer {step.layer.index_source}.",
+    )
+    known = project_hidden(params, hidden, step)
+    known = known if q_latent is None else known._replace(q_latent=q_latent)
+    inputs = project_queries(params, hidden, known, step, hidden.dtype if dtype is None else dtype).index_inputs
     assert inputs is not None
     return inputs
 
@@ -103,7 +139,9 @@ def select_positions(
     index_cache: PagedIndexCache,
     metadata: StepMetadata,
     *,
-    config: DeepseekV32Config,
+    config: MlaConfig,
+    layer: int | None = None,
+    frequencies: Array | None = None,
     implementation: str | None = None,
     q_latent: Array | None = None,
     return_scores: bool = False,
@@ -114,38 +152,32 @@ def select_positions(
     pair of them and their scores, float32 of the same shape: -inf for -1.
 
     Raises:
-      ValueError: arguments that do not fit together.
+      ValueError: a layer without an indexer, or arguments that do not fit together.
     """
-    check_implementation(implementation)
+    _check_static(metadata, config, implementation)
+    step = LatentStep.create(metadata, config, layer, implementation, frequencies)
     inputs = None
-    if return_scores or _needs_indexer(metadata, config):
+    if return_scores or step.needs_indexer:
         inputs = index_query(
             params,
             hidden,
             metadata,
             config=config,
+            layer=layer,
+            frequencies=frequencies,
             implementation=implementation,
             q_latent=q_latent,
             dtype=_index_dtype(index_cache, hidden, config),
         )
-    return _select(inputs, index_cache, metadata, config, implementation, return_scores)
-
-
-def _needs_indexer(meta: StepMetadata, c: DeepseekV32Config) -> bool:
-    """Whether a token may see more than index_topk keys, so that the indexer has to choose."""
-    return meta.max_length > c.index_topk
+    return _select(inputs, index_cache, step, return_scores)
 
 
 def _select(
-    inputs: IndexInputs | None,
-    index_cache: PagedIndexCache,
-    meta: StepMetadata,
-    c: DeepseekV32Config,
-    implementation: str | None,
-    return_scores: bool = False,
+    inputs: IndexInputs | None, index_cache: PagedIndexCache | None, step: LatentStep, return_scores: bool = False
 ) -> Any:
     """`select_positions` from the result of `index_query`, or from None if the indexer is not needed."""
-    if inputs is None:
+    meta = step.metadata
+    if inputs is None or index_cache is None:
         return select_visible(meta.lengths, meta.max_length)
     return lightning_indexer(
         *inputs,
@@ -153,11 +185,60 @@ def _select(
         meta.page_table,
         meta.request_ids,
         meta.lengths,
-        k=min(c.index_topk, meta.max_length),
+        k=min(step.config.index_topk, meta.max_length),
         max_length=meta.max_length,
         return_scores=return_scores,
-        implementation=implementation,
+        implementation=step.implementation,
     )
+
+
+def _check_passed(selection: Any, step: LatentStep) -> Array | None:
+    """The selection that the caller passes, checked; None if the layer makes its own.
+
+    Raises:
+      ValueError: none in a layer that shares another's, or one in a layer whose keys are not selected.
+    """
+    layer = step.layer
+    if selection is None:
+        require(
+            not layer.shares_index,
+            f"selection is None; layer {layer.number} has no indexer. Pass the one that layer {layer.index_source}"
+            " returned (return_selection=True).",
+        )
+        return None
+    require(
+        layer.index_source is not None,
+        f"selection is given to layer {layer.number}, a layer of {layer.kind!r}, whose keys are not selected. Leave it"
+        " out.",
+    )
+    return check_selection(selection, step.metadata.lengths)
+
+
+# --- caches
+def _write(
+    known: LatentProjections,
+    cache: PagedKVCache,
+    index_cache: PagedIndexCache | None,
+    states: Array | None,
+    step: LatentStep,
+) -> tuple[PagedKVCache, PagedIndexCache | None]:
+    """Writes what the layer makes: its latents and rotary keys, and its index keys."""
+    meta, how = step.metadata, step.implementation
+    slots = meta.slots
+    if states is not None:
+        slots = ring_slots(meta.positions, states, ring=cache.page_size)
+    if known.latent is None:
+        return cache, _write_index(known, index_cache, step)
+    rope = known.latent[:, :0] if known.rope is None else known.rope
+    if index_cache is None or known.index_key is None:
+        return write(cache, known.latent, rope, slots, implementation=how), None
+    return write_token(cache, index_cache, known.latent, rope, known.index_key, slots, implementation=how)
+
+
+def _write_index(known: LatentProjections, index_cache: PagedIndexCache | None, step: LatentStep) -> Any:
+    if index_cache is None or known.index_key is None:
+        return None
+    return write_index(index_cache, known.index_key, step.metadata.slots, implementation=step.implementation)
 
 
 # --- attention
@@ -195,34 +276,38 @@ def _absorb(params: dict[str, Any], query: Array) -> Array:
 
 
 def _attend(
-    params: dict[str, Any],
-    query: Array,
-    cache: PagedKVCache,
-    rows: Array,
-    config: DeepseekV32Config,
-    implementation: str | None,
+    params: dict[str, Any], queries: AttentionQueries, cache: PagedKVCache, rows: Rows, step: LatentStep
 ) -> Array:
     """Absorbed attention: maps queries to the latent space and results back; keys are never expanded. float32[T, D]."""
+    sizes, query = step.layer.sizes, queries.heads
     out = sparse_mla(
         _absorb(params, query),
         cache,
         rows,
-        sm_scale=config.sm_scale,
-        value_dim=config.kv_lora_rank,
-        implementation=implementation,
+        sm_scale=sizes.sm_scale,
+        value_dim=sizes.kv_lora_rank,
+        sinks=params["sinks"].astype(jnp.float32) if step.config.attention_sinks else None,
+        implementation=step.implementation,
     )
     values = _per_head(out, params["kv_b_v"])
-    return _join_heads(values.astype(query.dtype), params["o_proj"])
+    if queries.gate is not None:
+        gate = queries.gate if queries.gate.ndim == 3 else queries.gate[..., None]
+        values = values * jax.nn.sigmoid(gate.astype(jnp.float32))
+    projected = _join_heads(values.astype(query.dtype), params["o_proj"])
+    return projected + params["o_proj_bias"] if step.config.attention_bias else projected
 
 
 def attention_step(
     params: dict[str, Any],
     hidden: Array,
-    cache: PagedKVCache,
-    index_cache: PagedIndexCache,
+    cache: PagedKVCache | WindowCache,
+    index_cache: PagedIndexCache | None,
     metadata: StepMetadata,
     *,
-    config: DeepseekV32Config,
+    config: MlaConfig,
+    layer: int | None = None,
+    state_ids: Array | None = None,
+    frequencies: Array | None = None,
     implementation: str | None = None,
     selection: Array | None = None,
     return_selection: bool = False,
@@ -240,49 +325,62 @@ def attention_step(
         kv_a_proj_with_mqa [D, R + dr], kv_a_layernorm [R], kv_b_k [H, dn, R], kv_b_v [H, R, dv], o_proj [H, dv, D],
         indexer: wq_b [r_q, Hi, Di], wk [D, Di], k_norm {weight [Di], bias [Di]}, weights_proj [D, Hi]; or the result
         of `fuse_projections`, which is faster on a GPU. With D hidden size, H heads, r_q query latent width, R latent
-        width, dn/dr/dv head widths, Hi/Di indexer heads and width.
+        width, dn/dr/dv head widths, Hi/Di indexer heads and width. Other families and layers have more or less of
+        them: `layers.attention_weights.mla_shapes(config, config.layer(number))` lists names and shapes.
       hidden: [T, D] float32 or bfloat16, the RMS-normed input of the sub-layer; padding may hold anything.
-      cache: latents and rotary keys of this layer.
-      index_cache: the indexer's keys of this layer.
+      cache: latents and rotary keys of this layer, or of the layer whose latents it uses, after that layer's step; a
+        WindowCache in sliding layers.
+      index_cache: the indexer's keys of this layer; None in layers without an indexer.
       metadata: of this step, from `build_metadata`.
       config: the model's shapes (static). With quantize_index_query and FP8 keys in index_cache, the indexer's queries
         are quantised to the same type, one scale per token and head. Scores are then twice as fast on an H200; queries
         are rounded to three bits of mantissa, as in DeepSeek's own code (which first rotates q and k by a Hadamard
         matrix; this library does not).
+      layer: the layer's number (static); may be omitted if all layers of the config are alike.
+      state_ids: int32[B], the ring of each request in sliding layers; None means b for request b. A request with an id
+        outside the rings writes nothing, and its tokens see nothing there; nor do a request's tokens after the first
+        ring - window + 1 of a step.
+      frequencies: float32 [dr // 2] where the model learns them, from `layers.latent_projections`.
       implementation: None, "triton", "xla" or "reference", for every operator of the layer.
       selection: int32 [T, W], the positions that each token attends to, in place of those that the indexer would
-        choose: of another layer that shares them, or of an earlier run that is replayed. -1, and positions that the
-        token does not see, are none. The indexer does not run; its keys are still written.
+        choose: of another layer that shares them (required in layers without an indexer of their own), or of an earlier
+        run that is replayed. -1, and positions that the token does not see, are none. The indexer does not run; its
+        keys are still written.
       return_selection: also return the selection (static).
 
     Returns:
-      (output [T, D] in hidden.dtype, without the residual; cache; index_cache). Padding gives 0. With
-      return_selection a fourth result: int32 [T, min(k, max_length)] as of `select_positions`, or `selection`.
+      (output [T, D] in hidden.dtype, without the residual; cache; index_cache). Padding gives 0, or o_proj's bias. With
+      return_selection a fourth result: int32 [T, min(k, max_length)] as of `select_positions`, or `selection`; None in
+      a sliding layer.
 
     Raises:
       ValueError: weights, hidden, caches, metadata and config that do not fit together (at trace time).
     """
-    hidden = _check_call(params, hidden, cache, index_cache, metadata, config)
-    check_implementation(implementation)
-    selects = selection is None and _needs_indexer(metadata, config)
-    known = project_hidden(params, hidden, metadata, config, implementation)
-    keys = known.latent, known.rope, known.index_key
-    cache, index_cache = write_token(cache, index_cache, *keys, metadata.slots, implementation=implementation)
-    queries = project_q_latent(
-        params,
-        known.q_latent,
-        metadata,
-        config,
-        implementation,
-        index_dtype=_index_dtype(index_cache, hidden, config),
-        index_weights=known.index_weights if selects else None,
-    )
-    if selection is None:
-        chosen = _select(queries.index_inputs, index_cache, metadata, config, implementation)
+    _check_static(metadata, config, implementation)
+    step = LatentStep.create(metadata, config, layer, implementation, frequencies)
+    hidden = _check_call(params, hidden, cache, index_cache, state_ids, step)
+    chosen = _check_passed(selection, step)
+    known, keys = project_hidden(params, hidden, step), _keys(cache)
+    states = _states(keys, state_ids, step)
+    keys, index_cache = _write(known, keys, index_cache, states, step)
+    index_dtype = None
+    if chosen is None and step.needs_indexer and index_cache is not None:
+        index_dtype = _index_dtype(index_cache, hidden, config)
+    queries = project_queries(params, hidden, known, step, index_dtype)
+    if states is not None:
+        rows: Rows = window_rows(metadata, states, window=config.sliding_window, ring=keys.page_size)
     else:
-        chosen = check_selection(selection, metadata.lengths)
-    # Pass dense rows: top-k ends them with -1, and packing would take five more kernels. Padding selects nothing.
-    rows = slots_from_positions(chosen, metadata.request_ids, metadata.page_table, page_size=metadata.page_size)
-    out = _attend(params, queries.heads, cache, rows, config, implementation)
-    results = out.astype(hidden.dtype), cache, index_cache
+        chosen = _select(queries.index_inputs, index_cache, step) if chosen is None else chosen
+        # Pass dense rows: top-k ends them with -1, and packing would take five more kernels. Padding selects nothing.
+        rows = slots_from_positions(chosen, metadata.request_ids, metadata.page_table, page_size=metadata.page_size)
+    out = _attend(params, queries, keys, rows, step)
+    results = out.astype(hidden.dtype), keys if states is None else WindowCache(keys), index_cache
     return (*results, chosen) if return_selection else results
+
+
+def _states(keys: PagedKVCache, state_ids: Array | None, step: LatentStep) -> Array | None:
+    """The ring of every token's request in a sliding layer, None in others."""
+    if not step.layer.is_sliding:
+        return None
+    capacity = keys.page_size - step.config.sliding_window + 1
+    return token_states(step.metadata, state_ids, rings=keys.num_pages, capacity=capacity)

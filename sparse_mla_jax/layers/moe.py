@@ -1,4 +1,4 @@
-"""Feed-forward layers: SwiGLU, and the mixtures of experts of DeepSeek-V3 and V4 with shared experts."""
+"""Feed-forward layers: SwiGLU, and mixtures of experts with shared experts."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ import jax.numpy as jnp
 from jax import Array
 
 from pallas_kernels.mesh_axes import varying
-from sparse_mla_jax.config import DeepseekV4Config, DeepseekV32Config
+from sparse_mla_jax.config import DeepseekV4Config
 from sparse_mla_jax.layers.projections import matmul
-from sparse_mla_jax.ops.router import biased_grouped_topk, hash_route, sqrt_softplus_topk
+from sparse_mla_jax.mla_shapes import MlaConfig
+from sparse_mla_jax.ops.router import biased_grouped_topk, hash_route, softmax_grouped_topk, sqrt_softplus_topk
 
 __all__ = ["clamped_moe", "matmul", "moe", "moe_v4", "routed_experts", "swiglu"]
 
@@ -125,32 +126,37 @@ def _router_logits(gate: dict[str, Array], x: Array) -> Array:
     return jnp.dot(x, gate["weight"], precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
 
 
-def moe(params: dict[str, Any], x: Array, *, config: DeepseekV32Config) -> Array:
-    """Mixture of experts: sigmoid router with bias and groups, routed and shared experts (arXiv:2412.19437, 2.1.2).
+def moe(params: dict[str, Any], x: Array, *, config: MlaConfig) -> Array:
+    """Mixture of experts: sigmoid router with bias, or softmax router; routed and shared experts.
+
+    Source: DeepSeek-V3's technical report (arXiv:2412.19437), 2.1.2; the flags of the config tell what other families
+    do. Only routed experts are clamped.
 
     Args:
-      params: gate {weight [D, E], e_score_correction_bias float32[E]}, experts (see `routed_experts`), and
-        shared_experts (see `swiglu`) if config.n_shared_experts > 0.
+      params: gate {weight [D, E], e_score_correction_bias float32[E] (sigmoid router)}, experts (see
+        `routed_experts`), and shared_experts (see `swiglu`) if config.n_shared_experts > 0.
       x: [T, D], already normed.
       config: the model's shapes.
 
     Returns:
       [T, D] in x.dtype.
     """
-    gate = params["gate"]
-    weights, ids = biased_grouped_topk(
-        _router_logits(gate, x),
-        gate["e_score_correction_bias"],
-        num_groups=config.n_group,
-        groups_kept=config.topk_group,
-        k=config.num_experts_per_tok,
-        scale=config.routed_scaling_factor,
-        renormalize=config.norm_topk_prob,
-    )
-    out = routed_experts(params["experts"], x, weights, ids)
+    weights, ids = _route(params["gate"], x, config)
+    out = routed_experts(params["experts"], x, weights, ids, limit=config.swiglu_limit or None)
     if config.n_shared_experts:
         out = out + swiglu(params["shared_experts"], x)
     return out.astype(x.dtype)
+
+
+def _route(gate: dict[str, Array], x: Array, c: MlaConfig) -> tuple[Array, Array]:
+    """Weights float32[T, k] and ids int32[T, k] of each token's experts."""
+    logits = _router_logits(gate, x)
+    counts = {"num_groups": c.n_group, "groups_kept": c.topk_group, "k": c.num_experts_per_tok}
+    options: dict[str, Any] = {**counts, "scale": c.routed_scaling_factor, "renormalize": c.norm_topk_prob}
+    if c.scoring_func == "softmax":
+        return softmax_grouped_topk(logits, **options)
+    excluded = -jnp.inf if c.excluded_experts_lose else 0.0
+    return biased_grouped_topk(logits, gate["e_score_correction_bias"], excluded=excluded, **options)
 
 
 def moe_v4(params: dict[str, Any], x: Array, token_ids: Array, *, config: DeepseekV4Config) -> Array:

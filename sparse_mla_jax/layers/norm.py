@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax import Array
 
 from sparse_mla_jax._check import require
+from sparse_mla_jax.layers.projections import matmul
 
 # DeepSeek's norms inside the attention layer (query and key-value latents, indexer key) always use this epsilon.
 INNER_EPS = 1e-6
@@ -60,3 +63,23 @@ def layer_norm(x: Array, weight: Array, bias: Array, *, eps: float = INNER_EPS) 
     centred = wide - jnp.mean(wide, axis=-1, keepdims=True)
     scale = jax.lax.rsqrt(jnp.mean(centred * centred, axis=-1, keepdims=True) + eps)
     return (centred * scale * weight.astype(jnp.float32) + bias.astype(jnp.float32)).astype(x.dtype)
+
+
+def gated_rms_norm(params: dict[str, Any], x: Array, *, eps: float) -> Array:
+    """y * sigmoid(W_up silu(W_down y)) with y = `rms_norm`(x): the low-rank gated norm of A.X-K2.
+
+    Args:
+      params: weight [D], down [D, r], up [r, D].
+      x: [T, D], any float type.
+      eps: added to the mean square.
+
+    Returns:
+      [T, D] in x.dtype.
+
+    Raises:
+      ValueError: weight is not as wide as x.
+    """
+    normed = rms_norm(x, params["weight"], eps=eps)
+    inner = jax.nn.silu(matmul(normed, params["down"])).astype(x.dtype)
+    gate = jax.nn.sigmoid(matmul(inner, params["up"]))
+    return (normed.astype(jnp.float32) * gate).astype(x.dtype)

@@ -33,12 +33,35 @@ def flat(weight: Array) -> Array:
 
 
 def fuse(params: dict[str, Any], groups: Mapping[str, Sequence[Path]]) -> dict[str, Any]:
-    """Replaces the weights at the paths of each group by one matrix [D, columns] under the group's name."""
-    fused = {
-        name: jnp.concatenate([flat(_weight_at(params, path)) for path in paths], axis=1)
-        for name, paths in groups.items()
-    }
-    return _without(params, {path for paths in groups.values() for path in paths}) | fused
+    """Replaces the weights at the paths of each group by one matrix [D, columns] under the group's name.
+
+    Their biases, if any has one (see `_bias_at`), become one vector [columns] under the name with "_bias".
+    """
+    fused: dict[str, Any] = {}
+    taken = {path for paths in groups.values() for path in paths}
+    for name, paths in groups.items():
+        weights = [flat(_weight_at(params, path)) for path in paths]
+        fused[name] = jnp.concatenate(weights, axis=1)
+        biases = [_bias_at(params, path) for path in paths]
+        if any(bias is not None for bias in biases):
+            zeros = (jnp.zeros(weight.shape[1], jnp.float32) for weight in weights)
+            fused[f"{name}_bias"] = jnp.concatenate([z if bias is None else bias for z, bias in zip(zeros, biases)])
+    return _without(params, taken | {_bias_path(path) for path in taken}) | fused
+
+
+def _bias_path(path: Path) -> Path:
+    return *path[:-1], f"{path[-1]}_bias"
+
+
+def _bias_at(params: dict[str, Any], path: Path) -> Array | None:
+    """The bias [columns] of the weight at `path`, which has its name and "_bias"; None without one."""
+    parent: Any = _weight_at(params, path[:-1])
+    return parent.get(_bias_path(path)[-1])
+
+
+def _affine(x: Array, weight: Array, bias: Array | None) -> Array:
+    product = matmul(x, weight)
+    return product if bias is None else product + bias
 
 
 def project(
@@ -64,7 +87,7 @@ def project(
       The result of `finish` for each section.
     """
     if group in params:
-        return finish(matmul(x, params[group]), parts)
+        return finish(_affine(x, params[group], params.get(f"{group}_bias")), parts)
     done: dict[int, Any] = {}
     start = 0
     for path in paths:
@@ -72,7 +95,8 @@ def project(
         end = start + weight.shape[1]
         inside = {i: _move(part, -start) for i, part in enumerate(parts) if start <= part.start < end}
         if inside:
-            done |= zip(inside, _finish_some(matmul(x, weight), list(inside.values()), finish))
+            product = _affine(x, weight, _bias_at(params, path))
+            done |= zip(inside, _finish_some(product, list(inside.values()), finish))
         start = end
     return [done[i] for i in range(len(parts))]
 
@@ -102,7 +126,8 @@ def _finish_some(
 
 def _changes(part: Section) -> bool:
     """Whether a section needs `norm_rope`."""
-    return part.weight is not None or part.rotated is not None or part.scale != 1.0 or part.dtype != "float32"
+    arrays = (part.weight, part.rotated, part.gain)
+    return any(one is not None for one in arrays) or part.scale != 1.0 or part.dtype != "float32"
 
 
 def _move(part: Section, columns: int) -> Section:

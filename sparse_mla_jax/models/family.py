@@ -11,11 +11,11 @@ import numpy as np
 from sparse_mla_jax import _check
 from sparse_mla_jax._check import require
 from sparse_mla_jax._choices import DTYPES
-from sparse_mla_jax.config import Config, DeepseekV4Config, DeepseekV32Config
-from sparse_mla_jax.models import deepseek_v4, deepseek_v32
+from sparse_mla_jax.config import Config, DeepseekV4Config, MlaConfig
+from sparse_mla_jax.models import deepseek_v4, mla
 from sparse_mla_jax.models.common import Family
 
-_FAMILIES: dict[type, Family] = {DeepseekV32Config: deepseek_v32.FAMILY, DeepseekV4Config: deepseek_v4.FAMILY}
+_FAMILIES: dict[type, Family] = {MlaConfig: mla.FAMILY, DeepseekV4Config: deepseek_v4.FAMILY}
 
 
 def family_of(config: Config) -> Family:

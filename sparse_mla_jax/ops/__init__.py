@@ -17,4 +17,12 @@ KERNEL_OPERATORS = (
     "rotated_projection",
 )
 # Operators that are plain XLA everywhere.
-XLA_OPERATORS = ("gather", "rotate", "biased_grouped_topk", "sqrt_softplus_topk", "hash_route", "merge")
+XLA_OPERATORS = (
+    "gather",
+    "rotate",
+    "biased_grouped_topk",
+    "softmax_grouped_topk",
+    "sqrt_softplus_topk",
+    "hash_route",
+    "merge",
+)

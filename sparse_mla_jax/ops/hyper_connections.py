@@ -1,9 +1,9 @@
 """Manifold-constrained hyper-connections: the input of a sub-layer from n residual streams, and the mixing weights.
 
 Takes the streams and their matrix product with `fn`. Gives the sub-layer's input, the weights with which its output is
-added to the streams, and a doubly stochastic mixing matrix per token: one launch on a GPU. T tokens, n streams, D
-values of a stream. Sources: mHC (arXiv:2512.24880), hyper-connections (arXiv:2409.19606); formulas and constants are
-DeepSeek-V4's.
+added to the streams, and a doubly stochastic mixing matrix per token: one launch on a GPU. Independent
+hyper-connections (Hy4) have no matrix. T tokens, n streams, D values of a stream. Sources: mHC (arXiv:2512.24880),
+hyper-connections (arXiv:2409.19606); formulas and constants are DeepSeek-V4's and Hy4's.
 """
 
 from __future__ import annotations
@@ -29,60 +29,68 @@ def split(
     base: Array,
     scale: Array,
     *,
-    iterations: int,
+    iterations: int | None,
     eps: float = 1e-6,
     norm_eps: float = 1e-6,
+    magnitude: float = 2.0,
+    writes_eps: float = 0.0,
     norm: Array | None = None,
     implementation: str | None = None,
     plan: HyperConnectionPlan | None = None,
     config: HyperConnectionPlan | None = None,
-) -> tuple[Array, Array, Array]:
-    """The sub-layer's input, the weights of its output, and the matrix that mixes the streams.
+) -> tuple[Array, Array, Array | None]:
+    """The sub-layer's input, the weights of its output, and the matrix that mixes the streams, if there is one.
 
     With z = product / rms(all n * D values of the token), float32 throughout:
 
         input = sum_i (sigmoid(scale[0] z_i + base_i) + eps) streams_i
-        weight_j = 2 sigmoid(scale[1] z_(n+j) + base_(n+j)), of the output when it is added to stream j
+        weight_j = magnitude sigmoid(scale[1] z_(n+j) + base_(n+j)) + writes_eps, of the output added to stream j
         mixing = doubly_stochastic(last n * n columns of scale[2] z + base, row by row)
 
     A token's results do not depend on other tokens.
 
     Args:
       streams: floating [T, n, D].
-      product: float32 [T, n * (n + 2)], flat(streams) @ fn, without a norm; or [S, T, n * (n + 2)], whose sum over S is
-        that product (from a matrix product split over its inner dimension).
-      base: floating [n * (n + 2)].
-      scale: floating [3].
-      iterations: of Sinkhorn's normalisation, at least 1 (static).
+      product: float32 [T, O], flat(streams) @ fn, without a norm; or [S, T, O], whose sum over S is that product (from
+        a matrix product split over its inner dimension). O is n * (n + 2), or 2 * n without a matrix.
+      base: floating [O].
+      scale: floating [3], or [2] without a matrix.
+      iterations: of Sinkhorn's normalisation, at least 1 (static). None: no matrix, as in Hy4, whose streams are never
+        mixed.
       eps: added to the weights of the input, to the matrix entries and to the sums by which they are divided.
       norm_eps: added to mean squares, here and in `norm`.
+      magnitude, writes_eps: factor and summand of the output's weights (static).
       norm: [D] weight of an RMS norm of the input, applied before rounding; None for no norm.
       implementation: None for the best that runs here, or "triton", "xla", "reference".
       plan: block sizes and warps of the kernel (static) in place of the heuristic ones; implies "triton".
       config: the former name of `plan`.
 
     Returns:
-      (input [T, D] in streams.dtype, weights float32 [T, n], mixing float32 [T, n, n]).
+      (input [T, D] in streams.dtype, weights float32 [T, n], mixing float32 [T, n, n] or None).
 
     Raises:
       ValueError: types or shapes other than these, iterations below 1, or an implementation that does not support
         the case.
     """
     implementation, plan = with_plan(implementation, plan, config, HyperConnectionPlan)
-    arrays = _as_arrays(streams, product, base, scale, norm, matrices=True)
+    arrays = _as_arrays(streams, product, base, scale, norm, factors=2 if iterations is None else 3)
     streams, product, base, scale, norm = arrays
-    iterations = _check.size("iterations", iterations, hint="The first division by columns is one, so pass at least 1.")
+    if iterations is not None:
+        hint = "The first division by columns is one, so pass at least 1, or None for no matrix."
+        iterations = _check.size("iterations", iterations, hint=hint)
     tokens, n, width = streams.shape
     if tokens == 0:
         check_implementation(implementation)
-        return jnp.zeros((0, width), streams.dtype), jnp.zeros((0, n)), jnp.zeros((0, n, n))
+        mixing = None if iterations is None else jnp.zeros((0, n, n))
+        return jnp.zeros((0, width), streams.dtype), jnp.zeros((0, n)), mixing
     constants: dict[str, Any] = {"iterations": iterations, "eps": eps, "norm_eps": norm_eps}
+    constants |= {"magnitude": magnitude, "writes_eps": writes_eps}
 
-    def reference_body() -> tuple[Array, Array, Array]:
-        joined, writes, mixing = reference.split_streams(streams, product.sum(0), base, scale, norm, **constants)
-        return joined.astype(streams.dtype), writes, mixing
+    def reference_body() -> tuple[Array, ...]:
+        joined, *weights = reference.split_streams(streams, product.sum(0), base, scale, norm, **constants)
+        return joined.astype(streams.dtype), *weights
 
-    joined, writes, mixing = dispatch(
+    joined, writes, *mixings = dispatch(
         "split_streams",
         implementation,
         {
@@ -93,7 +101,7 @@ def split(
             "reference": reference_body,
         },
     )
-    return joined, writes, mixing
+    return joined, writes, mixings[0] if mixings else None
 
 
 def merge(
@@ -125,7 +133,7 @@ def merge(
       ValueError: types or shapes other than these, or an implementation that does not support the case.
     """
     implementation, plan = with_plan(implementation, plan, config, HyperConnectionPlan)
-    arrays = _as_arrays(streams, product, base, scale, norm, matrices=False)
+    arrays = _as_arrays(streams, product, base, scale, norm, factors=1)
     streams, product, base, scale, norm = arrays
     if streams.shape[0] == 0:
         check_implementation(implementation)
@@ -182,14 +190,14 @@ def doubly_stochastic(logits: Array, *, iterations: int, eps: float) -> Array:
 
 # --- validation
 def _as_arrays(
-    streams: Array, product: Array, base: Array, scale: Array, norm: Array | None, *, matrices: bool
+    streams: Array, product: Array, base: Array, scale: Array, norm: Array | None, *, factors: int
 ) -> tuple[Array, Array, Array, Array, Array | None]:
-    """The arguments as arrays that fit together: product as [S, T, O], base and scale as float32."""
+    """The arguments as arrays that fit together: product as [S, T, O], base and scale[factors] as float32."""
     streams = _check.array("streams", streams, jnp.floating, "T", "n", "D")
     product = _check.array("product", product, jnp.floating, ...)
     tokens, n, width = streams.shape
     require(min(n, width) >= 1, f"streams is {describe(streams)}; expected n and D of at least 1.")
-    columns, factors = (n * (n + 2), 3) if matrices else (n, 1)
+    columns = (n, 2 * n, n * (n + 2))[factors - 1]
     fits = product.shape == (tokens, columns) or (product.ndim == 3 and product.shape[1:] == (tokens, columns))
     fits = fits and (product.ndim == 2 or product.shape[0] >= 1)
     require(
@@ -231,13 +239,17 @@ def _xla_split(
     scale: Array,
     norm: Array | None,
     *,
-    iterations: int,
+    iterations: int | None,
     eps: float,
     norm_eps: float,
-) -> tuple[Array, Array, Array]:
+    magnitude: float,
+    writes_eps: float,
+) -> tuple[Array, ...]:
     n = streams.shape[1]
     z = _normed(streams, product, norm_eps)
     joined = _read(streams, z[:, :n], base[:n], scale[0], norm, eps=eps, norm_eps=norm_eps)
-    writes = 2.0 * jax.nn.sigmoid(z[:, n : 2 * n] * scale[1] + base[n : 2 * n])
+    writes = magnitude * jax.nn.sigmoid(z[:, n : 2 * n] * scale[1] + base[n : 2 * n]) + writes_eps
+    if iterations is None:
+        return joined, writes
     logits = z[:, 2 * n :] * scale[2] + base[2 * n :]
     return joined, writes, doubly_stochastic(logits.reshape(-1, n, n), iterations=iterations, eps=eps)

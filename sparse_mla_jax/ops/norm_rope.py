@@ -57,7 +57,7 @@ def norm_rope(
       parts: the sections: columns of x and how they are finished. In any order; not all columns need to be in one.
       positions: integer [T].
       frequencies: [pairs] radians per position of the rotated pairs, from `rope_frequencies`.
-      eps: of the norms, added to the mean square.
+      eps: of the norms, added to the mean square; a section's own `eps` replaces it.
       implementation: None for the best that runs here, or "triton", "xla", "reference".
       plan: block sizes and warps of the kernel (static) in place of the heuristic ones; implies "triton".
       config: the former name of `plan`.
@@ -107,7 +107,14 @@ def _check_part(name: str, part: Section, x: Array, pairs: int) -> Section:
         part.factor is None or part.quantized,
         f"{name} is {part.dtype} with a factor {describe(part.factor)}; a factor belongs to the scales of an FP8 part.",
     )
-    axes = {"weight": (part.width,), "bias": (part.width,), "factor": (x.shape[0], part.heads)}
+    number = isinstance(part.eps, int | float) and 0 <= part.eps < math.inf
+    require(
+        part.eps is None or (number and part.weight is not None),
+        f"{name} has eps {part.eps!r} and {'no' if part.weight is None else 'a'} weight; expected a number of at least"
+        " 0 for a section with a norm, or None for the call's eps.",
+    )
+    per_head = x.shape[0], part.heads
+    axes = {"weight": (part.width,), "bias": (part.width,), "factor": per_head, "gain": per_head}
     given = {what: getattr(part, what) for what in axes}
     arrays: dict[str, Any] = {
         what: _check.array(f"{name}.{what}", array, jnp.floating, *axes[what])
@@ -159,7 +166,7 @@ def _on_shards(run: Callable[..., Any], x: Array, part: Section, positions: Arra
     tokens, heads = jax.typeof(x).sharding.spec
     local = dataclasses.replace(part, heads=part.heads // _devices(heads))
     whole, own = PartitionSpec(), PartitionSpec(tokens, heads)
-    lies: dict[str, Any] = {"weight": whole, "bias": whole, "factor": own}
+    lies: dict[str, Any] = {"weight": whole, "bias": whole, "factor": own, "gain": own}
     given = {name: spec for name, spec in lies.items() if getattr(part, name) is not None}
     specs = own, [dataclasses.replace(local, **given)], PartitionSpec(tokens), whole
     return on_shards(run, (x, [local], positions, frequencies), specs, own)
@@ -185,6 +192,7 @@ def _xla(x: Array, part: Section, positions: Array, frequencies: Array, eps: flo
     if part.weight is not None:
         if part.bias is not None:
             values = values - jnp.mean(values, axis=-1, keepdims=True)
+        eps = eps if part.eps is None else part.eps
         scale = lax.rsqrt(jnp.mean(values * values, axis=-1, keepdims=True) + eps)
         values = values * scale * part.weight.astype(jnp.float32)
         if part.bias is not None:
@@ -195,6 +203,8 @@ def _xla(x: Array, part: Section, positions: Array, frequencies: Array, eps: flo
         values = jnp.concatenate([values[..., :first], rotated, values[..., end:]], axis=-1)
     if part.scale != 1.0:
         values = values * part.scale
+    if part.gain is not None:
+        values = values * part.gain.astype(jnp.float32)[..., None]
     if not part.quantized:
         return values.astype(part.dtype)
     codes, scales = fp8.quantize(values, group_size=part.width, dtype=part.dtype)
@@ -214,9 +224,11 @@ def _reference(x: Array, part: Section, positions: Array, frequencies: Array, ep
         positions.astype(jnp.float32)[:, None] * frequencies,
         rotated=part.rotated,
         interleaved=part.interleaved,
-        eps=eps,
+        eps=eps if part.eps is None else part.eps,
     )
     values = values * jnp.float32(part.scale)
+    if part.gain is not None:
+        values = values * part.gain.astype(jnp.float32)[:, :, None]
     if not part.quantized:
         return values.astype(part.dtype)
     codes, scales = reference.quantize(values, group_size=part.width, dtype=jnp.dtype(part.dtype))

@@ -2,10 +2,13 @@
 
 A bias that balances the load takes part in the choice of experts, but not in their weights. Source: DeepSeek-V3's
 technical report (arXiv:2412.19437), section 2.1.2. DeepSeek-V4 scores with sqrt(softplus) and has no groups; its first
-layers look the experts up by token id. T tokens, E experts, V token ids.
+layers look the experts up by token id. Mistral Large 4 takes a softmax over all experts, without a bias. T tokens, E
+experts, V token ids.
 """
 
 from __future__ import annotations
+
+import math
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +27,7 @@ def biased_grouped_topk(
     k: int,
     scale: float,
     renormalize: bool = True,
+    excluded: float = -math.inf,
 ) -> tuple[Array, Array]:
     """Chooses `k` experts inside the best `groups_kept` groups (the noaux_tc method of DeepSeek-V3).
 
@@ -38,6 +42,8 @@ def biased_grouped_topk(
       k: experts per token.
       scale: multiplies the weights.
       renormalize: divide the weights by their sum first (a sum of 0 leaves them 0).
+      excluded: biased score of the experts of other groups, for the choice (static). With a finite one, such as 0 in
+        A.X-K2, they win against lower biased scores.
 
     Returns:
       (weights float32 [T, k] from the unbiased scores, ids int32 [T, k]), by descending biased score.
@@ -47,18 +53,43 @@ def biased_grouped_topk(
     """
     logits = _check_logits(logits)
     bias = _check_bias(bias, logits.shape[1])
-    num_groups, groups_kept, k = _check_groups(logits.shape[1], num_groups, groups_kept, k)
-    tokens, experts = logits.shape
-    size = experts // num_groups
-    score = jax.nn.sigmoid(jnp.where(jnp.isnan(logits), -jnp.inf, logits))
-    choice = (score + bias).reshape(tokens, num_groups, size)
-    # lax.top_k puts the lower index first among equals.
-    group_score = jax.lax.top_k(choice, min(2, size))[0].sum(axis=-1)
-    kept = jax.lax.top_k(group_score, groups_kept)[1]
-    is_kept = (kept[:, :, None] == jnp.arange(num_groups)).any(axis=1)
-    masked = jnp.where(is_kept[:, :, None], choice, -jnp.inf).reshape(tokens, experts)
-    ids = jax.lax.top_k(masked, k)[1].astype(jnp.int32)
+    groups = _check_groups(logits.shape[1], num_groups, groups_kept, k)
+    score = jax.nn.sigmoid(_nan_as_lowest(logits))
+    ids = _choose(score + bias, *groups, excluded)
     return _weights(score, ids, scale, renormalize), ids
+
+
+def softmax_grouped_topk(
+    logits: Array, *, num_groups: int, groups_kept: int, k: int, scale: float, renormalize: bool = True
+) -> tuple[Array, Array]:
+    """Chooses `k` experts by their share of a softmax over all experts (Mistral Large 4, no bias).
+
+    Experts are chosen inside the best `groups_kept` groups; the score of a group is the sum of its two largest shares
+    (or its only one). Ties go to the lower group and the lower expert. A NaN logit counts as share 0, an infinite one
+    as the largest finite float32.
+
+    Args:
+      logits: [T, E] float32 or bfloat16 outputs of the gate; widened to float32 before anything else.
+      num_groups, groups_kept, k: as in `biased_grouped_topk`.
+      scale: multiplies the weights.
+      renormalize: divide the weights by their sum first (a sum of 0 leaves them 0).
+
+    Returns:
+      (weights float32 [T, k], ids int32 [T, k]), by descending share.
+
+    Raises:
+      ValueError: shapes, types or counts that do not fit.
+    """
+    logits = _check_logits(logits)
+    groups = _check_groups(logits.shape[1], num_groups, groups_kept, k)
+    limits = jnp.finfo(jnp.float32)
+    logits = jnp.minimum(_nan_as_lowest(logits), limits.max)
+    # A row of -inf alone has no share to give: all are 0, not NaN.
+    powers = jnp.exp(logits - jnp.max(logits, axis=-1, keepdims=True, initial=limits.min))
+    total = powers.sum(axis=-1, keepdims=True)
+    share = powers / jnp.where(total > 0, total, 1.0)
+    ids = _choose(share, *groups, -math.inf)
+    return _weights(share, ids, scale, renormalize), ids
 
 
 def sqrt_softplus_topk(
@@ -116,10 +147,28 @@ def hash_route(
     return _weights(_sqrt_softplus(logits), ids, scale, renormalize), ids
 
 
+def _nan_as_lowest(logits: Array) -> Array:
+    """`logits` with -inf for NaN."""
+    return jnp.where(jnp.isnan(logits), -jnp.inf, logits)
+
+
+def _choose(choice: Array, num_groups: int, groups_kept: int, k: int, excluded: float) -> Array:
+    """Experts int32 [T, k] of the largest choice[T, E], which is `excluded` outside the groups that are kept."""
+    tokens, experts = choice.shape
+    size = experts // num_groups
+    choice = choice.reshape(tokens, num_groups, size)
+    # lax.top_k puts the lower index first among equals.
+    group_score = jax.lax.top_k(choice, min(2, size))[0].sum(axis=-1)
+    kept = jax.lax.top_k(group_score, groups_kept)[1]
+    is_kept = (kept[:, :, None] == jnp.arange(num_groups)).any(axis=1)
+    masked = jnp.where(is_kept[:, :, None], choice, excluded).reshape(tokens, experts)
+    return jax.lax.top_k(masked, k)[1].astype(jnp.int32)
+
+
 def _sqrt_softplus(logits: Array) -> Array:
     """sqrt(softplus(logits)) in float32, always finite: NaN gives 0, infinity counts as the largest float32."""
     largest = jnp.finfo(jnp.float32).max
-    return jnp.sqrt(jax.nn.softplus(jnp.clip(jnp.where(jnp.isnan(logits), -jnp.inf, logits), None, largest)))
+    return jnp.sqrt(jax.nn.softplus(jnp.clip(_nan_as_lowest(logits), None, largest)))
 
 
 def _weights(score: Array, ids: Array, scale: float, renormalize: bool) -> Array:

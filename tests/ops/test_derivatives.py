@@ -68,13 +68,17 @@ def compress(name, kv, gate, bias, norm):
     return entries.data, state
 
 
-def finish(name, x, weight, bias):
-    part = norm_rope.Section(0, 2, 8, "float32", weight=weight, bias=bias, rotated=4, interleaved=True)
+def finish(name, x, weight, bias, gain):
+    part = norm_rope.Section(0, 2, 8, "float32", weight=weight, bias=bias, rotated=4, interleaved=True, gain=gain)
     return norm_rope.norm_rope(x, [part], jnp.arange(3), np.ones(2), implementation=name)
 
 
 def split(name, streams, product, base, scale):
     return hyper_connections.split(streams, product, base, scale, iterations=3, implementation=name)
+
+
+def split_independent(name, streams, product, base, scale):
+    return hyper_connections.split(streams, product, base, scale, iterations=None, implementation=name)[:2]
 
 
 def merge(name, streams, product, base, scale):
@@ -101,8 +105,9 @@ CALLS = {
     ),
     "write": (write, (normal(3, 6), normal(3, 2))),
     "compress": (compress, (normal(14, 8), normal(14, 8), normal(4, 8), normal(8))),
-    "norm_rope": (finish, (normal(3, 16), normal(8), normal(8))),
+    "norm_rope": (finish, (normal(3, 16), normal(8), normal(8), normal(3, 2))),
     "split_streams": (split, (normal(3, 2, 4), normal(3, 8), normal(8), normal(3))),
+    "split_streams, no matrix": (split_independent, (normal(3, 2, 4), normal(3, 4), normal(4), normal(2))),
     "merge_streams": (merge, (normal(3, 2, 4), normal(3, 2), normal(2), normal(1))),
     "rotated_projection": (project, (normal(3, 4, 8), normal(2, 16, 5))),
     "top_k": (best, (normal(2, 9),)),

@@ -119,6 +119,10 @@ CALLS = {
         lambda x, b: router.biased_grouped_topk(x, b, num_groups=2, groups_kept=1, k=1, scale=1.0),
         (normal(2, 4), normal(4)),
     ),
+    "softmax_grouped_topk": (
+        lambda x: router.softmax_grouped_topk(x, num_groups=2, groups_kept=1, k=1, scale=1.0),
+        (normal(2, 4),),
+    ),
     "sqrt_softplus_topk": (lambda x, b: router.sqrt_softplus_topk(x, b, k=2, scale=1.0), (normal(2, 4), normal(4))),
     "hash_route": (
         lambda x, i, t: router.hash_route(x, i, t, scale=1.0),

@@ -107,6 +107,21 @@ def equal(got, want):
     assert_same_bits(tuple(map(np.asarray, got)), tuple(map(np.asarray, want)), "streams")
 
 
+# Hy4's independent hyper-connections: epsilons large enough to be seen.
+INDEPENDENT = dict(iterations=None, eps=0.125, norm_eps=0.01, magnitude=1.5, writes_eps=0.25)
+
+
+def split_independent(streams, product, base, scale, norm, *, implementation=None):
+    joined, writes, mixing = ops.split(
+        streams, product, base, scale, norm=norm, implementation=implementation, **INDEPENDENT
+    )
+    assert mixing is None
+    return joined, writes
+
+
+independent = Operator(split_independent, ("read", "writes"), RULES, name="split, no matrix")
+
+
 # --- the operator
 CASES = [
     # tokens, n, D, parts, type, spread, norm
@@ -130,6 +145,35 @@ def test_against_float64(tokens, n, dim, parts, dtype, spread, normed, implement
     streams, product, base, scale, norm = arguments
     given = streams, product[..., :n], base[:n], scale[:1], norm
     assert merge_op.check(implementation, want[0], *given, rules=read).dtype == dtype
+
+
+@pytest.mark.parametrize(("tokens", "n", "dim", "parts", "dtype"), [(3, 4, 24, 2, "float32"), (5, 3, 7, 0, "bfloat16")])
+def test_independent_streams_against_the_equations(tokens, n, dim, parts, dtype, implementation):
+    """Of Hy4, written in numpy; then the streams are joined without being mixed."""
+    streams, product, base, scale, norm = problem(tokens, n, dim, parts=parts, dtype=dtype)
+    given = streams, product[..., : 2 * n], base[: 2 * n], scale[:2], norm
+    wide, total, *weights = (np.asarray(x.astype(jnp.float32), np.float64) for x in given)
+    z = total.reshape(-1, tokens, 2 * n).sum(0) / np.sqrt((wide**2).mean((1, 2)) + 0.01)[:, None]
+    reads, writes = (oracle.sigmoid(weights[1][i] * z + weights[0])[:, i * n : i * n + n] for i in range(2))
+    want = np.einsum("tn,tnd->td", reads + 0.125, wide)
+    want = want / np.sqrt((want**2).mean(1, keepdims=True) + 0.01) * weights[2]
+    writes = 1.5 * writes + 0.25
+    joined, got = independent.check(implementation, (want, writes), *given, rules={"read": READ[dtype]})
+    assert joined.dtype == dtype and got.dtype == jnp.float32
+    mixed = join_streams(streams, joined, (got, None))
+    exact = wide + writes[:, :, None] * np.asarray(joined.astype(jnp.float32), np.float64)[:, None]
+    assert mixed.dtype == dtype
+    assert_leaves(mixed.astype(jnp.float32), exact, READ[dtype], "streams")
+
+
+def test_weights_of_the_output_with_a_matrix(implementation):
+    """`magnitude` and `writes_eps` change the weights of the output and nothing else."""
+    streams, product, base, scale, norm = problem(2, 4, 24)
+    constants = dict(CONSTANTS, norm=norm, iterations=3, implementation=implementation)
+    plain = ops.split(streams, product, base, scale, **constants)
+    other = ops.split(streams, product, base, scale, magnitude=0.5, writes_eps=0.125, **constants)
+    np.testing.assert_allclose(other[1], np.asarray(plain[1]) / 4 + 0.125, rtol=1e-6)
+    equal(other[::2], plain[::2])
 
 
 # Together: each shape is a compilation, of the definition too.
@@ -201,6 +245,8 @@ def test_plans_follow_sizes():
 def test_no_tokens():
     none = problem(0, 4, 8)
     assert [x.shape for x in split(*none)] == [(0, 8), (0, 4), (0, 4, 4)]
+    joined, writes, mixing = ops.split(none[0], none[1][:, :8], none[2][:8], none[3][:2], iterations=None)
+    assert joined.shape == (0, 8) and writes.shape == (0, 4) and mixing is None
     assert merge(none[0], none[1][:, :4], none[2][:4], none[3][:1], none[4]).shape == (0, 8)
 
 
@@ -253,7 +299,8 @@ def test_what_the_kernel_does_not_serve():
             {"norm": jnp.zeros(7, jnp.float32)},
             r"norm is float32\[7\]; expected floating values \[8\]. .* streams are \[2, 4, 8\]",
         ),
-        ({"iterations": 0}, r"iterations is 0; .* pass at least 1"),
+        ({"iterations": 0}, r"iterations is 0; .* pass at least 1, or None for no matrix"),
+        ({"iterations": None}, r"product is float32\[2, 24\]; streams \[2, 4, 8\] need float32\[2, 8\]"),
         ({"implementation": "cuda"}, r"implementation is 'cuda'; expected None or one of"),
     ],
 )

@@ -117,7 +117,10 @@ def score_keys(q, keys, weights, starts, lengths, *, implementation):
 
 
 def finish(x, *, implementation):
-    part = norm_rope.Section(0, x.shape[1] // 8, 8, "float32", weight=jnp.arange(8.0), rotated=4, interleaved=True)
+    gain = x[:, ::8]
+    part = norm_rope.Section(
+        0, gain.shape[1], 8, "float32", weight=jnp.arange(8.0), rotated=4, interleaved=True, gain=gain
+    )
     positions = jnp.arange(x.shape[0], dtype=jnp.int32)
     (out,) = norm_rope.norm_rope(x, [part], positions, np.ones(2), implementation=implementation)
     return out

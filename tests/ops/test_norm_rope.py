@@ -21,9 +21,9 @@ def vector(rng, *shape):
 def layer_parts(rng, dtype):
     """All kinds of parts, of awkward widths, with columns between them that nobody takes."""
     return (
-        Section(0, 1, 21, dtype, weight=vector(rng, 21)),
+        Section(0, 1, 21, dtype, weight=vector(rng, 21), eps=0.5),
         Section(22, 1, 24, "float32", weight=vector(rng, 24), bias=vector(rng, 24), rotated=2),
-        Section(46, 5, 10, dtype, rotated=4, interleaved=True),
+        Section(46, 5, 10, dtype, rotated=4, interleaved=True, gain=vector(rng, 3, 5)),
         Section(96, 3, 6, "float32", rotated=0),
         Section(114, 1, 3, "float32", scale=0.37),
     )
@@ -41,10 +41,11 @@ def expected(x, part, positions):
             jnp.asarray((positions.astype(np.float32)[:, None] * FREQUENCIES).astype(np.float64)),
             rotated=part.rotated,
             interleaved=part.interleaved,
-            eps=1e-6,
+            eps=1e-6 if part.eps is None else part.eps,
             dtype=jnp.float64,
         )
-        return np.asarray(out) * part.scale
+        gain = 1.0 if part.gain is None else np.asarray(part.gain, np.float64)[..., None]
+        return np.asarray(out) * part.scale * gain
 
 
 def finish(x, parts, positions, *, implementation=None):
@@ -78,7 +79,8 @@ def test_warm_calls_do_not_retrace(implementation):
 def test_fp8_is_quantised_per_token_and_head(dtype, heads, implementation):
     rng = np.random.default_rng(1)
     x, factor = jnp.asarray(rng.normal(size=(3, heads * 12 + 4)), jnp.bfloat16), vector(rng, 3, heads)
-    part = Section(4, heads, 12, dtype, rotated=0, factor=factor)
+    # The gain turns the sign of some heads and leaves none of its scale in the factor.
+    part = Section(4, heads, 12, dtype, rotated=0, factor=factor, gain=vector(rng, 3, heads))
     # Both in one call: the scales by themselves, and with a factor.
     both = run(x, [part, dataclasses.replace(part, factor=None)], POSITIONS, implementation=implementation)
     ((values, scales), (same_values, plain)) = both
@@ -134,6 +136,12 @@ def test_gradients_of_the_xla_body():
         (
             Section(0, 2, 6, "float32", factor=jnp.ones((2, 2), jnp.float32)),
             "a factor belongs to the scales of an FP8 part",
+        ),
+        (Section(0, 2, 6, "float32", gain=jnp.ones((3, 2), jnp.float32)), r"gain is float32\[3, 2\]; .* \[2, 2\]"),
+        (Section(0, 2, 6, "float32", eps=1e-5), "eps 1e-05 and no weight"),
+        (
+            Section(0, 2, 6, "float32", weight=jnp.ones(6, jnp.float32), eps=-1),
+            "eps -1 and a weight; expected a number",
         ),
     ],
 )

@@ -23,23 +23,32 @@ def route_by(logits, bias, *, implementation="xla", **keywords):
     return (reference if implementation == "reference" else router).biased_grouped_topk(logits, bias, **keywords)
 
 
-STATIC = ("num_groups", "groups_kept", "k", "scale", "renormalize")
+def route_by_share(logits, *, implementation="xla", **keywords):
+    return (reference if implementation == "reference" else router).softmax_grouped_topk(logits, **keywords)
+
+
+STATIC = ("num_groups", "groups_kept", "k", "scale", "renormalize", "excluded")
 RULES = {"weights": Close(rtol=1e-6), "ids": Same()}
 operator = Operator(route_by, ("weights", "ids"), RULES, static=STATIC, name="biased_grouped_topk")
 route = functools.partial(operator, implementation="xla")
+by_share = Operator(route_by_share, ("weights", "ids"), RULES, static=STATIC[:-1], name="softmax_grouped_topk")
 
 
-def by_loop(logits, bias, *, num_groups, groups_kept, k, scale, renormalize=True):
-    """One token at a time; scores as float32 (so that ties are the same ties), the weights in float64."""
+def by_loop(logits, bias, *, renormalize=True, **sizes):
+    """The biased router: scores as float32, so that ties are the same ties."""
     score = np.asarray(jax.nn.sigmoid(jnp.where(jnp.isnan(logits), -jnp.inf, jnp.asarray(logits, jnp.float32))))
-    choice = score + np.asarray(bias, np.float32)
+    return grouped_by_loop(score, score + np.asarray(bias, np.float32), renormalize=renormalize, **sizes)
+
+
+def grouped_by_loop(score, choice, *, num_groups, groups_kept, k, scale, renormalize=True, excluded=-np.inf):
+    """One token at a time; the weights in float64."""
     size = score.shape[1] // num_groups
     weights, ids = np.zeros((len(score), k)), np.zeros((len(score), k), np.int32)
     for t in range(len(score)):
         worth = [np.float32(sum(sorted(choice[t, g * size : g * size + size])[-2:])) for g in range(num_groups)]
         kept = sorted(range(num_groups), key=lambda g: (-worth[g], g))[:groups_kept]
-        allowed = [e for e in range(score.shape[1]) if e // size in kept]
-        ids[t] = sorted(allowed, key=lambda e: (-choice[t, e], e))[:k]
+        mine = [choice[t, e] if e // size in kept else excluded for e in range(score.shape[1])]
+        ids[t] = sorted(range(score.shape[1]), key=lambda e: (-mine[e], e))[:k]
         weights[t] = score[t, ids[t]].astype(np.float64)
         total = weights[t].sum()
         weights[t] *= scale / (total if renormalize and total > 0 else 1)
@@ -114,6 +123,52 @@ def test_bias_decides_but_does_not_weigh():
     )
     np.testing.assert_array_equal(ids, [[3, 1, 0]])
     np.testing.assert_allclose(weights, 1.0)
+
+
+def test_experts_of_other_groups_with_a_finite_score():
+    """A.X-K2: 0 instead of -inf wins against negative biased scores, and has weights of its own."""
+    logits = np.array([[3, 2, -3, -4, -5, 1]], np.float32)
+    bias = np.array([0, 0, -1, -1, -1, -1], np.float32)
+    sizes = dict(num_groups=2, groups_kept=1, k=3, scale=2.0)
+    _, ids = check(logits, bias, **sizes, excluded=0.0)
+    np.testing.assert_array_equal(ids, [[0, 1, 3]])
+    _, ids = check(logits, bias, **sizes)
+    np.testing.assert_array_equal(ids, [[0, 1, 2]])
+
+
+@pytest.mark.parametrize(
+    ("experts", "sizes", "dtype", "renormalize"),
+    [
+        (128, dict(num_groups=1, groups_kept=1, k=4, scale=1.0), "bfloat16", True),
+        (21, SMALL, "float32", True),
+        (21, SMALL, "float32", False),
+    ],
+)
+def test_softmax_of_all_experts(experts, sizes, dtype, renormalize):
+    """Shares of all experts, also of those whose group is left out; large logits do not overflow."""
+    logits = jnp.asarray(np.random.default_rng(experts).standard_normal((40, experts)) * 3 + 100, dtype)
+    wide = np.asarray(logits.astype(jnp.float32), np.float64)
+    share = np.exp(wide - wide.max(1, keepdims=True))
+    share /= share.sum(1, keepdims=True)
+    want = grouped_by_loop(share, share, renormalize=renormalize, **sizes)
+    # float32 exponentials of arguments up to 20: 2**-24 of those is 1e-6.
+    rules = {"weights": Close(rtol=4e-6)}
+    how = dict(implementations=("reference", "xla"), rules=rules, renormalize=renormalize, **sizes)
+    weights, ids = by_share.check_all(want, logits, **how)["xla"]
+    assert weights.dtype == jnp.float32 and ids.dtype == jnp.int32
+    assert route_by_share(logits[:0], **sizes)[0].shape == (0, sizes["k"])
+
+
+def test_softmax_extremes():
+    logits = np.full((4, 6), -np.inf, np.float32)
+    logits[1], logits[2, [1, 4]], logits[3] = np.nan, np.inf, [np.nan, 1e4, -1e4, 1e4, -np.inf, 0]
+    sizes = dict(num_groups=3, groups_kept=2, k=3, scale=1.5)
+    weights, ids = (
+        [[0, 0, 0], [0, 0, 0], [0.75, 0.75, 0], [0.75, 0.75, 0]],
+        [[0, 1, 2], [0, 1, 2], [1, 4, 0], [1, 3, 0]],
+    )
+    want = np.array(weights), np.array(ids, np.int32)
+    by_share.check_all(want, logits, implementations=("reference", "xla"), **sizes)
 
 
 def test_bias_stays_float32_beside_bfloat16_logits():

@@ -1,0 +1,300 @@
+"""Models with latent attention (MLA) as pure functions of (params, tokens, caches, metadata), with steps on top.
+
+One module for every family of `families` whose config is an `MlaConfig`: DeepSeek-V3.2, GLM-5, Hy4, A.X-K2, Mistral
+Large 4, dots3. Parameters: see `models.params_mla`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax.numpy as jnp
+from jax import Array
+
+from sparse_mla_jax.layers import latent_projections
+from sparse_mla_jax.layers.hyper_connections import join_streams, merge_streams, split_streams
+from sparse_mla_jax.layers.latent_projections import learned_frequencies
+from sparse_mla_jax.layers.mla import attention_step
+from sparse_mla_jax.layers.moe import moe, swiglu
+from sparse_mla_jax.layers.norm import gated_rms_norm, rms_norm
+from sparse_mla_jax.metadata import StepMetadata, build_metadata, decode_metadata
+from sparse_mla_jax.mla_shapes import MlaConfig, MlaLayer
+from sparse_mla_jax.models import common
+from sparse_mla_jax.models.common import Family, check_page_size, check_prompt, check_step, embed
+from sparse_mla_jax.models.mla_caches import Caches, bytes_per_request, bytes_per_token, create_caches, tokens_per_page
+from sparse_mla_jax.models.params_mla import Params, init_params, param_specs
+
+__all__ = [
+    "FAMILY",
+    "Caches",
+    "Params",
+    "attention_input",
+    "bytes_per_request",
+    "bytes_per_token",
+    "create_caches",
+    "decode",
+    "decoder_layer",
+    "default_page_size",
+    "embed",
+    "forward",
+    "fuse_projections",
+    "init_params",
+    "logits",
+    "param_specs",
+    "prefill",
+]
+
+
+def fuse_projections(params: Params) -> Params:
+    """Fuses the projections of every layer (`layers.latent_projections.fuse_projections`): faster steps on a GPU.
+
+    Call it once, when weights are loaded (`jax.jit(fuse_projections, donate_argnums=0)`). Every step of this module
+    accepts the result; `save_checkpoint` does not.
+    """
+    fuse = latent_projections.fuse_projections
+    layers = [{**layer, "self_attn": fuse(layer["self_attn"])} for layer in params["layers"]]
+    return {**params, "layers": layers}
+
+
+def default_page_size(config: MlaConfig) -> int:
+    """Tokens per page that suit the model: 64."""
+    return 64
+
+
+def logits(params: Params, hidden: Array, config: MlaConfig) -> Array:
+    """Scores of the next token, float32[..., V], from final-normed hidden [..., D]; pass only the rows you need.
+
+    With final_logit_softcapping they are cap * tanh(score / cap).
+    """
+    scores, cap = common.logits(params, hidden, config), config.final_logit_softcapping
+    return cap * jnp.tanh(scores / cap) if cap else scores
+
+
+def forward(
+    params: Params,
+    token_ids: Array,
+    caches: Caches,
+    metadata: StepMetadata,
+    *,
+    config: MlaConfig,
+    state_ids: Array | None = None,
+    implementation: str | None = None,
+) -> tuple[Array, Caches]:
+    """One step through all layers, for decode tokens and prefill chunks in any mix.
+
+    Args:
+      params: see `models.params_v32`.
+      token_ids: int[T]; ids outside the vocabulary, and those of padding, are clamped into it.
+      caches: from `create_caches`; donate them to update in place.
+      metadata: of this step.
+      config: the model's shapes (static).
+      state_ids: int32[B], the ring of each request in sliding layers; None means b for request b.
+      implementation: None, "triton", "xla" or "reference", for every operator.
+
+    Returns:
+      (hidden [T, D] after the final norm, caches).
+
+    Raises:
+      ValueError: token_ids, caches or metadata of other shapes than expected (at trace time).
+    """
+    check_step(token_ids, caches, metadata, config)
+    state = embed(params, token_ids)
+    if config.hc_mult:
+        state = jnp.repeat(state[:, None, :], config.hc_mult, axis=1)
+    frequencies = learned_frequencies(params["rope_alpha"], config) if config.learned_rope else None
+    updated: list[Any] = []
+    selection = None
+    for layer, own in zip(config.layers, caches):
+        cache = own[0] if layer.has_latents else updated[layer.kv_source][0]
+        state, cache, index_cache, chosen = _layer(
+            params["layers"][layer.number],
+            layer,
+            state,
+            (cache, own[1]),
+            metadata,
+            config=config,
+            state_ids=state_ids,
+            frequencies=frequencies,
+            implementation=implementation,
+            selection=selection if layer.shares_index else None,
+        )
+        # Layers that share it come later, with sliding layers between them perhaps.
+        selection = chosen if layer.has_indexer else selection
+        updated.append((cache if layer.has_latents else None, index_cache))
+    return _finish(params, state, config, implementation), tuple(updated)
+
+
+def _finish(params: Params, state: Array, c: MlaConfig, implementation: str | None) -> Array:
+    """The final norm of the residual, whose streams are merged first."""
+    if c.hc_mult:
+        return merge_streams(params["hc_head"], state, config=c, norm=params["norm"], implementation=implementation)
+    return rms_norm(state, params["norm"], eps=c.rms_norm_eps)
+
+
+def _enter(layer: Params, part: str, state: Array, c: MlaConfig, implementation: str | None) -> tuple[Array, Any]:
+    """The normed input of a sub-layer ("attn" or "ffn"), and the weights with which `_leave` adds its output."""
+    norm = layer["input_layernorm" if part == "attn" else "post_attention_layernorm"]
+    if c.hc_mult:
+        return split_streams(layer[f"{part}_hc"], state, config=c, norm=norm, implementation=implementation)
+    return _norm(norm, state, c), None
+
+
+def _norm(norm: Any, x: Array, c: MlaConfig) -> Array:
+    """The RMS norm, gated if its weights have a gate."""
+    if isinstance(norm, dict):
+        return gated_rms_norm(norm, x, eps=c.rms_norm_eps)
+    return rms_norm(x, norm, eps=c.rms_norm_eps)
+
+
+def _leave(state: Array, out: Array, weights: Any) -> Array:
+    """The residual after a sub-layer."""
+    return state + out.astype(state.dtype) if weights is None else join_streams(state, out, weights)
+
+
+def _layer(
+    params: Params,
+    layer: MlaLayer,
+    state: Array,
+    caches: tuple[Any, Any],
+    metadata: StepMetadata,
+    *,
+    config: MlaConfig,
+    implementation: str | None,
+    **options: Any,
+) -> tuple[Array, Any, Any, Array | None]:
+    """One layer on the residual: (residual, cache, index cache, selection); options: of `attention_step`."""
+    normed, weights = _enter(params, "attn", state, config, implementation)
+    out, cache, index_cache, chosen = attention_step(
+        params["self_attn"],
+        normed,
+        *caches,
+        metadata,
+        config=config,
+        layer=layer.number,
+        implementation=implementation,
+        return_selection=True,
+        **options,
+    )
+    state = _leave(state, out, weights)
+    normed, weights = _enter(params, "ffn", state, config, implementation)
+    out = moe(params["mlp"], normed, config=config) if layer.is_moe else swiglu(params["mlp"], normed)
+    return _leave(state, out, weights), cache, index_cache, chosen
+
+
+def attention_input(params: Params, number: int, hidden: Array, *, config: MlaConfig) -> Array:
+    """The input of `layers.mla.attention_step` in layer `number`: the normed residual stream [T, D].
+
+    hidden: the residual before the layer, [T, D], or [T, n, D] with hyper-connections.
+    """
+    return _enter(params["layers"][number], "attn", hidden, config, None)[0]
+
+
+def decoder_layer(
+    params: Params,
+    number: int,
+    hidden: Array,
+    cache: Any,
+    index_cache: Any,
+    metadata: StepMetadata,
+    *,
+    config: MlaConfig,
+    implementation: str | None = None,
+    **options: Any,
+) -> tuple[Array, Any, Any]:
+    """Layer `number` on the residual stream hidden [T, D] ([T, n, D] with hyper-connections): attention, then SwiGLU
+    or the mixture of experts.
+
+    options: state_ids, frequencies and selection, as for `layers.mla.attention_step`, in models whose layers need them.
+
+    Returns:
+      (residual, cache, index_cache).
+    """
+    return _layer(
+        params["layers"][number],
+        config.layer(number),
+        hidden,
+        (cache, index_cache),
+        metadata,
+        config=config,
+        implementation=implementation,
+        **options,
+    )[:3]
+
+
+def prefill(
+    params: Params,
+    token_ids: Array,
+    caches: Caches,
+    seq_lens: Array,
+    query_lens: Array,
+    page_table: Array,
+    *,
+    config: MlaConfig,
+    page_size: int | None = None,
+    state_ids: Array | None = None,
+    implementation: str | None = None,
+) -> tuple[Array, Caches]:
+    """One step over prompts, chunks of prompts, or a mix with decode tokens; see `build_metadata` for the layout.
+
+    Args:
+      params, token_ids, caches, config, state_ids, implementation: as in `forward`. token_ids: the tokens of all
+        requests one after the other, then padding; at least one.
+      seq_lens: int[B] tokens of each request, those of this step included.
+      query_lens: int[B] tokens of each request in this step.
+      page_table: int[B, P].
+      page_size: tokens per page (static); may be omitted unless all layers are sliding.
+
+    Returns:
+      (float32[B, V] logits after each request's last token; meaningless for requests without tokens, caches).
+
+    Raises:
+      ValueError: arguments that do not fit together (at trace time).
+    """
+    check_prompt(token_ids)
+    page_size = check_page_size(page_size, tokens_per_page(caches))
+    metadata = build_metadata(seq_lens, query_lens, page_table, num_tokens=token_ids.shape[0], page_size=page_size)
+    hidden, caches = forward(
+        params, token_ids, caches, metadata, config=config, state_ids=state_ids, implementation=implementation
+    )
+    return logits(params, hidden[metadata.last_token], config), caches
+
+
+def decode(
+    params: Params,
+    token_ids: Array,
+    caches: Caches,
+    seq_lens: Array,
+    page_table: Array,
+    *,
+    config: MlaConfig,
+    page_size: int | None = None,
+    state_ids: Array | None = None,
+    implementation: str | None = None,
+) -> tuple[Array, Caches]:
+    """One token of every request; row b belongs to request b, and rows with seq_lens[b] <= 0 are padding.
+
+    Arguments as in `prefill`, except: token_ids int[B] holds the newest token of each request; no query_lens.
+
+    Returns:
+      (float32[B, V] logits, caches).
+    """
+    metadata = decode_metadata(seq_lens, page_table, page_size=check_page_size(page_size, tokens_per_page(caches)))
+    hidden, caches = forward(
+        params, token_ids, caches, metadata, config=config, state_ids=state_ids, implementation=implementation
+    )
+    return logits(params, hidden, config), caches
+
+
+FAMILY = Family(
+    forward=forward,
+    prefill=prefill,
+    decode=decode,
+    logits=logits,
+    param_specs=param_specs,
+    init_params=init_params,
+    fuse_projections=fuse_projections,
+    create_caches=create_caches,
+    default_page_size=default_page_size,
+    bytes_per_token=bytes_per_token,
+    bytes_per_request=bytes_per_request,
+)
