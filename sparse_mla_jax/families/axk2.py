@@ -40,7 +40,7 @@ KEYS = mla_fields.MlaKeys(
     ),
     numbers=(*mla_fields.NUMBERS, "gated_norm_rank"),
     aliases={"n_routed_experts": ("num_local_experts",)},
-    nulls={"n_routed_experts": 0, "n_shared_experts": 0, "n_group": 1, "topk_group": 1},
+    nulls={**mla_fields.NULLS, "n_group": 1, "topk_group": 1},
     fixed=mla_fields.FIXED,
     has_moe_frequency=True,
 )

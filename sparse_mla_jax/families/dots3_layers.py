@@ -101,15 +101,13 @@ def read_ropes(fields: ConfigFields, context: int, default: RopeConfig) -> dict[
         theta = read_shared(float, sliding.theta if own == SLIDING else default.theta, (part, "rope_theta"))
         rope = read_rotation(part, theta, read_shared(int, context, (part, ORIGINAL)))
         ropes[own] = _without_mscale(rope)
-    main_names = [name for name in (INDEXED, FULL) if name in ropes]
-    main = ropes[main_names[0]] if main_names else default
-    for name, kind in (("rope_theta", main_names[:1]), ("swa_rope_theta", [SLIDING])):
-        for one in kind:
-            given = fields.read(name, float)
-            require(
-                one not in ropes or given in (None, ropes[one].theta),
-                f"config fields {name} {given} and rope_parameters.{one} differ; drop the wrong one.",
-            )
+    main = ropes.get(INDEXED, ropes.get(FULL, default))
+    for name, theta in (("rope_theta", main.theta), ("swa_rope_theta", ropes.get(SLIDING, sliding).theta)):
+        given = fields.read(name, float, theta)
+        require(
+            given == theta,
+            f"config fields {name} {given} and rope_parameters, which makes it {theta}, differ; drop the wrong one.",
+        )
     return {INDEXED: main, FULL: main, SLIDING: sliding} | ropes
 
 
@@ -130,7 +128,9 @@ def read_layer_sizes(
     """
     common = dataclasses.replace(config, layer_types=(), layer_sizes=()).layer(0).sizes
     saved = fields.raw("per_layer_config") is not None
-    given = [name for name in fields.names() if name.startswith("swa_") and name != "swa_rope_theta" and fields.has(name)]
+    given = [
+        name for name in fields.names() if name.startswith("swa_") and name != "swa_rope_theta" and fields.has(name)
+    ]
     require(
         not (saved and given),
         f"config fields per_layer_config and {shown(given[:1])} both give the sizes of layers; drop one.",
@@ -193,7 +193,11 @@ def write_layers(config: MlaConfig) -> dict[str, Any]:
         if differing or layer.is_sliding:
             head = layer.sizes.qk_head_dim
             # Without an entry, readers would take the sizes that sliding layers have by default.
-            changes[str(layer.number)] = {"num_attention_heads": own["num_attention_heads"], **differing, "head_dim": head}
+            changes[str(layer.number)] = {
+                "num_attention_heads": own["num_attention_heads"],
+                **differing,
+                "head_dim": head,
+            }
     ropes = {}
     for kind, rope in kinds.items():
         ropes[kind] = {**write_rope(rope), "partial_rotary_factor": c.qk_rope_head_dim / _head_dim(c, kind)}

@@ -54,7 +54,7 @@ KEYS = mla_fields.MlaKeys(
         *(name for name in mla_fields.NUMBERS if name not in ("q_lora_rank", "norm_topk_prob")),
         "final_logit_softcapping",
     ),
-    nulls={"n_routed_experts": 0, "n_shared_experts": 0, "final_logit_softcapping": 0.0},
+    nulls={**mla_fields.NULLS, "final_logit_softcapping": 0.0},
     fixed={
         **{name: values for name, values in mla_fields.FIXED.items() if name != "topk_method"},
         **mla_fields.ONE_MOE_LAYER_IN_1,
@@ -98,8 +98,8 @@ def _read_sources(fields: ConfigFields, layers: int) -> tuple[int, ...]:
     sources = fields.read("kv_source_layers", list, list(range(layers)))
     require(
         len(sources) == layers and all(type(one) is int and 0 <= one <= i for i, one in enumerate(sources)),
-        f"config field kv_source_layers is {shown(sources)}; {layers} numbers of layers are expected, each its own or an"
-        " earlier one. Mend config.json.",
+        f"config field kv_source_layers is {shown(sources)}; {layers} numbers of layers are expected, each its own or"
+        " an earlier one. Mend config.json.",
     )
     return () if sources == list(range(layers)) else tuple(sources)
 

@@ -1,7 +1,7 @@
 """The fields of a config.json that families of latent attention (MLA) with routed experts share.
 
-A family says in an `MlaKeys` what its config.json may hold; `read_common` reads that, `make_config` adds the rotation and
-what the family reads itself, and `write_common` writes all of it. Two spellings of one model give equal configs: a
+A family says in an `MlaKeys` what its config.json may hold; `read_common` reads that, `make_config` adds the rotation
+and what the family reads itself, and `write_common` writes all of it. Two spellings of one model give equal configs: a
 per-layer tuple that says what its default says is empty.
 """
 
@@ -39,6 +39,8 @@ FIXED: dict[str, tuple[Any, ...]] = {
     "per_layer_config": ({},),
 }
 ONE_MOE_LAYER_IN_1: dict[str, tuple[Any, ...]] = {"moe_layer_freq": (1,)}
+# DeepSeek's own code writes null for a model without experts.
+NULLS = {"n_routed_experts": 0, "n_shared_experts": 0, "attention_bias": False}
 INDEXED_NAMES = (INDEXED, "deepseek_sparse_attention")
 
 
@@ -63,10 +65,7 @@ class MlaKeys:
         # Names that Hugging Face transformers reads too.
         default_factory=lambda: {"n_routed_experts": ("num_experts", "num_local_experts")}
     )
-    # DeepSeek's own code writes null for a model without experts.
-    nulls: Mapping[str, Any] = dataclasses.field(
-        default_factory=lambda: {"n_routed_experts": 0, "n_shared_experts": 0}
-    )
+    nulls: Mapping[str, Any] = dataclasses.field(default_factory=lambda: NULLS)
     fixed: Mapping[str, tuple[Any, ...]] = dataclasses.field(default_factory=lambda: {**FIXED, **ONE_MOE_LAYER_IN_1})
     model_eps: tuple[str, ...] = ()
     has_moe_frequency: bool = False
@@ -159,7 +158,9 @@ def _read_moe_layers(fields: ConfigFields, sizes: dict[str, Any], keys: MlaKeys,
     Raises:
       ValueError: two spellings that differ.
     """
-    layers, experts, first = (sizes[name] for name in ("num_hidden_layers", "n_routed_experts", "first_k_dense_replace"))
+    layers, experts, first = (
+        sizes[name] for name in ("num_hidden_layers", "n_routed_experts", "first_k_dense_replace")
+    )
     frequency = _read_moe_frequency(fields, layers) if keys.has_moe_frequency else None
     kinds = fields.read_names("mlp_layer_types", layers, ("dense", "sparse"))
     is_sparse = [experts > 0 and i >= first and (frequency is None or frequency[i]) for i in range(layers)]

@@ -2,8 +2,10 @@
 
 A table lists all rows that a layer may have; a row without a place in the parameters of a config is dropped
 (`models.tensor_table`). FP8 matrices have their scales in "weight_scale_inv", as DeepSeek publishes them, or in
-"weight_scale", as compressed-tensors, Quark and ModelOpt write them. Experts may be fused, as transformers holds them in
-memory: "mlp.experts.gate_up_proj" [E, 2 I, D], gate rows first, and "mlp.experts.down_proj" [E, D, I].
+"weight_scale", as compressed-tensors, Quark and ModelOpt write them. Experts may be fused, as transformers holds them
+in memory: "mlp.experts.gate_up_proj" [E, 2 I, D], gate rows first, and "mlp.experts.down_proj" [E, D, I]. Their scales
+are called "gate_up_proj_scale_inv" or "gate_up_proj_scale", as those of a matrix, with an axis for the experts first;
+one scale per expert may be [E] or [E, 1, 1], and one scale for all [].
 """
 
 from __future__ import annotations
@@ -126,9 +128,9 @@ def under(table: Places, name: str, place: str) -> Places:
     """The table with a prefix before its names and one before its places."""
     found: Places = {}
     for suffix, ours in table.items():
-        places, *layout = ours if isinstance(ours, tuple) else (ours,)
+        places = ours[0] if isinstance(ours, tuple) else ours
         joined = " ".join(place + one for one in places.split())
-        found[name + suffix] = (joined, *layout) if layout else joined
+        found[name + suffix] = (joined, ours[1]) if isinstance(ours, tuple) else joined
     return found
 
 

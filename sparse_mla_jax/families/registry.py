@@ -96,15 +96,15 @@ def write_config(config: Config, dtype: Any) -> dict[str, Any]:
     Raises:
       ValueError: the family's config.json has no field for something that the config says.
     """
-    family = published_family(config)
-    written = family.write_config(config, dtype)
-    if isinstance(config, MlaConfig):
-        wanted, found = canonical(config), canonical(read_config(written))
+    written = published_family(config).write_config(config, dtype)
+    again = read_config(written)
+    if isinstance(config, MlaConfig) and isinstance(again, MlaConfig):
+        wanted, found = canonical(config), canonical(again)
         differing = [name for name in vars(wanted) if getattr(wanted, name) != getattr(found, name)]
         require(
             not differing,
             f"config field {', '.join(differing[:1])} is {shown(getattr(wanted, (differing or ['family'])[0]))}; a"
-            f" config.json of model_type {config.family!r} can not say that. Use the family's own value or another one.",
+            f" config.json of model_type {config.family!r} can not say that. Use what the family has.",
         )
     return written
 
@@ -137,8 +137,8 @@ def _find_text(data: Mapping[str, Any], fields: ConfigFields, family: PublishedF
             other = data["text_config"].get(name, own)
             require(
                 own == other and type(own) is type(other),
-                f"config fields {shown(name)} {shown(own)} and text_config.{shown(name)} {shown(other)} differ; drop the"
-                " wrong one.",
+                f"config fields {shown(name)} {shown(own)} and text_config.{shown(name)} {shown(other)} differ; drop"
+                " the wrong one.",
             )
             fields.ignore([name])
     return text

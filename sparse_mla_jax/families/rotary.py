@@ -18,10 +18,11 @@ from sparse_mla_jax.families.fields import ConfigFields
 from sparse_mla_jax.shapes import RopeConfig
 
 DEFAULT_THETA = 10000.0
+PLAIN = RopeConfig()
 ORIGINAL = "original_max_position_embeddings"
 
 
-def read_rope(fields: ConfigFields, context: int, default: RopeConfig = RopeConfig()) -> RopeConfig:
+def read_rope(fields: ConfigFields, context: int, default: RopeConfig = PLAIN) -> RopeConfig:
     """The rotation of a model that has one.
 
     Args:

@@ -18,9 +18,9 @@ _LAYER = re.compile(r"(?:model\.)?layers\.(\d+)\.(.*)")
 def describe_common(name: str, config: Any, head: str = "lm_head.weight") -> str | None:
     """What every family skips; None for other tensors.
 
-    Those are layers beyond num_hidden_layers, which predict several tokens, rotary buffers, a tied head, and how another
-    engine rounds activations (`input_scale`) or its cache (`k_scale`, `v_scale`): we do not round activations, and our
-    caches have scales of their own.
+    Those are layers beyond num_hidden_layers, which predict several tokens, rotary buffers, a tied head, and how other
+    engines round activations (`input_scale`) or their caches (`k_scale`, `v_scale`): we do not round activations, and
+    our caches have scales of their own.
 
     Args:
       name: the published name.

@@ -11,6 +11,7 @@ from safetensors.numpy import load_file
 from small_models import SMALL, random_params, write_folder
 
 from sparse_mla_jax.config import DEEPSEEK_V4_FLASH, DEEPSEEK_V32, RopeConfig, from_hf, load_config
+from sparse_mla_jax.families.registry import published_family
 from sparse_mla_jax.models import deepseek_v32 as model
 from sparse_mla_jax.models.checkpoint import (
     config_to_json,
@@ -18,6 +19,7 @@ from sparse_mla_jax.models.checkpoint import (
     load_checkpoint,
     published_shapes,
     save_checkpoint,
+    skipped_tensors,
 )
 
 CONFIG = dataclasses.replace(SMALL, num_hidden_layers=3, first_k_dense_replace=1, vocab_size=11, hidden_size=20)
@@ -216,11 +218,21 @@ OTHER_PAIRS = dataclasses.replace(DEEPSEEK_V32, rope_interleave=False, indexer_r
 
 
 @pytest.mark.parametrize("config", [OTHER_PAIRS, DEEPSEEK_V4_FLASH], ids=lambda config: type(config).__name__)
-def test_every_other_field_is_written(config):
-    fields = {field.name for field in dataclasses.fields(config)}
-    # Rotations have several fields of their own; round trips compare them.
-    assert fields - set(config_to_json(config)) <= {"quantize_index_query", "rope", "compress_rope"}
-    assert from_hf(config_to_json(config)) == config
+def test_every_published_field_is_written(config):
+    written = config_to_json(config)
+    assert set(published_family(config).keys) <= written.keys() and "quantize_index_query" not in written
+    assert from_hf(written) == config
+
+
+def test_what_a_family_s_config_json_can_not_say_is_not_saved(tmp_path):
+    """Rather than a folder that reads as another model."""
+    gated = dataclasses.replace(CONFIG, attention_gate="head")
+    with pytest.raises(
+        ValueError, match="attention_gate is 'head'; a config.json of model_type 'deepseek_v32' can not"
+    ):
+        config_to_json(gated)
+    with pytest.raises(ValueError, match="self_attn.output_gate have no place.*family 'deepseek_v32'"):
+        save_checkpoint(tmp_path, gated, random_params(model.param_specs(gated)))
 
 
 def test_loaded_arrays_do_not_share_the_file(folder):
@@ -327,3 +339,13 @@ def test_bad_arguments(tmp_path, folder):
 def test_progress_is_quiet_off_a_terminal(folder, capfd):
     load_checkpoint(folder, progress=True)
     assert capfd.readouterr() == ("", "")
+
+
+def test_what_was_skipped_is_said_in_one_line(tmp_path, tensors, capfd):
+    extra = {f"model.layers.{number}.eh_proj.weight": np.zeros(2, np.float32) for number in (3, 4)}
+    write_folder(tmp_path / "m", CONFIG, {**tensors, **extra})
+    assert skipped_tensors(tmp_path / "m") == {"multi-token prediction": 2}
+    load_checkpoint(tmp_path / "m", progress=False)
+    assert capfd.readouterr() == ("", "")
+    load_checkpoint(tmp_path / "m")
+    assert capfd.readouterr() == ("", "skipped: 2 tensors of multi-token prediction\n")

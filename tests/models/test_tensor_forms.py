@@ -13,7 +13,6 @@ from safetensors.numpy import load_file, save_file
 from small_models import random_params, write_folder
 
 from sparse_mla_jax.config import DeepseekV4Config, DeepseekV32Config
-from sparse_mla_jax.families import deepseek_v4
 from sparse_mla_jax.models.checkpoint import config_to_json, load_checkpoint, published_shapes, save_checkpoint
 from sparse_mla_jax.models.params_v4 import param_specs
 from sparse_mla_jax.models.quantized_weights import read_block_size, scale_block
@@ -171,6 +170,33 @@ def test_fused_experts(tmp_path, tensors):
     same(load(tmp_path / "fused", fuse(tensors)), load(tmp_path / "plain", tensors))
 
 
+FUSED_SCALES = {
+    "blocks": lambda rows, columns: (3, -(-rows // 4), -(-columns // 6)),
+    "rows": lambda rows, columns: (3, rows, 1),
+    "experts": lambda rows, columns: (3,),
+    "experts [E, 1, 1]": lambda rows, columns: (3, 1, 1),
+    "all": lambda rows, columns: (),
+}
+
+
+@pytest.mark.parametrize("scales", FUSED_SCALES)
+@pytest.mark.parametrize("suffix", ["_scale", "_scale_inv"])
+def test_fused_fp8_experts(tmp_path, tensors, scales, suffix):
+    """The gate's 7 rows end within a block of 4."""
+    rng, stored = np.random.default_rng(0), fuse(tensors)
+    expected = dict(stored)
+    for name in (EXPERTS + "gate_up_proj", EXPERTS + "down_proj"):
+        shape = stored[name].shape
+        values = stored[name] = (stored[name] * 20).astype(FN)
+        scale = stored[name + suffix] = rng.uniform(0.01, 0.1, FUSED_SCALES[scales](*shape[1:])).astype(np.float32)
+        if scales == "blocks":
+            scale = scale.repeat(4, 1)[:, : shape[1]].repeat(6, 2)[..., : shape[2]]
+        scale = scale if scale.ndim != 1 else scale[:, None, None]
+        expected[name] = values.astype(np.float32) * scale
+    quantization = {"quant_method": "fp8", "weight_block_size": [4, 6]}
+    same(load(tmp_path / "fp8", stored, quantization_config=quantization), load(tmp_path / "plain", expected))
+
+
 V4 = DeepseekV4Config(
     vocab_size=11,
     hidden_size=16,
@@ -243,10 +269,10 @@ REFUSED = {
         lambda t: replaced(t, W, weight=EIGHT, weight_scale=np.ones((9, 2), np.float32)),
         r"weight_scale has shape \[9, 2\]; .* \[9, 20\] are \[1, 1\] for blocks of 128x128, \[9, 1\] for rows, or \[\]",
     ),
-    "fused FP8": (lambda t: fuse(t, FN), r"gate_up_proj\[0, 0:7\] is a part of fused.*Save each expert by itself"),
-    "scales of fused": (
-        lambda t: {**fuse(t, FN), EXPERTS + "gate_up_proj_scale_inv": ONE},
-        "scale_inv, which is not read: scales of several experts at once. Save each expert by itself",
+    "fused FP8 without scales": (lambda t: fuse(t, FN), r"gate_up_proj\[0, 0:7\] has no .*gate_up_proj_scale_inv or"),
+    "odd scales of fused": (
+        lambda t: {**fuse(t, FN), EXPERTS + "gate_up_proj_scale_inv": np.ones((3, 5, 5), np.float32)},
+        r"gate_up_proj_scale_inv\[0\] has shape \[5, 5\]; the scales of a matrix \[14, 20\] are \[1, 1\] for blocks",
     ),
     "fused, transposed": (
         lambda t: {**fuse(t), EXPERTS + "gate_up_proj": np.zeros((3, 20, 14), np.float32)},
@@ -262,7 +288,7 @@ REFUSED = {
         r"It has embed_tokens.weight: save the model with its head \(AutoModelForCausalLM\)",
     ),
     "no indexer": (lambda t: replaced(t, ".indexer."), "No layer has an indexer: DeepSeek-V3"),
-    "shared indexer": (lambda t: replaced(t, "0.self_attn.indexer."), r"shares indexers between .* \(glm_moe_dsa\)"),
+    "shared indexer": (lambda t: replaced(t, "0.self_attn.indexer."), r"shares indexers between layers, .*indexer_types"),
     "one missing": (lambda t: replaced(t, W), f"lacks tensor {W}; config.json promises it. Fetch all files"),
     "one renamed": (lambda t: replaced(t, W, wait=ONE), f"lacks tensor {W}, and holds {MATRIX}.wait; config.json"),
     "inference code": (
@@ -284,17 +310,55 @@ def test_the_message_names_the_remedy_that_helps(tmp_path, tensors, case):
         load(tmp_path / "m", change(tensors))
 
 
+V4_MODULES = {
+    "attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm", "hc_attn_": "attn_hc.",
+    "hc_ffn_": "ffn_hc.", "attn.indexer.weights_proj": "self_attn.compressor.indexer.scorer.weights_proj",
+    "attn.indexer.wq_b": "self_attn.compressor.indexer.q_b_proj",
+    "attn.indexer.compressor.": "self_attn.compressor.indexer.", "attn.compressor.": "self_attn.compressor.",
+    "attn.attn_sink": "self_attn.sinks", "attn.q_norm": "self_attn.q_a_norm", "attn.wq_a": "self_attn.q_a_proj",
+    "attn.wq_b": "self_attn.q_b_proj", "attn.wo_a": "self_attn.o_a_proj", "attn.wo_b": "self_attn.o_b_proj",
+    "attn.wkv": "self_attn.kv_proj", "attn.kv_norm": "self_attn.kv_norm", "ffn.gate.bias":
+    "mlp.gate.e_score_correction_bias", "ffn.gate.": "mlp.gate.", "ffn.shared_experts.w1":
+    "mlp.shared_experts.gate_proj", "ffn.shared_experts.w2": "mlp.shared_experts.down_proj",
+    "ffn.shared_experts.w3": "mlp.shared_experts.up_proj",
+}  # fmt: skip
+V4_IN_COMPRESSOR = {"wkv.": "kv_proj.", "wgate.": "gate_proj.", "ape": "position_bias", "norm.": "kv_norm."}
+V4_ELSEWHERE = {"head.weight": "lm_head.weight", "embed.weight": "model.embed_tokens.weight", "hc_head_": "hc_head.hc_"}
+
+
+def name_v4_module(name):
+    """The name of the parameter of transformers' module (5.24) that a published tensor becomes."""
+    for ours, theirs in V4_ELSEWHERE.items():
+        if name.startswith(ours):
+            return (
+                theirs + name.removeprefix(ours) if theirs.startswith(("model", "lm")) else "model." + theirs + name[8:]
+            )
+    if not name.startswith("layers."):
+        return "model." + name
+    prefix, rest = name[:9], name[9:]
+    ours = next(one for one in V4_MODULES if rest.startswith(one))
+    end = rest.removeprefix(ours)
+    if ours.endswith("compressor."):
+        start = next(one for one in V4_IN_COMPRESSOR if end.startswith(one))
+        end = V4_IN_COMPRESSOR[start] + end.removeprefix(start)
+    return f"model.{prefix}{V4_MODULES[ours]}{end}"
+
+
 def test_v4_as_its_modules_are_called(tmp_path):
     """A state dict of transformers' modules, which save_pretrained would have renamed."""
-    tensors = {"model.layers.0.self_attn.kv_proj.weight": np.zeros((2, 2), np.float32)}
-    write_folder(tmp_path / "m", V4, tensors)
-    with pytest.raises(
-        ValueError, match="transformers' modules of DeepSeek-V4. Load .* and write it with save_pretrained"
-    ):
-        load_checkpoint(tmp_path / "m")
-    tied = dataclasses.replace(V4, tie_word_embeddings=True)
-    assert config_to_json(tied)["tie_word_embeddings"]
-    assert [part.name for part in deepseek_v4.parts("head.weight", (), tied)] == ["head.weight"]
+    params = random_params(param_specs(V4), V4.n_routed_experts)
+    save_checkpoint(tmp_path / "m", V4, params)
+    stored, named = load_file(tmp_path / "m" / "model.safetensors"), {}
+    for layer in range(3):
+        experts = [{part: stored.pop(f"layers.{layer}.ffn.experts.{e}.{part}.weight") for part in ("w1", "w2", "w3")}
+                   for e in range(2)]  # fmt: skip
+        halves = [np.concatenate([one["w1"], one["w3"]]) for one in experts]
+        named[f"model.layers.{layer}.mlp.experts.gate_up_proj"] = np.stack(halves)
+        named[f"model.layers.{layer}.mlp.experts.down_proj"] = np.stack([one["w2"] for one in experts])
+    named |= {name_v4_module(name): value for name, value in stored.items()}
+    assert not named.keys() & stored.keys()
+    save_file(named, tmp_path / "m" / "model.safetensors")
+    same(load_checkpoint(tmp_path / "m")[1], params)
 
 
 # --- files -----------------------------------------------------------------------------------------------------------
