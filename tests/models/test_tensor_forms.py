@@ -1,6 +1,5 @@
 """What a folder may hold in place of plain published tensors: scales of all kinds, other names; and what is refused."""
 
-import dataclasses
 import json
 import os
 
@@ -13,7 +12,7 @@ from safetensors.numpy import load_file, save_file
 from small_models import random_params, write_folder
 
 from sparse_mla_jax.config import DeepseekV4Config, DeepseekV32Config
-from sparse_mla_jax.models.checkpoint import config_to_json, load_checkpoint, published_shapes, save_checkpoint
+from sparse_mla_jax.models.checkpoint import load_checkpoint, published_shapes, save_checkpoint
 from sparse_mla_jax.models.params_v4 import param_specs
 from sparse_mla_jax.models.quantized_weights import read_block_size, scale_block
 
@@ -323,16 +322,18 @@ V4_MODULES = {
     "ffn.shared_experts.w3": "mlp.shared_experts.up_proj",
 }  # fmt: skip
 V4_IN_COMPRESSOR = {"wkv.": "kv_proj.", "wgate.": "gate_proj.", "ape": "position_bias", "norm.": "kv_norm."}
-V4_ELSEWHERE = {"head.weight": "lm_head.weight", "embed.weight": "model.embed_tokens.weight", "hc_head_": "hc_head.hc_"}
+V4_ELSEWHERE = {
+    "head.weight": "lm_head.weight",
+    "embed.weight": "model.embed_tokens.weight",
+    "hc_head_": "model.hc_head.hc_",
+}
 
 
 def name_v4_module(name):
     """The name of the parameter of transformers' module (5.24) that a published tensor becomes."""
     for ours, theirs in V4_ELSEWHERE.items():
         if name.startswith(ours):
-            return (
-                theirs + name.removeprefix(ours) if theirs.startswith(("model", "lm")) else "model." + theirs + name[8:]
-            )
+            return theirs + name.removeprefix(ours)
     if not name.startswith("layers."):
         return "model." + name
     prefix, rest = name[:9], name[9:]

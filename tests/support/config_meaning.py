@@ -14,7 +14,6 @@ from sparse_mla_jax.config import DEEPSEEK_V4_FLASH, DEEPSEEK_V32
 # Fields that may only have these values.
 NEUTRAL = {
     "hidden_act": ["silu"],
-    "attention_bias": [False],
     "mlp_bias": [False],
     "is_encoder_decoder": [False],
     "per_layer_config": [{}],
@@ -30,6 +29,7 @@ NEUTRAL_V32 = {
 }
 NEUTRAL_V4 = {
     **NEUTRAL,
+    "attention_bias": [False],
     "scoring_func": ["sqrtsoftplus"],
     "num_key_value_heads": [1],
     "n_group": [1],
@@ -122,6 +122,7 @@ def kinds_of(data, name, layers, allowed):
 
 def meaning_v32(data):
     check_neutral(data, NEUTRAL_V32, [*OF_V4, "compress_ratios"])
+    data = {name: value for name, value in data.items() if name != "attention_bias" or value is not None}
     c = sizes_of(data, DEEPSEEK_V32, {"n_routed_experts": ["num_experts", "num_local_experts"]})
     layers, dim = c["num_hidden_layers"], c["qk_rope_head_dim"]
     kinds_of(data, "layer_types", layers, ["indexed_attention", "deepseek_sparse_attention"])
