@@ -137,8 +137,8 @@ def _find_text(data: Mapping[str, Any], fields: ConfigFields, family: PublishedF
             other = data["text_config"].get(name, own)
             require(
                 own == other and type(own) is type(other),
-                f"config fields {shown(name)} {shown(own)} and text_config.{shown(name)} {shown(other)} differ; drop"
-                " the wrong one.",
+                f"config fields {fields.full_name(name)} {shown(own)} and {text.full_name(name)} {shown(other)} differ;"
+                " drop the wrong one.",
             )
             fields.ignore([name])
     return text

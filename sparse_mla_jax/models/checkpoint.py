@@ -80,7 +80,10 @@ def _check_table(name: str, table: np.ndarray, config: Any) -> None:
 
 def _read_block_size(folder: str) -> Block:
     with open(find_file(folder, CONFIG), encoding="utf-8") as f:
-        return read_block_size(json.load(f).get("quantization_config"))
+        data = json.load(f)
+    # A composite model has it beside its parts or in the text model.
+    inner = data.get("text_config") or {}
+    return read_block_size(data.get("quantization_config", inner.get("quantization_config")))
 
 
 def _build_params(specs: Any, tensors: list[Tensor], read: Callable[[Tensor], np.ndarray]) -> Params:

@@ -287,7 +287,7 @@ REFUSED = {
         r"It has embed_tokens.weight: save the model with its head \(AutoModelForCausalLM\)",
     ),
     "no indexer": (lambda t: replaced(t, ".indexer."), "No layer has an indexer: DeepSeek-V3"),
-    "shared indexer": (lambda t: replaced(t, "0.self_attn.indexer."), r"shares indexers between layers, .*indexer_types"),
+    "shared indexer": (lambda t: replaced(t, "0.self_attn.indexer."), "shares indexers between .*indexer_types"),
     "one missing": (lambda t: replaced(t, W), f"lacks tensor {W}; config.json promises it. Fetch all files"),
     "one renamed": (lambda t: replaced(t, W, wait=ONE), f"lacks tensor {W}, and holds {MATRIX}.wait; config.json"),
     "inference code": (
