@@ -50,6 +50,7 @@ def read_config(fields: ConfigFields) -> MlaConfig:
     """Reads a config with published names or those of Hugging Face transformers (5.x)."""
     sizes = mla_fields.read_common(fields, KEYS)
     mla_fields.check_indexed_layers(fields, sizes["num_hidden_layers"])
+    mla_fields.check_own_indexers(fields, sizes["num_hidden_layers"])
     require(
         fields.has("n_group") == fields.has("topk_group"),
         "config fields n_group and topk_group: one of them is null or absent; give both, or neither for no groups.",

@@ -20,6 +20,7 @@ def read_config(fields: ConfigFields) -> MlaConfig:
     """Reads a config with published names or those of Hugging Face transformers (5.x)."""
     sizes = mla_fields.read_common(fields, KEYS)
     mla_fields.check_indexed_layers(fields, sizes["num_hidden_layers"])
+    mla_fields.check_own_indexers(fields, sizes["num_hidden_layers"])
     return mla_fields.make_config(fields, KEYS, sizes)
 
 

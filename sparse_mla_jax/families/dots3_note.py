@@ -59,6 +59,7 @@ KEYS = mla_fields.MlaKeys(
 def read_config(fields: ConfigFields) -> MlaConfig:
     """Reads a config as transformers (5.24) saves it, or as the hub has it."""
     sizes = mla_fields.read_common(fields, KEYS)
+    mla_fields.check_own_indexers(fields, sizes["num_hidden_layers"])
     kinds = dots3_layers.read_kinds(fields, sizes["num_hidden_layers"])
     ropes = dots3_layers.read_ropes(fields, sizes["max_position_embeddings"], KEYS.defaults.rope)
     types = () if set(kinds) == {INDEXED} else tuple(kinds)

@@ -83,7 +83,7 @@ def _read_indexers(fields: ConfigFields, sizes: dict[str, Any]) -> tuple[str, ..
     layers = sizes["num_hidden_layers"]
     if fields.has("indexer_types"):
         return read_indexer_types(fields, layers)
-    mla_fields.check_indexed_layers(fields, layers, shared=True)
+    mla_fields.check_indexed_layers(fields, layers)
     default = ["full" if i == 0 or i % 4 == 1 else "shared" for i in range(layers)]
     older = read_older_types(fields, layers)
     require(

@@ -19,7 +19,7 @@ def read_indexer_types(fields: ConfigFields, layers: int) -> tuple[str, ...]:
     Raises:
       ValueError: lists of another length, other entries, or a first layer that has no indexer.
     """
-    check_indexed_layers(fields, layers, shared=True)
+    check_indexed_layers(fields, layers)
     types = fields.read_names("indexer_types", layers, INDEXER_TYPES)
     older = read_older_types(fields, layers)
     return name_types(older or ["full"] * layers if types is None else types)

@@ -210,15 +210,21 @@ def read_flags(fields: ConfigFields, name: str, layers: int) -> list[int]:
     return values
 
 
-def check_indexed_layers(fields: ConfigFields, layers: int, shared: bool = False) -> None:
-    """Requires that every layer has an index, and unless `shared` an indexer of its own, in all spellings of it.
+def check_indexed_layers(fields: ConfigFields, layers: int) -> None:
+    """Requires that every layer has an index.
 
     Raises:
-      ValueError: a layer without index, or one that shares another layer's selection.
+      ValueError: a layer without index.
     """
     fields.read_names("layer_types", layers, INDEXED_NAMES)
-    if shared:
-        return
+
+
+def check_own_indexers(fields: ConfigFields, layers: int) -> None:
+    """Requires, in all spellings of it, that every layer with an index has an indexer of its own.
+
+    Raises:
+      ValueError: a layer that shares another layer's selection.
+    """
     fields.read_names("indexer_types", layers, ("full",))
     pattern = fields.raw("index_topk_pattern")
     if isinstance(pattern, list):

@@ -178,6 +178,7 @@ REFUSED = [
     (MISTRAL, {"no_rope_layers": [1, 1, 1, 0, 2]}, "no_rope_layers is no list of 5"),
     (MISTRAL, {"kv_source_layers": [0, 1, 2, 4, 4]}, "kv_source_layers is"),
     (MISTRAL, {"kv_source_layers": [0, 1, 0, 3, 4]}, "nearest layer before it"),
+    (DOTS3, {"indexer_types": ["full", "full", "shared", "shared"]}, "indexer_types has an entry 'shared'"),
     (DOTS3, {"use_dsa": False}, "use_dsa is False and layer_types has 'indexed_attention'"),
     (DOTS3, {"use_sliding_window": False}, "use_sliding_window is False"),
     (DOTS3, {"per_layer_config": {"4": {}}}, "per_layer_config.'4' names no layer"),

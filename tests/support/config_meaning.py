@@ -63,13 +63,17 @@ def meaning(data):
     demand(kind in ("deepseek_v32", "deepseek_v3_2", "deepseek_v4"), kind)
     architecture = "DeepseekV4ForCausalLM" if kind == "deepseek_v4" else "DeepseekV32ForCausalLM"
     demand((data.get("architectures") or [architecture]) == [architecture] * len(data.get("architectures") or [0]))
+    check_quantization(data)
+    return meaning_v4(data) if kind == "deepseek_v4" else meaning_v32(data)
+
+
+def check_quantization(data):
     quantization = data.get("quantization_config")
     demand(quantization is None or isinstance(quantization, dict))
     for name, values in QUANTIZATION.items():
         demand((quantization or {}).get(name) in [None, *values], name)
     block = (quantization or {}).get("weight_block_size") or [1, 1]
     demand(isinstance(block, list) and len(block) == 2 and all(type(b) is int and b > 0 for b in block))
-    return meaning_v4(data) if kind == "deepseek_v4" else meaning_v32(data)
 
 
 def no_wild_numbers(value):
