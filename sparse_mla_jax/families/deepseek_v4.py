@@ -20,13 +20,11 @@ too. "mtp.*" (multi-token prediction) is skipped.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator
 
-import jax.numpy as jnp
-
-from sparse_mla_jax._check import require, shown
-from sparse_mla_jax.families.fields import COMMON_FIELDS, ConfigFields, read_sizes, write_sizes
+from sparse_mla_jax.families.deepseek_v4_fields import read_config, write_config
+from sparse_mla_jax.families.fields import plain_types
+from sparse_mla_jax.families.mla_tensors import split_experts
 from sparse_mla_jax.families.published import (
     GROUPED,
     SAME,
@@ -35,222 +33,10 @@ from sparse_mla_jax.families.published import (
     PublishedTensor,
     Shape,
     StoredPart,
-    is_run_time_scale,
     table_rows,
 )
-from sparse_mla_jax.families.rotary import (
-    DEFAULT_THETA,
-    ORIGINAL,
-    merge_spellings,
-    read_rotation,
-    read_shared,
-    write_yarn,
-)
-from sparse_mla_jax.shapes import DeepseekV4Config, RopeConfig
-
-# --- config.json
-
-# Values under which these fields change nothing.
-_FIXED: dict[str, tuple[Any, ...]] = {
-    "scoring_func": ("sqrtsoftplus",),
-    "topk_method": ("noaux_tc",),
-    "hidden_act": ("silu",),
-    "num_key_value_heads": (1,),
-    "attention_bias": (False,),
-    "mlp_bias": (False,),
-    "n_group": (1,),
-    "topk_group": (1,),
-    # The tensors' types tell how they are quantised.
-    "expert_dtype": ("fp4", "fp8", "bf16", "bfloat16", "float32"),
-}
-# Other names of our fields, which Hugging Face transformers reads too.
-_ALIASES = {"n_routed_experts": ("num_local_experts",), "moe_intermediate_size": ("intermediate_size",)}
-_RATES = {"sliding_attention": 0, "compressed_sparse_attention": 4, "heavily_compressed_attention": 128}
-# An earlier spelling of compress_rates.
-_RATE_FIELDS = {
-    "compress_rate_csa": "compressed_sparse_attention",
-    "compress_rate_hca": "heavily_compressed_attention",
-}
-_COMPRESS_THETA = 160000.0
-
-
-def read_config(fields: ConfigFields) -> DeepseekV4Config:
-    """Reads a config; each key may have its published name or the one of Hugging Face transformers (5.x)."""
-    fields.require_values(_FIXED)
-    sizes = read_sizes(fields, DeepseekV4Config, aliases=_ALIASES)
-    layers = sizes.get("num_hidden_layers", DeepseekV4Config.num_hidden_layers)
-    ratios = _read_ratios(fields, layers)
-    if ratios is not None:
-        sizes["compress_ratios"] = ratios
-    _read_hash_layers(fields, sizes, layers)
-    sections = _rope_sections(fields)
-    _read_rotated_width([fields, *sections.values()], sizes)
-    context = sizes.get("max_position_embeddings", DeepseekV4Config.max_position_embeddings)
-    rope, compress_rope = _read_ropes(fields, sections, context)
-    return DeepseekV4Config(**sizes, rope=rope, compress_rope=compress_rope)
-
-
-def _read_rotated_width(places: Sequence[ConfigFields], sizes: dict[str, Any]) -> None:
-    """Reads partial_rotary_factor, which transformers writes in place of qk_rope_head_dim.
-
-    It is the quotient of that and head_dim, rounded: qk_rope_head_dim takes precedence.
-    """
-    head_dim = sizes.get("head_dim", DeepseekV4Config.head_dim)
-    for place in places:
-        rotated = place.read("partial_rotary_factor", float)
-        if rotated is None:
-            continue
-        name, width = place.full_name("partial_rotary_factor"), head_dim * rotated
-        require(0 < rotated <= 1, f"config field {name} is {rotated}; more than 0 and at most 1 is expected. Mend it.")
-        require(
-            abs(sizes.setdefault("qk_rope_head_dim", int(width + 1e-6)) - width) < 1,
-            f"config field {name} is {rotated}, which rotates {width} dimensions of a head;"
-            f" qk_rope_head_dim is {sizes['qk_rope_head_dim']}. Set them alike.",
-        )
-
-
-def _read_hash_layers(fields: ConfigFields, sizes: dict[str, Any], layers: int) -> None:
-    """Reads mlp_layer_types, which transformers writes in place of num_hash_layers."""
-    kinds = fields.read_names("mlp_layer_types", layers, ("hash_moe", "moe"))
-    if kinds is None:
-        return
-    hashed = kinds.count("hash_moe")
-    require(
-        "hash_moe" not in kinds[hashed:],
-        "config field mlp_layer_types has a 'hash_moe' after a 'moe'; supported are 'hash_moe' of the first layers and"
-        " then 'moe'. Use such a model.",
-    )
-    stated = sizes.get("num_hash_layers", hashed)
-    require(
-        min(stated, layers) == hashed,
-        f"config field mlp_layer_types names {hashed} layers 'hash_moe'; num_hash_layers is {stated}. Set them alike.",
-    )
-    sizes["num_hash_layers"] = hashed
-
-
-def _read_ratios(fields: ConfigFields, layers: int) -> tuple[int, ...] | None:
-    """Compression ratio of each layer of the model, from compress_ratios, or from layer_types and compress_rates."""
-    listed = fields.read("compress_ratios", list)
-    if listed is not None:
-        predictors = max(1, fields.read("num_nextn_predict_layers", int, 1))
-        require(
-            layers <= len(listed) <= layers + predictors,
-            f"config field compress_ratios has {len(listed)} entries; num_hidden_layers is {layers}, and there may be"
-            f" {predictors} more of multi-token-prediction layers.",
-        )
-        listed = tuple(listed[:layers])
-    rates = _read_rates(fields)
-    kinds = fields.read_names("layer_types", layers, tuple(_RATES))
-    if kinds is None:
-        return listed
-    ratios = tuple(rates[kind] for kind in kinds)
-    require(
-        listed is None or [_compression(ratio) for ratio in listed] == [_compression(ratio) for ratio in ratios],
-        f"config fields compress_ratios {shown(listed)} and layer_types with compress_rates {shown(ratios)} differ;"
-        " drop one.",
-    )
-    return ratios
-
-
-def _compression(ratio: Any) -> Any:
-    """The ratio, with 0 and 1 alike: neither compresses."""
-    return 0 if ratio == 1 else ratio
-
-
-def _read_rates(fields: ConfigFields) -> dict[str, int]:
-    """Compression ratio of each kind of layer."""
-    rates, section = dict(_RATES), fields.section("compress_rates")
-    places = [(section, kind, kind) for kind in _RATES] if section else []
-    for place, name, kind in [*places, *((fields, name, kind) for name, kind in _RATE_FIELDS.items())]:
-        if place.has(name) or place.is_null(name):
-            rates[kind] = place.read_required(name, int)
-    if section:
-        section.refuse_unused(f"is no kind of layer that is supported; those are {', '.join(_RATES)}.")
-    require(
-        rates["sliding_attention"] in (0, 1)
-        and rates["compressed_sparse_attention"] == 4
-        and rates["heavily_compressed_attention"] not in (0, 1, 4),
-        f"config field compress_rates makes {rates}; expected are 4 for compressed_sparse_attention and another ratio"
-        " above 1 for heavily_compressed_attention. Mend config.json.",
-    )
-    return rates
-
-
-def _rope_sections(fields: ConfigFields) -> dict[str, ConfigFields]:
-    """The objects that describe rotations, by name; 'main' and 'compress' in place of a rope_parameters with both."""
-    names = ("rope_parameters", "rope_scaling", "compress_rope_parameters")
-    sections = {name: section for name in names if (section := fields.section(name))}
-    parameters = sections.get("rope_parameters")
-    if parameters and (parameters.has("main") or parameters.has("compress")):
-        for name in ("main", "compress"):
-            part = parameters.section(name)
-            require(
-                part is not None,
-                f"config field rope_parameters has no field {name}; two objects, 'main' and 'compress', are expected."
-                " Mend config.json.",
-            )
-            if part is not None:
-                sections[name] = part
-        sections.pop("rope_parameters").refuse_unused("stands beside 'main' and 'compress' without effect. Drop it.")
-    return sections
-
-
-def _read_ropes(fields: ConfigFields, sections: dict[str, ConfigFields], context: int) -> tuple[RopeConfig, RopeConfig]:
-    """Rotation of layers that do not compress, and of layers that do; `context` is max_position_embeddings.
-
-    Published files have rope_theta, compress_rope_theta, and rope_scaling, which applies to compressing layers only.
-    Hugging Face transformers writes rope_parameters {"main": {...}, "compress": {...}}. Earlier versions wrote one set
-    only, or the second one as compress_rope_parameters. Transformers takes the amplitude 1 where the two objects do not
-    stand, and YaRN's own where they stand without attention_factor.
-    """
-    compressing = {name: section for name, section in sections.items() if name != "main"}
-    # The theta of a set that is the only one is that of the other layers.
-    own = [section for name, section in compressing.items() if name.startswith("compress")]
-    others = [section for name, section in sections.items() if not name.startswith("compress")]
-    theta = read_shared(float, DEFAULT_THETA, *((place, "rope_theta") for place in (fields, *others)))
-    places = [(fields, "compress_rope_theta"), *((place, "rope_theta") for place in own)]
-    compress_theta = read_shared(float, _COMPRESS_THETA, *places)
-    original = read_shared(int, context, *((place, ORIGINAL) for place in (fields, *compressing.values())))
-    main = RopeConfig(theta=theta)
-    if "main" in sections:
-        main = read_rotation(sections["main"], theta, read_shared(int, context, (sections["main"], ORIGINAL)))
-    ropes = {
-        name: read_rotation(section, compress_theta, original, amplitude=None if name == "compress" else 1.0)
-        for name, section in compressing.items()
-    }
-    return main, merge_spellings(ropes, RopeConfig(theta=compress_theta))
-
-
-def write_config(config: DeepseekV4Config, dtype: Any = jnp.float32) -> dict[str, Any]:
-    """The fields of a config.json with the published names.
-
-    Raises:
-      ValueError: a rotation that the published fields can not express.
-    """
-    c = config
-    require(
-        c.rope.factor == 1.0,
-        f"config field rope has factor {c.rope.factor}; layers that do not compress rotate without scaling in published"
-        " files. Set it to 1.",
-    )
-    return {
-        "architectures": ["DeepseekV4ForCausalLM"],
-        "model_type": "deepseek_v4",
-        "torch_dtype": str(jnp.dtype(dtype)),
-        **write_sizes(c),
-        "compress_ratios": list(c.compress_ratios),
-        "num_nextn_predict_layers": 0,
-        "num_key_value_heads": 1,
-        "rope_theta": c.rope.theta,
-        "compress_rope_theta": c.compress_rope.theta,
-        "rope_scaling": None if c.compress_rope.factor == 1.0 else {"type": "yarn", **write_yarn(c.compress_rope)},
-        "scoring_func": "sqrtsoftplus",
-        "topk_method": "noaux_tc",
-        **COMMON_FIELDS,
-    }
-
-
-# --- tensors
+from sparse_mla_jax.families.skipped import PREDICTION, describe_common
+from sparse_mla_jax.shapes import DeepseekV4Config
 
 _ATTENTION: Places = {
     "wq_a.weight": "q_a_proj",
@@ -316,15 +102,9 @@ def tensors(config: DeepseekV4Config) -> Iterator[PublishedTensor]:
         yield from table_rows({"head.weight": "lm_head"}, "", "")
 
 
-def is_ignored(name: str, config: DeepseekV4Config) -> bool:
-    """Whether the model does not use this tensor: multi-token prediction, a tied head, a scale of a run."""
-    layer = re.match(r"layers\.(\d+)\.", name)
-    return (
-        name.startswith("mtp.")
-        or is_run_time_scale(name)
-        or (layer is not None and int(layer.group(1)) >= config.num_hidden_layers)
-        or (config.tie_word_embeddings and name == "head.weight")
-    )
+def describe_ignored(name: str, config: DeepseekV4Config) -> str | None:
+    """See `PublishedFamily`."""
+    return PREDICTION if name.startswith("mtp.") else describe_common(name, config, "head.weight")
 
 
 def scale_names(name: str) -> tuple[str, ...]:
@@ -332,33 +112,54 @@ def scale_names(name: str) -> tuple[str, ...]:
     return name.removesuffix(".weight") + ".scale", name + "_scale_inv", name + "_scale"
 
 
-# Names of transformers (5.24) after their "model.", and ours.
-_SAVED_NAMES = (
-    (r"embed_tokens\.", "embed."),
-    (r"hc_head\.hc_", "hc_head_"),
-    (r"(layers\.\d+\.attn\.)norm\.", r"\1kv_norm."),
+# Names of transformers (5.24) after their "model.", and ours: as save_pretrained writes them, then as its modules are
+# called. The rules apply in order.
+_SPELLINGS = (
+    (r"^embed_tokens\.", "embed."),
+    (r"^hc_head\.hc_", "hc_head_"),
+    (r"^(layers\.\d+\.attn\.)norm\.", r"\1kv_norm."),
+    (r"^(layers\.\d+\.)input_layernorm\.", r"\1attn_norm."),
+    (r"^(layers\.\d+\.)post_attention_layernorm\.", r"\1ffn_norm."),
+    (r"^(layers\.\d+\.)(attn|ffn)_hc\.(fn|base|scale)$", r"\1hc_\2_\3"),
+    (r"^(layers\.\d+\.)self_attn\.compressor\.indexer\.(?:scorer\.)?weights_proj\.", r"\1attn.indexer.weights_proj."),
+    (r"^(layers\.\d+\.)self_attn\.compressor\.indexer\.q_b_proj\.", r"\1attn.indexer.wq_b."),
+    (r"^(layers\.\d+\.)self_attn\.compressor\.indexer\.", r"\1attn.indexer.compressor."),
+    (r"^(layers\.\d+\.)self_attn\.", r"\1attn."),
+    (r"^(layers\.\d+\.attn\..*compressor\.)kv_norm\.", r"\1norm."),
+    (r"^(layers\.\d+\.attn\..*compressor\.)position_bias$", r"\1ape"),
+    (r"^(layers\.\d+\.attn\..*compressor\.)gate_proj\.", r"\1wgate."),
+    (r"^(layers\.\d+\.attn\.)sinks$", r"\1attn_sink"),
+    (r"^(layers\.\d+\.attn\.)q_a_norm\.", r"\1q_norm."),
+    (r"^(layers\.\d+\.attn\.(?:.*\.)?)kv_proj\.", r"\1wkv."),
+    (r"^(layers\.\d+\.attn\.)([qo])_([ab])_proj\.", r"\1w\2_\3."),
+    (r"^(layers\.\d+\.)mlp\.", r"\1ffn."),
+    (r"^(layers\.\d+\.ffn\.gate\.)e_score_correction_bias$", r"\1bias"),
+    (r"^(layers\.\d+\.ffn\.(?:shared_experts|experts\.\d+)\.)gate_proj\.", r"\1w1."),
+    (r"^(layers\.\d+\.ffn\.(?:shared_experts|experts\.\d+)\.)down_proj\.", r"\1w2."),
+    (r"^(layers\.\d+\.ffn\.(?:shared_experts|experts\.\d+)\.)up_proj\.", r"\1w3."),
 )
 
 
 def parts(name: str, shape: Shape, config: DeepseekV4Config) -> list[StoredPart]:
-    """The published tensor that a file has under this name: the published one, or that of transformers."""
-    del shape, config
-    if not name.startswith("model."):
-        return [StoredPart(name)]
-    published = name.removeprefix("model.")
-    for saved, ours in _SAVED_NAMES:
-        published = re.sub(f"^{saved}", ours, published)
-    return [StoredPart(published)]
+    """The published tensors that a file's tensor holds: see `PublishedFamily`."""
+    if name == "lm_head.weight":
+        return [StoredPart("head.weight")]
+    if name.startswith("model."):
+        name = name.removeprefix("model.")
+        for saved, published in _SPELLINGS:
+            name = re.sub(saved, published, name)
+    return split_experts(name, shape, config.n_routed_experts, _SWIGLU)
 
 
 FAMILY = PublishedFamily(
     model_types=("deepseek_v4",),
     architectures=("DeepseekV4ForCausalLM",),
-    config_type=DeepseekV4Config,
+    defaults=DeepseekV4Config(),
+    keys=(*plain_types(DeepseekV4Config), "compress_ratios"),
     read_config=read_config,
     write_config=write_config,
     tensors=tensors,
-    is_ignored=is_ignored,
+    describe_ignored=describe_ignored,
     scale_names=scale_names,
     parts=parts,
     fp4_experts=True,

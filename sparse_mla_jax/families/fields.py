@@ -168,8 +168,12 @@ class ConfigFields:
             )
         return values
 
-    def section(self, name: str) -> ConfigFields | None:
+    def section(self, name: str, further: Mapping[str, Any] | None = None) -> ConfigFields | None:
         """The object of that name, or None if it is absent, null or empty.
+
+        Args:
+          name: of the field.
+          further: what holds for the object too; its own fields take precedence.
 
         Raises:
           ValueError: a value that is no object.
@@ -178,7 +182,7 @@ class ConfigFields:
             value = self.read(name, dict)
             if not value:
                 return None
-            self._sections[name] = ConfigFields(value, f"{self.full_name(name)}.")
+            self._sections[name] = ConfigFields({**(further or {}), **value}, f"{self.full_name(name)}.")
         return self._sections[name]
 
     def require_values(self, allowed: Mapping[str, Sequence[Any]]) -> None:
@@ -235,6 +239,7 @@ def plain_types(config_type: Any) -> dict[str, type]:
 def read_sizes(
     fields: ConfigFields,
     config_type: type,
+    names: Sequence[str] | None = None,
     *,
     aliases: Mapping[str, Sequence[str]] | None = None,
     nulls: Mapping[str, Any] | None = None,
@@ -244,6 +249,7 @@ def read_sizes(
     Args:
       fields: of a config.json.
       config_type: the dataclass; its fields have the published names.
+      names: the fields that the family's config.json has; None for all.
       aliases: other names of a field. If several are given, they must agree.
       nulls: what null means, of fields in which it means something.
 
@@ -251,7 +257,9 @@ def read_sizes(
       ValueError: null elsewhere, a value of another type, or aliases that differ.
     """
     sizes = {}
-    for name, kind in plain_types(config_type).items():
+    types = plain_types(config_type)
+    for name in types if names is None else names:
+        kind = types[name]
         found: dict[str, Any] = {}
         for spelling in (name, *(aliases or {}).get(name, ())):
             if spelling == name and fields.is_null(name):
@@ -273,6 +281,6 @@ def read_sizes(
     return sizes
 
 
-def write_sizes(config: Any) -> dict[str, Any]:
+def write_sizes(config: Any, names: Sequence[str] | None = None) -> dict[str, Any]:
     """The inverse of `read_sizes`."""
-    return {name: getattr(config, name) for name in plain_types(type(config))}
+    return {name: getattr(config, name) for name in names or plain_types(type(config))}

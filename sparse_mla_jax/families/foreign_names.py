@@ -18,23 +18,13 @@ _FORMATS = (
     (r"_(blocks|scales)$", "MXFP4 weights of several experts at once", _DEQUANTISE),
     (r"\.lora_(A|B|embedding_A|embedding_B)(\.\w+)*$", "a LoRA adapter", "Merge it into its model and save that."),
     (
-        r"\.experts\.(gate_up_proj|down_proj)_scale(_inv)?$",
-        "scales of several experts at once",
-        "Save each expert by itself, as the published files do, or dequantise with the program that wrote the folder.",
-    ),
-    (
         r"^layers\.\d+\.attn\.(wq_a|wkv_a|wkv_b|wo)\.|^embed\.weight$",
         "names of DeepSeek's own inference code",
         "Use the files before its convert.py: those that DeepSeek publishes on Hugging Face.",
     ),
-    (
-        r"^model\.layers\.\d+\.(self_attn\.(kv_proj|o_a_proj|o_b_proj|sinks|compressor)|attn_hc|ffn_hc)\b",
-        "names of transformers' modules of DeepSeek-V4",
-        "Load the folder with transformers and write it with save_pretrained, which gives them the published names.",
-    ),
 )
 
-# Names that only one family has, by the family's model_type.
+# Names that only one family has, by the family's model_type, or that of the first one that has them.
 _FAMILIES = {
     "hy_v4": r"\.hc_(attn|mlp)_layer\.|\.hc_pre\.|\.learnable_sink_param$|\.linear_gate\.",
     "axk2": r"layernorm\.(W_down|W_up|norm)\.",
@@ -53,7 +43,7 @@ def explain_surplus(names: Collection[str], model_types: Sequence[str]) -> str |
     """
     for model_type, pattern in _FAMILIES.items():
         name = _find(pattern, names)
-        if name is not None and model_type not in model_types:
+        if name is not None and not any(one.startswith(model_type) for one in model_types):
             return (
                 f"{name}, which a model of type {model_type!r} has; config.json makes it {model_types[0]!r}. Use the"
                 " config.json that belongs to these weights."
@@ -78,8 +68,8 @@ def explain_missing(missing: Collection[str], names: Collection[str]) -> str | N
         if not any(".indexer." in name for name in names):
             return "No layer has an indexer: DeepSeek-V3 and others have none. Use a model with sparse attention."
         return (
-            "Other layers have an indexer. If the model shares indexers between layers (glm_moe_dsa), leave its"
-            " config.json as published; else fetch all files."
+            "Other layers have an indexer. If the model shares indexers between layers, its config.json says so"
+            " (indexer_types): use the published one; else fetch all files."
         )
     held, first = set(names), min(missing)
     # One missing tensor has its name's end in common with others; a wrapper renames all of them.

@@ -1,61 +1,223 @@
-"""The fields of a config.json that all families of latent attention (MLA) with routed experts share."""
+"""The fields of a config.json that families of latent attention (MLA) with routed experts share.
+
+A family says in an `MlaKeys` what its config.json may hold; `read_common` reads that, `make_config` adds the rotation and
+what the family reads itself, and `write_common` writes all of it. Two spellings of one model give equal configs: a
+per-layer tuple that says what its default says is empty.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from sparse_mla_jax._check import require
-from sparse_mla_jax.families.fields import ConfigFields
-from sparse_mla_jax.shapes import DeepseekV32Config
+import jax.numpy as jnp
 
-# Other names of our fields, which Hugging Face transformers reads too.
-ALIASES = {"n_routed_experts": ("num_experts", "num_local_experts")}
-# DeepSeek's own code writes null for a model without experts.
-NULLS = {"n_routed_experts": 0, "n_shared_experts": 0}
+from sparse_mla_jax._check import require
+from sparse_mla_jax.families.fields import COMMON_FIELDS, ConfigFields, read_sizes, write_sizes
+from sparse_mla_jax.families.rotary import read_rope, write_rope
+from sparse_mla_jax.mla_shapes import INDEXED, MlaConfig
+from sparse_mla_jax.shapes import RopeConfig
+
+# Numbers and truth values that the config.json of every family has.
+NUMBERS = (
+    *("vocab_size", "hidden_size", "intermediate_size", "moe_intermediate_size", "num_hidden_layers"),
+    *("num_attention_heads", "q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"),
+    *("n_routed_experts", "n_shared_experts", "num_experts_per_tok", "n_group", "topk_group", "routed_scaling_factor"),
+    *("norm_topk_prob", "first_k_dense_replace", "index_n_heads", "index_head_dim", "index_topk", "rms_norm_eps"),
+    *("max_position_embeddings", "tie_word_embeddings", "attention_bias"),
+    *("rope_interleave", "indexer_rope_interleave"),
+)
+# Hugging Face transformers has no such fields: each family always rotates in one way, which is not written.
+_ROTATION = ("rope_interleave", "indexer_rope_interleave")
 # Values under which these fields change nothing.
 FIXED: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu",),
-    "attention_bias": (False,),
     "mlp_bias": (False,),
     "scoring_func": ("sigmoid",),
     "topk_method": ("noaux_tc",),
-    "moe_layer_freq": (1,),
+    "per_layer_config": ({},),
 }
-_INDEXED = ("indexed_attention", "deepseek_sparse_attention")
+ONE_MOE_LAYER_IN_1: dict[str, tuple[Any, ...]] = {"moe_layer_freq": (1,)}
+INDEXED_NAMES = (INDEXED, "deepseek_sparse_attention")
 
 
-def read_dense_layers(fields: ConfigFields, sizes: dict[str, Any]) -> None:
-    """Reads mlp_layer_types, another spelling of first_k_dense_replace, into `sizes`.
+@dataclasses.dataclass(frozen=True)
+class MlaKeys:
+    """What the config.json of a family may hold, and what it means.
+
+    Attributes:
+      defaults: what absent fields mean, and the constants of the family.
+      numbers: published names of numbers and truth values.
+      aliases: other names of them.
+      nulls: what null means, of numbers in which it means something.
+      fixed: values under which further fields change nothing.
+      model_eps: the epsilons that are rms_norm_eps.
+      has_moe_frequency: whether moe_layer_freq spreads the layers with experts.
+      has_head_dim: whether head_dim follows from the other widths; false: it has no effect.
+    """
+
+    defaults: MlaConfig
+    numbers: tuple[str, ...] = NUMBERS
+    aliases: Mapping[str, Sequence[str]] = dataclasses.field(
+        # Names that Hugging Face transformers reads too.
+        default_factory=lambda: {"n_routed_experts": ("num_experts", "num_local_experts")}
+    )
+    # DeepSeek's own code writes null for a model without experts.
+    nulls: Mapping[str, Any] = dataclasses.field(
+        default_factory=lambda: {"n_routed_experts": 0, "n_shared_experts": 0}
+    )
+    fixed: Mapping[str, tuple[Any, ...]] = dataclasses.field(default_factory=lambda: {**FIXED, **ONE_MOE_LAYER_IN_1})
+    model_eps: tuple[str, ...] = ()
+    has_moe_frequency: bool = False
+    has_head_dim: bool = True
+
+
+def read_common(fields: ConfigFields, keys: MlaKeys) -> dict[str, Any]:
+    """The numbers of a config.json, those that it leaves out included, and which layers have experts."""
+    found = read_sizes(fields, MlaConfig, keys.numbers, aliases=keys.aliases, nulls=keys.nulls)
+    fields.require_values(keys.fixed)
+    # Check ranges first: what follows makes lists of one entry per layer.
+    dataclasses.replace(keys.defaults, **found)
+    sizes = {name: getattr(keys.defaults, name) for name in (*NUMBERS, *keys.numbers)} | found
+    layers = _read_moe_layers(fields, sizes, keys, stated="first_k_dense_replace" in found)
+    return {**sizes, **layers, **{name: sizes["rms_norm_eps"] for name in keys.model_eps}}
+
+
+def make_config(fields: ConfigFields, keys: MlaKeys, sizes: Mapping[str, Any], **own: Any) -> MlaConfig:
+    """The config of these sizes; `own` are fields that the family read itself."""
+    if "rope" not in own:
+        own["rope"] = read_rope(fields, sizes["max_position_embeddings"], keys.defaults.rope)
+    config = dataclasses.replace(keys.defaults, **{**sizes, **own})
+    derived: dict[str, tuple[Any, ...]] = {
+        "num_key_value_heads": (config.num_attention_heads,),
+        "qk_head_dim": (config.qk_head_dim,),
+        "head_dim": tuple(dict.fromkeys((config.qk_rope_head_dim, config.qk_head_dim))),
+    }
+    if not keys.has_head_dim:
+        del derived["head_dim"]
+        fields.ignore(["head_dim"])
+    fields.require_values(derived)
+    return config
+
+
+def write_common(config: MlaConfig, keys: MlaKeys, architecture: str, dtype: Any = jnp.float32) -> dict[str, Any]:
+    """The fields that `read_common` and `make_config` read, and what Hugging Face transformers writes beside them."""
+    c, defaults = config, keys.defaults
+    unwritten = {name for name in _ROTATION if getattr(c, name) == getattr(defaults, name)}
+    if c.mlp_layer_types:
+        unwritten.add("first_k_dense_replace")
+    numbers = [name for name in keys.numbers if name not in unwritten]
+    return {
+        "architectures": [architecture],
+        "model_type": c.family,
+        "dtype": str(jnp.dtype(dtype)),
+        **COMMON_FIELDS,
+        "mlp_bias": False,
+        "pad_token_id": None,
+        **write_sizes(c, numbers),
+        "num_key_value_heads": c.num_attention_heads,
+        "head_dim": c.qk_rope_head_dim,
+        "qk_head_dim": c.qk_head_dim,
+        "layer_types": [layer.kind for layer in c.layers],
+        "mlp_layer_types": ["sparse" if layer.is_moe else "dense" for layer in c.layers],
+        "rope_parameters": write_rope(c.rope),
+    }
+
+
+def wrap_text(text: Mapping[str, Any], model_types: Sequence[str]) -> dict[str, Any]:
+    """The config.json of a model that has its sizes in `text_config`."""
+    outside = ("architectures", "dtype")
+    inside = {name: value for name, value in text.items() if name not in outside}
+    return {
+        **{name: text[name] for name in outside},
+        "model_type": model_types[0],
+        "tie_word_embeddings": text["tie_word_embeddings"],
+        "text_config": {**inside, "model_type": model_types[1]},
+    }
+
+
+def canonical(config: MlaConfig) -> MlaConfig:
+    """The config with one spelling of what can be said in several ways, and without options of a run."""
+    kinds = ["sparse" if layer.is_moe else "dense" for layer in config.layers]
+    sizes = tuple(dataclasses.replace(one, rope=_plain_if_unscaled(one.rope)) for one in config.layer_sizes)
+    rope = _plain_if_unscaled(config.rope)
+    moe = _name_moe_layers(kinds)
+    return dataclasses.replace(config, rope=rope, layer_sizes=sizes, quantize_index_query=False, **moe)
+
+
+def _plain_if_unscaled(rope: RopeConfig) -> RopeConfig:
+    return RopeConfig(theta=rope.theta) if rope.factor == rope.attention_factor == 1.0 else rope
+
+
+# --- layers
+
+
+def _read_moe_layers(fields: ConfigFields, sizes: dict[str, Any], keys: MlaKeys, stated: bool) -> dict[str, Any]:
+    """first_k_dense_replace and mlp_layer_types, from either of them and moe_layer_freq.
 
     Raises:
-      ValueError: dense layers after sparse ones, or two spellings that differ.
+      ValueError: two spellings that differ.
     """
-    layers = sizes.get("num_hidden_layers", DeepseekV32Config.num_hidden_layers)
+    layers, experts, first = (sizes[name] for name in ("num_hidden_layers", "n_routed_experts", "first_k_dense_replace"))
+    frequency = _read_moe_frequency(fields, layers) if keys.has_moe_frequency else None
     kinds = fields.read_names("mlp_layer_types", layers, ("dense", "sparse"))
+    is_sparse = [experts > 0 and i >= first and (frequency is None or frequency[i]) for i in range(layers)]
+    counted = ["sparse" if one else "dense" for one in is_sparse]
     if kinds is None:
-        return
+        return {} if frequency is None else _name_moe_layers(counted)
+    require(
+        kinds == counted or (experts > 0 and not stated and frequency is None),
+        f"config field mlp_layer_types has {kinds.count('dense')} dense layers; first_k_dense_replace is {first} and"
+        f" n_routed_experts {experts}. Set them alike.",
+    )
+    return {} if stated and frequency is None else _name_moe_layers(kinds)
+
+
+def _name_moe_layers(kinds: Sequence[str]) -> dict[str, Any]:
+    """The two fields of MlaConfig that say which layers have experts, for one kind per layer."""
     dense = kinds.count("dense")
-    require(
-        "dense" not in kinds[dense:],
-        "config field mlp_layer_types has a dense layer after a sparse one; supported are dense layers first, then"
-        " sparse ones. Use such a model.",
-    )
-    stated = sizes.setdefault("first_k_dense_replace", dense)
-    experts = sizes.get("n_routed_experts", DeepseekV32Config.n_routed_experts)
-    require(
-        dense == (min(stated, layers) if experts else layers),
-        f"config field mlp_layer_types has {dense} dense layers; first_k_dense_replace is {stated} and n_routed_experts"
-        f" {experts}. Set them alike.",
-    )
+    if "dense" in kinds[dense:]:
+        return {"first_k_dense_replace": 0, "mlp_layer_types": tuple(kinds)}
+    return {"first_k_dense_replace": dense, "mlp_layer_types": ()}
 
 
-def check_indexed_layers(fields: ConfigFields, layers: int) -> None:
-    """Requires that every layer has an indexer of its own, in all spellings of it.
+def _read_moe_frequency(fields: ConfigFields, layers: int) -> list[bool] | None:
+    """Whether each layer may have experts by moe_layer_freq; None if it is absent or 1.
+
+    A number f stands for every f-th layer, a list has 0 or 1 for each.
+    """
+    value = fields.raw("moe_layer_freq")
+    if isinstance(value, list):
+        return [one == 1 for one in read_flags(fields, "moe_layer_freq", layers)]
+    frequency = fields.read("moe_layer_freq", int, 1)
+    require(frequency >= 1, f"config field moe_layer_freq is {frequency}; it must be at least 1. Mend config.json.")
+    return None if frequency == 1 else [i % frequency == 0 for i in range(layers)]
+
+
+def read_flags(fields: ConfigFields, name: str, layers: int) -> list[int]:
+    """A list with 0 or 1 for each layer.
 
     Raises:
-      ValueError: a layer without indexer, or one that shares another layer's selection.
+      ValueError: something else.
     """
-    fields.read_names("layer_types", layers, _INDEXED)
+    values = fields.raw(name)
+    require(
+        isinstance(values, list) and len(values) == layers and all(type(v) is int and v in (0, 1) for v in values),
+        f"config field {fields.full_name(name)} is no list of {layers} (num_hidden_layers) zeros and ones. Mend it.",
+    )
+    return values
+
+
+def check_indexed_layers(fields: ConfigFields, layers: int, shared: bool = False) -> None:
+    """Requires that every layer has an index, and unless `shared` an indexer of its own, in all spellings of it.
+
+    Raises:
+      ValueError: a layer without index, or one that shares another layer's selection.
+    """
+    fields.read_names("layer_types", layers, INDEXED_NAMES)
+    if shared:
+        return
     fields.read_names("indexer_types", layers, ("full",))
     pattern = fields.raw("index_topk_pattern")
     if isinstance(pattern, list):
@@ -65,19 +227,3 @@ def check_indexed_layers(fields: ConfigFields, layers: int) -> None:
     fields.require_values({"index_topk_freq": (1,)})
     # With a frequency of 1 every layer has its own indexer, wherever counting starts.
     fields.ignore(["index_skip_topk_offset"])
-
-
-def check_derived(fields: ConfigFields, config: DeepseekV32Config) -> None:
-    """Requires that fields which follow from others have the values that follow.
-
-    Raises:
-      ValueError: another value.
-    """
-    c = config
-    fields.require_values(
-        {
-            "num_key_value_heads": (c.num_attention_heads,),
-            "qk_head_dim": (c.qk_head_dim,),
-            "head_dim": tuple(dict.fromkeys((c.qk_rope_head_dim, c.qk_head_dim))),
-        }
-    )

@@ -8,7 +8,6 @@ as torch.nn.Linear stores them), ours are input-first.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -66,28 +65,36 @@ class PublishedFamily(NamedTuple):
     """The exports of a family file, as FAMILY.
 
     Attributes:
-      model_types: values of model_type in config.json, the published one first.
+      model_types: values of model_type in config.json, the published one first: that is `config.family`.
       architectures: class names of Hugging Face transformers that config.json may give under `architectures`.
-      config_type: the dataclass that its config.json fills.
-      read_config: fields of a config.json -> dataclass. The registry refuses or reports the fields that it leaves.
+      defaults: the family's constants, and the numbers of a config.json that says nothing.
+      keys: names in config.json that mean something in this family; other families refuse them by name.
+      read_config: fields of a config.json -> config. The registry refuses or reports the fields that it leaves.
       write_config: (config, type of the matrices) -> fields of a config.json that `read_config` reads back.
-      tensors: the table of tensors, in the order in which a folder is written.
-      is_ignored: whether a folder may hold this tensor although the model does not use it.
+      tensors: the table of tensors, in the order in which a folder is written, with a row for each expert.
+      describe_ignored: what a tensor is that a folder may hold although the model does not use it, in words that follow
+        "12 tensors of"; None for others.
       scale_names: possible names of the scales of a quantised matrix, the published one first.
       parts: (name in a file, shape, config) -> published tensors that it holds; itself if the name is published.
       fp4_experts: whether routed experts may be FP4.
+      fused_experts: whether the experts of a layer are written as two tensors, `gate_up_proj` and `down_proj`.
+      composite: names in config.json of the other parts of a model that has its sizes in `text_config`; empty for
+        models of text alone.
     """
 
     model_types: tuple[str, ...]
     architectures: tuple[str, ...]
-    config_type: type
+    defaults: Config
+    keys: tuple[str, ...]
     read_config: Callable[[ConfigFields], Config]
     write_config: Callable[[Any, Any], dict[str, Any]]
     tensors: Callable[[Any], Iterator[PublishedTensor]]
-    is_ignored: Callable[[str, Any], bool]
+    describe_ignored: Callable[[str, Any], str | None]
     scale_names: Callable[[str], tuple[str, ...]]
     parts: Callable[[str, Shape, Any], list[StoredPart]]
-    fp4_experts: bool
+    fp4_experts: bool = False
+    fused_experts: bool = False
+    composite: tuple[str, ...] = ()
 
 
 # --- layouts
@@ -151,6 +158,38 @@ KEYS_AND_VALUES = Layout(
 )
 
 
+def _read_query_and_gate(value: np.ndarray, shapes: Shapes) -> list[np.ndarray]:
+    (inputs, heads, query), (_, _, gate) = shapes
+    both = value.reshape(heads, query + gate, inputs).transpose(2, 0, 1)
+    return [both[..., :query], both[..., query:]]
+
+
+def _write_query_and_gate(arrays: Sequence[np.ndarray]) -> np.ndarray:
+    both = np.concatenate(list(arrays), axis=2)
+    return both.transpose(1, 2, 0).reshape(-1, both.shape[0])
+
+
+# Ours [in, heads, query] and [in, heads, gate]; published [heads * (query + gate), in].
+QUERY_AND_GATE = Layout(
+    published_shape=lambda shapes: (shapes[0][1] * (shapes[0][2] + shapes[1][2]), shapes[0][0]),
+    read=_read_query_and_gate,
+    write=_write_query_and_gate,
+)
+
+# Ours [experts, in, out] of gate and up; published [experts, 2 * out, in], gate rows first.
+FUSED_GATE_UP = Layout(
+    published_shape=lambda shapes: (shapes[0][0], 2 * shapes[0][2], shapes[0][1]),
+    read=lambda value, shapes: [half.transpose(0, 2, 1) for half in np.split(value, 2, axis=1)],
+    write=lambda arrays: np.concatenate([array.transpose(0, 2, 1) for array in arrays], axis=1),
+)
+# Ours [experts, in, out]; published [experts, out, in].
+FUSED_DOWN = Layout(
+    published_shape=lambda shapes: (shapes[0][0], shapes[0][2], shapes[0][1]),
+    read=lambda value, shapes: [value.transpose(0, 2, 1)],
+    write=lambda arrays: arrays[0].transpose(0, 2, 1),
+)
+
+
 # --- tables
 
 # Suffix of a published name -> suffix of our path, or (suffix, layout) if the layout is not LINEAR. Several paths are
@@ -163,14 +202,3 @@ def table_rows(table: Places, name: str, place: str) -> Iterator[PublishedTensor
     for suffix, ours in table.items():
         places, layout = ours if isinstance(ours, tuple) else (ours, LINEAR)
         yield PublishedTensor(name + suffix, tuple(place + one for one in places.split()), layout)
-
-
-_RUN_TIME_SCALE = re.compile(r"(model\.)?layers\.\d+\..+\.(input|output|activation|q|k|v|kv)_scale")
-
-
-def is_run_time_scale(name: str) -> bool:
-    """Whether a tensor says how another engine rounds activations (`input_scale`) or its cache (`k_scale`, `v_scale`).
-
-    Weights do not depend on them. We do not round activations, and our caches have scales of their own.
-    """
-    return _RUN_TIME_SCALE.fullmatch(name) is not None

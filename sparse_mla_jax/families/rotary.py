@@ -21,12 +21,13 @@ DEFAULT_THETA = 10000.0
 ORIGINAL = "original_max_position_embeddings"
 
 
-def read_rope(fields: ConfigFields, context: int) -> RopeConfig:
-    """The rotation of a model that has one: plain if the config names no scaling.
+def read_rope(fields: ConfigFields, context: int, default: RopeConfig = RopeConfig()) -> RopeConfig:
+    """The rotation of a model that has one.
 
     Args:
       fields: of a config.json.
       context: max_position_embeddings, the original context where YaRN does not name it.
+      default: the rotation if the config describes none; its theta if the config gives none.
 
     Raises:
       ValueError: a scaling that is not supported, or two spellings that differ.
@@ -34,13 +35,13 @@ def read_rope(fields: ConfigFields, context: int) -> RopeConfig:
     found = {name: fields.section(name) for name in ("rope_parameters", "rope_scaling")}
     sections = {name: section for name, section in found.items() if section is not None}
     places = [fields, *sections.values()]
-    theta = read_shared(float, DEFAULT_THETA, *((place, "rope_theta") for place in places))
+    theta = read_shared(float, default.theta, *((place, "rope_theta") for place in places))
     original = read_shared(int, context, *((place, ORIGINAL) for place in places))
     for place in places:
         # The rotated width is qk_rope_head_dim, never a part of it.
         place.require_values({"partial_rotary_factor": (1.0,)})
     ropes = {name: read_rotation(section, theta, original) for name, section in sections.items()}
-    return merge_spellings(ropes, RopeConfig(theta=theta))
+    return merge_spellings(ropes, dataclasses.replace(default, theta=theta))
 
 
 def merge_spellings(ropes: Mapping[str, RopeConfig], default: RopeConfig) -> RopeConfig:
@@ -131,6 +132,16 @@ def _amplitude(rope: RopeConfig, mscale: float) -> float:
         return 0.1 * scale * math.log(rope.factor) + 1.0
 
     return m(mscale) / m(rope.mscale_all_dim) if mscale and rope.mscale_all_dim else m(1.0)
+
+
+def write_rope(rope: RopeConfig) -> dict[str, Any]:
+    """The `rope_parameters` of a model with one rotation, as Hugging Face transformers 5 writes them."""
+    if rope.factor == 1.0 and rope.attention_factor == 1.0:
+        return {"rope_theta": rope.theta, "rope_type": "default"}
+    scale = {"mscale": rope.mscale_all_dim, "mscale_all_dim": rope.mscale_all_dim} if rope.mscale_all_dim else {}
+    # Write the amplitude of cosines and sines explicitly: without mscale, readers differ.
+    amplitude = {"attention_factor": float(rope.attention_factor)}
+    return {"rope_theta": rope.theta, "rope_type": "yarn", **write_yarn(rope), **scale, **amplitude}
 
 
 def write_yarn(rope: RopeConfig) -> dict[str, Any]:

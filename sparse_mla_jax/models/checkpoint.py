@@ -24,12 +24,12 @@ from tqdm import tqdm
 from sparse_mla_jax._check import require
 from sparse_mla_jax._folder import CONFIG, INDEX, SINGLE, find_file
 from sparse_mla_jax.config import Config, load_config
-from sparse_mla_jax.families.registry import published_family
+from sparse_mla_jax.families.registry import write_config
 from sparse_mla_jax.models.family import family_of
 from sparse_mla_jax.models.folder_replacement import replace_checkpoint
 from sparse_mla_jax.models.quantized_weights import Block, dequantize_blocks, dequantize_fp4, read_block_size
-from sparse_mla_jax.models.tensor_forms import check_forms
-from sparse_mla_jax.models.tensor_table import Keys, Tensor, at, list_tensors, published_shapes
+from sparse_mla_jax.models.tensor_forms import check_forms, count_skipped
+from sparse_mla_jax.models.tensor_table import Keys, Tensor, at, keys_of, list_tensors, published_shapes
 from sparse_mla_jax.models.weight_files import open_folder, read_unchanged
 
 __all__ = [
@@ -39,6 +39,7 @@ __all__ = [
     "load_checkpoint",
     "published_shapes",
     "save_checkpoint",
+    "skipped_tensors",
 ]
 
 Params = dict[str, Any]
@@ -50,9 +51,9 @@ def config_to_json(config: Config, dtype: Any = jnp.float32) -> dict[str, Any]:
     Options of a run (quantize_index_query) are not part of it.
 
     Raises:
-      ValueError: rotary parameters that a published DeepSeek-V4 config can not express.
+      ValueError: the family's config.json has no field for something that the config says.
     """
-    return published_family(config).write_config(config, dtype)
+    return write_config(config, dtype)
 
 
 # --- reading
@@ -98,24 +99,41 @@ def _build_params(specs: Any, tensors: list[Tensor], read: Callable[[Tensor], np
             stacks[keys][tensor.expert] = value
             if tensor.expert == len(stacks[keys]) - 1:
                 arrays[keys] = jnp.array(stacks.pop(keys))
-    return jax.tree_util.tree_map_with_path(lambda path, spec: arrays[_keys(path)], specs)
+    return jax.tree_util.tree_map_with_path(lambda path, spec: arrays[keys_of(path)], specs)
 
 
-def _keys(path: Any) -> Keys:
-    return tuple(key.key if isinstance(key, jax.tree_util.DictKey) else key.idx for key in path)
+def skipped_tensors(folder: str | os.PathLike[str]) -> dict[str, int]:
+    """How many tensors of a folder the model does not use, by what they are; `load_checkpoint` skips them.
+
+    The words follow "12 tensors of": "multi-token prediction", "the vision tower", "rotary buffers", and others.
+
+    Raises:
+      ValueError: no such folder or file, or a truncated or corrupt file.
+      OSError: a file that can not be opened.
+    """
+    folder = os.fspath(folder)
+    return count_skipped(*read_unchanged(folder, lambda: (open_folder(folder), load_config(folder))))
+
+
+def _report_skipped(counts: dict[str, int]) -> None:
+    """One line on stderr, above any progress bar."""
+    (kind, number), *others = counts.items()
+    first = f"skipped: {number} {'tensor' if number == 1 else 'tensors'} of {kind}"
+    tqdm.write(", ".join([first, *(f"{number} of {kind}" for kind, number in others)]), file=sys.stderr)
 
 
 def load_checkpoint(
     folder: str | os.PathLike[str], *, dtype: Any = jnp.float32, progress: bool = True
 ) -> tuple[Config, Params]:
-    """Reads config.json and the weights of a folder of DeepSeek-V3.2 or DeepSeek-V4.
+    """Reads config.json and the weights of a model folder of one of the families in `sparse_mla_jax.families`.
 
     The weights are one model.safetensors, or several files with model.safetensors.index.json. FP8 matrices (e4m3fn or
     e4m3fnuz) are multiplied by their scales (`weight_scale_inv`, `weight_scale`, or V4's `scale`), one for each block
     (128x128, or the size in quantization_config), for each row, or for the matrix. V4's FP4 experts have one for each
-    32 values; see `families.deepseek_v4`. V3.2's experts may be fused, and V4's names may be those of transformers.
-    Skipped are multi-token-prediction layers, rotary buffers, and the scales with which other engines round activations
-    and caches (`input_scale`, `k_scale`, `v_scale`).
+    32 values; see `families.deepseek_v4`. The experts of a layer may be fused, also FP8 with `gate_up_proj_scale_inv`
+    or `gate_up_proj_scale`, and names may be those of transformers. Skipped are multi-token-prediction layers, towers
+    of other inputs, rotary buffers, indexers of layers that use another's selection, and the scales with which other
+    engines round activations and caches (`input_scale`, `k_scale`, `v_scale`); see `skipped_tensors`.
 
     While another process saves into the folder, the old or the new checkpoint is read, never parts of both.
 
@@ -123,7 +141,8 @@ def load_checkpoint(
       folder: a Hugging Face model folder.
       dtype: float32 or bfloat16, of the matrices; norms, biases and other small weights are always float32 (see
         `param_specs` of the family).
-      progress: show a progress bar on stderr, if that is a terminal.
+      progress: show a progress bar on stderr, if that is a terminal, and in one line there what was skipped, if
+        anything.
 
     Returns:
       (config, params), arrays on the default device.
@@ -137,8 +156,10 @@ def load_checkpoint(
     config, block, stored = read_unchanged(
         folder, lambda: (load_config(folder), _read_block_size(folder), open_folder(folder))
     )
-    tensors = list_tensors(config, dtype)
+    tensors = list_tensors(config, dtype, single_experts=True)
     forms = check_forms(stored, tensors, config, block, folder)
+    if progress and (counts := count_skipped(stored, config)):
+        _report_skipped(counts)
     disable = not progress or not sys.stderr.isatty()
     with tqdm(total=len(tensors), desc="weights", unit="tensor", disable=disable) as bar:
 

@@ -80,13 +80,17 @@ def scale_block(shape: tuple[int, ...], scales: tuple[int, ...], block: Block) -
     return (rows, columns) if scales in ((), (1,), (1, 1)) else None
 
 
-def dequantize_blocks(values: np.ndarray, scales: np.ndarray, block: Block = (128, 128)) -> np.ndarray:
+def dequantize_blocks(
+    values: np.ndarray, scales: np.ndarray, block: Block = (128, 128), rows: slice | None = None
+) -> np.ndarray:
     """values[out, in] times the scale of its block, float32; blocks at the edges may be cut.
 
     Args:
       values: [out, in], FP8.
-      scales: [ceil(out / block[0]), ceil(in / block[1])], the checkpoint's weight_scale_inv.
+      scales: [ceil(out / block[0]), ceil(in / block[1])], the checkpoint's weight_scale_inv; of all rows if `rows` is
+        given.
       block: rows and columns that share a scale.
+      rows: which rows of a larger matrix the values are; None: all.
 
     Returns:
       float32[out, in].
@@ -94,18 +98,21 @@ def dequantize_blocks(values: np.ndarray, scales: np.ndarray, block: Block = (12
     Raises:
       ValueError: scales of another shape.
     """
-    expected = scale_shape(values.shape, block)
-    require(scales.shape == expected, f"scales has shape {scales.shape}; {values.shape} values need {expected}.")
-    rows, columns = np.arange(values.shape[0]) // block[0], np.arange(values.shape[1]) // block[1]
-    return values.astype(np.float32) * scales.astype(np.float32)[rows][:, columns]
+    if rows is None:
+        expected = scale_shape(values.shape, block)
+        require(scales.shape == expected, f"scales has shape {scales.shape}; {values.shape} values need {expected}.")
+    first = rows.start if rows is not None else 0
+    down, across = (first + np.arange(values.shape[0])) // block[0], np.arange(values.shape[1]) // block[1]
+    return values.astype(np.float32) * scales.astype(np.float32)[down][:, across]
 
 
-def dequantize_fp4(packed: np.ndarray, scales: np.ndarray) -> np.ndarray:
+def dequantize_fp4(packed: np.ndarray, scales: np.ndarray, rows: slice | None = None) -> np.ndarray:
     """FP4 values, two per byte, times the scale of each 32 values of a row, float32 (exact up to over- and underflow).
 
     Args:
       packed: int8 or uint8 [out, in / 2]: e2m1 codes, the even column in the low four bits.
       scales: [out, ceil(in / 32)], E8M0 or any floating type; the last group of a row may be cut.
+      rows: which rows of a larger matrix the values are; None: all.
 
     Returns:
       float32[out, in].
@@ -121,4 +128,4 @@ def dequantize_fp4(packed: np.ndarray, scales: np.ndarray) -> np.ndarray:
     codes = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
     data = packed.view(np.uint8)
     values = codes[np.stack([data & 15, data >> 4], axis=-1)].reshape(data.shape[0], 2 * data.shape[1])
-    return dequantize_blocks(values, scales, (1, FP4_GROUP))
+    return dequantize_blocks(values, scales, (1, FP4_GROUP), rows)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import collections
+import re
 from typing import Any, NamedTuple
 
 import ml_dtypes
@@ -58,10 +60,19 @@ class Form(NamedTuple):
         values = self.values.read(self.types)
         if self.scale is None:
             return values
+        # The scales are those of an expert's fused matrix, of which the values may be some rows.
+        rows = next((part for part in self.values.slices if isinstance(part, slice)), None)
         scales = self.scale.read(_SCALES)
         if self.types is _FP4:
-            return dequantize_fp4(values, scales)
-        return dequantize_blocks(values, scales.reshape(scale_shape(values.shape, self.block)), self.block)
+            return dequantize_fp4(values, scales, rows)
+        whole = _whole_shape(self.values)
+        return dequantize_blocks(values, scales.reshape(scale_shape(whole, self.block)), self.block, rows)
+
+
+def _whole_shape(values: StoredTensor) -> tuple[int, ...]:
+    """Shape of the matrix that the scales belong to: of all rows of one expert where experts are fused."""
+    whole = values.file.shape(values.name)
+    return whole[1:] if values.slices else whole
 
 
 def check_forms(
@@ -83,9 +94,9 @@ def check_forms(
     _check_names(published, tensors, config, folder)
     forms = {tensor.name: _find_form(tensor, published, config, block, folder) for tensor in tensors}
     scales = {form.scale.name for form in forms.values() if form.scale is not None}
-    is_ignored = published_family(config).is_ignored
+    ignored = published_family(config).describe_ignored
     for name, one in published.items():
-        if name not in forms and one.name not in scales and not is_ignored(name, config):
+        if name not in forms and one.name not in scales and ignored(name, config) is None:
             raise ValueError(
                 f"{folder!r} holds tensor {one.label}, which has no use beside {_owner(name, forms, config)}. Fetch"
                 " both again, or drop the one that does not belong to the other."
@@ -95,6 +106,17 @@ def check_forms(
         if form.scale is not None:
             _check_type(form.scale, _SCALES)
     return forms
+
+
+def count_skipped(stored: dict[str, StoredTensor], config: Config) -> dict[str, int]:
+    """How many tensors of the files the model does not use, by what they are."""
+    family = published_family(config)
+    found: collections.Counter[str] = collections.Counter()
+    for name, one in stored.items():
+        kind = family.describe_ignored(family.parts(name, one.shape, config)[0].name, config)
+        if kind is not None:
+            found[kind] += 1
+    return dict(found)
 
 
 def _by_published_name(stored: dict[str, StoredTensor], config: Config, folder: str) -> dict[str, StoredTensor]:
@@ -118,9 +140,15 @@ def _check_names(published: dict[str, StoredTensor], tensors: list[Tensor], conf
     family = published_family(config)
     expected = {tensor.name for tensor in tensors}
     missing = [tensor.name for tensor in tensors if tensor.name not in published]
+    if family.fused_experts and not any(_EXPERT.search(one.name) for one in published.values()):
+        missing = list(dict.fromkeys(_EXPERT.sub(_name_fused, name) for name in missing))
     known = expected | {scale for name in expected for scale in family.scale_names(name)}
     surplus = sorted(
-        {one.label for name, one in published.items() if name not in known and not family.is_ignored(name, config)}
+        {
+            one.label
+            for name, one in published.items()
+            if name not in known and family.describe_ignored(name, config) is None
+        }
     )
     reason = explain_surplus(surplus, family.model_types)
     require(reason is None, f"{folder!r} holds tensor {reason}")
@@ -138,6 +166,14 @@ def _check_names(published: dict[str, StoredTensor], tensors: list[Tensor], conf
         f"{folder!r} holds tensor {name_some(surplus)}, for which config.json has no place; use the config.json that"
         " belongs to these weights.",
     )
+
+
+_EXPERT = re.compile(r"(\bexperts\.)\d+\.(gate|up|down)_proj\.weight$")
+
+
+def _name_fused(expert: re.Match[str]) -> str:
+    """The published name of the fused experts that a matrix of one expert belongs to."""
+    return f"{expert.group(1)}{'down_proj' if expert.group(2) == 'down' else 'gate_up_proj'}"
 
 
 def _owner(scale: str, forms: dict[str, Form], config: Config) -> str:
@@ -165,23 +201,21 @@ def _find_form(tensor: Tensor, published: dict[str, StoredTensor], config: Confi
     kind, names = "FP4" if is_fp4 else "FP8", family.scale_names(tensor.name)
     scale = next((published[name] for name in names if name in published), None)
     if scale is None:
-        require(
-            not values.slices,
-            f"{kind} tensor {values.label} is a part of fused experts; their scales are not read. Save each expert by"
-            " itself, as the published files do, or dequantise the folder with the program that wrote it.",
-        )
+        if values.slices:
+            names = tuple(values.name + end for end in ("_scale_inv", "_scale"))
         raise ValueError(f"{kind} tensor {values.label} has no {' or '.join(names)} in {folder!r}; fetch all files.")
+    whole = _whole_shape(values)
     if is_fp4:
         require(shape[1] % 2 == 0, f"tensor {values.label} is FP4, two values to a byte, with {shape[1]} to a row.")
         _check_shape(values, shape if values.dtype == "F4" else (shape[0], shape[1] // 2))
-        _check_shape(scale, scale_shape(shape, (1, FP4_GROUP)))
+        _check_shape(scale, scale_shape((whole[0], shape[1]), (1, FP4_GROUP)))
         return Form(values, _FP4, scale)
     _check_shape(values, shape)
-    found = scale_block(shape, scale.shape, block)
+    found = scale_block((whole[0], whole[1]), scale.shape, block)
     if found is None:
         raise ValueError(
-            f"tensor {scale.label} has shape {list(scale.shape)}; the scales of a matrix {list(shape)} are"
-            f" {list(scale_shape(shape, block))} for blocks of {block[0]}x{block[1]}, [{shape[0]}, 1] for rows, or"
+            f"tensor {scale.label} has shape {list(scale.shape)}; the scales of a matrix {list(whole)} are"
+            f" {list(scale_shape(whole, block))} for blocks of {block[0]}x{block[1]}, [{whole[0]}, 1] for rows, or"
             " [] for all. Use the config.json that belongs to these weights (weight_block_size)."
         )
     return Form(values, _FLOATS, scale, found)

@@ -1,0 +1,204 @@
+"""The layers of dots3.note in its config.json: kinds, and sizes and rotation of those with sliding attention.
+
+transformers (5.24) saves `layer_types`, `per_layer_config` with what differs in a layer, and `rope_parameters` with one
+object for each kind. The file on the hub has `swa_*` and `swa_rope_theta`, and calls indexed layers "full_attention".
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from sparse_mla_jax._check import require, shown
+from sparse_mla_jax.families.fields import ConfigFields
+from sparse_mla_jax.families.mla_fields import INDEXED_NAMES
+from sparse_mla_jax.families.rotary import ORIGINAL, read_rope, read_rotation, read_shared, write_rope
+from sparse_mla_jax.mla_shapes import FULL, INDEXED, SLIDING, AttentionSizes, MlaConfig
+from sparse_mla_jax.shapes import RopeConfig
+
+_SLIDING_THETA = 50000.0
+# Sizes of sliding layers in the file on the hub, and their defaults.
+_SLIDING_SIZES = {
+    "num_attention_heads": 64,
+    "q_lora_rank": 1024,
+    "kv_lora_rank": 1024,
+    "qk_nope_head_dim": 192,
+    "v_head_dim": 128,
+}
+_SLIDING_HEAD = 256
+_OF_A_LAYER = (*_SLIDING_SIZES, "qk_rope_head_dim")
+KEYS = (
+    *("use_dsa", "use_sliding_window", "sliding_window_size", "moe_shared_expert_intermediate_size"),
+    *(f"swa_{name}" for name in (*_OF_A_LAYER, "head_dim", "num_key_value_heads", "rope_theta")),
+)
+_KINDS = (*INDEXED_NAMES, FULL, SLIDING)
+
+
+def read_kinds(fields: ConfigFields, layers: int) -> list[str]:
+    """The kind of each layer.
+
+    Raises:
+      ValueError: kinds that do not fit use_dsa or use_sliding_window.
+    """
+    types = fields.read_names("layer_types", layers, _KINDS)
+    indexed, slides = fields.read("use_dsa", bool), fields.read("use_sliding_window", bool, True)
+    kinds = types or [INDEXED if i < 2 or i % 4 == 1 else SLIDING for i in range(layers)]
+    kinds = [INDEXED if kind in INDEXED_NAMES else kind for kind in kinds]
+    if not _is_saved_form(fields):
+        other = FULL if indexed is False else INDEXED
+        kinds = [kind if kind == SLIDING else other for kind in kinds]
+    contrary = {True: FULL, False: INDEXED}.get(indexed)
+    require(
+        contrary not in kinds,
+        f"config field use_dsa is {indexed} and layer_types has {contrary!r}; the two say different things. Drop one.",
+    )
+    require(
+        slides or SLIDING not in kinds,
+        "config field use_sliding_window is False and layer_types has 'sliding_attention'; drop one.",
+    )
+    return kinds
+
+
+def _is_saved_form(fields: ConfigFields) -> bool:
+    """Whether transformers saved the file, in which "full_attention" has no indexer."""
+    return fields.raw("per_layer_config") is not None or bool(_rope_by_kind(fields))
+
+
+def _rope_by_kind(fields: ConfigFields) -> dict[str, ConfigFields]:
+    """The objects of nested rope_parameters."""
+    section = fields.section("rope_parameters")
+    named = {kind: section.section(kind) for kind in _KINDS if section.has(kind)} if section else {}
+    return {kind: part for kind, part in named.items() if part is not None}
+
+
+# --- rotation
+
+
+def read_ropes(fields: ConfigFields, context: int, default: RopeConfig) -> dict[str, RopeConfig]:
+    """The rotation of each kind of layer. The softmax scale never depends on it, other than in DeepSeek-V3.2.
+
+    Args:
+      fields: of a config.json.
+      context: max_position_embeddings.
+      default: of layers that do not slide.
+
+    Raises:
+      ValueError: kinds that are missing, or spellings that differ.
+    """
+    parts = _rope_by_kind(fields)
+    sliding = RopeConfig(theta=fields.read("swa_rope_theta", float, _SLIDING_THETA))
+    if not parts:
+        main = _without_mscale(read_rope(fields, context, default))
+        return {INDEXED: main, FULL: main, SLIDING: sliding}
+    outer = fields.section("rope_parameters")
+    assert outer is not None
+    outer.refuse_unused("stands beside one object for each kind of layer without effect. Drop it.")
+    ropes = {}
+    for kind, part in parts.items():
+        own = INDEXED if kind in INDEXED_NAMES else kind
+        # The rotated width is qk_rope_head_dim; the factor refers to a head_dim that may be another one.
+        part.ignore(["partial_rotary_factor"])
+        theta = read_shared(float, sliding.theta if own == SLIDING else default.theta, (part, "rope_theta"))
+        rope = read_rotation(part, theta, read_shared(int, context, (part, ORIGINAL)))
+        ropes[own] = _without_mscale(rope)
+    main_names = [name for name in (INDEXED, FULL) if name in ropes]
+    main = ropes[main_names[0]] if main_names else default
+    for name, kind in (("rope_theta", main_names[:1]), ("swa_rope_theta", [SLIDING])):
+        for one in kind:
+            given = fields.read(name, float)
+            require(
+                one not in ropes or given in (None, ropes[one].theta),
+                f"config fields {name} {given} and rope_parameters.{one} differ; drop the wrong one.",
+            )
+    return {INDEXED: main, FULL: main, SLIDING: sliding} | ropes
+
+
+def _without_mscale(rope: RopeConfig) -> RopeConfig:
+    return dataclasses.replace(rope, mscale_all_dim=0.0)
+
+
+# --- sizes
+
+
+def read_layer_sizes(
+    fields: ConfigFields, config: MlaConfig, kinds: list[str], ropes: dict[str, RopeConfig]
+) -> tuple[AttentionSizes, ...]:
+    """The sizes of each layer; empty if all have those of the config.
+
+    Raises:
+      ValueError: sizes of layers that do not exist, or two spellings of them.
+    """
+    common = dataclasses.replace(config, layer_types=(), layer_sizes=()).layer(0).sizes
+    saved = fields.raw("per_layer_config") is not None
+    given = [name for name in fields.names() if name.startswith("swa_") and name != "swa_rope_theta" and fields.has(name)]
+    require(
+        not (saved and given),
+        f"config fields per_layer_config and {shown(given[:1])} both give the sizes of layers; drop one.",
+    )
+    changes = _read_changes(fields, len(kinds)) if saved else {}
+    sliding = {} if saved or SLIDING not in kinds else _read_sliding_sizes(fields, config)
+    if SLIDING not in kinds:
+        fields.ignore(given)
+    sizes = []
+    for number, kind in enumerate(kinds):
+        own = changes.get(number, {}) if saved else sliding if kind == SLIDING else {}
+        sizes.append(dataclasses.replace(common, rope=ropes[kind], **own))
+    return () if all(one == common for one in sizes) else tuple(sizes)
+
+
+def _read_changes(fields: ConfigFields, layers: int) -> dict[int, dict[str, int]]:
+    """per_layer_config: numbers of layers as strings, and what differs there."""
+    section = fields.section("per_layer_config")
+    changes = {}
+    for name in section.names() if section else []:
+        require(
+            name.isdecimal() and name.isascii() and len(name) < 8 and int(name) < layers,
+            f"config field per_layer_config.{shown(name)} names no layer; numbers below {layers} (num_hidden_layers)"
+            " are expected. Mend config.json.",
+        )
+        part = section.section(name) if section else None
+        if part is None:
+            continue
+        own = {size: part.read(size, int) for size in _OF_A_LAYER if part.has(size)}
+        part.ignore(["head_dim"])
+        if "num_attention_heads" in own:
+            part.require_values({"num_key_value_heads": (own["num_attention_heads"],)})
+        part.refuse_unused("is not supported: layers may differ in heads, ranks and widths only.")
+        changes[int(name)] = own
+    return changes
+
+
+def _read_sliding_sizes(fields: ConfigFields, config: MlaConfig) -> dict[str, int]:
+    """swa_* of the file on the hub."""
+    own = {name: fields.read(f"swa_{name}", int, default) for name, default in _SLIDING_SIZES.items()}
+    head = fields.read("swa_head_dim", int, _SLIDING_HEAD)
+    own["qk_rope_head_dim"] = fields.read("swa_qk_rope_head_dim", int, head - own["qk_nope_head_dim"])
+    fields.require_values({"swa_num_key_value_heads": (own["num_attention_heads"],)})
+    return own
+
+
+# --- writing
+
+
+def write_layers(config: MlaConfig) -> dict[str, Any]:
+    """The fields that say how layers differ, as transformers (5.24) saves them."""
+    c = config
+    kinds = {layer.kind: layer.sizes.rope for layer in c.layers}
+    changes = {}
+    for layer in c.layers:
+        own = {name: getattr(layer.sizes, name) for name in _OF_A_LAYER}
+        differing = {name: value for name, value in own.items() if value != getattr(c, name)}
+        if "num_attention_heads" in differing:
+            differing["num_key_value_heads"] = differing["num_attention_heads"]
+        if differing or layer.is_sliding:
+            head = layer.sizes.qk_head_dim
+            # Without an entry, readers would take the sizes that sliding layers have by default.
+            changes[str(layer.number)] = {"num_attention_heads": own["num_attention_heads"], **differing, "head_dim": head}
+    ropes = {}
+    for kind, rope in kinds.items():
+        ropes[kind] = {**write_rope(rope), "partial_rotary_factor": c.qk_rope_head_dim / _head_dim(c, kind)}
+    return {"per_layer_config": changes, "rope_parameters": ropes, "head_dim": c.qk_head_dim}
+
+
+def _head_dim(c: MlaConfig, kind: str) -> int:
+    return next(layer.sizes.qk_head_dim for layer in c.layers if layer.kind == kind)

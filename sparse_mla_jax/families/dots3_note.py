@@ -1,0 +1,113 @@
+"""dots3.note (dots3_note), text: the keys of its config.json and the names of its tensors. Towers are skipped."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from typing import Any
+
+import jax.numpy as jnp
+
+from sparse_mla_jax.families import dots3_layers, mla_fields
+from sparse_mla_jax.families.fields import ConfigFields
+from sparse_mla_jax.families.mla_tensors import ATTENTION, MlaNames, layer_table, scale_names
+from sparse_mla_jax.families.published import Places, PublishedFamily
+from sparse_mla_jax.families.skipped import AUDIO, PREDICTION, VISION
+from sparse_mla_jax.mla_shapes import INDEXED
+from sparse_mla_jax.shapes import MlaConfig, RopeConfig
+
+# --- config.json
+
+KEYS = mla_fields.MlaKeys(
+    MlaConfig(
+        family="dots3_note",
+        vocab_size=152064,
+        hidden_size=5120,
+        intermediate_size=13824,
+        moe_intermediate_size=1536,
+        num_hidden_layers=46,
+        q_lora_rank=1024,
+        n_group=1,
+        topk_group=1,
+        routed_scaling_factor=1.0,
+        first_k_dense_replace=1,
+        rms_norm_eps=1e-5,
+        max_position_embeddings=524288,
+        indexer_rope_interleave=True,
+        rope=RopeConfig(theta=8e7),
+        sliding_window=512,
+        attention_gate="head",
+        latent_scaling=True,
+        rope_key_norm=True,
+        latent_norm_eps=1e-5,
+        shared_experts_intermediate_size=1536,
+    ),
+    numbers=(*mla_fields.NUMBERS, "sliding_window", "shared_experts_intermediate_size"),
+    aliases={
+        "n_routed_experts": ("num_local_experts",),
+        "sliding_window": ("sliding_window_size",),
+        "shared_experts_intermediate_size": ("moe_shared_expert_intermediate_size",),
+    },
+    fixed={name: values for name, values in mla_fields.FIXED.items() if name != "per_layer_config"},
+    model_eps=("latent_norm_eps",),
+    has_moe_frequency=True,
+    # The rotated width is qk_rope_head_dim; head_dim may be another one.
+    has_head_dim=False,
+)
+
+
+def read_config(fields: ConfigFields) -> MlaConfig:
+    """Reads a config as transformers (5.24) saves it, or as the hub has it."""
+    sizes = mla_fields.read_common(fields, KEYS)
+    kinds = dots3_layers.read_kinds(fields, sizes["num_hidden_layers"])
+    ropes = dots3_layers.read_ropes(fields, sizes["max_position_embeddings"], KEYS.defaults.rope)
+    types = () if set(kinds) == {INDEXED} else tuple(kinds)
+    main = ropes[next((kind for kind in kinds if kind != dots3_layers.SLIDING), INDEXED)]
+    config = mla_fields.make_config(fields, KEYS, sizes, rope=main, layer_types=types)
+    return dataclasses.replace(config, layer_sizes=dots3_layers.read_layer_sizes(fields, config, kinds, ropes))
+
+
+def write_config(config: MlaConfig, dtype: Any = jnp.float32) -> dict[str, Any]:
+    """The fields of a config.json that Hugging Face transformers (5.24) and `read_config` both read."""
+    common = mla_fields.write_common(config, KEYS, FAMILY.architectures[0], dtype)
+    del common["qk_head_dim"]
+    # Its readers take mlp_layer_types instead.
+    common.pop("first_k_dense_replace", None)
+    return {**common, "model_type": "dots3_note_text", **dots3_layers.write_layers(config)}
+
+
+# --- tensors
+
+_ATTENTION: Places = {
+    **ATTENTION,
+    "k_rope_only_layernorm.weight": "k_rope_layernorm",
+    "g_proj.weight": "output_gate",
+}
+NAMES = MlaNames(
+    layer=layer_table(_ATTENTION), spellings=((r"^model\.language_model\.", "model."), (r"^language_model\.", ""))
+)
+_VISION = re.compile(r"(model\.)?(vision|visual|image)\w*\.")
+_AUDIO = re.compile(r"(model\.)?audio\w*\.")
+
+
+def describe_ignored(name: str, config: MlaConfig) -> str | None:
+    """See `PublishedFamily`."""
+    if name.startswith("model.mtp."):
+        return PREDICTION
+    tower = VISION if _VISION.match(name) else AUDIO if _AUDIO.match(name) else None
+    return tower or NAMES.describe_ignored(name, config)
+
+
+FAMILY = PublishedFamily(
+    model_types=("dots3_note", "dots3_note_text"),
+    architectures=("Dots3NoteForCausalLM", "Dots3NoteForConditionalGeneration"),
+    defaults=KEYS.defaults,
+    keys=(*KEYS.numbers, *dots3_layers.KEYS),
+    read_config=read_config,
+    write_config=write_config,
+    tensors=NAMES.tensors,
+    describe_ignored=describe_ignored,
+    scale_names=scale_names,
+    parts=NAMES.parts,
+    composite=("vision_config", "audio_config", "image_token_id", "video_token_id", "audio_token_id"),
+)
