@@ -130,7 +130,9 @@ def read_layer_sizes(
     """
     common = dataclasses.replace(config, layer_types=(), layer_sizes=()).layer(0).sizes
     saved = fields.raw("per_layer_config") is not None
-    given = [name for name in fields.names() if name.startswith("swa_") and name != "swa_rope_theta" and fields.has(name)]
+    given = [
+        name for name in fields.names() if name.startswith("swa_") and name != "swa_rope_theta" and fields.has(name)
+    ]
     require(
         not (saved and given),
         f"config fields per_layer_config and {shown(given[:1])} both give the sizes of layers; drop one.",
@@ -193,7 +195,11 @@ def write_layers(config: MlaConfig) -> dict[str, Any]:
         if differing or layer.is_sliding:
             head = layer.sizes.qk_head_dim
             # Without an entry, readers would take the sizes that sliding layers have by default.
-            changes[str(layer.number)] = {"num_attention_heads": own["num_attention_heads"], **differing, "head_dim": head}
+            changes[str(layer.number)] = {
+                "num_attention_heads": own["num_attention_heads"],
+                **differing,
+                "head_dim": head,
+            }
     ropes = {}
     for kind, rope in kinds.items():
         ropes[kind] = {**write_rope(rope), "partial_rotary_factor": c.qk_rope_head_dim / _head_dim(c, kind)}

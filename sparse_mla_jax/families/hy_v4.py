@@ -139,9 +139,7 @@ NAMES = MlaNames(
     end={**{f"model.hc_head.hc_head_{one}": f"hc_head.{one}" for one in _MIXING}, **END},
     layer=layer_table(
         _ATTENTION,
-        further={
-            f"{theirs}.hc_pre.hc_{one}": f"{ours}.{one}" for ours, theirs in _LAYERS.items() for one in _MIXING
-        },
+        further={f"{theirs}.hc_pre.hc_{one}": f"{ours}.{one}" for ours, theirs in _LAYERS.items() for one in _MIXING},
     ),
     spellings=_SPELLINGS,
 )

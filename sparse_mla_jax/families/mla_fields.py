@@ -64,9 +64,7 @@ class MlaKeys:
         default_factory=lambda: {"n_routed_experts": ("num_experts", "num_local_experts")}
     )
     # DeepSeek's own code writes null for a model without experts.
-    nulls: Mapping[str, Any] = dataclasses.field(
-        default_factory=lambda: {"n_routed_experts": 0, "n_shared_experts": 0}
-    )
+    nulls: Mapping[str, Any] = dataclasses.field(default_factory=lambda: {"n_routed_experts": 0, "n_shared_experts": 0})
     fixed: Mapping[str, tuple[Any, ...]] = dataclasses.field(default_factory=lambda: {**FIXED, **ONE_MOE_LAYER_IN_1})
     model_eps: tuple[str, ...] = ()
     has_moe_frequency: bool = False
@@ -159,7 +157,9 @@ def _read_moe_layers(fields: ConfigFields, sizes: dict[str, Any], keys: MlaKeys,
     Raises:
       ValueError: two spellings that differ.
     """
-    layers, experts, first = (sizes[name] for name in ("num_hidden_layers", "n_routed_experts", "first_k_dense_replace"))
+    layers, experts, first = (
+        sizes[name] for name in ("num_hidden_layers", "n_routed_experts", "first_k_dense_replace")
+    )
     frequency = _read_moe_frequency(fields, layers) if keys.has_moe_frequency else None
     kinds = fields.read_names("mlp_layer_types", layers, ("dense", "sparse"))
     is_sparse = [experts > 0 and i >= first and (frequency is None or frequency[i]) for i in range(layers)]
