@@ -45,7 +45,8 @@ def config_from_json(data: dict[str, Any]) -> Config:
     """Builds a config from the fields of a Hugging Face config.json; model_type names the family.
 
     Absent fields take the values of the family's published model; without model_type, DeepSeek-V3.2's. RoPE is plain if
-    there is no rotary scaling. A field that is neither supported nor known to have no effect is reported in one UserWarning.
+    there is no rotary scaling. A field that is neither supported nor known to have no effect is reported in one
+    UserWarning.
 
     Raises:
       ValueError: another architecture, a field of the wrong type or out of range, a field that asks for something that
