@@ -34,6 +34,7 @@ __all__ = [
     "MlaConfig",
     "RopeConfig",
     "config_from_json",
+    "default_config",
     "from_hf",
     "load_config",
     "require",
@@ -43,8 +44,9 @@ __all__ = [
 def config_from_json(data: dict[str, Any]) -> Config:
     """Builds a config from the fields of a Hugging Face config.json; model_type names the family.
 
-    Absent fields take DeepSeek-V3.2's values, or V4-Flash's if model_type is 'deepseek_v4'. RoPE is plain if there is
-    no rotary scaling. A field that is neither supported nor known to have no effect is reported in one UserWarning.
+    Absent fields take the values of the family's published model; without model_type, DeepSeek-V3.2's. RoPE is plain if
+    there is no rotary scaling. A field that is neither supported nor known to have no effect is reported in one
+    UserWarning.
 
     Raises:
       ValueError: another architecture, a field of the wrong type or out of range, a field that asks for something that
@@ -94,16 +96,26 @@ def _refuse_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return fields
 
 
+def default_config(model_type: str) -> Config:
+    """The config of a family's published model: what a config.json with nothing but this model_type means.
+
+    Raises:
+      ValueError: a model_type that this package does not read.
+    """
+    return config_from_json({"model_type": model_type})
+
+
 def from_hf(source: str | os.PathLike[str] | dict[str, Any]) -> Config:
     """The config of a Hugging Face model from a folder, the path of a config.json, or its fields.
 
-    Reads DeepSeek-V3.2 and DeepSeek-V4, with the field names of the published files and those of transformers 5.x.
+    Reads every family of `sparse_mla_jax.families`, with the field names of the published files and those of
+    transformers 5.x.
 
     Args:
       source: a folder with config.json, the path of that file, or its parsed contents.
 
     Returns:
-      DeepseekV32Config or DeepseekV4Config.
+      DeepseekV4Config for DeepSeek-V4, MlaConfig for all others.
 
     Raises:
       ValueError: no such file, not JSON, another architecture, or fields that do not fit together.

@@ -248,6 +248,30 @@ class MlaConfig:
         """All layers."""
         return tuple(self.layer(number) for number in range(self.num_hidden_layers))
 
+    def cut(self, *, layers: int, heads: int) -> MlaConfig:
+        """The first `layers` layers, with at most `heads` attention heads each: what one device of several may hold.
+
+        Raises:
+          ValueError: less than one of either, or more layers than there are.
+        """
+        require(heads >= 1, f"heads is {heads}; at least 1 is expected.")
+        require(
+            1 <= layers <= self.num_hidden_layers,
+            f"layers is {layers}; between 1 and {self.num_hidden_layers} are expected.",
+        )
+        names = (*_TUPLES, "kv_source_layers")
+        sizes = (
+            dataclasses.replace(one, num_attention_heads=min(heads, one.num_attention_heads))
+            for one in self.layer_sizes[:layers]
+        )
+        return dataclasses.replace(
+            self,
+            num_hidden_layers=layers,
+            num_attention_heads=min(heads, self.num_attention_heads),
+            layer_sizes=tuple(sizes),
+            **{name: getattr(self, name)[:layers] for name in names},
+        )
+
     @property
     def is_uniform(self) -> bool:
         """Whether the attention of all layers is alike."""

@@ -1,4 +1,4 @@
-"""Decode steps: attention layers of DeepSeek-V3.2, and of DeepSeek-V4 with its hyper-connections.
+"""Decode steps of models with latent attention (MLA), and their attention layers.
 
 One layer, or all layers of a model in one program. Feed-forward layers are left out: one of V4's has 13 GB of experts.
 """
@@ -12,11 +12,11 @@ import jax
 import jax.numpy as jnp
 
 from sparse_mla_jax._check import require
-from sparse_mla_jax.config import DeepseekV32Config
+from sparse_mla_jax.config import DEEPSEEK_V32, MlaConfig, default_config
 from sparse_mla_jax.layers.mla import attention_step, fuse_projections
 from sparse_mla_jax.layers.norm import rms_norm
 from sparse_mla_jax.metadata import decode_metadata
-from sparse_mla_jax.models import deepseek_v32
+from sparse_mla_jax.models import mla
 
 PAGE_SIZE = 64
 
@@ -47,61 +47,73 @@ class Step:
         return len(jax.tree.leaves(self.args[: self.donated]))
 
 
-def published_config(*, heads: int, layers: int) -> DeepseekV32Config:
-    """DeepSeek-V3.2 with the heads of one GPU and `layers` layers, of which the first is dense.
+def published_config(*, heads: int, layers: int, model: str = "deepseek_v32") -> MlaConfig:
+    """The published model of a family with the heads of one GPU and its first layers; only the first may be dense.
 
     Raises:
-      ValueError: sizes below 1.
+      ValueError: sizes below 1 or above the model's, or a model without latent attention.
     """
-    for name, value in (("heads", heads), ("layers", layers)):
-        require(value >= 1, f"{name} is {value}; at least 1 is expected.")
-    return dataclasses.replace(
-        DeepseekV32Config(), num_attention_heads=heads, num_hidden_layers=layers, first_k_dense_replace=1
+    # Without model_type, config.json means DeepSeek-V3.2 with plain rotation; the preset has the published one.
+    config = DEEPSEEK_V32 if model == DEEPSEEK_V32.family else default_config(model)
+    require(
+        isinstance(config, MlaConfig),
+        f"model is {model!r}, which has no MlaConfig; expected is a family of latent attention (MLA).",
     )
+    assert isinstance(config, MlaConfig)
+    if not config.mlp_layer_types:
+        config = dataclasses.replace(config, first_k_dense_replace=min(1, config.first_k_dense_replace))
+    return config.cut(layers=layers, heads=heads)
 
 
-def _shapes(config: DeepseekV32Config, batch: int, context: int, cache_dtype: Any) -> tuple[Any, Any, Any]:
+def _shapes(config: MlaConfig, batch: int, context: int, cache_dtype: Any) -> tuple[Any, Any, Any]:
     """Shapes of the caches, of an int32 per sequence, and of the page table."""
     for name, value in (("batch", batch), ("context", context)):
         require(value >= 1, f"{name} is {value}; at least 1 is expected.")
     require(context % PAGE_SIZE == 0, f"context is {context}; a multiple of the page size {PAGE_SIZE} is expected.")
-    pages = context // PAGE_SIZE
+    pages, dtype = context // PAGE_SIZE, jnp.dtype(cache_dtype)
     caches = jax.eval_shape(
-        lambda: deepseek_v32.create_caches(config, batch * pages, PAGE_SIZE, dtype=jnp.dtype(cache_dtype))
+        lambda: mla.create_caches(config, batch * pages, PAGE_SIZE, num_requests=batch, dtype=dtype)
     )
     return caches, jax.ShapeDtypeStruct((batch,), jnp.int32), jax.ShapeDtypeStruct((batch, pages), jnp.int32)
 
 
 def decode_step(
-    *, heads: int = 16, batch: int = 64, context: int = 32768, layers: int = 2, cache_dtype: Any = jnp.float8_e4m3fnuz
+    *,
+    heads: int = 16,
+    batch: int = 64,
+    context: int = 32768,
+    layers: int = 2,
+    cache_dtype: Any = jnp.float8_e4m3fnuz,
+    model: str = "deepseek_v32",
 ) -> Step:
-    """DeepSeek-V3.2's greedy decode step in bfloat16, for `compile`, with fused weights (`fuse_projections`).
+    """A model's greedy decode step in bfloat16, for `compile`, with fused weights (`fuse_projections`).
 
     Args:
-      heads: attention heads on this GPU (the model has 128).
+      heads: attention heads on this GPU (DeepSeek-V3.2 has 128).
       batch: sequences.
       context: tokens that the caches of a sequence can hold, a multiple of 64.
-      layers: the first is dense, the others mixtures of 256 experts; 61 in the published model.
+      layers: the first ones of the model; DeepSeek-V3.2's first is dense, the others are mixtures of 256 experts.
       cache_dtype: of latents and index keys.
+      model: a model_type of latent attention.
 
     Raises:
-      ValueError: sizes below 1, or a context that is not a multiple of the page size.
+      ValueError: see `published_config`; or a context that is not a multiple of the page size.
     """
-    config = published_config(heads=heads, layers=layers)
+    config = published_config(heads=heads, layers=layers, model=model)
     caches, per_sequence, table = _shapes(config, batch, context, cache_dtype)
 
     def step(params, token_ids, caches, seq_lens, page_table):
-        scores, caches = deepseek_v32.decode(
+        scores, caches = mla.decode(
             params, token_ids, caches, seq_lens, page_table, config=config, implementation="triton"
         )
         return jnp.argmax(scores, axis=-1).astype(jnp.int32), caches
 
-    params = jax.eval_shape(deepseek_v32.fuse_projections, deepseek_v32.param_specs(config, jnp.bfloat16))
+    params = jax.eval_shape(mla.fuse_projections, mla.param_specs(config, jnp.bfloat16))
     return Step(step, (params, per_sequence, caches, per_sequence, table))
 
 
 def layer_step(
-    config: DeepseekV32Config, *, batch: int, context: int, cache_dtype: Any, implementation: str | None = None
+    config: MlaConfig, *, batch: int, context: int, cache_dtype: Any, implementation: str | None = None
 ) -> Step:
     """One attention layer of such a decode step: normed hidden states in, the layer's output [B, D] out.
 
@@ -125,14 +137,14 @@ def layer_step(
         return out, (cache, index_cache)
 
     one = dataclasses.replace(config, num_hidden_layers=1)
-    specs = deepseek_v32.param_specs(one, jnp.bfloat16)
+    specs = mla.param_specs(one, jnp.bfloat16)
     params = jax.eval_shape(fuse_projections, specs["layers"][0]["self_attn"])
     hidden = jax.ShapeDtypeStruct((batch, config.hidden_size), jnp.bfloat16)
     return Step(step, (params, hidden, caches[0], per_sequence, table))
 
 
 def layers_step(
-    config: DeepseekV32Config, *, batch: int, context: int, cache_dtype: Any, implementation: str | None = None
+    config: MlaConfig, *, batch: int, context: int, cache_dtype: Any, implementation: str | None = None
 ) -> Step:
     """config.num_hidden_layers attention layers in a row; each reads the normed sum of the input and earlier outputs.
 

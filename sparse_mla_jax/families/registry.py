@@ -45,6 +45,11 @@ _NO_TEXT: dict[str, tuple[Any, ...]] = {"text_config": ({},)}
 _OF_ALL_PARTS = ("tie_word_embeddings", "quantization_config")
 
 
+def mla_models() -> tuple[str, ...]:
+    """The model_type of every family with latent attention."""
+    return tuple(family.model_types[0] for family in FAMILIES if isinstance(family.defaults, MlaConfig))
+
+
 def published_family(config: Config) -> PublishedFamily:
     """The family that `config.family` names, whose config.json describes this config.
 

@@ -30,7 +30,6 @@ from sparse_mla_jax.layers.compressed_projections import (
 )
 from sparse_mla_jax.layers.projections import matmul
 from sparse_mla_jax.layers.selection import IndexInputs, check_selection, select_visible
-from sparse_mla_jax.layers.window import check_states, token_states, window_rows
 from sparse_mla_jax.metadata import StepMetadata
 from sparse_mla_jax.ops._dispatch import check_implementation
 from sparse_mla_jax.ops.attention import sparse_mla
@@ -39,7 +38,7 @@ from sparse_mla_jax.ops.compressor import CompressorState, CompressorWeights, co
 from sparse_mla_jax.ops.indexer import lightning_indexer
 from sparse_mla_jax.ops.output_projection import rotated_projection
 from sparse_mla_jax.ops.ragged import DenseRows, slots_from_positions
-from sparse_mla_jax.ops.window import ring_slots
+from sparse_mla_jax.ops.window import check_states, ring_slots, token_states, window_rows
 
 __all__ = [
     "LayerCaches",

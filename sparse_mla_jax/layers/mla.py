@@ -30,7 +30,6 @@ from sparse_mla_jax.layers.latent_projections import (
     project_queries,
 )
 from sparse_mla_jax.layers.selection import IndexInputs, check_selection, select_visible
-from sparse_mla_jax.layers.window import WindowCache, check_states, token_states, window_rows
 from sparse_mla_jax.metadata import StepMetadata
 from sparse_mla_jax.mla_shapes import MlaConfig
 from sparse_mla_jax.ops._dispatch import check_implementation
@@ -38,7 +37,7 @@ from sparse_mla_jax.ops.attention import Rows, sparse_mla
 from sparse_mla_jax.ops.cache import PagedIndexCache, PagedKVCache, write, write_index, write_token
 from sparse_mla_jax.ops.indexer import lightning_indexer
 from sparse_mla_jax.ops.ragged import slots_from_positions
-from sparse_mla_jax.ops.window import ring_slots
+from sparse_mla_jax.ops.window import WindowCache, check_states, ring_slots, token_states, window_rows
 
 _MAKE = "Make it with models.mla.create_caches."
 

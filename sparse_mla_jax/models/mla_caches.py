@@ -7,10 +7,9 @@ from typing import Any
 import jax.numpy as jnp
 
 from sparse_mla_jax._check import require
-from sparse_mla_jax.layers.window import WindowCache
 from sparse_mla_jax.mla_shapes import MlaConfig, MlaLayer
 from sparse_mla_jax.ops.cache import PagedIndexCache, PagedKVCache
-from sparse_mla_jax.ops.window import ring_size
+from sparse_mla_jax.ops.window import WindowCache, ring_size
 
 # Per layer: latents and rotary keys, and the indexer's keys. None for what the layer does not make.
 Caches = tuple[tuple[PagedKVCache | WindowCache | None, PagedIndexCache | None], ...]

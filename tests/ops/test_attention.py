@@ -207,8 +207,9 @@ def test_power_of_two_scales(implementation):
     verify(implementation, want, q, cache, dense(rows), value_dim=32)
 
 
-def test_no_rope_part(implementation):
-    q, cache, keys, _ = small(rope=0)
+@pytest.mark.parametrize("kind", ["float8_e4m3fnuz", "bfloat16"])
+def test_no_rope_part(implementation, kind):
+    q, cache, keys, _ = small(kind, rope=0)
     rows = ROWS
     want = oracle(q, [(keys, rows)], 32)
     verify(implementation, want, q, cache, dense(rows), value_dim=32)

@@ -112,6 +112,7 @@ CASES = [
     Bytes(FP8[0], rows_dtype=jnp.float16, sizes=(60, 3, 12, 12)),
     Bytes(FP8[1], sizes=(8, 0, 4, 8), slots=(4,)),
     Bytes(jnp.bfloat16, sizes=(7, 1, 1, 1), slots=(17, 16, 15)),
+    Bytes(jnp.float32, sizes=(6, 0, 4, 1), slots=(2, 4, 2)),
     Bytes(FP8[0], sizes=V32),
     Bytes(FP8[1], jnp.float8_e8m0fnu, sizes=V4),
     Bytes(jnp.bfloat16, sizes=V32),

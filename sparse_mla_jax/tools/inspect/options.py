@@ -12,14 +12,14 @@ from pallas_kernels.cdna.program import ARCHITECTURES, COMPILERS
 from sparse_mla_jax._check import require
 from sparse_mla_jax.cases import catalogue
 from sparse_mla_jax.cases.case import KINDS
+from sparse_mla_jax.config import default_config
+from sparse_mla_jax.families.registry import mla_models
 
 # Options of `inspect --step` only, with their defaults, and those of `inspect` without it.
-STEP = {"batch": 64, "context": 32768, "layers": 2}
+STEP = {"batch": 64, "context": 32768, "layers": 2, "model": "deepseek_v32"}
 _KERNELS_ONLY = ("kernel", "compiler", "plan", "asm", "picture")
 # Kernels whose case has a number of query heads that may be chosen.
 WITH_HEADS = ("sparse_mla", "sparse_mla_v4", "sparse_mla_v4_window", "indexer", "paged_indexer", "norm_rope_query")
-# Of DeepSeek-V3.2 as published.
-MOST_HEADS, MOST_LAYERS = 128, 61
 COMPILER_CHOICES = (*COMPILERS, "both")
 ARCH_CHOICES = (*ARCHITECTURES, "both")
 
@@ -54,9 +54,11 @@ def check_tools(compilers: Sequence[str]) -> None:
 
 def check_step(arguments: argparse.Namespace) -> None:
     """Raises ValueError for sizes of `inspect --step` above the published model's, before anything is traced."""
-    for name, most in (("heads", MOST_HEADS), ("layers", MOST_LAYERS)):
+    model = arguments.model or STEP["model"]
+    config = default_config(str(model))
+    for name, most in (("heads", config.num_attention_heads), ("layers", config.num_hidden_layers)):
         value = getattr(arguments, name)
-        require(value is None or value <= most, f"--{name} is {value}; DeepSeek-V3.2 has {most}, give no more.")
+        require(value is None or value <= most, f"--{name} is {value}; {model} has {most}, give no more.")
 
 
 def check_kernels(arguments: argparse.Namespace) -> None:
@@ -129,10 +131,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--step",
         action="store_true",
-        help="the whole DeepSeek-V3.2 decode step as XLA:ROCm compiles it: launches, temporary memory, cache copies",
+        help="a model's whole decode step as XLA:ROCm compiles it: launches, temporary memory, cache copies",
     )
+    parser.add_argument("--model", choices=mla_models(), help="with --step: whose step (default deepseek_v32)")
     parser.add_argument("--batch", type=int, metavar="N", help="with --step: sequences (default 64)")
     parser.add_argument("--context", type=int, metavar="N", help="with --step: tokens (default 32768)")
-    parser.add_argument(
-        "--layers", type=int, metavar="N", help="with --step: the first is dense (default 2; published: 61)"
-    )
+    parser.add_argument("--layers", type=int, metavar="N", help="with --step: how many, from the first on (default 2)")

@@ -1,4 +1,4 @@
-"""`python -m sparse_mla_jax inspect --step`: DeepSeek-V3.2's decode step as XLA:ROCm compiles it, at published sizes.
+"""`python -m sparse_mla_jax inspect --step`: a model's decode step as XLA:ROCm compiles it, at published sizes.
 
 Only shapes are used: no weight and no cache is allocated. The report lists every kernel of the step in order, the
 temporary memory, and whether the caches are updated in place.
