@@ -3,7 +3,7 @@
     python benchmarks/family_scores.py FOLDER...
 
 A folder is a model folder with `expected.npz` beside it: input_ids [B, L], prompt_length, logits [B, L, V] of another
-implementation. Prints a table: the largest |logit - expected| with float32 caches over three ways (decode from empty,
+implementation. Prints one row per folder and implementation: the largest |logit - expected| with float32 caches over three ways (decode from empty,
 the prompt in one step, chunks of 23), and the relative error (root mean square) with the other caches.
 """
 
@@ -14,9 +14,9 @@ import jax
 import numpy as np
 
 import sparse_mla_jax as sm
-from sparse_mla_jax.tools.tables import table
 
 CACHES = ("bfloat16", "float8_e4m3fnuz", "float8_e4m3fn")
+HEAD = ("family", "implementation", "float32", *CACHES)
 
 
 def measure(folder: pathlib.Path, implementation: str) -> list[str]:
@@ -41,8 +41,11 @@ def main() -> None:
     arguments = parser.parse_args()
     print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}", flush=True)
     implementations = arguments.implementation or ["triton", "xla"]
-    rows = [measure(folder, name) for folder in arguments.folders for name in implementations]
-    print(table(["family", "implementation", "float32", *CACHES], rows))
+    print(*HEAD, sep=" | ", flush=True)
+    for folder in arguments.folders:
+        for name in implementations:
+            # A row at a time: on a GPU each one compiles a dozen programs.
+            print(*measure(folder, name), sep=" | ", flush=True)
 
 
 if __name__ == "__main__":
