@@ -3,8 +3,9 @@
     python benchmarks/family_scores.py FOLDER...
 
 A folder is a model folder with `expected.npz` beside it: input_ids [B, L], prompt_length, logits [B, L, V] of another
-implementation. Prints one row per folder and implementation: the largest |logit - expected| with float32 caches over three ways (decode from empty,
-the prompt in one step, chunks of 23), and the relative error (root mean square) with the other caches.
+implementation. Prints one row per folder and implementation: the largest |logit - expected| with float32 caches over
+three ways (decode from empty, the prompt in one step, chunks of 23), and the relative error (root mean square) with the
+other caches.
 """
 
 import argparse
