@@ -17,7 +17,8 @@ from sparse_mla_jax.cases.case import KINDS
 STEP = {"batch": 64, "context": 32768, "layers": 2}
 _KERNELS_ONLY = ("kernel", "compiler", "plan", "asm", "picture")
 # Kernels whose case has a number of query heads that may be chosen.
-WITH_HEADS = ("sparse_mla", "sparse_mla_v4", "sparse_mla_v4_window", "indexer", "paged_indexer", "norm_rope_query")
+_HEADED = ("sparse_mla", "indexer", "paged_indexer", "norm_rope_query")
+WITH_HEADS = tuple(case.name for case in catalogue.KERNEL_CASES if case.name.startswith(_HEADED))
 # Of DeepSeek-V3.2 as published.
 MOST_HEADS, MOST_LAYERS = 128, 61
 COMPILER_CHOICES = (*COMPILERS, "both")
