@@ -14,8 +14,8 @@ MIN_SPLIT_KEYS = 256
 # CDNA: columns of the widest keys whose queries and sums one wave holds. 1088 columns spilled 359 registers (gfx942,
 # Triton 3.6.0), and 13 in two waves if they were FP8.
 WAVE_COLUMNS = 576
-# NVIDIA: bytes of the widest keys of which two blocks of the usual size fit in shared memory (227 KiB). 1152 bytes, with
-# 128 keys a block, took 270 KiB.
+# NVIDIA: bytes of the widest keys of which two blocks of the usual size fit in shared memory (227 KiB). 1152 bytes took
+# 270 KiB with 128 keys a block.
 WIDEST_KEY = 832
 
 
