@@ -14,6 +14,9 @@ MIN_SPLIT_KEYS = 256
 # CDNA: columns of the widest keys whose queries and sums one wave holds. 1088 columns spilled 359 registers (gfx942,
 # Triton 3.6.0), and 13 in two waves if they were FP8.
 WAVE_COLUMNS = 576
+# NVIDIA: bytes of the widest keys of which two blocks of the usual size fit in shared memory (227 KiB). 1152 bytes took
+# 270 KiB with 128 keys a block.
+WIDEST_KEY = 832
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +86,7 @@ def attention_plan(
     """Heuristic plan for `tokens` rows of about `width` keys over all sources; itemsize 4 means float32 products.
 
     native: the "fp8" kernel supports the call. key_bytes: bytes of a key that it loads, without scales.
-    columns: of a key.
+    columns: of a key, including those that are rotated.
     """
     target = find(target)
     if itemsize == 2 and target == NVIDIA and native:
@@ -133,6 +136,7 @@ def _native_plan(tokens: int, heads: int, width: int, ragged: bool, key_bytes: i
     # Keys of up to 576 bytes: two key blocks in shared memory gain more than 32 heads, which halve the decoding.
     wide = heads > 16 and key_bytes > 576
     block, resident, key_block = (32, 132, 128) if wide else (16, 264, 64)
+    key_block = key_block // 2 if key_bytes > WIDEST_KEY else key_block
     programs = tokens * -(-heads // block)
     blocks = width // key_block
     splits = _splits(programs, resident, ragged, blocks)

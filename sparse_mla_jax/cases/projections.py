@@ -202,7 +202,7 @@ def _kernel_rotated_projection(kind: str, heads: int | None) -> KernelProblem:
 
 
 def _kernel_finished(x: Array, parts: Sequence[Section]) -> KernelProblem:
-    """`norm_rope` of V3.2 on two tokens, one of them the last of the longest context."""
+    """`norm_rope` on two tokens, one of them the last of V3.2's longest context, with V3.2's 32 frequencies."""
     c, positions = DeepseekV32Config(), jnp.asarray([7, 163839], jnp.int32)
     frequencies = rope_frequencies(c.rope, c.qk_rope_head_dim)
     angles = np.asarray(positions.astype(jnp.float32)[:, None] * jnp.asarray(frequencies))
@@ -235,6 +235,34 @@ def _kernel_from_q_latent(kind: str, heads: int | None) -> KernelProblem:
     return _kernel_finished(x, v32_query_parts(heads, dtype, kind, factor))
 
 
+def _kernel_query(
+    kind: str,
+    heads: int | None,
+    *,
+    usual_heads: int,
+    nope: int,
+    index_heads: int,
+    index_rotated: int = 0,
+    interleaved: bool = True,
+    gain: bool = False,
+) -> KernelProblem:
+    """Queries of nope + 64 values and the indexer's of 128, of two tokens; with `gain` both times one per head."""
+    rng = np.random.default_rng(10)
+    heads = usual_heads if heads is None else heads
+    require(1 <= heads <= 1024, f"heads is {heads}; between 1 and 1024 are expected.")
+    dtype = "float32" if kind == "float32" else "bfloat16"
+    factor = jnp.asarray(1 + rng.random((2, index_heads)), jnp.float32) if kind in FP8 else None
+    # Of both signs, as a learned scale times the logarithm of the position is.
+    gains = [jnp.asarray(3 * rng.standard_normal((2, n)), jnp.float32) if gain else None for n in (heads, index_heads)]
+    part = functools.partial(Section, interleaved=interleaved)
+    parts = (
+        part(index_heads * 128, heads, nope + 64, dtype, rotated=nope, gain=gains[0]),
+        part(0, index_heads, 128, kind, rotated=index_rotated, factor=factor, gain=gains[1]),
+    )
+    x = jnp.asarray(rng.standard_normal((2, index_heads * 128 + heads * (nope + 64))), dtype)
+    return _kernel_finished(x, parts)
+
+
 # --- small enough for an interpreter
 KERNEL_CASES = (
     KernelCase(
@@ -253,5 +281,20 @@ KERNEL_CASES = (
         "norm_rope_query",
         "DeepSeek-V3.2: 2 tokens, 16 query heads of 128 + 64 values, 64 indexer heads of 128 in the type of the cache",
         _kernel_from_q_latent,
+    ),
+    KernelCase(
+        "norm_rope_query_gain",
+        "Mistral Large 4: 2 tokens, 64 query heads of 64 + 64 and 32 indexer heads of 128, a gain for every head",
+        functools.partial(_kernel_query, usual_heads=64, nope=64, index_heads=32, gain=True),
+    ),
+    KernelCase(
+        "norm_rope_query_halves",
+        "Hy4-preview: 2 tokens, 32 query heads of 192 + 64 and 16 indexer heads of 64 + 64, rotated in halves",
+        functools.partial(_kernel_query, usual_heads=32, nope=192, index_heads=16, index_rotated=64, interleaved=False),
+    ),
+    KernelCase(
+        "norm_rope_query_pairs",
+        "GLM-5: 2 tokens, 64 query heads of 192 + 64 and 32 indexer heads of 128, rotated in neighbouring pairs",
+        functools.partial(_kernel_query, usual_heads=64, nope=192, index_heads=32),
     ),
 )

@@ -5,6 +5,7 @@ both compilers, head counts, resources at the shipped block sizes, races, repeat
 """
 
 import dataclasses
+import itertools
 import struct
 
 import jax
@@ -123,8 +124,15 @@ def test_published_sizes(arch, compiler, name, kind):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("heads", ATTENTION_HEADS)
-@pytest.mark.parametrize("name", ["indexer", "paged_indexer", "sparse_mla", "norm_rope_query"])
+@pytest.mark.parametrize(
+    ("name", "heads"),
+    [
+        *itertools.product(["indexer", "paged_indexer", "sparse_mla", "norm_rope_query"], ATTENTION_HEADS),
+        # Of other models: fewer indexer heads, and keys of other widths.
+        *[("indexer", 32), ("paged_indexer", 32)],
+        *[(f"sparse_mla_{form}", None) for form in ("narrow", "sinks", "nope", "wide")],
+    ],
+)
 def test_published_sizes_of_other_heads(compiled, name, heads, kind):
     problem = catalogue.kernel_case(name).build(kind, heads)
     assert problem.error(jax.jit(problem.fn)(*problem.args)) <= problem.bound
@@ -195,7 +203,7 @@ def orders():
     """
     for case in catalogue.KERNEL_CASES:
         for order in control_flow.ORDERS[1:]:
-            rare = [pytest.mark.slow] if order == "forward" else []
+            rare = [pytest.mark.slow] if order == "forward" or case.name in published.OTHER_SIZES else []
             yield pytest.param(case.name, order, marks=[published.group(case.name), *rare])
 
 

@@ -332,3 +332,13 @@ def test_plans_are_memoised_and_sensible():
     assert attention_plan(**key).splits > 1
     assert attention_plan(**{**key, "tokens": 4096}).splits == 1
     assert attention_plan(**{**key, "width": 1}).splits == 1
+
+
+def test_wide_keys_have_more_waves_and_smaller_blocks():
+    """dots3's 1024 + 64: one wave of CDNA would spill, and two blocks of 128 keys exceed NVIDIA's shared memory."""
+    key = dict(tokens=8, heads=64, width=512, itemsize=2, columns=1088)
+    assert [attention_plan(**key, target=arch).num_warps for arch in ("gfx942", "gfx950")] == [2, 2]
+    assert attention_plan(**key, fp8=True, target="gfx942").num_warps == 4
+    assert attention_plan(**{**key, "itemsize": 4}, target="gfx942").num_warps == 4
+    native = attention_plan(**key, fp8=True, native=True, key_bytes=1152, target="nvidia")
+    assert 2 * native.key_block * 1152 <= 227 * 1024

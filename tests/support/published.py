@@ -56,14 +56,24 @@ LONG = {
     "cache_write",
     "cache_write_v4",
     "sparse_mla",
+    "sparse_mla_narrow",
     "sparse_mla_v4_window",
+}
+# The same kernels at the sizes of other models: all of their tests are slow. Of attention and of norms, one is not.
+OTHER_SIZES = {
+    "sparse_mla_sinks",
+    "sparse_mla_nope",
+    "sparse_mla_wide",
+    "split_streams_independent_wide",
+    "norm_rope_query_halves",
+    "norm_rope_query_pairs",
 }
 
 
 def marks(name: str, kind: str, arch: str, compiler: str) -> list[pytest.MarkDecorator]:
     """The marks of a test that executes this problem: its group, and `slow` where `make test` leaves it out."""
     quick = compiler == "triton" or ((arch, compiler) != RARE and name not in LONG)
-    by_default = quick and kind == native(catalogue.kernel_case(name), arch)
+    by_default = quick and name not in OTHER_SIZES and kind == native(catalogue.kernel_case(name), arch)
     return [group(name), *([] if by_default else [pytest.mark.slow])]
 
 

@@ -19,7 +19,8 @@ from sparse_mla_jax.families.registry import mla_models
 STEP = {"batch": 64, "context": 32768, "layers": 2, "model": "deepseek_v32"}
 _KERNELS_ONLY = ("kernel", "compiler", "plan", "asm", "picture")
 # Kernels whose case has a number of query heads that may be chosen.
-WITH_HEADS = ("sparse_mla", "sparse_mla_v4", "sparse_mla_v4_window", "indexer", "paged_indexer", "norm_rope_query")
+_HEADED = ("sparse_mla", "indexer", "paged_indexer", "norm_rope_query")
+WITH_HEADS = tuple(case.name for case in catalogue.KERNEL_CASES if case.name.startswith(_HEADED))
 COMPILER_CHOICES = (*COMPILERS, "both")
 ARCH_CHOICES = (*ARCHITECTURES, "both")
 
