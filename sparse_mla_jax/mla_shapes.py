@@ -243,6 +243,22 @@ class MlaConfig:
             self.is_moe_layer(number),
         )
 
+    def describe_layer(self, number: int) -> str:
+        """What layer `number` is, in words that are alike for layers that are alike."""
+        layer = self.layer(number)
+        kinds = {INDEXED: "attends to chosen keys", FULL: "attends to all keys"}
+        words = [kinds.get(layer.kind, f"attends to the last {self.sliding_window} keys")]
+        if layer.index_source is not None:
+            words.append("own indexer" if layer.has_indexer else f"selection of layer {layer.index_source}")
+        if not layer.has_latents:
+            words.append(f"latents of layer {layer.kv_source}")
+        if not layer.sizes.qk_rope_head_dim:
+            words.append("no rotation")
+        if self.layer_sizes:
+            words.append(f"{layer.sizes.num_attention_heads} heads, latents of {layer.sizes.kv_lora_rank}")
+        words.append("experts" if layer.is_moe else "dense MLP")
+        return ", ".join(words)
+
     @property
     def layers(self) -> tuple[MlaLayer, ...]:
         """All layers."""

@@ -168,6 +168,13 @@ class DeepseekV4Config:
         """Whether an entry of that ratio also weighs the tokens of the previous window (ratio 4)."""
         return ratio == 4
 
+    def describe_layer(self, number: int) -> str:
+        """What layer `number` is, in words that are alike for layers that are alike."""
+        ratio = self.compress_ratio(number)
+        entries = f", {'chosen' if self.has_indexer(number) else 'all'} entries of {ratio} tokens" if ratio else ""
+        experts = "experts by token id" if self.is_hash_layer(number) else "experts"
+        return f"attends to the last {self.sliding_window} keys{entries}, {experts}"
+
     def is_moe_layer(self, layer: int) -> bool:
         """Whether layer number `layer` routes to experts: every layer does."""
         return True

@@ -11,6 +11,9 @@ from pallas_kernels.tiles import power_of_two
 
 # A split of fewer keys costs more time in merging than it saves.
 MIN_SPLIT_KEYS = 256
+# CDNA: columns of the widest keys whose queries and sums one wave holds. 1088 columns spilled 359 registers (gfx942,
+# Triton 3.6.0), and 13 in two waves if they were FP8.
+WAVE_COLUMNS = 576
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,12 +76,14 @@ def attention_plan(
     fp8: bool = False,
     native: bool = False,
     key_bytes: int = 0,
+    columns: int = WAVE_COLUMNS,
     ragged: bool = False,
     target: Target | str,
 ) -> AttentionPlan:
     """Heuristic plan for `tokens` rows of about `width` keys over all sources; itemsize 4 means float32 products.
 
     native: the "fp8" kernel supports the call. key_bytes: bytes of a key that it loads, without scales.
+    columns: of a key.
     """
     target = find(target)
     if itemsize == 2 and target == NVIDIA and native:
@@ -92,13 +97,16 @@ def attention_plan(
     if target not in CDNA:
         return AttentionPlan(splits=splits, tile=64 if itemsize == 4 else 128)
     # Use few waves: every wave repeats the scores and the index arithmetic. float32 products would spill in one wave.
+    wide = columns > WAVE_COLUMNS
     if itemsize == 4:
-        return AttentionPlan(splits=splits, num_warps=2)
-    # Decoded words move to the layout of a tensor core operand through LDS, unless the tile is narrow.
-    tile = 128 if not fp8 else 16 if target == GFX942 else 32
+        return AttentionPlan(splits=splits, num_warps=4 if wide else 2)
+    # Decoded words move to the layout of a tensor core operand through LDS, unless the tile is narrow. A narrow tile
+    # has no columns to share between waves.
+    tile = 128 if not fp8 else 16 if target == GFX942 and not wide else 32
+    num_warps = 1 if not wide else 4 if fp8 else 2
     # Anchor the keys. Selects on keys cost instructions on gfx942. On gfx950, with two sources, XLA:ROCm moves a
     # register for them.
-    return AttentionPlan(splits=splits, tile=tile, num_warps=1, anchored=True, fenced=True)
+    return AttentionPlan(splits=splits, tile=tile, num_warps=num_warps, anchored=True, fenced=True)
 
 
 def _splits(programs: int, resident: int, ragged: bool, most: int) -> int:

@@ -60,6 +60,7 @@ def attention_plan_for(target: Target, q: Array, sources: Sequence[Source], valu
         itemsize=_compute_dtype(q, sources).itemsize,
         fp8=any(s.scale is not None for s in sources),
         native=native,
+        columns=q.shape[-1],
         key_bytes=2 * q.shape[-1] - 4 * sources[0].latent.shape[-1] if native else 0,
         ragged=any(s.indptr is not None for s in sources),
         target=target,

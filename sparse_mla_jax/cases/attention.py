@@ -254,25 +254,38 @@ def prefill_cases() -> Iterator[Case]:
 
 
 def _kernel_attention(
-    kind: str, heads: int | None, *, latent: int, group: int, value_dim: int, selected: int, scale_dtype: Any
+    kind: str,
+    heads: int | None,
+    *,
+    latent: int,
+    selected: int,
+    rope: int = ROPE,
+    group: int = 128,
+    value_dim: int | None = None,
+    scale_dtype: Any = jnp.float32,
+    usual_heads: int = 16,
+    sinks: bool = False,
 ) -> KernelProblem:
+    """value_dim: None for the latent alone."""
     rng = np.random.default_rng(0)
-    heads = 16 if heads is None else heads
+    heads, value_dim = usual_heads if heads is None else heads, latent if value_dim is None else value_dim
     require(1 <= heads <= 1024, f"heads is {heads}; between 1 and 1024 are expected.")
-    cache = random_cache(rng, kind, latent, group, scale_dtype)
+    cache = random_cache(rng, kind, latent, group, scale_dtype, rope)
     q_dtype = jnp.float32 if kind == "float32" else jnp.bfloat16
-    q = jnp.asarray(rng.standard_normal((2, heads, latent + 64)), q_dtype)
+    q = jnp.asarray(rng.standard_normal((2, heads, latent + rope)), q_dtype)
     rows = np.stack([rng.permutation(512)[:selected] for _ in range(2)]).astype(np.int32)
-    scale = (latent + 64) ** -0.5
+    # Of the size of the largest logit: they take about half of the weight.
+    sink = jnp.asarray(rng.standard_normal(heads) + 4, jnp.float32) if sinks else None
+    how: Any = dict(sm_scale=(latent + rope) ** -0.5, value_dim=value_dim)
     keys = np.asarray(cache_ops.gather(cache, jnp.arange(512), dtype=jnp.float32))
 
-    def fn(q, cache, rows, *, implementation="triton", plan=None):
-        return sparse_mla(q, cache, rows, sm_scale=scale, value_dim=value_dim, implementation=implementation, plan=plan)
+    def fn(q, cache, rows, sinks, *, implementation="triton", plan=None):
+        return sparse_mla(q, cache, rows, sinks=sinks, implementation=implementation, plan=plan, **how)
 
-    want = attention_answer(q, keys, rows, scale, value_dim)
+    want = attention_answer(q, keys, rows, how["sm_scale"], value_dim, None if sink is None else np.asarray(sink))
     return KernelProblem(
         fn,
-        (q, cache, jnp.asarray(rows)),
+        (q, cache, jnp.asarray(rows), sink),
         lambda out: relative(out, want),
         # float32: rounding of sums. bfloat16: rounding the result alone is 1.65e-3.
         1e-5 if kind == "float32" else 2e-3,
@@ -320,9 +333,7 @@ KERNEL_CASES = (
     KernelCase(
         "sparse_mla",
         "DeepSeek-V3.2: 2 queries, 96 selected rows of 512 + 64, groups of 128, float32 scales",
-        functools.partial(
-            _kernel_attention, latent=512, group=128, value_dim=512, selected=96, scale_dtype=jnp.float32
-        ),
+        functools.partial(_kernel_attention, latent=512, selected=96),
     ),
     KernelCase(
         "sparse_mla_v4",
@@ -337,5 +348,25 @@ KERNEL_CASES = (
         "DeepSeek-V4: 2 queries, a window of 32 rows and 64 chosen entries, two caches and sinks under one softmax",
         functools.partial(_kernel_two_sources, window=32, selected=64),
         FP8,
+    ),
+    KernelCase(
+        "sparse_mla_narrow",
+        "A.X-K2: 2 queries of 32 heads, 48 selected rows of 128 + 32, one group of 128, float32 scales",
+        functools.partial(_kernel_attention, latent=128, rope=32, selected=48, usual_heads=32),
+    ),
+    KernelCase(
+        "sparse_mla_sinks",
+        "Hy4: 2 queries of 32 heads with sinks, 48 selected rows of 512 + 64, groups of 128, float32 scales",
+        functools.partial(_kernel_attention, latent=512, selected=48, usual_heads=32, sinks=True),
+    ),
+    KernelCase(
+        "sparse_mla_nope",
+        "Mistral Large 4: 2 queries of 64 heads, 48 selected rows of 512 without rotated part, groups of 128",
+        functools.partial(_kernel_attention, latent=512, rope=0, selected=48, usual_heads=64),
+    ),
+    KernelCase(
+        "sparse_mla_wide",
+        "dots3's sliding layers: 2 queries of 64 heads, 48 rows of 1024 + 64, groups of 128, float32 scales",
+        functools.partial(_kernel_attention, latent=1024, selected=48, usual_heads=64),
     ),
 )

@@ -121,18 +121,20 @@ def index_cache(flavour: str, slots: int, dim: int) -> PagedIndexCache:
     return filled(PagedIndexCache.create(slots // PAGE, PAGE, dim=dim, dtype=jnp.dtype(flavour)))
 
 
-def random_cache(rng: np.random.Generator, kind: str, latent: int, group: int, scale_dtype: Any) -> PagedKVCache:
+def random_cache(
+    rng: np.random.Generator, kind: str, latent: int, group: int, scale_dtype: Any, rope_dim: int = ROPE
+) -> PagedKVCache:
     """A cache of 8 pages of 64 slots, written by the library's own quantiser."""
     cache = PagedKVCache.create(
         8,
         64,
         latent_dim=latent,
-        rope_dim=64,
+        rope_dim=rope_dim,
         group_size=group,
         dtype=jnp.dtype(kind),
         scale_dtype=scale_dtype,
     )
-    rows, rope = (jnp.asarray(rng.standard_normal((512, n)), jnp.float32) for n in (latent, 64))
+    rows, rope = (jnp.asarray(rng.standard_normal((512, n)), jnp.float32) for n in (latent, rope_dim))
     return cache_ops.write(cache, rows, rope, jnp.arange(512))
 
 

@@ -39,30 +39,34 @@ def _name(path: Any) -> str:
 def check_params(params: Any, config: Config, dtype: Any = None) -> Any:
     """Puts `params` on the device, matrices cast to `dtype` (None keeps their type); norms stay float32.
 
+    Separate and fused parameters (`fuse_projections`) are accepted.
+
     Raises:
       ValueError: a parameter is missing, surplus, or not of the shape that `config` requires.
     """
     if dtype is None:
         dtype = params["embed_tokens"].dtype if isinstance(params, dict) and "embed_tokens" in params else jnp.float32
     wanted = _check.dtype("dtype", dtype, DTYPES)
-    tree: Any
-    given_tree: Any
-    specs, tree = jax.tree_util.tree_flatten_with_path(family_of(config).param_specs(config, wanted))
-    given, given_tree = jax.tree_util.tree_flatten_with_path(params)
-    if given_tree != tree:
-        names = [{_name(path) for path, _ in flat} for flat in (specs, given)]
-        raise ValueError(
-            f"params do not fit the config: missing {sorted(names[0] - names[1])[:5]}, surplus"
-            f" {sorted(names[1] - names[0])[:5]}. Make them with init_params or load_checkpoint of the same config."
-        )
-    for (path, spec), (_, leaf) in zip(specs, given, strict=True):
+    family, given_tree = family_of(config), jax.tree.structure(params)
+    specs = family.param_specs(config, wanted)
+    if given_tree != jax.tree.structure(specs):
+        fused = jax.eval_shape(family.fuse_projections, specs)
+        specs = fused if given_tree == jax.tree.structure(fused) else specs
+    names = [{_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)} for tree in (specs, params)]
+    require(
+        given_tree == jax.tree.structure(specs),
+        f"params do not fit the config: missing {sorted(names[0] - names[1])[:5]}, surplus"
+        f" {sorted(names[1] - names[0])[:5]}. Make them with init_params or load_checkpoint of the same config.",
+    )
+
+    def put(path: Any, spec: jax.ShapeDtypeStruct, leaf: Any) -> jax.Array:
         require(
             tuple(np.shape(leaf)) == spec.shape,
             f"params {_name(path)} has shape {tuple(np.shape(leaf))}; the config needs {spec.shape}.",
         )
-    return jax.tree_util.tree_unflatten(
-        tree, [jnp.asarray(leaf, spec.dtype) for (_, spec), (_, leaf) in zip(specs, given, strict=True)]
-    )
+        return jnp.asarray(leaf, spec.dtype)
+
+    return jax.tree_util.tree_map_with_path(put, specs, params)
 
 
 def matmul_precision(params: Any) -> Any:

@@ -8,7 +8,7 @@ import types
 from typing import Any
 
 from sparse_mla_jax import __version__
-from sparse_mla_jax._choices import CACHE_DTYPES
+from sparse_mla_jax._choices import CACHE_DTYPES, DTYPES
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,7 +33,7 @@ def run(arguments: argparse.Namespace) -> int:
     if reason := no_kernels():
         report["why no kernels"] = reason
     if config is not None:
-        report |= describe_model(config)
+        report |= describe_model(config) | describe_skipped(arguments.model_dir)
     print_report(report, arguments.json)
     return 0
 
@@ -111,7 +111,7 @@ def fp8_flavour(backend: str, device: str, architecture: str) -> str:
 
 
 def describe_model(config: Any) -> dict[str, Any]:
-    """Sizes of a model and of its caches, from its config alone."""
+    """Family, layers and sizes of a model and of its caches, from its config alone."""
     import math
 
     import jax
@@ -123,7 +123,9 @@ def describe_model(config: Any) -> dict[str, Any]:
     shapes = jax.tree.leaves(family.param_specs(config, jnp.float32))
     page_size = family.default_page_size(config)
     report: dict[str, Any] = {
+        "family": config.family,
         "layers": config.num_hidden_layers,
+        **describe_layers(config),
         "hidden size": config.hidden_size,
         "attention heads": config.num_attention_heads,
         "index_topk": config.index_topk,
@@ -131,6 +133,9 @@ def describe_model(config: Any) -> dict[str, Any]:
         "context": config.max_position_embeddings,
         "parameters": sum(math.prod(spec.shape) for spec in shapes),
     }
+    for dtype in DTYPES:
+        specs = jax.tree.leaves(family.param_specs(config, jnp.dtype(dtype)))
+        report[f"bytes of weights, {dtype}"] = sum(spec.size * spec.dtype.itemsize for spec in specs)
     for name in CACHE_DTYPES:
         caches = jax.eval_shape(
             lambda name=name: family.create_caches(config, 1, page_size, num_requests=1, max_query_len=1, dtype=name)
@@ -139,6 +144,31 @@ def describe_model(config: Any) -> dict[str, Any]:
         if per_request := family.bytes_per_request(caches):
             report[f"cache bytes per request, {name}"] = per_request
     return report
+
+
+def describe_layers(config: Any) -> dict[str, str]:
+    """What each layer is; layers that are alike share a row: {"layers 0-2, 6": "attends to chosen keys, ..."}."""
+    alike: dict[str, list[int]] = {}
+    for number in range(config.num_hidden_layers):
+        alike.setdefault(config.describe_layer(number), []).append(number)
+    rows = {}
+    for words, numbers in alike.items():
+        starts = [n for n in numbers if n - 1 not in numbers]
+        ends = [n for n in numbers if n + 1 not in numbers]
+        ranges = (str(a) if a == b else f"{a}-{b}" for a, b in zip(starts, ends))
+        rows[f"layer{'s' if len(numbers) > 1 else ''} {', '.join(ranges)}"] = words
+    return rows
+
+
+def describe_skipped(folder: str) -> dict[str, str]:
+    """The tensors of a folder that the model does not use; nothing for a folder without weights."""
+    from sparse_mla_jax._folder import find_weights
+    from sparse_mla_jax.models.checkpoint import skipped_tensors
+
+    if find_weights(folder) is None:
+        return {}
+    counts = skipped_tensors(folder)
+    return {"skipped": ", ".join(f"{number} tensors of {kind}" for kind, number in counts.items()) or "nothing"}
 
 
 def print_report(report: dict[str, Any], as_json: bool) -> None:

@@ -483,6 +483,17 @@ def test_info_counts_the_bytes_of_the_caches(capsys, model):
     engine = Engine(model[1], CONFIG, max_batch=1, max_context=32)
     assert report["cache bytes per token, float8_e4m3fnuz"] == engine.bytes_per_token
     assert report["parameters"] == sum(leaf.size for leaf in jax.tree.leaves(model[1]))
+    assert report["bytes of weights, float32"] == sum(leaf.nbytes for leaf in jax.tree.leaves(model[1]))
+
+
+def test_info_describes_layers_and_what_is_skipped(capsys, fixtures):
+    report = json.loads(run(capsys, "info", fixtures / "mistral_large4_tiny", "--json")[1])
+    assert report["family"] == "mistral_large4" and report["skipped"] == "15 tensors of the vision tower"
+    assert report["layer 2"] == "attends to chosen keys, selection of layer 1, latents of layer 1, experts"
+    assert report["layer 3"] == "attends to chosen keys, own indexer, no rotation, experts"
+    report = json.loads(run(capsys, "info", fixtures / "dots3_note_tiny", "--json")[1])
+    assert report["layers 2-3"] == "attends to the last 16 keys, 2 heads, latents of 96, experts"
+    assert report["cache bytes per request, float32"] > 0 and report["skipped"] == "nothing"
 
 
 @pytest.mark.parametrize(

@@ -26,12 +26,14 @@ def cache_copies(step: Step, program: Program) -> list[str]:
     """Messages about operations of a compiled step that copy or rewrite a whole cache; empty if there are none."""
     found = []
     for number, array in enumerate(step.caches, step.first_cache):
-        if number not in (program.in_place or ()):
+        if array.size and number not in (program.in_place or ()):
             found.append(f"cache array {number}, {array.dtype}{list(array.shape)}, is not updated in place")
     # XLA may give a cache its shape [pages, page_size, ...], or merge the first two axes, or flatten it.
     shapes = {
         (jnp.dtype(a.dtype), shape)
         for a in step.caches
+        # Keys without a rotated part have an empty array.
+        if a.size
         for shape in (a.shape, (a.shape[0] * a.shape[1], *a.shape[2:]), (math.prod(a.shape),))
     }
     for kernel in program.kernels:
