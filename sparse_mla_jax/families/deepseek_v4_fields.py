@@ -8,16 +8,10 @@ from typing import Any
 import jax.numpy as jnp
 
 from sparse_mla_jax._check import require, shown
+from sparse_mla_jax.families.deepseek_v4_rotation import read_ropes, rope_sections
 from sparse_mla_jax.families.fields import COMMON_FIELDS, ConfigFields, read_sizes, write_sizes
-from sparse_mla_jax.families.rotary import (
-    DEFAULT_THETA,
-    ORIGINAL,
-    merge_spellings,
-    read_rotation,
-    read_shared,
-    write_yarn,
-)
-from sparse_mla_jax.shapes import DeepseekV4Config, RopeConfig
+from sparse_mla_jax.families.rotary import write_yarn
+from sparse_mla_jax.shapes import DeepseekV4Config
 
 # Values under which these fields change nothing.
 _FIXED: dict[str, tuple[Any, ...]] = {
@@ -41,7 +35,6 @@ _RATE_FIELDS = {
     "compress_rate_csa": "compressed_sparse_attention",
     "compress_rate_hca": "heavily_compressed_attention",
 }
-_COMPRESS_THETA = 160000.0
 
 
 def read_config(fields: ConfigFields) -> DeepseekV4Config:
@@ -53,10 +46,10 @@ def read_config(fields: ConfigFields) -> DeepseekV4Config:
     if ratios is not None:
         sizes["compress_ratios"] = ratios
     _read_hash_layers(fields, sizes, layers)
-    sections = _rope_sections(fields)
+    sections = rope_sections(fields)
     _read_rotated_width([fields, *sections.values()], sizes)
     context = sizes.get("max_position_embeddings", DeepseekV4Config.max_position_embeddings)
-    rope, compress_rope = _read_ropes(fields, sections, context)
+    rope, compress_rope = read_ropes(fields, sections, context)
     return DeepseekV4Config(**sizes, rope=rope, compress_rope=compress_rope)
 
 
@@ -144,51 +137,6 @@ def _read_rates(fields: ConfigFields) -> dict[str, int]:
         " above 1 for heavily_compressed_attention. Mend config.json.",
     )
     return rates
-
-
-def _rope_sections(fields: ConfigFields) -> dict[str, ConfigFields]:
-    """The objects that describe rotations, by name; 'main' and 'compress' in place of a rope_parameters with both."""
-    names = ("rope_parameters", "rope_scaling", "compress_rope_parameters")
-    sections = {name: section for name in names if (section := fields.section(name))}
-    parameters = sections.get("rope_parameters")
-    if parameters and (parameters.has("main") or parameters.has("compress")):
-        for name in ("main", "compress"):
-            part = parameters.section(name)
-            require(
-                part is not None,
-                f"config field rope_parameters has no field {name}; two objects, 'main' and 'compress', are expected."
-                " Mend config.json.",
-            )
-            if part is not None:
-                sections[name] = part
-        sections.pop("rope_parameters").refuse_unused("stands beside 'main' and 'compress' without effect. Drop it.")
-    return sections
-
-
-def _read_ropes(fields: ConfigFields, sections: dict[str, ConfigFields], context: int) -> tuple[RopeConfig, RopeConfig]:
-    """Rotation of layers that do not compress, and of layers that do; `context` is max_position_embeddings.
-
-    Published files have rope_theta, compress_rope_theta, and rope_scaling, which applies to compressing layers only.
-    Hugging Face transformers writes rope_parameters {"main": {...}, "compress": {...}}. Earlier versions wrote one set
-    only, or the second one as compress_rope_parameters. Transformers takes the amplitude 1 where the two objects do not
-    stand, and YaRN's own where they stand without attention_factor.
-    """
-    compressing = {name: section for name, section in sections.items() if name != "main"}
-    # The theta of a set that is the only one is that of the other layers.
-    own = [section for name, section in compressing.items() if name.startswith("compress")]
-    others = [section for name, section in sections.items() if not name.startswith("compress")]
-    theta = read_shared(float, DEFAULT_THETA, *((place, "rope_theta") for place in (fields, *others)))
-    places = [(fields, "compress_rope_theta"), *((place, "rope_theta") for place in own)]
-    compress_theta = read_shared(float, _COMPRESS_THETA, *places)
-    original = read_shared(int, context, *((place, ORIGINAL) for place in (fields, *compressing.values())))
-    main = RopeConfig(theta=theta)
-    if "main" in sections:
-        main = read_rotation(sections["main"], theta, read_shared(int, context, (sections["main"], ORIGINAL)))
-    ropes = {
-        name: read_rotation(section, compress_theta, original, amplitude=None if name == "compress" else 1.0)
-        for name, section in compressing.items()
-    }
-    return main, merge_spellings(ropes, RopeConfig(theta=compress_theta))
 
 
 def write_config(config: DeepseekV4Config, dtype: Any = jnp.float32) -> dict[str, Any]:

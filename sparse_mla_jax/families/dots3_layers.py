@@ -7,12 +7,11 @@ object for each kind. The file on the hub has `swa_*` and `swa_rope_theta`, and 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 from sparse_mla_jax._check import require, shown
 from sparse_mla_jax.families.fields import ConfigFields
 from sparse_mla_jax.families.mla_fields import INDEXED_NAMES
-from sparse_mla_jax.families.rotary import ORIGINAL, read_rope, read_rotation, read_shared, write_rope
+from sparse_mla_jax.families.rotary import ORIGINAL, read_rope, read_rotation, read_shared
 from sparse_mla_jax.mla_shapes import FULL, INDEXED, SLIDING, AttentionSizes, MlaConfig
 from sparse_mla_jax.shapes import RopeConfig
 
@@ -26,10 +25,10 @@ _SLIDING_SIZES = {
     "v_head_dim": 128,
 }
 _SLIDING_HEAD = 256
-_OF_A_LAYER = (*_SLIDING_SIZES, "qk_rope_head_dim")
+SIZES = (*_SLIDING_SIZES, "qk_rope_head_dim")
 KEYS = (
     *("use_dsa", "use_sliding_window", "sliding_window_size", "moe_shared_expert_intermediate_size"),
-    *(f"swa_{name}" for name in (*_OF_A_LAYER, "head_dim", "num_key_value_heads", "rope_theta")),
+    *(f"swa_{name}" for name in (*SIZES, "head_dim", "num_key_value_heads", "rope_theta")),
 )
 _KINDS = (*INDEXED_NAMES, FULL, SLIDING)
 
@@ -159,7 +158,7 @@ def _read_changes(fields: ConfigFields, layers: int) -> dict[int, dict[str, int]
         part = section.section(name) if section else None
         if part is None:
             continue
-        own = {size: part.read(size, int) for size in _OF_A_LAYER if part.has(size)}
+        own = {size: part.read(size, int) for size in SIZES if part.has(size)}
         part.ignore(["head_dim"])
         if "num_attention_heads" in own:
             part.require_values({"num_key_value_heads": (own["num_attention_heads"],)})
@@ -175,34 +174,3 @@ def _read_sliding_sizes(fields: ConfigFields, config: MlaConfig) -> dict[str, in
     own["qk_rope_head_dim"] = fields.read("swa_qk_rope_head_dim", int, head - own["qk_nope_head_dim"])
     fields.require_values({"swa_num_key_value_heads": (own["num_attention_heads"],)})
     return own
-
-
-# --- writing
-
-
-def write_layers(config: MlaConfig) -> dict[str, Any]:
-    """The fields that say how layers differ, as transformers (5.24) saves them."""
-    c = config
-    kinds = {layer.kind: layer.sizes.rope for layer in c.layers}
-    changes = {}
-    for layer in c.layers:
-        own = {name: getattr(layer.sizes, name) for name in _OF_A_LAYER}
-        differing = {name: value for name, value in own.items() if value != getattr(c, name)}
-        if "num_attention_heads" in differing:
-            differing["num_key_value_heads"] = differing["num_attention_heads"]
-        if differing or layer.is_sliding:
-            head = layer.sizes.qk_head_dim
-            # Without an entry, readers would take the sizes that sliding layers have by default.
-            changes[str(layer.number)] = {
-                "num_attention_heads": own["num_attention_heads"],
-                **differing,
-                "head_dim": head,
-            }
-    ropes = {}
-    for kind, rope in kinds.items():
-        ropes[kind] = {**write_rope(rope), "partial_rotary_factor": c.qk_rope_head_dim / _head_dim(c, kind)}
-    return {"per_layer_config": changes, "rope_parameters": ropes, "head_dim": c.qk_head_dim}
-
-
-def _head_dim(c: MlaConfig, kind: str) -> int:
-    return next(layer.sizes.qk_head_dim for layer in c.layers if layer.kind == kind)

@@ -12,6 +12,7 @@ from sparse_mla_jax.families import dots3_layers, mla_fields
 from sparse_mla_jax.families.fields import ConfigFields
 from sparse_mla_jax.families.mla_tensors import ATTENTION, MlaNames, layer_table, scale_names
 from sparse_mla_jax.families.published import Places, PublishedFamily
+from sparse_mla_jax.families.rotary import write_rope
 from sparse_mla_jax.families.skipped import AUDIO, PREDICTION, VISION
 from sparse_mla_jax.mla_shapes import INDEXED
 from sparse_mla_jax.shapes import MlaConfig, RopeConfig
@@ -74,7 +75,35 @@ def write_config(config: MlaConfig, dtype: Any = jnp.float32) -> dict[str, Any]:
     del common["qk_head_dim"]
     # Its readers take mlp_layer_types instead.
     common.pop("first_k_dense_replace", None)
-    return {**common, "model_type": "dots3_note_text", **dots3_layers.write_layers(config)}
+    return {**common, "model_type": "dots3_note_text", **_write_layers(config)}
+
+
+def _write_layers(config: MlaConfig) -> dict[str, Any]:
+    """The fields that say how layers differ, as transformers (5.24) saves them."""
+    c = config
+    kinds = {layer.kind: layer.sizes.rope for layer in c.layers}
+    changes = {}
+    for layer in c.layers:
+        own = {name: getattr(layer.sizes, name) for name in dots3_layers.SIZES}
+        differing = {name: value for name, value in own.items() if value != getattr(c, name)}
+        if "num_attention_heads" in differing:
+            differing["num_key_value_heads"] = differing["num_attention_heads"]
+        if differing or layer.is_sliding:
+            head = layer.sizes.qk_head_dim
+            # Without an entry, readers would take the sizes that sliding layers have by default.
+            changes[str(layer.number)] = {
+                "num_attention_heads": own["num_attention_heads"],
+                **differing,
+                "head_dim": head,
+            }
+    ropes = {}
+    for kind, rope in kinds.items():
+        ropes[kind] = {**write_rope(rope), "partial_rotary_factor": c.qk_rope_head_dim / _head_dim(c, kind)}
+    return {"per_layer_config": changes, "rope_parameters": ropes, "head_dim": c.qk_head_dim}
+
+
+def _head_dim(c: MlaConfig, kind: str) -> int:
+    return next(layer.sizes.qk_head_dim for layer in c.layers if layer.kind == kind)
 
 
 # --- tensors

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from sparse_mla_jax._check import require, shown
 from sparse_mla_jax.families import mla_fields
+from sparse_mla_jax.families.expert_layers import read_flags
 from sparse_mla_jax.families.fields import ConfigFields
 from sparse_mla_jax.families.index_sharing import read_indexer_types, write_indexer_types
 from sparse_mla_jax.families.mla_tensors import INDEXER, MlaNames, scale_names, under
@@ -87,7 +88,7 @@ def _read_rope_layers(fields: ConfigFields, layers: int) -> tuple[bool, ...]:
         interval >= 1, f"config field no_rope_layer_interval is {interval}; it must be at least 1. Mend config.json."
     )
     if fields.has("no_rope_layers"):
-        rotates = [one == 1 for one in mla_fields.read_flags(fields, "no_rope_layers", layers)]
+        rotates = [one == 1 for one in read_flags(fields, "no_rope_layers", layers)]
     else:
         fields.ignore(["no_rope_layers"])
         rotates = [(i + 1) % interval != 0 for i in range(layers)]

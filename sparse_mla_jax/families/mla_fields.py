@@ -13,7 +13,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from sparse_mla_jax._check import require
+from sparse_mla_jax.families.expert_layers import name_moe_layers, read_moe_layers
 from sparse_mla_jax.families.fields import COMMON_FIELDS, ConfigFields, read_sizes, write_sizes
 from sparse_mla_jax.families.rotary import read_rope, write_rope
 from sparse_mla_jax.mla_shapes import INDEXED, MlaConfig
@@ -79,7 +79,7 @@ def read_common(fields: ConfigFields, keys: MlaKeys) -> dict[str, Any]:
     # Check ranges first: what follows makes lists of one entry per layer.
     dataclasses.replace(keys.defaults, **found)
     sizes = {name: getattr(keys.defaults, name) for name in (*NUMBERS, *keys.numbers)} | found
-    layers = _read_moe_layers(fields, sizes, keys, stated="first_k_dense_replace" in found)
+    layers = read_moe_layers(fields, sizes, keys.has_moe_frequency, "first_k_dense_replace" in found)
     return {**sizes, **layers, **{name: sizes["rms_norm_eps"] for name in keys.model_eps}}
 
 
@@ -141,7 +141,7 @@ def canonical(config: MlaConfig) -> MlaConfig:
     kinds = ["sparse" if layer.is_moe else "dense" for layer in config.layers]
     sizes = tuple(dataclasses.replace(one, rope=_plain_if_unscaled(one.rope)) for one in config.layer_sizes)
     rope = _plain_if_unscaled(config.rope)
-    moe = _name_moe_layers(kinds)
+    moe = name_moe_layers(kinds)
     return dataclasses.replace(config, rope=rope, layer_sizes=sizes, quantize_index_query=False, **moe)
 
 
@@ -150,64 +150,6 @@ def _plain_if_unscaled(rope: RopeConfig) -> RopeConfig:
 
 
 # --- layers
-
-
-def _read_moe_layers(fields: ConfigFields, sizes: dict[str, Any], keys: MlaKeys, stated: bool) -> dict[str, Any]:
-    """first_k_dense_replace and mlp_layer_types, from either of them and moe_layer_freq.
-
-    Raises:
-      ValueError: two spellings that differ.
-    """
-    layers, experts, first = (
-        sizes[name] for name in ("num_hidden_layers", "n_routed_experts", "first_k_dense_replace")
-    )
-    frequency = _read_moe_frequency(fields, layers) if keys.has_moe_frequency else None
-    kinds = fields.read_names("mlp_layer_types", layers, ("dense", "sparse"))
-    is_sparse = [experts > 0 and i >= first and (frequency is None or frequency[i]) for i in range(layers)]
-    counted = ["sparse" if one else "dense" for one in is_sparse]
-    if kinds is None:
-        return {} if frequency is None else _name_moe_layers(counted)
-    require(
-        kinds == counted or (experts > 0 and not stated and frequency is None),
-        f"config field mlp_layer_types has {kinds.count('dense')} dense layers; first_k_dense_replace is {first} and"
-        f" n_routed_experts {experts}. Set them alike.",
-    )
-    return {} if stated and frequency is None else _name_moe_layers(kinds)
-
-
-def _name_moe_layers(kinds: Sequence[str]) -> dict[str, Any]:
-    """The two fields of MlaConfig that say which layers have experts, for one kind per layer."""
-    dense = kinds.count("dense")
-    if "dense" in kinds[dense:]:
-        return {"first_k_dense_replace": 0, "mlp_layer_types": tuple(kinds)}
-    return {"first_k_dense_replace": dense, "mlp_layer_types": ()}
-
-
-def _read_moe_frequency(fields: ConfigFields, layers: int) -> list[bool] | None:
-    """Whether each layer may have experts by moe_layer_freq; None if it is absent or 1.
-
-    A number f stands for every f-th layer, a list has 0 or 1 for each.
-    """
-    value = fields.raw("moe_layer_freq")
-    if isinstance(value, list):
-        return [one == 1 for one in read_flags(fields, "moe_layer_freq", layers)]
-    frequency = fields.read("moe_layer_freq", int, 1)
-    require(frequency >= 1, f"config field moe_layer_freq is {frequency}; it must be at least 1. Mend config.json.")
-    return None if frequency == 1 else [i % frequency == 0 for i in range(layers)]
-
-
-def read_flags(fields: ConfigFields, name: str, layers: int) -> list[int]:
-    """A list with 0 or 1 for each layer.
-
-    Raises:
-      ValueError: something else.
-    """
-    values = fields.raw(name)
-    require(
-        isinstance(values, list) and len(values) == layers and all(type(v) is int and v in (0, 1) for v in values),
-        f"config field {fields.full_name(name)} is no list of {layers} (num_hidden_layers) zeros and ones. Mend it.",
-    )
-    return values
 
 
 def check_indexed_layers(fields: ConfigFields, layers: int) -> None:

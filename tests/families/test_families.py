@@ -91,6 +91,18 @@ def test_sizes_of_the_published_models():
     assert (dots3.sliding_window, dots3.shared_width, dots3.latent_norm_eps) == (512, 1536, 1e-5)
 
 
+def test_epsilons_that_are_the_model_s():
+    """Of the latents' norms and of the index keys'; the others are constants of the family."""
+    names = [family.model_types[0] for family in FAMILIES if isinstance(family.defaults, MlaConfig)]
+    configs = [from_hf({"model_type": name, "rms_norm_eps": 1e-3}) for name in names]
+    assert {one.family: (one.latent_norm_eps, one.index_norm_eps) for one in configs} == {
+        **dict.fromkeys(("deepseek_v32", "glm_moe_dsa", "axk2"), (1e-6, 1e-6)),
+        **dict.fromkeys(("mistral_large4", "dots3_note"), (1e-3, 1e-6)),
+        "hy_v4": (1e-6, 1e-3),
+        "hy_v4_vl": (1e-3, 1e-3),
+    }
+
+
 SAME = {
     "GLM: frequency 1": (GLM, {"indexer_types": ["full"] * 4}, {"indexer_types": None, "index_topk_freq": 1}),
     "GLM: pattern of letters": (GLM, {}, {"indexer_types": None, "index_topk_pattern": "FFSS"}),

@@ -1,0 +1,73 @@
+"""The fields of a config.json that say which layers have routed experts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from sparse_mla_jax._check import require
+from sparse_mla_jax.families.fields import ConfigFields
+
+
+def read_moe_layers(fields: ConfigFields, sizes: Mapping[str, Any], spread: bool, stated: bool) -> dict[str, Any]:
+    """first_k_dense_replace and mlp_layer_types, from either of them and moe_layer_freq.
+
+    Args:
+      fields: of a config.json.
+      sizes: the numbers that it gives, or their defaults.
+      spread: whether the family has moe_layer_freq.
+      stated: whether first_k_dense_replace is given.
+
+    Raises:
+      ValueError: two spellings that differ.
+    """
+    layers, experts, first = (
+        sizes[name] for name in ("num_hidden_layers", "n_routed_experts", "first_k_dense_replace")
+    )
+    frequency = _read_moe_frequency(fields, layers) if spread else None
+    kinds = fields.read_names("mlp_layer_types", layers, ("dense", "sparse"))
+    is_sparse = [experts > 0 and i >= first and (frequency is None or frequency[i]) for i in range(layers)]
+    counted = ["sparse" if one else "dense" for one in is_sparse]
+    if kinds is None:
+        return {} if frequency is None else name_moe_layers(counted)
+    require(
+        kinds == counted or (experts > 0 and not stated and frequency is None),
+        f"config field mlp_layer_types has {kinds.count('dense')} dense layers; first_k_dense_replace is {first} and"
+        f" n_routed_experts {experts}. Set them alike.",
+    )
+    return {} if stated and frequency is None else name_moe_layers(kinds)
+
+
+def name_moe_layers(kinds: Sequence[str]) -> dict[str, Any]:
+    """The two fields of MlaConfig that say which layers have experts, for one kind per layer."""
+    dense = kinds.count("dense")
+    if "dense" in kinds[dense:]:
+        return {"first_k_dense_replace": 0, "mlp_layer_types": tuple(kinds)}
+    return {"first_k_dense_replace": dense, "mlp_layer_types": ()}
+
+
+def _read_moe_frequency(fields: ConfigFields, layers: int) -> list[bool] | None:
+    """Whether each layer may have experts by moe_layer_freq; None if it is absent or 1.
+
+    A number f stands for every f-th layer, a list has 0 or 1 for each.
+    """
+    value = fields.raw("moe_layer_freq")
+    if isinstance(value, list):
+        return [one == 1 for one in read_flags(fields, "moe_layer_freq", layers)]
+    frequency = fields.read("moe_layer_freq", int, 1)
+    require(frequency >= 1, f"config field moe_layer_freq is {frequency}; it must be at least 1. Mend config.json.")
+    return None if frequency == 1 else [i % frequency == 0 for i in range(layers)]
+
+
+def read_flags(fields: ConfigFields, name: str, layers: int) -> list[int]:
+    """A list with 0 or 1 for each layer.
+
+    Raises:
+      ValueError: something else.
+    """
+    values = fields.raw(name)
+    require(
+        isinstance(values, list) and len(values) == layers and all(type(v) is int and v in (0, 1) for v in values),
+        f"config field {fields.full_name(name)} is no list of {layers} (num_hidden_layers) zeros and ones. Mend it.",
+    )
+    return values
