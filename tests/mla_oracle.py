@@ -49,7 +49,8 @@ class Oracle:
         if 0 < count < len(scores):
             first, second = scores[order[count - 1]], scores[order[count]]
             if np.isfinite(second):
-                self.margins.append((where, (first - second) / np.abs(scores[np.isfinite(scores)]).max()))
+                largest = np.abs(scores[np.isfinite(scores)]).max()
+                self.margins.append((where, (first - second) / largest if largest else 0.0))
         return order[:count]
 
     # --- attention ---------------------------------------------------------------------------------------------------

@@ -199,9 +199,6 @@ def write_layers(config: MlaConfig) -> dict[str, Any]:
             }
     ropes = {}
     for kind, rope in kinds.items():
-        ropes[kind] = {**write_rope(rope), "partial_rotary_factor": c.qk_rope_head_dim / _head_dim(c, kind)}
+        sizes = next(layer.sizes for layer in c.layers if layer.kind == kind)
+        ropes[kind] = {**write_rope(rope), "partial_rotary_factor": sizes.qk_rope_head_dim / sizes.qk_head_dim}
     return {"per_layer_config": changes, "rope_parameters": ropes, "head_dim": c.qk_head_dim}
-
-
-def _head_dim(c: MlaConfig, kind: str) -> int:
-    return next(layer.sizes.qk_head_dim for layer in c.layers if layer.kind == kind)

@@ -63,7 +63,7 @@ def read_config(fields: ConfigFields) -> MlaConfig:
     kinds = dots3_layers.read_kinds(fields, sizes["num_hidden_layers"])
     ropes = dots3_layers.read_ropes(fields, sizes["max_position_embeddings"], KEYS.defaults.rope)
     types = () if set(kinds) == {INDEXED} else tuple(kinds)
-    main = ropes[next((kind for kind in kinds if kind != dots3_layers.SLIDING), INDEXED)]
+    main = ropes[next((kind for kind in kinds if kind != dots3_layers.SLIDING), dots3_layers.SLIDING)]
     config = mla_fields.make_config(fields, KEYS, sizes, rope=main, layer_types=types)
     return dataclasses.replace(config, layer_sizes=dots3_layers.read_layer_sizes(fields, config, kinds, ropes))
 
