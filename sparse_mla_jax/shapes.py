@@ -10,7 +10,8 @@ from typing import Any, ClassVar
 
 from sparse_mla_jax._check import require, shown
 from sparse_mla_jax._config_fields import RopeConfig, check_experts, check_fields, check_rope
-from sparse_mla_jax.mla_shapes import AttentionSizes, MlaConfig, MlaLayer
+from sparse_mla_jax.mla_layer import AttentionSizes, MlaLayer
+from sparse_mla_jax.mla_shapes import MlaConfig
 
 __all__ = [
     "DEEPSEEK_V4_FLASH",

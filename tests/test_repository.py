@@ -18,7 +18,7 @@ LAYERS = [
     ["pallas_kernels"],
     ["sparse_mla_jax._interrupts", "sparse_mla_jax._plugin_message"],
     ["sparse_mla_jax._check", "sparse_mla_jax._choices", "sparse_mla_jax._folder", "sparse_mla_jax._serialization"],
-    ["sparse_mla_jax._config_fields", "sparse_mla_jax.mla_shapes", "sparse_mla_jax.shapes"],
+    ["sparse_mla_jax._config_fields", "sparse_mla_jax.mla_layer", "sparse_mla_jax.mla_shapes", "sparse_mla_jax.shapes"],
     ["sparse_mla_jax.families"],
     ["sparse_mla_jax.config", "sparse_mla_jax.reference"],
     ["sparse_mla_jax.ops", "sparse_mla_jax.metadata"],

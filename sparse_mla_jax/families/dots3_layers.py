@@ -12,7 +12,8 @@ from sparse_mla_jax._check import require, shown
 from sparse_mla_jax.families.fields import ConfigFields
 from sparse_mla_jax.families.mla_fields import INDEXED_NAMES
 from sparse_mla_jax.families.rotary import ORIGINAL, read_rope, read_rotation, read_shared
-from sparse_mla_jax.mla_shapes import FULL, INDEXED, SLIDING, AttentionSizes, MlaConfig
+from sparse_mla_jax.mla_layer import FULL, INDEXED, SLIDING, AttentionSizes
+from sparse_mla_jax.mla_shapes import MlaConfig
 from sparse_mla_jax.shapes import RopeConfig
 
 _SLIDING_THETA = 50000.0
@@ -134,7 +135,7 @@ def read_layer_sizes(
         not (saved and given),
         f"config fields per_layer_config and {shown(given[:1])} both give the sizes of layers; drop one.",
     )
-    changes = _read_changes(fields, len(kinds)) if saved else {}
+    changes = _read_changes(fields, len(kinds), common.num_attention_heads) if saved else {}
     sliding = {} if saved or SLIDING not in kinds else _read_sliding_sizes(fields, config)
     if SLIDING not in kinds:
         fields.ignore(given)
@@ -145,7 +146,7 @@ def read_layer_sizes(
     return () if all(one == common for one in sizes) else tuple(sizes)
 
 
-def _read_changes(fields: ConfigFields, layers: int) -> dict[int, dict[str, int]]:
+def _read_changes(fields: ConfigFields, layers: int, heads: int) -> dict[int, dict[str, int]]:
     """per_layer_config: numbers of layers as strings, and what differs there."""
     section = fields.section("per_layer_config")
     changes = {}
@@ -160,8 +161,7 @@ def _read_changes(fields: ConfigFields, layers: int) -> dict[int, dict[str, int]
             continue
         own = {size: part.read(size, int) for size in SIZES if part.has(size)}
         part.ignore(["head_dim"])
-        if "num_attention_heads" in own:
-            part.require_values({"num_key_value_heads": (own["num_attention_heads"],)})
+        part.require_values({"num_key_value_heads": (own.get("num_attention_heads", heads),)})
         part.refuse_unused("is not supported: layers may differ in heads, ranks and widths only.")
         changes[int(name)] = own
     return changes

@@ -14,7 +14,7 @@ from sparse_mla_jax.families.mla_tensors import ATTENTION, MlaNames, layer_table
 from sparse_mla_jax.families.published import Places, PublishedFamily
 from sparse_mla_jax.families.rotary import write_rope
 from sparse_mla_jax.families.skipped import AUDIO, PREDICTION, VISION
-from sparse_mla_jax.mla_shapes import INDEXED
+from sparse_mla_jax.mla_layer import INDEXED
 from sparse_mla_jax.shapes import MlaConfig, RopeConfig
 
 # --- config.json
@@ -64,7 +64,7 @@ def read_config(fields: ConfigFields) -> MlaConfig:
     kinds = dots3_layers.read_kinds(fields, sizes["num_hidden_layers"])
     ropes = dots3_layers.read_ropes(fields, sizes["max_position_embeddings"], KEYS.defaults.rope)
     types = () if set(kinds) == {INDEXED} else tuple(kinds)
-    main = ropes[next((kind for kind in kinds if kind != dots3_layers.SLIDING), INDEXED)]
+    main = ropes[next((kind for kind in kinds if kind != dots3_layers.SLIDING), dots3_layers.SLIDING)]
     config = mla_fields.make_config(fields, KEYS, sizes, rope=main, layer_types=types)
     return dataclasses.replace(config, layer_sizes=dots3_layers.read_layer_sizes(fields, config, kinds, ropes))
 
@@ -98,12 +98,9 @@ def _write_layers(config: MlaConfig) -> dict[str, Any]:
             }
     ropes = {}
     for kind, rope in kinds.items():
-        ropes[kind] = {**write_rope(rope), "partial_rotary_factor": c.qk_rope_head_dim / _head_dim(c, kind)}
+        sizes = next(layer.sizes for layer in c.layers if layer.kind == kind)
+        ropes[kind] = {**write_rope(rope), "partial_rotary_factor": sizes.qk_rope_head_dim / sizes.qk_head_dim}
     return {"per_layer_config": changes, "rope_parameters": ropes, "head_dim": c.qk_head_dim}
-
-
-def _head_dim(c: MlaConfig, kind: str) -> int:
-    return next(layer.sizes.qk_head_dim for layer in c.layers if layer.kind == kind)
 
 
 # --- tensors

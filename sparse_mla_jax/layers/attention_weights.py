@@ -12,7 +12,8 @@ import jax.numpy as jnp
 from sparse_mla_jax import _check
 from sparse_mla_jax._check import require
 from sparse_mla_jax.config import DeepseekV4Config
-from sparse_mla_jax.mla_shapes import MlaConfig, MlaLayer
+from sparse_mla_jax.mla_layer import MlaLayer
+from sparse_mla_jax.mla_shapes import MlaConfig
 
 # Pytrees of dicts with shapes (tuples) in place of arrays.
 Shapes = dict[str, Any]

@@ -21,7 +21,8 @@ from sparse_mla_jax.layers.norm import INNER_EPS, layer_norm
 from sparse_mla_jax.layers.projections import Path, flat, fuse, matmul, project
 from sparse_mla_jax.layers.selection import IndexInputs
 from sparse_mla_jax.metadata import StepMetadata
-from sparse_mla_jax.mla_shapes import MlaConfig, MlaLayer
+from sparse_mla_jax.mla_layer import MlaLayer
+from sparse_mla_jax.mla_shapes import MlaConfig
 from sparse_mla_jax.ops.fp8 import is_fp8
 from sparse_mla_jax.ops.norm_rope import Section, norm_rope
 from sparse_mla_jax.ops.rope import rope_frequencies

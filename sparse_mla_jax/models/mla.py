@@ -18,7 +18,8 @@ from sparse_mla_jax.layers.mla import attention_step
 from sparse_mla_jax.layers.moe import moe, swiglu
 from sparse_mla_jax.layers.norm import gated_rms_norm, rms_norm
 from sparse_mla_jax.metadata import StepMetadata, build_metadata, decode_metadata
-from sparse_mla_jax.mla_shapes import MlaConfig, MlaLayer
+from sparse_mla_jax.mla_layer import MlaLayer
+from sparse_mla_jax.mla_shapes import MlaConfig
 from sparse_mla_jax.models import common
 from sparse_mla_jax.models.common import Family, check_page_size, check_prompt, check_step, embed
 from sparse_mla_jax.models.mla_caches import Caches, bytes_per_request, bytes_per_token, create_caches, tokens_per_page

@@ -7,7 +7,8 @@ from typing import Any
 import jax.numpy as jnp
 
 from sparse_mla_jax._check import require
-from sparse_mla_jax.mla_shapes import MlaConfig, MlaLayer
+from sparse_mla_jax.mla_layer import MlaLayer
+from sparse_mla_jax.mla_shapes import MlaConfig
 from sparse_mla_jax.ops.cache import PagedIndexCache, PagedKVCache
 from sparse_mla_jax.ops.window import WindowCache, ring_size
 

@@ -21,7 +21,8 @@ import numpy as np
 from jax import Array
 
 from sparse_mla_jax.layers.attention_weights import mla_shapes
-from sparse_mla_jax.mla_shapes import MlaConfig, MlaLayer
+from sparse_mla_jax.mla_layer import MlaLayer
+from sparse_mla_jax.mla_shapes import MlaConfig
 
 Params = dict[str, Any]
 

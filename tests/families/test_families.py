@@ -149,6 +149,16 @@ def test_dots3_without_index():
     assert from_hf(read(DOTS3, layer_types=kinds, rope_parameters=ropes)) == dense
 
 
+def test_dots3_writes_the_rotation_of_its_layers():
+    """Of the layers that there are, and with their own widths, which may be none of the top level's."""
+    config = from_hf(read(DOTS3, "config_legacy.json", swa_qk_rope_head_dim=8))
+    ropes = config_to_json(config)["rope_parameters"]
+    factors = {kind: rope["partial_rotary_factor"] for kind, rope in ropes.items()}
+    assert factors == {"indexed_attention": 16 / 40, "sliding_attention": 8 / 56}
+    config = from_hf(read(DOTS3, "config_legacy.json", layer_types=["sliding_attention"] * 4, rope_theta=300.0))
+    assert from_hf(config_to_json(config)) == config and config.rope.theta == 5e4
+
+
 def test_keys_that_stand_at_both_levels():
     data = read(MISTRAL)
     assert from_hf({**data, "tie_word_embeddings": False, "vocab_size": 256}) == from_hf(data)
