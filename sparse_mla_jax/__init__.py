@@ -33,8 +33,10 @@ if TYPE_CHECKING:
     from sparse_mla_jax import serving as serving
     from sparse_mla_jax.config import DeepseekV4Config as DeepseekV4Config
     from sparse_mla_jax.config import DeepseekV32Config as DeepseekV32Config
+    from sparse_mla_jax.config import MlaConfig as MlaConfig
     from sparse_mla_jax.config import RopeConfig as RopeConfig
     from sparse_mla_jax.config import config_from_json as config_from_json
+    from sparse_mla_jax.config import default_config as default_config
     from sparse_mla_jax.config import from_hf as from_hf
     from sparse_mla_jax.config import load_config as load_config
     from sparse_mla_jax.export import kernel_checks as kernel_checks
@@ -102,6 +104,7 @@ if TYPE_CHECKING:
     from sparse_mla_jax.ops.topk import top_k as top_k
     from sparse_mla_jax.ops.topk import top_k_decode as top_k_decode
     from sparse_mla_jax.ops.topk import top_k_prefill as top_k_prefill
+    from sparse_mla_jax.ops.window import WindowCache as WindowCache
     from sparse_mla_jax.ops.window import ring_size as ring_size
     from sparse_mla_jax.ops.window import ring_slots as ring_slots
     from sparse_mla_jax.ops.window import window_slots as window_slots
@@ -134,7 +137,7 @@ _MODULES = {
         "select_to_ragged",
         "combine_with_window",
     ),
-    "ops.window": ("ring_size", "ring_slots", "window_slots"),
+    "ops.window": ("WindowCache", "ring_size", "ring_slots", "window_slots"),
     "ops.attention": ("sparse_mla", "merge", "apply_sinks"),
     "ops.compressor": ("CompressorState", "CompressorWeights", "compress", "entry_pages", "num_entries"),
     "ops.router": ("biased_grouped_topk", "softmax_grouped_topk", "sqrt_softplus_topk", "hash_route"),
@@ -146,7 +149,10 @@ _MODULES = {
     "layers.mla": ("attention_step", "select_positions"),
     "layers.compressed_attention": ("compressed_attention_step", "LayerCaches", "select_entries"),
     "layers.hyper_connections": ("split_streams", "join_streams", "merge_streams"),
-    "config": ("DeepseekV32Config", "DeepseekV4Config", "RopeConfig", "config_from_json", "from_hf", "load_config"),
+    "config": (
+        *("DeepseekV32Config", "DeepseekV4Config", "MlaConfig", "RopeConfig"),
+        *("config_from_json", "default_config", "from_hf", "load_config"),
+    ),
     "export": ("lower_for", "kernel_checks"),
     "models.checkpoint": ("load_checkpoint", "save_checkpoint"),
     "serving.engine": ("Engine",),

@@ -47,7 +47,8 @@ def check_params(params: Any, config: Config, dtype: Any = None) -> Any:
     if dtype is None:
         dtype = params["embed_tokens"].dtype if isinstance(params, dict) and "embed_tokens" in params else jnp.float32
     wanted = _check.dtype("dtype", dtype, DTYPES)
-    family, given_tree = family_of(config), jax.tree.structure(params)
+    given_tree: Any = jax.tree.structure(params)
+    family = family_of(config)
     specs = family.param_specs(config, wanted)
     if given_tree != jax.tree.structure(specs):
         fused = jax.eval_shape(family.fuse_projections, specs)

@@ -16,7 +16,7 @@ from sparse_mla_jax.config import default_config
 from sparse_mla_jax.families.registry import mla_models
 
 # Options of `inspect --step` only, with their defaults, and those of `inspect` without it.
-STEP = {"batch": 64, "context": 32768, "layers": 2, "model": "deepseek_v32"}
+STEP: dict[str, Any] = {"batch": 64, "context": 32768, "layers": 2, "model": "deepseek_v32"}
 _KERNELS_ONLY = ("kernel", "compiler", "plan", "asm", "picture")
 # Kernels whose case has a number of query heads that may be chosen.
 _HEADED = ("sparse_mla", "indexer", "paged_indexer", "norm_rope_query")
