@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from support.marks import slow
+from support.marks import running, slow
 
 from sparse_mla_jax.config import RopeConfig
 from sparse_mla_jax.metadata import build_metadata
@@ -71,12 +71,28 @@ def one_pass(config, params, ids, *, dtype=jnp.float32, implementation=None, pag
         return np.asarray(step(params, ids))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("implementation", ["triton", "reference"])
+# By default every family on one of the machines, see tests/support/turns.py: 4 s, of which 3 compile its 15 kernels.
+@pytest.mark.parametrize("implementation", ["gfx942", "gfx950", slow("triton"), slow("reference")])
 def test_fixture_by_implementation(tiny, implementation):
+    """Two tokens more than the indexer keeps, with fused weights."""
     config, params, ids, expected, _ = tiny
-    out = one_pass(config, mla.fuse_projections(params), ids[:, :40], implementation=implementation)
-    assert np.abs(out - expected[:, :40]).max() <= BOUND
+    length = config.index_topk + 2
+    with running(implementation) as name:
+        out = one_pass(config, mla.fuse_projections(params), ids[:1, :length], implementation=name)
+    assert np.abs(out - expected[:1, :length]).max() <= BOUND
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("implementation", ["gfx942", "gfx950", "triton"])
+@pytest.mark.parametrize("dtype", ["float8_e4m3fnuz", "float8_e4m3fn", "bfloat16"])
+def test_caches_by_implementation(tiny, implementation, dtype):
+    """Kernels read what XLA's body reads: the same bytes, summed in another order."""
+    config, params, ids, *_ = tiny
+    length = config.index_topk + 2
+    with running(implementation) as name:
+        out = one_pass(config, params, ids[:1, :length], dtype=jnp.dtype(dtype), implementation=name)
+    other = one_pass(config, params, ids[:1, :length], dtype=jnp.dtype(dtype), implementation="xla")
+    assert np.abs(out - other).max() <= BOUND
 
 
 @pytest.mark.slow
