@@ -7,8 +7,8 @@ from typing import Any
 import jax.numpy as jnp
 
 from sparse_mla_jax._check import require
+from sparse_mla_jax._json_fields import ConfigFields
 from sparse_mla_jax.families import mla_fields
-from sparse_mla_jax.families.fields import ConfigFields
 from sparse_mla_jax.families.mla_tensors import ATTENTION, NORMS, MlaNames, layer_table, scale_names
 from sparse_mla_jax.families.published import QUERY_AND_GATE, Places, PublishedFamily
 from sparse_mla_jax.shapes import MlaConfig, RopeConfig

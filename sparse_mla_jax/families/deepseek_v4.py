@@ -22,8 +22,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
+from sparse_mla_jax._json_fields import plain_types
 from sparse_mla_jax.families.deepseek_v4_fields import read_config, write_config
-from sparse_mla_jax.families.fields import plain_types
 from sparse_mla_jax.families.mla_tensors import split_experts
 from sparse_mla_jax.families.published import (
     GROUPED,

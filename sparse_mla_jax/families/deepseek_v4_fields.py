@@ -8,8 +8,9 @@ from typing import Any
 import jax.numpy as jnp
 
 from sparse_mla_jax._check import require, shown
+from sparse_mla_jax._json_fields import ConfigFields, read_sizes, write_sizes
 from sparse_mla_jax.families.deepseek_v4_rotation import read_ropes, rope_sections
-from sparse_mla_jax.families.fields import COMMON_FIELDS, ConfigFields, read_sizes, write_sizes
+from sparse_mla_jax.families.fields import COMMON_FIELDS
 from sparse_mla_jax.families.rotary import write_yarn
 from sparse_mla_jax.shapes import DeepseekV4Config
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from sparse_mla_jax._check import require
-from sparse_mla_jax.families.fields import ConfigFields
+from sparse_mla_jax._json_fields import ConfigFields
 from sparse_mla_jax.families.rotary import DEFAULT_THETA, ORIGINAL, merge_spellings, read_rotation, read_shared
 from sparse_mla_jax.shapes import RopeConfig
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 
 from sparse_mla_jax._check import require, shown
-from sparse_mla_jax.families.fields import ConfigFields
+from sparse_mla_jax._json_fields import ConfigFields
 from sparse_mla_jax.families.mla_fields import INDEXED_NAMES
 from sparse_mla_jax.families.rotary import ORIGINAL, read_rope, read_rotation, read_shared
 from sparse_mla_jax.mla_layer import FULL, INDEXED, SLIDING, AttentionSizes

@@ -8,8 +8,8 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from sparse_mla_jax._json_fields import ConfigFields
 from sparse_mla_jax.families import dots3_layers, mla_fields
-from sparse_mla_jax.families.fields import ConfigFields
 from sparse_mla_jax.families.mla_tensors import ATTENTION, MlaNames, layer_table, scale_names
 from sparse_mla_jax.families.published import Places, PublishedFamily
 from sparse_mla_jax.families.rotary import write_rope

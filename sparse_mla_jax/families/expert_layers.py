@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sparse_mla_jax._check import require
-from sparse_mla_jax.families.fields import ConfigFields
+from sparse_mla_jax._json_fields import ConfigFields
 
 
 def read_moe_layers(fields: ConfigFields, sizes: Mapping[str, Any], spread: bool, stated: bool) -> dict[str, Any]:

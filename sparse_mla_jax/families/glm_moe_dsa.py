@@ -6,8 +6,8 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from sparse_mla_jax._json_fields import ConfigFields
 from sparse_mla_jax.families import mla_fields
-from sparse_mla_jax.families.fields import ConfigFields
 from sparse_mla_jax.families.index_sharing import read_indexer_types, write_indexer_types
 from sparse_mla_jax.families.mla_tensors import MlaNames, scale_names
 from sparse_mla_jax.families.published import PublishedFamily

@@ -12,8 +12,8 @@ from typing import Any
 import jax.numpy as jnp
 
 from sparse_mla_jax._check import require, shown
+from sparse_mla_jax._json_fields import ConfigFields
 from sparse_mla_jax.families import mla_fields
-from sparse_mla_jax.families.fields import ConfigFields
 from sparse_mla_jax.families.index_sharing import name_types, read_indexer_types, read_older_types, write_indexer_types
 from sparse_mla_jax.families.mla_tensors import ATTENTION, END, MlaNames, layer_table, scale_names
 from sparse_mla_jax.families.published import Places, PublishedFamily

@@ -8,8 +8,8 @@ from typing import Any
 import jax.numpy as jnp
 
 from sparse_mla_jax._check import require, shown
+from sparse_mla_jax._json_fields import ConfigFields
 from sparse_mla_jax.families import hy_v4, mla_fields
-from sparse_mla_jax.families.fields import ConfigFields
 from sparse_mla_jax.families.skipped import VISION
 from sparse_mla_jax.shapes import MlaConfig
 

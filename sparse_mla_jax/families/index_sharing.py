@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from sparse_mla_jax._check import require, shown
-from sparse_mla_jax.families.fields import ConfigFields
+from sparse_mla_jax._json_fields import ConfigFields
 from sparse_mla_jax.families.mla_fields import check_indexed_layers
 from sparse_mla_jax.mla_shapes import INDEXER_TYPES, MlaConfig
 

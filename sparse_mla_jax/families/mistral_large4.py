@@ -11,9 +11,9 @@ from typing import Any
 import jax.numpy as jnp
 
 from sparse_mla_jax._check import require, shown
+from sparse_mla_jax._json_fields import ConfigFields
 from sparse_mla_jax.families import mla_fields
 from sparse_mla_jax.families.expert_layers import read_flags
-from sparse_mla_jax.families.fields import ConfigFields
 from sparse_mla_jax.families.index_sharing import read_indexer_types, write_indexer_types
 from sparse_mla_jax.families.mla_tensors import INDEXER, MlaNames, scale_names, under
 from sparse_mla_jax.families.published import KEYS_AND_VALUES, SAME, Places, PublishedFamily, transposed

@@ -13,8 +13,9 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from sparse_mla_jax._json_fields import ConfigFields, read_sizes, write_sizes
 from sparse_mla_jax.families.expert_layers import name_moe_layers, read_moe_layers
-from sparse_mla_jax.families.fields import COMMON_FIELDS, ConfigFields, read_sizes, write_sizes
+from sparse_mla_jax.families.fields import COMMON_FIELDS
 from sparse_mla_jax.families.rotary import read_rope, write_rope
 from sparse_mla_jax.mla_layer import INDEXED
 from sparse_mla_jax.mla_shapes import MlaConfig

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from sparse_mla_jax.families.fields import ConfigFields
+from sparse_mla_jax._json_fields import ConfigFields
 from sparse_mla_jax.shapes import Config
 
 Shape = tuple[int, ...]

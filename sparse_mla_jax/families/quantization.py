@@ -12,7 +12,7 @@ import re
 from typing import Any
 
 from sparse_mla_jax._check import require, shown
-from sparse_mla_jax.families.fields import ConfigFields
+from sparse_mla_jax._json_fields import ConfigFields
 
 _METHODS = ("fp8", "compressed-tensors", "quark", "modelopt")
 # Activations, caches, bookkeeping, and which modules are not quantised, which their tensors' types tell.

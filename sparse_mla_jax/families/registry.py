@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from sparse_mla_jax._check import require, shown
+from sparse_mla_jax._json_fields import ConfigFields, check_json
 from sparse_mla_jax.families import (
     axk2,
     deepseek_v4,
@@ -17,7 +18,7 @@ from sparse_mla_jax.families import (
     hy_v4_vl,
     mistral_large4,
 )
-from sparse_mla_jax.families.fields import WITHOUT_EFFECT, ConfigFields, check_json
+from sparse_mla_jax.families.fields import WITHOUT_EFFECT
 from sparse_mla_jax.families.mla_fields import canonical
 from sparse_mla_jax.families.published import PublishedFamily
 from sparse_mla_jax.families.quantization import check_quantization

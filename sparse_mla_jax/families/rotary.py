@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from sparse_mla_jax._check import require, shown
-from sparse_mla_jax.families.fields import ConfigFields
+from sparse_mla_jax._json_fields import ConfigFields
 from sparse_mla_jax.shapes import RopeConfig
 
 DEFAULT_THETA = 10000.0

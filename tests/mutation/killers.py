@@ -35,7 +35,7 @@ _BY_STEM = {
     "projections": "mla compressed_attention output_projection",
     # models
     "shapes": "config model v4_model",
-    "fields": "config",
+    "json_fields": "config families",
     "registry": "config family",
     "published": "config",
     "tensor_table": "checkpoint checkpoint_v4",
@@ -53,7 +53,7 @@ _BY_STEM = {
     "checkpoint_v4": "checkpoint_v4 v4_model",
     "v4_params": "checkpoint_v4 v4_model",
     "params_v4": "checkpoint_v4 v4_model",
-    "params_v32": "checkpoint model",
+    "params_mla": "checkpoint model mla_families",
     "deepseek_v32": "model checkpoint engine",
     "deepseek_v4": "v4_model v4_engine readme",
     "family": "engine v4_engine cli model v4_model",

@@ -19,6 +19,7 @@ ROOMS = {
     "models": [
         "sparse_mla_jax/models",
         "sparse_mla_jax/families",
+        "sparse_mla_jax/_json_fields.py",
         "sparse_mla_jax/config.py",
         "sparse_mla_jax/shapes.py",
     ],
