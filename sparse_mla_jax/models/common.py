@@ -22,6 +22,7 @@ class Family(NamedTuple):
       logits: scores of the next token from the result of `forward`.
       param_specs, init_params, fuse_projections: parameters.
       create_caches, default_page_size: caches, and tokens per page that suit the model.
+      tokens_per_page: tokens per page of caches; None if they do not know it.
       bytes_per_token, bytes_per_request: size of the caches per token of context and per running request.
     """
 
@@ -34,6 +35,7 @@ class Family(NamedTuple):
     fuse_projections: Callable[[Any], Any]
     create_caches: Callable[..., Any]
     default_page_size: Callable[[Any], int]
+    tokens_per_page: Callable[[Any], int | None]
     bytes_per_token: Callable[[Any, int], float]
     bytes_per_request: Callable[[Any], int]
 

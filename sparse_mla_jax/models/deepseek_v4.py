@@ -18,9 +18,10 @@ from sparse_mla_jax.layers import compressed_attention
 from sparse_mla_jax.layers.compressed_attention import LayerCaches, compressed_attention_step
 from sparse_mla_jax.layers.hyper_connections import join_streams, merge_streams, split_streams
 from sparse_mla_jax.layers.moe import clamped_moe
-from sparse_mla_jax.metadata import StepMetadata, build_metadata, decode_metadata
-from sparse_mla_jax.models.common import Family, check_page_size, check_prompt, check_step, embed, logits
+from sparse_mla_jax.metadata import StepMetadata
+from sparse_mla_jax.models.common import Family, check_step, embed, logits
 from sparse_mla_jax.models.params_v4 import Params, init_params, param_specs
+from sparse_mla_jax.models.steps import decode, prefill
 from sparse_mla_jax.ops.cache import PagedIndexCache, PagedKVCache
 from sparse_mla_jax.ops.compressor import CompressorState, entry_pages
 from sparse_mla_jax.ops.window import ring_size
@@ -42,6 +43,7 @@ __all__ = [
     "logits",
     "param_specs",
     "prefill",
+    "tokens_per_page",
 ]
 
 Caches = tuple[LayerCaches, ...]
@@ -126,7 +128,7 @@ def create_caches(
     return tuple(create(layer) for layer in range(config.num_hidden_layers))
 
 
-def _page_size(caches: Caches) -> int | None:
+def tokens_per_page(caches: Caches) -> int | None:
     """Tokens per page; None if the caches do not know it."""
     require(len(caches) > 0, "caches is empty; make one per layer with create_caches.")
     return caches[0].page_size
@@ -236,70 +238,6 @@ def decoder_layer(
     return join_streams(streams, out, weights), caches
 
 
-def prefill(
-    params: Params,
-    token_ids: Array,
-    caches: Caches,
-    seq_lens: Array,
-    query_lens: Array,
-    page_table: Array,
-    *,
-    config: DeepseekV4Config,
-    page_size: int | None = None,
-    state_ids: Array | None = None,
-    implementation: str | None = None,
-) -> tuple[Array, Caches]:
-    """One step over prompts, chunks of prompts, or a mix with decode tokens; see `build_metadata` for the layout.
-
-    Args:
-      params, token_ids, caches, config, state_ids, implementation: as in `forward`. token_ids: the tokens of all
-        requests one after the other, then padding; at least one.
-      seq_lens: int[B] tokens of each request, those of this step included.
-      query_lens: int[B] tokens of each request in this step.
-      page_table: int[B, P].
-      page_size: tokens per page (static); may be omitted if the caches know it.
-
-    Returns:
-      (float32[B, V] logits after each request's last token; meaningless for requests without tokens, caches).
-
-    Raises:
-      ValueError: arguments that do not fit together (at trace time).
-    """
-    check_prompt(token_ids)
-    page_size = check_page_size(page_size, _page_size(caches))
-    metadata = build_metadata(seq_lens, query_lens, page_table, num_tokens=token_ids.shape[0], page_size=page_size)
-    hidden, caches = forward(
-        params, token_ids, caches, metadata, config=config, state_ids=state_ids, implementation=implementation
-    )
-    return logits(params, hidden[metadata.last_token], config), caches
-
-
-def decode(
-    params: Params,
-    token_ids: Array,
-    caches: Caches,
-    seq_lens: Array,
-    page_table: Array,
-    *,
-    config: DeepseekV4Config,
-    page_size: int | None = None,
-    state_ids: Array | None = None,
-    implementation: str | None = None,
-) -> tuple[Array, Caches]:
-    """One token of every request; row b belongs to request b, and rows with seq_lens[b] <= 0 are padding.
-
-    Arguments as in `prefill`, except: token_ids int[B] holds the newest token of each request; no query_lens.
-
-    Returns:
-      (float32[B, V] logits, caches).
-    """
-    metadata = decode_metadata(seq_lens, page_table, page_size=check_page_size(page_size, _page_size(caches)))
-    hidden, caches = forward(
-        params, token_ids, caches, metadata, config=config, state_ids=state_ids, implementation=implementation
-    )
-    return logits(params, hidden, config), caches
-
-
 FAMILY = Family(
     forward=forward,
     prefill=prefill,
@@ -310,6 +248,7 @@ FAMILY = Family(
     fuse_projections=fuse_projections,
     create_caches=create_caches,
     default_page_size=default_page_size,
+    tokens_per_page=tokens_per_page,
     bytes_per_token=bytes_per_token,
     bytes_per_request=bytes_per_request,
 )

@@ -17,13 +17,14 @@ from sparse_mla_jax.layers.latent_projections import learned_frequencies
 from sparse_mla_jax.layers.mla import attention_step
 from sparse_mla_jax.layers.moe import moe, swiglu
 from sparse_mla_jax.layers.norm import gated_rms_norm, rms_norm
-from sparse_mla_jax.metadata import StepMetadata, build_metadata, decode_metadata
+from sparse_mla_jax.metadata import StepMetadata
 from sparse_mla_jax.mla_layer import MlaLayer
 from sparse_mla_jax.mla_shapes import MlaConfig
 from sparse_mla_jax.models import common
-from sparse_mla_jax.models.common import Family, check_page_size, check_prompt, check_step, embed
+from sparse_mla_jax.models.common import Family, check_step, embed
 from sparse_mla_jax.models.mla_caches import Caches, bytes_per_request, bytes_per_token, create_caches, tokens_per_page
 from sparse_mla_jax.models.params_mla import Params, init_params, param_specs
+from sparse_mla_jax.models.steps import decode, prefill
 
 __all__ = [
     "FAMILY",
@@ -43,6 +44,7 @@ __all__ = [
     "logits",
     "param_specs",
     "prefill",
+    "tokens_per_page",
 ]
 
 
@@ -84,7 +86,7 @@ def forward(
     """One step through all layers, for decode tokens and prefill chunks in any mix.
 
     Args:
-      params: see `models.params_v32`.
+      params: see `models.params_mla`.
       token_ids: int[T]; ids outside the vocabulary, and those of padding, are clamped into it.
       caches: from `create_caches`; donate them to update in place.
       metadata: of this step.
@@ -222,70 +224,6 @@ def decoder_layer(
     )[:3]
 
 
-def prefill(
-    params: Params,
-    token_ids: Array,
-    caches: Caches,
-    seq_lens: Array,
-    query_lens: Array,
-    page_table: Array,
-    *,
-    config: MlaConfig,
-    page_size: int | None = None,
-    state_ids: Array | None = None,
-    implementation: str | None = None,
-) -> tuple[Array, Caches]:
-    """One step over prompts, chunks of prompts, or a mix with decode tokens; see `build_metadata` for the layout.
-
-    Args:
-      params, token_ids, caches, config, state_ids, implementation: as in `forward`. token_ids: the tokens of all
-        requests one after the other, then padding; at least one.
-      seq_lens: int[B] tokens of each request, those of this step included.
-      query_lens: int[B] tokens of each request in this step.
-      page_table: int[B, P].
-      page_size: tokens per page (static); may be omitted unless all layers are sliding.
-
-    Returns:
-      (float32[B, V] logits after each request's last token; meaningless for requests without tokens, caches).
-
-    Raises:
-      ValueError: arguments that do not fit together (at trace time).
-    """
-    check_prompt(token_ids)
-    page_size = check_page_size(page_size, tokens_per_page(caches))
-    metadata = build_metadata(seq_lens, query_lens, page_table, num_tokens=token_ids.shape[0], page_size=page_size)
-    hidden, caches = forward(
-        params, token_ids, caches, metadata, config=config, state_ids=state_ids, implementation=implementation
-    )
-    return logits(params, hidden[metadata.last_token], config), caches
-
-
-def decode(
-    params: Params,
-    token_ids: Array,
-    caches: Caches,
-    seq_lens: Array,
-    page_table: Array,
-    *,
-    config: MlaConfig,
-    page_size: int | None = None,
-    state_ids: Array | None = None,
-    implementation: str | None = None,
-) -> tuple[Array, Caches]:
-    """One token of every request; row b belongs to request b, and rows with seq_lens[b] <= 0 are padding.
-
-    Arguments as in `prefill`, except: token_ids int[B] holds the newest token of each request; no query_lens.
-
-    Returns:
-      (float32[B, V] logits, caches).
-    """
-    metadata = decode_metadata(seq_lens, page_table, page_size=check_page_size(page_size, tokens_per_page(caches)))
-    hidden, caches = forward(
-        params, token_ids, caches, metadata, config=config, state_ids=state_ids, implementation=implementation
-    )
-    return logits(params, hidden, config), caches
-
-
 FAMILY = Family(
     forward=forward,
     prefill=prefill,
@@ -296,6 +234,7 @@ FAMILY = Family(
     fuse_projections=fuse_projections,
     create_caches=create_caches,
     default_page_size=default_page_size,
+    tokens_per_page=tokens_per_page,
     bytes_per_token=bytes_per_token,
     bytes_per_request=bytes_per_request,
 )

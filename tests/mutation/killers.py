@@ -57,7 +57,7 @@ _BY_STEM = {
     "deepseek_v32": "model checkpoint engine",
     "deepseek_v4": "v4_model v4_engine readme",
     "family": "engine v4_engine cli model v4_model",
-    "step_ends": "model v4_model engine",
+    "steps": "model v4_model engine",
     "common": "model v4_model engine",
     # serving
     "scheduler": "scheduler engine v4_engine",
