@@ -35,6 +35,7 @@ _BY_STEM = {
     "projections": "mla compressed_attention output_projection",
     # models
     "shapes": "config model v4_model",
+    "fields": "config",
     "json_fields": "config families",
     "registry": "config family",
     "published": "config",
@@ -53,10 +54,12 @@ _BY_STEM = {
     "checkpoint_v4": "checkpoint_v4 v4_model",
     "v4_params": "checkpoint_v4 v4_model",
     "params_v4": "checkpoint_v4 v4_model",
+    "params_v32": "checkpoint model",
     "params_mla": "checkpoint model mla_families",
     "deepseek_v32": "model checkpoint engine",
     "deepseek_v4": "v4_model v4_engine readme",
     "family": "engine v4_engine cli model v4_model",
+    "step_ends": "model v4_model engine",
     "steps": "model v4_model engine",
     "common": "model v4_model engine",
     # serving
