@@ -9,8 +9,9 @@ import jax.numpy as jnp
 from sparse_mla_jax._check import require
 from sparse_mla_jax._json_fields import ConfigFields
 from sparse_mla_jax.families import mla_fields
-from sparse_mla_jax.families.mla_tensors import ATTENTION, NORMS, MlaNames, layer_table, scale_names
-from sparse_mla_jax.families.published import QUERY_AND_GATE, Places, PublishedFamily
+from sparse_mla_jax.families.mla_family import mla_family
+from sparse_mla_jax.families.mla_tensors import ATTENTION, NORMS, MlaNames, layer_table
+from sparse_mla_jax.families.published import QUERY_AND_GATE, Places
 from sparse_mla_jax.shapes import MlaConfig, RopeConfig
 
 KEYS = mla_fields.MlaKeys(
@@ -38,19 +39,20 @@ KEYS = mla_fields.MlaKeys(
         attention_gate="latent",
         excluded_experts_lose=False,
     ),
+    ("AXK2ForCausalLM",),
     numbers=(*mla_fields.NUMBERS, "gated_norm_rank"),
     aliases={"n_routed_experts": ("num_local_experts",)},
     nulls={**mla_fields.NULLS, "n_group": 1, "topk_group": 1},
     fixed=mla_fields.FIXED,
     has_moe_frequency=True,
+    # Its readers take mlp_layer_types in place of first_k_dense_replace.
+    unwritten=("indexer_types", "mlp_bias", "first_k_dense_replace"),
 )
 
 
 def read_config(fields: ConfigFields) -> MlaConfig:
     """Reads a config with published names or those of Hugging Face transformers (5.x)."""
     sizes = mla_fields.read_common(fields, KEYS)
-    mla_fields.check_indexed_layers(fields, sizes["num_hidden_layers"])
-    mla_fields.check_own_indexers(fields, sizes["num_hidden_layers"])
     require(
         fields.has("n_group") == fields.has("topk_group"),
         "config fields n_group and topk_group: one of them is null or absent; give both, or neither for no groups.",
@@ -60,13 +62,8 @@ def read_config(fields: ConfigFields) -> MlaConfig:
 
 def write_config(config: MlaConfig, dtype: Any = jnp.float32) -> dict[str, Any]:
     """The fields of a config.json that Hugging Face transformers (5.24) and `read_config` both read."""
-    common = mla_fields.write_common(config, KEYS, FAMILY.architectures[0], dtype)
-    if config.n_group == 1:
-        common |= {"n_group": None, "topk_group": None}
-    # Its readers take mlp_layer_types instead.
-    common.pop("first_k_dense_replace", None)
-    del common["mlp_bias"]
-    return common
+    groups = {"n_group": None, "topk_group": None} if config.n_group == 1 else {}
+    return {**mla_fields.write_config(config, dtype, keys=KEYS), **groups}
 
 
 def _gated(norm: str) -> Places:
@@ -83,15 +80,4 @@ NAMES = MlaNames(
     spellings=((r"\.q_gate_proj\.", ".q_b_proj."),),
 )
 
-FAMILY = PublishedFamily(
-    model_types=("axk2",),
-    architectures=("AXK2ForCausalLM",),
-    defaults=KEYS.defaults,
-    keys=KEYS.numbers,
-    read_config=read_config,
-    write_config=write_config,
-    tensors=NAMES.tensors,
-    describe_ignored=NAMES.describe_ignored,
-    scale_names=scale_names,
-    parts=NAMES.parts,
-)
+FAMILY = mla_family(KEYS, NAMES, read_config=read_config, write_config=write_config)

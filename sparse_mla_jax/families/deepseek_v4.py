@@ -24,7 +24,7 @@ from collections.abc import Iterator
 
 from sparse_mla_jax._json_fields import plain_types
 from sparse_mla_jax.families.deepseek_v4_fields import read_config, write_config
-from sparse_mla_jax.families.mla_tensors import split_experts
+from sparse_mla_jax.families.mla_tensors import SWIGLU_123, split_experts, swiglu_rows
 from sparse_mla_jax.families.published import (
     GROUPED,
     SAME,
@@ -58,11 +58,6 @@ _INDEXER: Places = {"wq_b.weight": "wq_b", "weights_proj.weight": "weights_proj"
 _MIXING: Places = {"_fn": "fn", "_base": "base", "_scale": "scale"}
 _BIAS: Places = {"bias": "e_score_correction_bias"}
 _HASH: Places = {"tid2eid": ("token_experts", SAME)}
-_SWIGLU = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
-
-
-def _swiglu(name: str, place: str, expert: str = "") -> Iterator[PublishedTensor]:
-    return table_rows({f"{theirs}.weight": ours + expert for theirs, ours in _SWIGLU.items()}, name, place)
 
 
 def _attention(c: DeepseekV4Config, layer: int, name: str, place: str) -> Iterator[PublishedTensor]:
@@ -75,15 +70,12 @@ def _attention(c: DeepseekV4Config, layer: int, name: str, place: str) -> Iterat
 
 
 def _experts(c: DeepseekV4Config, layer: int, name: str, place: str) -> Iterator[PublishedTensor]:
-    yield from table_rows({"weight": "weight"}, name + "gate.", place + "gate.")
-    table: Places = (
-        {"tid2eid": ("token_experts", SAME)} if c.is_hash_layer(layer) else {"bias": "e_score_correction_bias"}
-    )
-    yield from table_rows(table, name + "gate.", place + "gate.")
+    choice = _HASH if c.is_hash_layer(layer) else _BIAS
+    yield from table_rows({"weight": "weight", **choice}, name + "gate.", place + "gate.")
     for expert in range(c.n_routed_experts):
-        yield from _swiglu(f"{name}experts.{expert}.", place + "experts.", f".{expert}")
+        yield from swiglu_rows(SWIGLU_123, f"{name}experts.{expert}.", place + "experts.", f".{expert}")
     if c.n_shared_experts:
-        yield from _swiglu(name + "shared_experts.", place + "shared_experts.")
+        yield from swiglu_rows(SWIGLU_123, name + "shared_experts.", place + "shared_experts.")
 
 
 def tensors(config: DeepseekV4Config) -> Iterator[PublishedTensor]:
@@ -148,7 +140,7 @@ def parts(name: str, shape: Shape, config: DeepseekV4Config) -> list[StoredPart]
         name = name.removeprefix("model.")
         for saved, published in _SPELLINGS:
             name = re.sub(saved, published, name)
-    return split_experts(name, shape, config.n_routed_experts, _SWIGLU)
+    return split_experts(name, shape, config.n_routed_experts, SWIGLU_123)
 
 
 FAMILY = PublishedFamily(

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 from typing import Any
 
 import jax.numpy as jnp
 
 from sparse_mla_jax._json_fields import ConfigFields
 from sparse_mla_jax.families import dots3_layers, mla_fields
-from sparse_mla_jax.families.mla_tensors import ATTENTION, MlaNames, layer_table, scale_names
-from sparse_mla_jax.families.published import Places, PublishedFamily
+from sparse_mla_jax.families.index_sharing import check_own_indexers
+from sparse_mla_jax.families.mla_family import mla_family
+from sparse_mla_jax.families.mla_tensors import ATTENTION, MlaNames, layer_table
+from sparse_mla_jax.families.published import Places
 from sparse_mla_jax.families.rotary import write_rope
 from sparse_mla_jax.families.skipped import AUDIO, PREDICTION, VISION
 from sparse_mla_jax.mla_layer import INDEXED
@@ -43,6 +44,7 @@ KEYS = mla_fields.MlaKeys(
         latent_norm_eps=1e-5,
         shared_experts_intermediate_size=1536,
     ),
+    ("Dots3NoteForCausalLM", "Dots3NoteForConditionalGeneration"),
     numbers=(*mla_fields.NUMBERS, "sliding_window", "shared_experts_intermediate_size"),
     aliases={
         "n_routed_experts": ("num_local_experts",),
@@ -54,13 +56,15 @@ KEYS = mla_fields.MlaKeys(
     has_moe_frequency=True,
     # The rotated width is qk_rope_head_dim; head_dim may be another one.
     has_head_dim=False,
+    read_indexers=check_own_indexers,
+    # Its readers take mlp_layer_types in place of first_k_dense_replace.
+    unwritten=("indexer_types", "qk_head_dim", "first_k_dense_replace"),
 )
 
 
 def read_config(fields: ConfigFields) -> MlaConfig:
     """Reads a config as transformers (5.24) saves it, or as the hub has it."""
     sizes = mla_fields.read_common(fields, KEYS)
-    mla_fields.check_own_indexers(fields, sizes["num_hidden_layers"])
     kinds = dots3_layers.read_kinds(fields, sizes["num_hidden_layers"])
     ropes = dots3_layers.read_ropes(fields, sizes["max_position_embeddings"], KEYS.defaults.rope)
     types = () if set(kinds) == {INDEXED} else tuple(kinds)
@@ -71,36 +75,27 @@ def read_config(fields: ConfigFields) -> MlaConfig:
 
 def write_config(config: MlaConfig, dtype: Any = jnp.float32) -> dict[str, Any]:
     """The fields of a config.json that Hugging Face transformers (5.24) and `read_config` both read."""
-    common = mla_fields.write_common(config, KEYS, FAMILY.architectures[0], dtype)
-    del common["qk_head_dim"]
-    # Its readers take mlp_layer_types instead.
-    common.pop("first_k_dense_replace", None)
+    common = mla_fields.write_config(config, dtype, keys=KEYS)
     return {**common, "model_type": "dots3_note_text", **_write_layers(config)}
 
 
 def _write_layers(config: MlaConfig) -> dict[str, Any]:
     """The fields that say how layers differ, as transformers (5.24) saves them."""
-    c = config
-    kinds = {layer.kind: layer.sizes.rope for layer in c.layers}
-    changes = {}
-    for layer in c.layers:
-        own = {name: getattr(layer.sizes, name) for name in dots3_layers.SIZES}
-        differing = {name: value for name, value in own.items() if value != getattr(c, name)}
+    changes: dict[str, Any] = {}
+    ropes: dict[str, Any] = {}
+    for layer in config.layers:
+        sizes = layer.sizes
+        own = {name: getattr(sizes, name) for name in dots3_layers.SIZES}
+        differing = {name: value for name, value in own.items() if value != getattr(config, name)}
         if "num_attention_heads" in differing:
-            differing["num_key_value_heads"] = differing["num_attention_heads"]
+            differing["num_key_value_heads"] = sizes.num_attention_heads
         if differing or layer.is_sliding:
-            head = layer.sizes.qk_head_dim
             # Without an entry, readers would take the sizes that sliding layers have by default.
-            changes[str(layer.number)] = {
-                "num_attention_heads": own["num_attention_heads"],
-                **differing,
-                "head_dim": head,
-            }
-    ropes = {}
-    for kind, rope in kinds.items():
-        sizes = next(layer.sizes for layer in c.layers if layer.kind == kind)
-        ropes[kind] = {**write_rope(rope), "partial_rotary_factor": sizes.qk_rope_head_dim / sizes.qk_head_dim}
-    return {"per_layer_config": changes, "rope_parameters": ropes, "head_dim": c.qk_head_dim}
+            heads = {"num_attention_heads": sizes.num_attention_heads}
+            changes[str(layer.number)] = {**heads, **differing, "head_dim": sizes.qk_head_dim}
+        rotated = {"partial_rotary_factor": sizes.qk_rope_head_dim / sizes.qk_head_dim}
+        ropes.setdefault(layer.kind, {**write_rope(sizes.rope), **rotated})
+    return {"per_layer_config": changes, "rope_parameters": ropes, "head_dim": config.qk_head_dim}
 
 
 # --- tensors
@@ -111,30 +106,21 @@ _ATTENTION: Places = {
     "g_proj.weight": "output_gate",
 }
 NAMES = MlaNames(
-    layer=layer_table(_ATTENTION), spellings=((r"^model\.language_model\.", "model."), (r"^language_model\.", ""))
+    layer=layer_table(_ATTENTION),
+    spellings=((r"^model\.language_model\.", "model."), (r"^language_model\.", "")),
+    skipped=(
+        (r"model\.mtp\.", PREDICTION),
+        (r"(model\.)?(vision|visual|image)\w*\.", VISION),
+        (r"(model\.)?audio\w*\.", AUDIO),
+    ),
 )
-_VISION = re.compile(r"(model\.)?(vision|visual|image)\w*\.")
-_AUDIO = re.compile(r"(model\.)?audio\w*\.")
 
-
-def describe_ignored(name: str, config: MlaConfig) -> str | None:
-    """See `PublishedFamily`."""
-    if name.startswith("model.mtp."):
-        return PREDICTION
-    tower = VISION if _VISION.match(name) else AUDIO if _AUDIO.match(name) else None
-    return tower or NAMES.describe_ignored(name, config)
-
-
-FAMILY = PublishedFamily(
+FAMILY = mla_family(
+    KEYS,
+    NAMES,
     model_types=("dots3_note", "dots3_note_text"),
-    architectures=("Dots3NoteForCausalLM", "Dots3NoteForConditionalGeneration"),
-    defaults=KEYS.defaults,
-    keys=(*KEYS.numbers, *dots3_layers.KEYS),
+    further_keys=dots3_layers.KEYS,
     read_config=read_config,
     write_config=write_config,
-    tensors=NAMES.tensors,
-    describe_ignored=describe_ignored,
-    scale_names=scale_names,
-    parts=NAMES.parts,
     composite=("vision_config", "audio_config", "image_token_id", "video_token_id", "audio_token_id"),
 )

@@ -7,25 +7,39 @@ read as well.
 
 from __future__ import annotations
 
-from typing import Any
-
-import jax.numpy as jnp
-
 from sparse_mla_jax._check import require, shown
 from sparse_mla_jax._json_fields import ConfigFields
 from sparse_mla_jax.families import mla_fields
-from sparse_mla_jax.families.index_sharing import name_types, read_indexer_types, read_older_types, write_indexer_types
-from sparse_mla_jax.families.mla_tensors import ATTENTION, END, MlaNames, layer_table, scale_names
-from sparse_mla_jax.families.published import Places, PublishedFamily
+from sparse_mla_jax.families.index_sharing import (
+    check_indexed_layers,
+    name_types,
+    read_indexer_types,
+    read_older_types,
+)
+from sparse_mla_jax.families.mla_family import mla_family
+from sparse_mla_jax.families.mla_tensors import ATTENTION, END, MlaNames, layer_table
+from sparse_mla_jax.families.published import Places
 from sparse_mla_jax.families.skipped import PREDICTION
 from sparse_mla_jax.shapes import MlaConfig, RopeConfig
 
 # --- config.json
 
-# Hy4 differs in these (`hy_v4_vl`), and so do other programs' descriptions of this model.
-_ROTATION: dict[str, Any] = {"rope_interleave": False, "indexer_rope_interleave": False}
-_MODEL_EPS = ("index_norm_eps",)
 
+def _read_indexers(fields: ConfigFields, layers: int) -> tuple[str, ...]:
+    if fields.has("indexer_types"):
+        return read_indexer_types(fields, layers)
+    check_indexed_layers(fields, layers)
+    default = ["full" if i == 0 or i % 4 == 1 else "shared" for i in range(layers)]
+    older = read_older_types(fields, layers)
+    require(
+        older in (None, default),
+        f"config fields index_topk_pattern and index_topk_freq name the kinds {shown(older)}; without indexer_types"
+        " the model has an indexer in layers 0, 1, 5, 9 and so on. Give indexer_types.",
+    )
+    return name_types(default)
+
+
+# `hy_v4_vl` differs in the rotation and the epsilons, and so do other programs' descriptions of this model.
 _DEFAULTS = MlaConfig(
     family="hy_v4",
     vocab_size=120832,
@@ -51,16 +65,19 @@ _DEFAULTS = MlaConfig(
     hc_mult=4,
     swiglu_limit=10.0,
     float32_head=True,
-    **_ROTATION,
+    rope_interleave=False,
 )
 KEYS = mla_fields.MlaKeys(
     _DEFAULTS,
+    ("HYV4ForCausalLM",),
     numbers=(
         *(name for name in mla_fields.NUMBERS if name != "first_k_dense_replace"),
         *("hc_mult", "hc_magnitude", "hc_eps", "swiglu_limit"),
     ),
     aliases={"n_routed_experts": ("num_local_experts",)},
-    model_eps=_MODEL_EPS,
+    model_eps=("index_norm_eps",),
+    read_indexers=_read_indexers,
+    unwritten=("mlp_bias",),
 )
 
 
@@ -72,38 +89,11 @@ def read_config(fields: ConfigFields, keys: mla_fields.MlaKeys = KEYS) -> MlaCon
             sizes[name] > 0,
             f"config field {name} is {sizes[name]}; the model always has it, so it must be more than 0. Mend it.",
         )
-    config = mla_fields.make_config(fields, keys, sizes, indexer_types=_read_indexers(fields, sizes))
+    config = mla_fields.make_config(fields, keys, sizes)
     # Other programs' names of what mlp_layer_types says; the initial value of a weight.
     fields.require_values({"first_k_dense_replace": (config.first_k_dense_replace,)})
     fields.ignore(["learnable_sink_init"])
     return config
-
-
-def _read_indexers(fields: ConfigFields, sizes: dict[str, Any]) -> tuple[str, ...]:
-    layers = sizes["num_hidden_layers"]
-    if fields.has("indexer_types"):
-        return read_indexer_types(fields, layers)
-    mla_fields.check_indexed_layers(fields, layers)
-    default = ["full" if i == 0 or i % 4 == 1 else "shared" for i in range(layers)]
-    older = read_older_types(fields, layers)
-    require(
-        older in (None, default),
-        f"config fields index_topk_pattern and index_topk_freq name the kinds {shown(older)}; without indexer_types"
-        " the model has an indexer in layers 0, 1, 5, 9 and so on. Give indexer_types.",
-    )
-    return name_types(default)
-
-
-def write_config(config: MlaConfig, dtype: Any = jnp.float32) -> dict[str, Any]:
-    """The fields of a config.json that Hugging Face transformers (5.24) and `read_config` both read."""
-    return write_sizes(config, KEYS, FAMILY, dtype)
-
-
-def write_sizes(config: MlaConfig, keys: mla_fields.MlaKeys, family: PublishedFamily, dtype: Any) -> dict[str, Any]:
-    """The same for either model."""
-    common = mla_fields.write_common(config, keys, family.architectures[0], dtype)
-    del common["mlp_bias"]
-    return {**common, **write_indexer_types(config)}
 
 
 # --- tensors
@@ -130,11 +120,6 @@ _SPELLINGS = (
 )
 
 
-def describe_ignored(name: str, config: MlaConfig) -> str | None:
-    """See `PublishedFamily`."""
-    return PREDICTION if name.startswith("model.mtp_layers.") else NAMES.describe_ignored(name, config)
-
-
 NAMES = MlaNames(
     end={**{f"model.hc_head.hc_head_{one}": f"hc_head.{one}" for one in _MIXING}, **END},
     layer=layer_table(
@@ -142,18 +127,7 @@ NAMES = MlaNames(
         further={f"{theirs}.hc_pre.hc_{one}": f"{ours}.{one}" for ours, theirs in _LAYERS.items() for one in _MIXING},
     ),
     spellings=_SPELLINGS,
+    skipped=((r"model\.mtp_layers\.", PREDICTION),),
 )
 
-FAMILY = PublishedFamily(
-    model_types=("hy_v4",),
-    architectures=("HYV4ForCausalLM",),
-    defaults=KEYS.defaults,
-    keys=KEYS.numbers,
-    read_config=read_config,
-    write_config=write_config,
-    tensors=NAMES.tensors,
-    describe_ignored=describe_ignored,
-    scale_names=scale_names,
-    parts=NAMES.parts,
-    fused_experts=True,
-)
+FAMILY = mla_family(KEYS, NAMES, read_config=read_config, fused_experts=True)

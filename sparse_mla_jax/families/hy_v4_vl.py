@@ -10,12 +10,9 @@ import jax.numpy as jnp
 from sparse_mla_jax._check import require, shown
 from sparse_mla_jax._json_fields import ConfigFields
 from sparse_mla_jax.families import hy_v4, mla_fields
+from sparse_mla_jax.families.mla_family import mla_family
 from sparse_mla_jax.families.skipped import VISION
 from sparse_mla_jax.shapes import MlaConfig
-
-# Other than in Hy4-preview.
-_ROTATION: dict[str, Any] = {"rope_interleave": True, "indexer_rope_interleave": True}
-_MODEL_EPS = ("index_norm_eps", "latent_norm_eps")
 
 KEYS = dataclasses.replace(
     hy_v4.KEYS,
@@ -30,9 +27,12 @@ KEYS = dataclasses.replace(
         q_lora_rank=2048,
         index_n_heads=32,
         latent_norm_eps=1e-5,
-        **_ROTATION,
+        # Other than in Hy4-preview.
+        rope_interleave=True,
+        indexer_rope_interleave=True,
     ),
-    model_eps=_MODEL_EPS,
+    architectures=("HYV4VLForConditionalGeneration",),
+    model_eps=("index_norm_eps", "latent_norm_eps"),
 )
 
 
@@ -54,25 +54,23 @@ def read_config(fields: ConfigFields) -> MlaConfig:
 
 def write_config(config: MlaConfig, dtype: Any = jnp.float32) -> dict[str, Any]:
     """The fields of a config.json that Hugging Face transformers (5.24) and `read_config` both read."""
-    text = hy_v4.write_sizes(config, KEYS, FAMILY, dtype)
+    text = mla_fields.write_config(config, dtype, keys=KEYS)
     half, small = config.qk_rope_head_dim // 2, config.qk_rope_head_dim // 8
     text["rope_parameters"]["mrope_section"] = [half - 2 * small, small, small]
     return mla_fields.wrap_text(text, FAMILY.model_types)
 
 
-def describe_ignored(name: str, config: MlaConfig) -> str | None:
-    """See `PublishedFamily`."""
-    tower = name.startswith(("vit.", "model.vit.", "model.visual."))
-    return VISION if tower else hy_v4.describe_ignored(name, config)
+NAMES = dataclasses.replace(
+    hy_v4.NAMES, skipped=(*hy_v4.NAMES.skipped, (r"(model\.)?vit\.", VISION), (r"model\.visual\.", VISION))
+)
 
-
-FAMILY = hy_v4.FAMILY._replace(
+FAMILY = mla_family(
+    KEYS,
+    NAMES,
     model_types=("hy_v4_vl", "hy_v4_vl_text"),
-    architectures=("HYV4VLForConditionalGeneration",),
-    defaults=KEYS.defaults,
     read_config=read_config,
     write_config=write_config,
-    describe_ignored=describe_ignored,
+    fused_experts=True,
     composite=(
         *("vision_config", "image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id"),
         *("image_start_token_id", "image_end_token_id", "image_newline_token_id"),

@@ -7,8 +7,43 @@ from typing import Any
 
 from sparse_mla_jax._check import require, shown
 from sparse_mla_jax._json_fields import ConfigFields
-from sparse_mla_jax.families.mla_fields import check_indexed_layers
+from sparse_mla_jax.mla_layer import INDEXED
 from sparse_mla_jax.mla_shapes import INDEXER_TYPES, MlaConfig
+
+INDEXED_NAMES = (INDEXED, "deepseek_sparse_attention")
+
+
+def check_indexed_layers(fields: ConfigFields, layers: int) -> None:
+    """Requires that every layer has an index.
+
+    Raises:
+      ValueError: a layer without index.
+    """
+    fields.read_names("layer_types", layers, INDEXED_NAMES)
+
+
+def read_own_indexers(fields: ConfigFields, layers: int) -> tuple[str, ...]:
+    """As `check_own_indexers`, in a model whose layers all have an index."""
+    check_indexed_layers(fields, layers)
+    return check_own_indexers(fields, layers)
+
+
+def check_own_indexers(fields: ConfigFields, layers: int) -> tuple[str, ...]:
+    """Requires, in all spellings of it, that every layer with an index has an indexer of its own: ().
+
+    Raises:
+      ValueError: a layer that shares another layer's selection.
+    """
+    fields.read_names("indexer_types", layers, ("full",))
+    pattern = fields.raw("index_topk_pattern")
+    if isinstance(pattern, list):
+        fields.read_names("index_topk_pattern", layers, ("full",))
+    else:
+        fields.require_values({"index_topk_pattern": ("F" * layers,)})
+    fields.require_values({"index_topk_freq": (1,)})
+    # With a frequency of 1 every layer has its own indexer, wherever counting starts.
+    fields.ignore(["index_skip_topk_offset"])
+    return ()
 
 
 def read_indexer_types(fields: ConfigFields, layers: int) -> tuple[str, ...]:
@@ -17,7 +52,7 @@ def read_indexer_types(fields: ConfigFields, layers: int) -> tuple[str, ...]:
     `indexer_types` takes precedence over the older `index_topk_pattern`, and that over `index_topk_freq`.
 
     Raises:
-      ValueError: lists of another length, other entries, or a first layer that has no indexer.
+      ValueError: lists of another length, or other entries.
     """
     check_indexed_layers(fields, layers)
     types = fields.read_names("indexer_types", layers, INDEXER_TYPES)
@@ -51,11 +86,6 @@ def read_older_types(fields: ConfigFields, layers: int) -> list[str] | None:
 
 def name_types(types: Sequence[str]) -> tuple[str, ...]:
     """The field indexer_types of MlaConfig for one kind per layer."""
-    require(
-        types[0] == "full",
-        "config field indexer_types has 'shared' in layer 0; there is no layer before it whose selection it could use."
-        " Mend config.json.",
-    )
     return tuple(types) if "shared" in types else ()
 
 

@@ -5,7 +5,6 @@ The names are Mistral's own, which save_pretrained of transformers (5.24) writes
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 import jax.numpy as jnp
@@ -14,9 +13,10 @@ from sparse_mla_jax._check import require, shown
 from sparse_mla_jax._json_fields import ConfigFields
 from sparse_mla_jax.families import mla_fields
 from sparse_mla_jax.families.expert_layers import read_flags
-from sparse_mla_jax.families.index_sharing import read_indexer_types, write_indexer_types
-from sparse_mla_jax.families.mla_tensors import INDEXER, MlaNames, scale_names, under
-from sparse_mla_jax.families.published import KEYS_AND_VALUES, SAME, Places, PublishedFamily, transposed
+from sparse_mla_jax.families.index_sharing import read_indexer_types
+from sparse_mla_jax.families.mla_family import mla_family
+from sparse_mla_jax.families.mla_tensors import INDEXER, SWIGLU_123, MlaNames, under
+from sparse_mla_jax.families.published import KEYS_AND_VALUES, SAME, Places, transposed
 from sparse_mla_jax.families.skipped import PREDICTION, VISION
 from sparse_mla_jax.shapes import MlaConfig, RopeConfig
 
@@ -51,6 +51,7 @@ KEYS = mla_fields.MlaKeys(
         index_query_from_hidden=True,
         final_logit_softcapping=30.0,
     ),
+    ("MistralLarge4ForConditionalGeneration",),
     numbers=(
         *(name for name in mla_fields.NUMBERS if name not in ("q_lora_rank", "norm_topk_prob")),
         "final_logit_softcapping",
@@ -63,6 +64,8 @@ KEYS = mla_fields.MlaKeys(
         "norm_topk_prob": (True,),
     },
     model_eps=("latent_norm_eps",),
+    read_indexers=read_indexer_types,
+    unwritten=("mlp_bias",),
 )
 _ROPE_INTERVAL = 4
 
@@ -75,7 +78,6 @@ def read_config(fields: ConfigFields) -> MlaConfig:
         fields,
         KEYS,
         sizes,
-        indexer_types=read_indexer_types(fields, layers),
         rope_layers=_read_rope_layers(fields, layers),
         kv_source_layers=_read_sources(fields, layers),
     )
@@ -108,12 +110,9 @@ def _read_sources(fields: ConfigFields, layers: int) -> tuple[int, ...]:
 def write_config(config: MlaConfig, dtype: Any = jnp.float32) -> dict[str, Any]:
     """The fields of a config.json that Hugging Face transformers (5.24) and `read_config` both read."""
     c = config
-    common = mla_fields.write_common(c, KEYS, FAMILY.architectures[0], dtype)
-    del common["mlp_bias"]
     rotates = c.rope_layers or (True,) * c.num_hidden_layers
     text = {
-        **common,
-        **write_indexer_types(c),
+        **mla_fields.write_config(c, dtype, keys=KEYS),
         "no_rope_layers": [int(one) for one in rotates],
         "kv_source_layers": [layer.kv_source for layer in c.layers],
         "final_logit_softcapping": c.final_logit_softcapping or None,
@@ -150,30 +149,21 @@ NAMES = MlaNames(
     dense="feed_forward.",
     shared="shared_experts.",
     experts="experts.",
-    swiglu={"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"},
+    swiglu=SWIGLU_123,
     head="output.weight",
+    skipped=(
+        (r"mtp_dspark\.", PREDICTION),
+        (r"(vision_encoder|vision_language_adapter|patch_merger|pre_mm_projector_norm)\.", VISION),
+    ),
 )
-_TOWER = re.compile(r"(vision_encoder|vision_language_adapter|patch_merger|pre_mm_projector_norm)\.")
 
-
-def describe_ignored(name: str, config: MlaConfig) -> str | None:
-    """See `PublishedFamily`."""
-    if name.startswith("mtp_dspark."):
-        return PREDICTION
-    return VISION if _TOWER.match(name) else NAMES.describe_ignored(name, config)
-
-
-FAMILY = PublishedFamily(
+FAMILY = mla_family(
+    KEYS,
+    NAMES,
     model_types=("mistral_large4", "mistral_large4_text"),
-    architectures=("MistralLarge4ForConditionalGeneration",),
-    defaults=KEYS.defaults,
-    keys=(*KEYS.numbers, "no_rope_layers", "kv_source_layers"),
+    further_keys=("no_rope_layers", "kv_source_layers"),
     read_config=read_config,
     write_config=write_config,
-    tensors=NAMES.tensors,
-    describe_ignored=describe_ignored,
-    scale_names=scale_names,
-    parts=NAMES.parts,
     composite=(
         *("vision_config", "image_token_index", "spatial_merge_size", "vision_feature_layer", "projector_hidden_act"),
         *("multimodal_projector_bias",),

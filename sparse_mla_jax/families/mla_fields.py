@@ -1,14 +1,14 @@
 """The fields of a config.json that families of latent attention (MLA) with routed experts share.
 
 A family says in an `MlaKeys` what its config.json may hold; `read_common` reads that, `make_config` adds the rotation
-and what the family reads itself, and `write_common` writes all of it. Two spellings of one model give equal configs: a
+and what the family reads itself, and `write_config` writes all of it. Two spellings of one model give equal configs: a
 per-layer tuple that says what its default says is empty.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -16,8 +16,8 @@ import jax.numpy as jnp
 from sparse_mla_jax._json_fields import ConfigFields, read_sizes, write_sizes
 from sparse_mla_jax.families.expert_layers import name_moe_layers, read_moe_layers
 from sparse_mla_jax.families.fields import COMMON_FIELDS
+from sparse_mla_jax.families.index_sharing import read_own_indexers, write_indexer_types
 from sparse_mla_jax.families.rotary import read_rope, write_rope
-from sparse_mla_jax.mla_layer import INDEXED
 from sparse_mla_jax.mla_shapes import MlaConfig
 from sparse_mla_jax.shapes import RopeConfig
 
@@ -43,7 +43,6 @@ FIXED: dict[str, tuple[Any, ...]] = {
 ONE_MOE_LAYER_IN_1: dict[str, tuple[Any, ...]] = {"moe_layer_freq": (1,)}
 # DeepSeek's own code writes null for a model without experts.
 NULLS = {"n_routed_experts": 0, "n_shared_experts": 0, "attention_bias": False}
-INDEXED_NAMES = (INDEXED, "deepseek_sparse_attention")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +51,7 @@ class MlaKeys:
 
     Attributes:
       defaults: what absent fields mean, and the constants of the family.
+      architectures: class names of Hugging Face transformers, the one that is written first.
       numbers: published names of numbers and truth values.
       aliases: other names of them.
       nulls: what null means, of numbers in which it means something.
@@ -59,9 +59,12 @@ class MlaKeys:
       model_eps: the epsilons that are rms_norm_eps.
       has_moe_frequency: whether moe_layer_freq spreads the layers with experts.
       has_head_dim: whether head_dim follows from the other widths; false: it has no effect.
+      read_indexers: (fields, number of layers) -> indexer_types of MlaConfig.
+      unwritten: fields that the family's class in transformers does not have.
     """
 
     defaults: MlaConfig
+    architectures: tuple[str, ...]
     numbers: tuple[str, ...] = NUMBERS
     aliases: Mapping[str, Sequence[str]] = dataclasses.field(
         # Names that Hugging Face transformers reads too.
@@ -72,17 +75,20 @@ class MlaKeys:
     model_eps: tuple[str, ...] = ()
     has_moe_frequency: bool = False
     has_head_dim: bool = True
+    read_indexers: Callable[[ConfigFields, int], tuple[str, ...]] = read_own_indexers
+    unwritten: tuple[str, ...] = ("indexer_types",)
 
 
 def read_common(fields: ConfigFields, keys: MlaKeys) -> dict[str, Any]:
-    """The numbers of a config.json, those that it leaves out included, and which layers have experts."""
+    """The numbers of a config.json, those that it leaves out included, and which layers have experts and indexers."""
     found = read_sizes(fields, MlaConfig, keys.numbers, aliases=keys.aliases, nulls=keys.nulls)
     fields.require_values(keys.fixed)
     # Check ranges first: what follows makes lists of one entry per layer.
     dataclasses.replace(keys.defaults, **found)
     sizes = {name: getattr(keys.defaults, name) for name in (*NUMBERS, *keys.numbers)} | found
     layers = read_moe_layers(fields, sizes, keys.has_moe_frequency, "first_k_dense_replace" in found)
-    return {**sizes, **layers, **{name: sizes["rms_norm_eps"] for name in keys.model_eps}}
+    types = keys.read_indexers(fields, sizes["num_hidden_layers"])
+    return {**sizes, **layers, "indexer_types": types, **{name: sizes["rms_norm_eps"] for name in keys.model_eps}}
 
 
 def make_config(fields: ConfigFields, keys: MlaKeys, sizes: Mapping[str, Any], **own: Any) -> MlaConfig:
@@ -102,28 +108,34 @@ def make_config(fields: ConfigFields, keys: MlaKeys, sizes: Mapping[str, Any], *
     return config
 
 
-def write_common(config: MlaConfig, keys: MlaKeys, architecture: str, dtype: Any = jnp.float32) -> dict[str, Any]:
-    """The fields that `read_common` and `make_config` read, and what Hugging Face transformers writes beside them."""
-    c, defaults = config, keys.defaults
-    unwritten = {name for name in _ROTATION if getattr(c, name) == getattr(defaults, name)}
+def read_config(fields: ConfigFields, *, keys: MlaKeys) -> MlaConfig:
+    """Reads a config with published names or those of Hugging Face transformers (5.x)."""
+    return make_config(fields, keys, read_common(fields, keys))
+
+
+def write_config(config: MlaConfig, dtype: Any = jnp.float32, *, keys: MlaKeys) -> dict[str, Any]:
+    """The fields of a config.json that Hugging Face transformers (5.24) and `read_config` both read."""
+    c = config
+    unwritten = {*keys.unwritten, *(name for name in _ROTATION if getattr(c, name) == getattr(keys.defaults, name))}
     if c.mlp_layer_types:
         unwritten.add("first_k_dense_replace")
-    numbers = [name for name in keys.numbers if name not in unwritten]
-    return {
-        "architectures": [architecture],
+    written = {
+        "architectures": [keys.architectures[0]],
         "model_type": c.family,
         "dtype": str(jnp.dtype(dtype)),
         **COMMON_FIELDS,
         "mlp_bias": False,
         "pad_token_id": None,
-        **write_sizes(c, numbers),
+        **write_sizes(c, keys.numbers),
         "num_key_value_heads": c.num_attention_heads,
         "head_dim": c.qk_rope_head_dim,
         "qk_head_dim": c.qk_head_dim,
         "layer_types": [layer.kind for layer in c.layers],
         "mlp_layer_types": ["sparse" if layer.is_moe else "dense" for layer in c.layers],
+        **write_indexer_types(c),
         "rope_parameters": write_rope(c.rope),
     }
+    return {name: value for name, value in written.items() if name not in unwritten}
 
 
 def wrap_text(text: Mapping[str, Any], model_types: Sequence[str]) -> dict[str, Any]:
@@ -149,32 +161,3 @@ def canonical(config: MlaConfig) -> MlaConfig:
 
 def _plain_if_unscaled(rope: RopeConfig) -> RopeConfig:
     return RopeConfig(theta=rope.theta) if rope.factor == rope.attention_factor == 1.0 else rope
-
-
-# --- layers
-
-
-def check_indexed_layers(fields: ConfigFields, layers: int) -> None:
-    """Requires that every layer has an index.
-
-    Raises:
-      ValueError: a layer without index.
-    """
-    fields.read_names("layer_types", layers, INDEXED_NAMES)
-
-
-def check_own_indexers(fields: ConfigFields, layers: int) -> None:
-    """Requires, in all spellings of it, that every layer with an index has an indexer of its own.
-
-    Raises:
-      ValueError: a layer that shares another layer's selection.
-    """
-    fields.read_names("indexer_types", layers, ("full",))
-    pattern = fields.raw("index_topk_pattern")
-    if isinstance(pattern, list):
-        fields.read_names("index_topk_pattern", layers, ("full",))
-    else:
-        fields.require_values({"index_topk_pattern": ("F" * layers,)})
-    fields.require_values({"index_topk_freq": (1,)})
-    # With a frequency of 1 every layer has its own indexer, wherever counting starts.
-    fields.ignore(["index_skip_topk_offset"])

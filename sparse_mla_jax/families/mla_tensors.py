@@ -60,6 +60,7 @@ GATE: Places = {
 }
 # Names of a SwiGLU's matrices in the files, and ours.
 SWIGLU = {"gate_proj": "gate_proj", "up_proj": "up_proj", "down_proj": "down_proj"}
+SWIGLU_123 = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,6 +76,7 @@ class MlaNames:
       swiglu: names of their matrices.
       spellings: other names: patterns, and what they become, applied in order.
       head: name of the output head.
+      skipped: patterns of the beginnings of names that the model does not use, and what those tensors are.
     """
 
     top: Places = dataclasses.field(default_factory=lambda: TOP)
@@ -87,6 +89,7 @@ class MlaNames:
     swiglu: Mapping[str, str] = dataclasses.field(default_factory=lambda: SWIGLU)
     spellings: Sequence[tuple[str, str]] = ()
     head: str = "lm_head.weight"
+    skipped: Sequence[tuple[str, str]] = ()
 
     def tensors(self, config: MlaConfig) -> Iterator[PublishedTensor]:
         """Yields the rows of all tensors that a folder of this config may have, in the order of a written folder."""
@@ -94,15 +97,13 @@ class MlaNames:
         for number in range(config.num_hidden_layers):
             name, place = f"{self.layers}{number}.", f"layers.{number}."
             yield from table_rows(self.layer, name, place)
-            yield from self._swiglu(name + self.dense, place + "mlp.")
+            yield from swiglu_rows(self.swiglu, name + self.dense, place + "mlp.")
             if config.is_moe_layer(number):
                 for expert in range(config.n_routed_experts):
-                    yield from self._swiglu(f"{name}{self.experts}{expert}.", place + "mlp.experts.", f".{expert}")
-            yield from self._swiglu(name + self.shared, place + "mlp.shared_experts.")
+                    own = f"{name}{self.experts}{expert}."
+                    yield from swiglu_rows(self.swiglu, own, place + "mlp.experts.", f".{expert}")
+            yield from swiglu_rows(self.swiglu, name + self.shared, place + "mlp.shared_experts.")
         yield from table_rows(self.end, "", "")
-
-    def _swiglu(self, name: str, place: str, expert: str = "") -> Iterator[PublishedTensor]:
-        return table_rows({f"{theirs}.weight": ours + expert for theirs, ours in self.swiglu.items()}, name, place)
 
     def parts(self, name: str, shape: Shape, config: MlaConfig) -> list[StoredPart]:
         """The published tensors that a file's tensor holds: several if it is one of fused experts, else one."""
@@ -112,7 +113,8 @@ class MlaNames:
 
     def describe_ignored(self, name: str, config: MlaConfig) -> str | None:
         """See `PublishedFamily`."""
-        return describe_common(name, config, self.head) or describe_shared_indexer(name, config)
+        own = next((kind for pattern, kind in self.skipped if re.match(pattern, name)), None)
+        return own or describe_common(name, config, self.head) or describe_shared_indexer(name, config)
 
 
 def layer_table(attention: Places | None = None, norms: Places | None = None, further: Places | None = None) -> Places:
@@ -122,6 +124,11 @@ def layer_table(attention: Places | None = None, norms: Places | None = None, fu
     for prefix, part in rows.items():
         table |= under(part, prefix, prefix)
     return {**table, **(further or {})}
+
+
+def swiglu_rows(names: Mapping[str, str], name: str, place: str, expert: str = "") -> Iterator[PublishedTensor]:
+    """Yields the rows of a SwiGLU whose matrices have these names, or of one expert's."""
+    return table_rows({f"{theirs}.weight": ours + expert for theirs, ours in names.items()}, name, place)
 
 
 def under(table: Places, name: str, place: str) -> Places:

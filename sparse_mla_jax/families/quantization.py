@@ -77,17 +77,22 @@ def _check_weights(group: ConfigFields | None, name: str) -> None:
             section.ignore(section.names())
 
 
-def _check_block(section: ConfigFields, name: str) -> None:
-    block = section.raw(name)
+def read_block(name: str, value: Any) -> tuple[int, int] | None:
+    """Rows and columns that share a scale, a list or a text such as "128x128"; None for null.
+
+    Raises:
+      ValueError: something else than two positive integers; the message has `name`.
+    """
+    block = value
     if isinstance(block, str) and re.fullmatch(r"\d{1,7}x\d{1,7}", block):
         block = [int(size) for size in block.split("x")]
+    is_pair = isinstance(block, list | tuple) and len(block) == 2
     require(
-        block is None
-        or (
-            isinstance(block, list | tuple)
-            and len(block) == 2
-            and all(type(size) is int and 0 < size <= 2**20 for size in block)
-        ),
-        f"config field {section.full_name(name)} is {shown(block)}; two positive integers are expected. Mend"
-        " config.json.",
+        block is None or (is_pair and all(type(size) is int and 0 < size <= 2**20 for size in block)),
+        f"config field {name} is {shown(block)}; two positive integers are expected. Mend config.json.",
     )
+    return None if block is None else (block[0], block[1])
+
+
+def _check_block(section: ConfigFields, name: str) -> None:
+    read_block(section.full_name(name), section.raw(name))

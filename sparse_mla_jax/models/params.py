@@ -75,7 +75,7 @@ def rest_shapes(config: Config) -> Params:
 
 
 def specs_of(shapes: Params, dtype: Any, wide: tuple[str, ...] = ()) -> Params:
-    """The pytree with `jax.ShapeDtypeStruct`s: matrices of type `dtype`; small weights, and those in `wide`, float32."""
+    """Shapes with types: matrices have `dtype`, small weights and those in `wide` are float32, tables int32."""
 
     def spec(path: tuple, shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:
         names = {getattr(key, "key", None) for key in path}

@@ -6,13 +6,13 @@ Values are multiplied by their scales, whatever the scales are called: `weight_s
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 
 from sparse_mla_jax._check import require
+from sparse_mla_jax.families.quantization import read_block
 
 FP4_GROUP = 32
 # numpy types by their safetensors names. F8_E4M3FNUZ is the type of AMD's gfx942.
@@ -39,23 +39,14 @@ def read_block_size(quantization: Any) -> Block:
     groups = quantization.get("config_groups")
     for name, group in (groups if isinstance(groups, dict) else {}).items():
         weights = group.get("weights") if isinstance(group, dict) else None
-        block = weights.get("block_structure") if isinstance(weights, dict) else None
-        if isinstance(block, str) and re.fullmatch(r"\d{1,9}x\d{1,9}", block):
-            block = [int(size) for size in block.split("x")]
-        found[f"block_structure of {name}"] = block
-    sizes = {name: block for name, block in found.items() if block is not None}
-    for name, block in sizes.items():
-        require(
-            isinstance(block, list | tuple) and len(block) == 2 and all(type(b) is int and b > 0 for b in block),
-            f"config field {name} is {block!r}; two positive integers are expected. Mend config.json.",
-        )
-    distinct = {(block[0], block[1]) for block in sizes.values()}
+        found[f"block_structure of {name}"] = weights.get("block_structure") if isinstance(weights, dict) else None
+    sizes = {name: block for name, value in found.items() if (block := read_block(name, value)) is not None}
     require(
-        len(distinct) <= 1,
-        f"config fields {' and '.join(sizes)} differ: {list(sizes.values())}; one size of block is expected for all"
+        len(set(sizes.values())) <= 1,
+        f"config fields {' and '.join(sizes)} differ: {[list(block) for block in sizes.values()]}; one size of block is expected for all"
         " matrices. Dequantise the folder with the program that wrote it.",
     )
-    return distinct.pop() if distinct else (128, 128)
+    return next(iter(sizes.values()), (128, 128))
 
 
 def scale_shape(shape: tuple[int, ...], block: Block) -> tuple[int, ...]:
