@@ -89,11 +89,9 @@ def _read_rope_layers(fields: ConfigFields, layers: int) -> tuple[bool, ...]:
     require(
         interval >= 1, f"config field no_rope_layer_interval is {interval}; it must be at least 1. Mend config.json."
     )
+    rotates = [(i + 1) % interval != 0 for i in range(layers)]
     if fields.has("no_rope_layers"):
         rotates = [one == 1 for one in read_flags(fields, "no_rope_layers", layers)]
-    else:
-        fields.ignore(["no_rope_layers"])
-        rotates = [(i + 1) % interval != 0 for i in range(layers)]
     return () if all(rotates) else tuple(rotates)
 
 

@@ -117,13 +117,10 @@ class MlaNames:
         return own or describe_common(name, config, self.head) or describe_shared_indexer(name, config)
 
 
-def layer_table(attention: Places | None = None, norms: Places | None = None, further: Places | None = None) -> Places:
+def layer_table(attention: Places = ATTENTION, norms: Places = NORMS, further: Places | None = None) -> Places:
     """The rows of a layer: V3.2's attention and norms where none are given, its router, and further ones."""
-    rows = {"self_attn.": ATTENTION if attention is None else attention, "mlp.": GATE}
-    table: Places = dict(NORMS if norms is None else norms)
-    for prefix, part in rows.items():
-        table |= under(part, prefix, prefix)
-    return {**table, **(further or {})}
+    router = under(GATE, "mlp.", "mlp.")
+    return {**norms, **under(attention, "self_attn.", "self_attn."), **router, **(further or {})}
 
 
 def swiglu_rows(names: Mapping[str, str], name: str, place: str, expert: str = "") -> Iterator[PublishedTensor]:

@@ -126,68 +126,42 @@ SAME = Layout(
 )
 
 
-def _read_grouped(value: np.ndarray, shapes: Shapes) -> list[np.ndarray]:
-    groups, width, rank = shapes[0]
-    return [value.reshape(groups, rank, width).transpose(0, 2, 1)]
+def _by_head(*orders: tuple[int, int, int], stacked: bool = False) -> Layout:
+    """Published are the rows [width, in] of all our arrays, one array after the other, for one head after the other.
+
+    Args:
+      orders: for each of our arrays the axes that are its heads, width and inputs.
+      stacked: the tensor has the axis of the heads; false: it is [heads * width, in].
+    """
+
+    def published_shape(shapes: Shapes) -> Shape:
+        heads, _, inputs = (shapes[0][axis] for axis in orders[0])
+        rows = sum(shape[order[1]] for shape, order in zip(shapes, orders))
+        return (heads, rows, inputs) if stacked else (heads * rows, inputs)
+
+    def read(value: np.ndarray, shapes: Shapes) -> list[np.ndarray]:
+        ends = np.cumsum([shape[order[1]] for shape, order in zip(shapes, orders)])
+        parts = np.split(value.reshape(shapes[0][orders[0][0]], ends[-1], -1), ends[:-1], axis=1)
+        return [part.transpose(np.argsort(order)) for part, order in zip(parts, orders)]
+
+    def write(arrays: Sequence[np.ndarray]) -> np.ndarray:
+        parts = [array.transpose(order) for array, order in zip(arrays, orders)]
+        rows = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)
+        return rows if stacked else rows.reshape(-1, rows.shape[2])
+
+    return Layout(published_shape, read, write)
 
 
 # Ours [groups, in, out]; published [groups * out, in], one group after the other.
-GROUPED = Layout(
-    published_shape=lambda shapes: (shapes[0][0] * shapes[0][2], shapes[0][1]),
-    read=_read_grouped,
-    write=lambda arrays: arrays[0].transpose(0, 2, 1).reshape(-1, arrays[0].shape[1]),
-)
-
-
-def _read_keys_and_values(value: np.ndarray, shapes: Shapes) -> list[np.ndarray]:
-    (heads, keys, rank), (_, _, values) = shapes
-    both = value.reshape(heads, keys + values, rank)
-    return [both[:, :keys], both[:, keys:].transpose(0, 2, 1)]
-
-
-def _write_keys_and_values(arrays: Sequence[np.ndarray]) -> np.ndarray:
-    keys, values = arrays
-    return np.concatenate([keys, values.transpose(0, 2, 1)], axis=1).reshape(-1, keys.shape[2])
-
-
+GROUPED = _by_head((0, 2, 1))
 # Ours [heads, keys, rank] and [heads, rank, values]; published [heads * (keys + values), rank].
-KEYS_AND_VALUES = Layout(
-    published_shape=lambda shapes: (shapes[0][0] * (shapes[0][1] + shapes[1][2]), shapes[0][2]),
-    read=_read_keys_and_values,
-    write=_write_keys_and_values,
-)
-
-
-def _read_query_and_gate(value: np.ndarray, shapes: Shapes) -> list[np.ndarray]:
-    (inputs, heads, query), (_, _, gate) = shapes
-    both = value.reshape(heads, query + gate, inputs).transpose(2, 0, 1)
-    return [both[..., :query], both[..., query:]]
-
-
-def _write_query_and_gate(arrays: Sequence[np.ndarray]) -> np.ndarray:
-    both = np.concatenate(list(arrays), axis=2)
-    return both.transpose(1, 2, 0).reshape(-1, both.shape[0])
-
-
+KEYS_AND_VALUES = _by_head((0, 1, 2), (0, 2, 1))
 # Ours [in, heads, query] and [in, heads, gate]; published [heads * (query + gate), in].
-QUERY_AND_GATE = Layout(
-    published_shape=lambda shapes: (shapes[0][1] * (shapes[0][2] + shapes[1][2]), shapes[0][0]),
-    read=_read_query_and_gate,
-    write=_write_query_and_gate,
-)
-
+QUERY_AND_GATE = _by_head((1, 2, 0), (1, 2, 0))
 # Ours [experts, in, out] of gate and up; published [experts, 2 * out, in], gate rows first.
-FUSED_GATE_UP = Layout(
-    published_shape=lambda shapes: (shapes[0][0], 2 * shapes[0][2], shapes[0][1]),
-    read=lambda value, shapes: [half.transpose(0, 2, 1) for half in np.split(value, 2, axis=1)],
-    write=lambda arrays: np.concatenate([array.transpose(0, 2, 1) for array in arrays], axis=1),
-)
+FUSED_GATE_UP = _by_head((0, 2, 1), (0, 2, 1), stacked=True)
 # Ours [experts, in, out]; published [experts, out, in].
-FUSED_DOWN = Layout(
-    published_shape=lambda shapes: (shapes[0][0], shapes[0][2], shapes[0][1]),
-    read=lambda value, shapes: [value.transpose(0, 2, 1)],
-    write=lambda arrays: arrays[0].transpose(0, 2, 1),
-)
+FUSED_DOWN = _by_head((0, 2, 1), stacked=True)
 
 
 # --- tables

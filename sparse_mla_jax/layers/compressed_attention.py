@@ -21,7 +21,6 @@ from sparse_mla_jax._serialization import serializable
 from sparse_mla_jax.config import DeepseekV4Config
 from sparse_mla_jax.layers.attention_weights import check_weights, compressed_shapes
 from sparse_mla_jax.layers.compressed_projections import (
-    CompressorInputs,
     HiddenProjections,
     LayerStep,
     fuse_projections,
@@ -30,8 +29,8 @@ from sparse_mla_jax.layers.compressed_projections import (
 )
 from sparse_mla_jax.layers.projections import matmul
 from sparse_mla_jax.layers.selection import IndexInputs, check_selection, select_visible
+from sparse_mla_jax.layers.step import check_hidden, check_static
 from sparse_mla_jax.metadata import StepMetadata
-from sparse_mla_jax.ops._dispatch import check_implementation
 from sparse_mla_jax.ops.attention import sparse_mla
 from sparse_mla_jax.ops.cache import PagedIndexCache, PagedKVCache, write
 from sparse_mla_jax.ops.compressor import CompressorState, CompressorWeights, compress, entry_pages, num_entries
@@ -75,15 +74,6 @@ class LayerCaches:
     index: PagedIndexCache | None = None
     index_state: CompressorState | None = None
     page_size: int | None = None
-
-
-def _check_arguments(hidden: Any, caches: Any, meta: Any, c: Any) -> Array:
-    """`hidden` as an array; raises ValueError for arguments that do not fit together."""
-    _check.instance("config", c, DeepseekV4Config)
-    _check.instance("metadata", meta, StepMetadata, hint="Make it with build_metadata or decode_metadata.")
-    _check.instance("caches", caches, LayerCaches, hint="Make them with models.deepseek_v4.create_caches.")
-    hint = "Pad it to the metadata's num_tokens; its width is config.hidden_size."
-    return _check.array("hidden", hidden, (jnp.float32, jnp.bfloat16), meta.num_tokens, c.hidden_size, hint=hint)
 
 
 def _check_caches(caches: LayerCaches, meta: StepMetadata, state_ids: Any, ratio: int, c: DeepseekV4Config) -> None:
@@ -188,31 +178,24 @@ def _write_entries(
     params: dict[str, Any], caches: LayerCaches, known: HiddenProjections, step: LayerStep, state_ids: Array | None
 ) -> LayerCaches:
     """Writes the entries of the windows that close in this step, and their index keys if the layer has an indexer."""
-    if known.entry is not None:
-        cache, state = caches.compressed, caches.state
-        cache, state = _compress(params["compressor"], cache, state, known.entry, step, state_ids)
-        caches = dataclasses.replace(caches, compressed=cache, state=state)
-    if known.index_entry is not None:
-        index, state = caches.index, caches.index_state
-        index, state = _compress(params["indexer"]["compressor"], index, state, known.index_entry, step, state_ids)
-        caches = dataclasses.replace(caches, index=index, index_state=state)
+    for name, inputs in (("compressed", known.entry), ("index", known.index_entry)):
+        if inputs is None:
+            continue
+        is_index = name == "index"
+        own = params["indexer"]["compressor"] if is_index else params["compressor"]
+        weights = CompressorWeights(own["position_bias"], own["norm"], step.frequencies, eps=step.config.rms_norm_eps)
+        state = "index_state" if is_index else "state"
+        cache, after = compress(
+            getattr(caches, name),
+            getattr(caches, state),
+            *inputs,
+            weights,
+            step.metadata,
+            state_ids=state_ids,
+            implementation=step.implementation,
+        )
+        caches = dataclasses.replace(caches, **{name: cache, state: after})
     return caches
-
-
-def _compress(
-    params: dict[str, Any],
-    cache: Any,
-    state: CompressorState | None,
-    inputs: CompressorInputs,
-    step: LayerStep,
-    state_ids: Array | None,
-) -> tuple[Any, CompressorState]:
-    """Compresses this step's tokens into a cache of entries or of index keys."""
-    assert state is not None
-    weights = CompressorWeights(params["position_bias"], params["norm"], step.frequencies, eps=step.config.rms_norm_eps)
-    return compress(
-        cache, state, *inputs, weights, step.metadata, state_ids=state_ids, implementation=step.implementation
-    )
 
 
 # --- attention
@@ -280,10 +263,11 @@ def compressed_attention_step(
       ValueError: weights, hidden, caches, metadata, state_ids, selection and config that do not fit together (at trace
         time).
     """
-    hidden = _check_arguments(hidden, caches, metadata, config)
+    check_static(metadata, config, DeepseekV4Config, implementation)
+    _check.instance("caches", caches, LayerCaches, hint="Make them with models.deepseek_v4.create_caches.")
+    hidden = check_hidden(hidden, metadata, config)
     _check_caches(caches, metadata, state_ids, config.compress_ratio(layer), config)
     check_weights(params, compressed_shapes(config, layer), fuse_projections)
-    check_implementation(implementation)
     step = LayerStep.create(metadata, config, layer, implementation)
     ring, rings = caches.window.page_size, caches.window.num_pages
     states = token_states(metadata, state_ids, rings=rings, capacity=ring - config.sliding_window + 1)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -17,28 +16,18 @@ from jax import Array
 from sparse_mla_jax.config import DeepseekV4Config
 from sparse_mla_jax.layers.projections import Path, fuse, place, project, unchanged
 from sparse_mla_jax.layers.selection import IndexInputs, Queries
+from sparse_mla_jax.layers.step import AttentionStep
 from sparse_mla_jax.metadata import StepMetadata
-from sparse_mla_jax.ops.norm_rope import Section, norm_rope
+from sparse_mla_jax.ops.norm_rope import Section
 from sparse_mla_jax.ops.rope import rope_frequencies
 
 
 @dataclasses.dataclass(frozen=True)
-class LayerStep:
-    """The arguments that the functions of one layer share in one step.
+class LayerStep(AttentionStep):
+    """An `AttentionStep` of layer number `layer` of a DeepSeek-V4 config."""
 
-    Attributes:
-      metadata: of the step.
-      config: the model's shapes.
-      layer: the layer's number.
-      implementation: of every operator.
-      frequencies: float32[rope dimensions // 2], rotary frequencies of the layer.
-    """
-
-    metadata: StepMetadata
     config: DeepseekV4Config
     layer: int
-    implementation: str | None
-    frequencies: Array
 
     @classmethod
     def create(
@@ -46,7 +35,7 @@ class LayerStep:
     ) -> LayerStep:
         """Makes a LayerStep with the layer's frequencies."""
         frequencies = jnp.asarray(rope_frequencies(config.layer_rope(layer), config.qk_rope_head_dim))
-        return cls(metadata, config, layer, implementation, frequencies)
+        return cls(metadata, implementation, frequencies, config.rms_norm_eps, config, layer)
 
     @property
     def ratio(self) -> int:
@@ -58,17 +47,6 @@ class LayerStep:
         """Whether a token may see more than index_topk entries, so that the layer's indexer has to choose."""
         c = self.config
         return c.has_indexer(self.layer) and self.metadata.max_length // self.ratio > c.index_topk
-
-    def finish(self, product: Array, parts: Sequence[Section]) -> list[Any]:
-        """`norm_rope` of a product [T, columns]."""
-        return norm_rope(
-            product,
-            parts,
-            self.metadata.positions,
-            self.frequencies,
-            eps=self.config.rms_norm_eps,
-            implementation=self.implementation,
-        )
 
 
 class CompressorInputs(NamedTuple):

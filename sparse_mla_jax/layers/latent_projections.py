@@ -19,32 +19,22 @@ from jax import Array
 from sparse_mla_jax._check import require
 from sparse_mla_jax.layers.norm import INNER_EPS, layer_norm
 from sparse_mla_jax.layers.projections import Path, flat, fuse, matmul, project
-from sparse_mla_jax.layers.selection import IndexInputs
+from sparse_mla_jax.layers.selection import IndexInputs, Queries
+from sparse_mla_jax.layers.step import AttentionStep
 from sparse_mla_jax.metadata import StepMetadata
 from sparse_mla_jax.mla_layer import MlaLayer
 from sparse_mla_jax.mla_shapes import MlaConfig
 from sparse_mla_jax.ops.fp8 import is_fp8
-from sparse_mla_jax.ops.norm_rope import Section, norm_rope
+from sparse_mla_jax.ops.norm_rope import Section
 from sparse_mla_jax.ops.rope import rope_frequencies
 
 
 @dataclasses.dataclass(frozen=True)
-class LatentStep:
-    """The arguments that the functions of one layer share in one step.
+class LatentStep(AttentionStep):
+    """An `AttentionStep` of one layer of a config with latent attention."""
 
-    Attributes:
-      metadata: of the step.
-      config: the model's shapes.
-      layer: what this layer is.
-      implementation: of every operator.
-      frequencies: float32[dr // 2], rotary frequencies of the layer.
-    """
-
-    metadata: StepMetadata
     config: MlaConfig
     layer: MlaLayer
-    implementation: str | None
-    frequencies: Any
 
     @classmethod
     def create(
@@ -72,17 +62,12 @@ class LatentStep:
         )
         own = rope_frequencies(chosen.sizes.rope, width) if width else np.zeros(0, np.float32)
         used = own if frequencies is None or not width else frequencies
-        return cls(metadata, config, chosen, implementation, used)
+        return cls(metadata, implementation, used, INNER_EPS, config, chosen)
 
     @property
     def needs_indexer(self) -> bool:
         """Whether a token may see more than index_topk keys, so that the layer's indexer has to choose."""
         return self.layer.has_indexer and self.metadata.max_length > self.config.index_topk
-
-    def finish(self, product: Array, parts: Sequence[Section]) -> list[Any]:
-        """`norm_rope` of a product [T, columns]."""
-        positions, how = self.metadata.positions, self.implementation
-        return norm_rope(product, parts, positions, self.frequencies, eps=INNER_EPS, implementation=how)
 
 
 def learned_frequencies(alpha: Array, config: MlaConfig) -> Array:
@@ -249,23 +234,9 @@ def _index_norm(params: dict[str, Any], step: LatentStep) -> tuple[Array, Array]
 
 
 # --- queries
-class AttentionQueries(NamedTuple):
-    """What a layer asks its keys.
-
-    Attributes:
-      heads: [T, H, dn + dr] in hidden's type, last dr values rotated.
-      index_inputs: None if the indexer does not run.
-      gate: [T, H] or [T, H, dv] in hidden's type, before the sigmoid; None without a gate.
-    """
-
-    heads: Array
-    index_inputs: IndexInputs | None
-    gate: Array | None
-
-
 def project_queries(
     params: dict[str, Any], hidden: Array, known: LatentProjections, step: LatentStep, index_dtype: Any = None
-) -> AttentionQueries:
+) -> Queries:
     """The queries, and the indexer's inputs in type `index_dtype` unless that is None."""
     index = None if index_dtype is None else _index_part(params, jnp.dtype(index_dtype), known, step)
     if known.q_latent is None:
@@ -279,9 +250,9 @@ def project_queries(
         source = _index_source(params, hidden, known)
         done += finish(matmul(source, flat(params["indexer"]["wq_b"])), [apart])
     if index is None:
-        return AttentionQueries(done[0], None, gate)
+        return Queries(done[0], None, gate)
     inputs = done[1] if index.quantized else (done[1], known.index_weights)
-    return AttentionQueries(done[0], IndexInputs(*inputs), gate)
+    return Queries(done[0], IndexInputs(*inputs), gate)
 
 
 def _finish_rounded(product: Array, parts: Sequence[Section], *, dtype: Any, step: LatentStep) -> list[Any]:

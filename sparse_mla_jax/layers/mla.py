@@ -22,17 +22,16 @@ from sparse_mla_jax import _check
 from sparse_mla_jax._check import require
 from sparse_mla_jax.layers.attention_weights import check_weights, mla_shapes
 from sparse_mla_jax.layers.latent_projections import (
-    AttentionQueries,
     LatentProjections,
     LatentStep,
     fuse_projections,
     project_hidden,
     project_queries,
 )
-from sparse_mla_jax.layers.selection import IndexInputs, check_selection, select_visible
+from sparse_mla_jax.layers.selection import IndexInputs, Queries, check_selection, select_visible
+from sparse_mla_jax.layers.step import check_hidden, check_static
 from sparse_mla_jax.metadata import StepMetadata
 from sparse_mla_jax.mla_shapes import MlaConfig
-from sparse_mla_jax.ops._dispatch import check_implementation
 from sparse_mla_jax.ops.attention import Rows, sparse_mla
 from sparse_mla_jax.ops.cache import PagedIndexCache, PagedKVCache, write, write_index, write_token
 from sparse_mla_jax.ops.indexer import lightning_indexer
@@ -53,8 +52,7 @@ def _check_call(params: Any, hidden: Any, cache: Any, index: Any, state_ids: Any
         f" {'an' if layer.has_indexer else 'no'} indexer of its own. {_MAKE}",
     )
     check_weights(params, mla_shapes(c, layer), fuse_projections)
-    hint = "Pad it to the metadata's num_tokens; its width is config.hidden_size."
-    hidden = _check.array("hidden", hidden, (jnp.float32, jnp.bfloat16), meta.num_tokens, c.hidden_size, hint=hint)
+    hidden = check_hidden(hidden, meta, c)
     require(
         (keys.latent_dim, keys.rope_dim) == (sizes.kv_lora_rank, sizes.qk_rope_head_dim),
         f"cache holds {keys.latent_dim} + {keys.rope_dim} values per token; config needs {sizes.kv_lora_rank} +"
@@ -86,12 +84,6 @@ def _keys(cache: PagedKVCache | WindowCache) -> PagedKVCache:
     return cache.keys if isinstance(cache, WindowCache) else cache
 
 
-def _check_static(metadata: Any, config: Any, implementation: Any) -> None:
-    _check.instance("config", config, MlaConfig)
-    _check.instance("metadata", metadata, StepMetadata, hint="Make it with build_metadata or decode_metadata.")
-    check_implementation(implementation)
-
-
 # --- selection
 def _index_dtype(index_cache: PagedIndexCache, hidden: Array, c: MlaConfig) -> np.dtype:
     """Type of the indexer's queries: that of its keys with quantize_index_query and an FP8 cache, else hidden's."""
@@ -119,15 +111,21 @@ def index_query(
     Raises:
       ValueError: a layer without an indexer, or arguments that do not fit together.
     """
-    _check_static(metadata, config, implementation)
+    check_static(metadata, config, MlaConfig, implementation)
     step = LatentStep.create(metadata, config, layer, implementation, frequencies)
+    return _index_inputs(params, hidden, q_latent, step, hidden.dtype if dtype is None else dtype)
+
+
+def _index_inputs(
+    params: dict[str, Any], hidden: Array, q_latent: Array | None, step: LatentStep, dtype: Any
+) -> IndexInputs:
     require(
         step.layer.has_indexer,
         f"layer {step.layer.number} has no indexer; use the selection of layer {step.layer.index_source}.",
     )
     known = project_hidden(params, hidden, step)
     known = known if q_latent is None else known._replace(q_latent=q_latent)
-    inputs = project_queries(params, hidden, known, step, hidden.dtype if dtype is None else dtype).index_inputs
+    inputs = project_queries(params, hidden, known, step, dtype).index_inputs
     assert inputs is not None
     return inputs
 
@@ -153,21 +151,11 @@ def select_positions(
     Raises:
       ValueError: a layer without an indexer, or arguments that do not fit together.
     """
-    _check_static(metadata, config, implementation)
+    check_static(metadata, config, MlaConfig, implementation)
     step = LatentStep.create(metadata, config, layer, implementation, frequencies)
     inputs = None
     if return_scores or step.needs_indexer:
-        inputs = index_query(
-            params,
-            hidden,
-            metadata,
-            config=config,
-            layer=layer,
-            frequencies=frequencies,
-            implementation=implementation,
-            q_latent=q_latent,
-            dtype=_index_dtype(index_cache, hidden, config),
-        )
+        inputs = _index_inputs(params, hidden, q_latent, step, _index_dtype(index_cache, hidden, config))
     return _select(inputs, index_cache, step, return_scores)
 
 
@@ -227,17 +215,13 @@ def _write(
     if states is not None:
         slots = ring_slots(meta.positions, states, ring=cache.page_size)
     if known.latent is None:
-        return cache, _write_index(known, index_cache, step)
+        if index_cache is None or known.index_key is None:
+            return cache, None
+        return cache, write_index(index_cache, known.index_key, slots, implementation=how)
     rope = known.latent[:, :0] if known.rope is None else known.rope
     if index_cache is None or known.index_key is None:
         return write(cache, known.latent, rope, slots, implementation=how), None
     return write_token(cache, index_cache, known.latent, rope, known.index_key, slots, implementation=how)
-
-
-def _write_index(known: LatentProjections, index_cache: PagedIndexCache | None, step: LatentStep) -> Any:
-    if index_cache is None or known.index_key is None:
-        return None
-    return write_index(index_cache, known.index_key, step.metadata.slots, implementation=step.implementation)
 
 
 # --- attention
@@ -274,9 +258,7 @@ def _absorb(params: dict[str, Any], query: Array) -> Array:
     return jnp.concatenate([latent, query[..., nope:]], axis=-1)
 
 
-def _attend(
-    params: dict[str, Any], queries: AttentionQueries, cache: PagedKVCache, rows: Rows, step: LatentStep
-) -> Array:
+def _attend(params: dict[str, Any], queries: Queries, cache: PagedKVCache, rows: Rows, step: LatentStep) -> Array:
     """Absorbed attention: maps queries to the latent space and results back; keys are never expanded. float32[T, D]."""
     sizes, query = step.layer.sizes, queries.heads
     out = sparse_mla(
@@ -355,7 +337,7 @@ def attention_step(
     Raises:
       ValueError: weights, hidden, caches, metadata and config that do not fit together (at trace time).
     """
-    _check_static(metadata, config, implementation)
+    check_static(metadata, config, MlaConfig, implementation)
     step = LatentStep.create(metadata, config, layer, implementation, frequencies)
     hidden = _check_call(params, hidden, cache, index_cache, state_ids, step)
     chosen = _check_passed(selection, step)

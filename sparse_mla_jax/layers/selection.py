@@ -1,4 +1,4 @@
-"""Shared by both model families: the indexer's inputs, and the selection of all visible keys without the indexer."""
+"""Shared by both kinds of attention layers: queries, and the selection of keys without the indexer."""
 
 from __future__ import annotations
 
@@ -23,15 +23,17 @@ class IndexInputs(NamedTuple):
 
 
 class Queries(NamedTuple):
-    """Products of the query latent.
+    """What a layer asks its keys.
 
     Attributes:
-      heads: [T, H, d], rotated.
-      index_inputs: None if the indexer is not needed.
+      heads: [T, H, d] in hidden's type, rotated.
+      index_inputs: None if the indexer does not run.
+      gate: [T, H] or [T, H, dv] in hidden's type, of the attention output, before the sigmoid; None without a gate.
     """
 
     heads: Array
     index_inputs: IndexInputs | None
+    gate: Array | None = None
 
 
 def check_selection(selection: Any, seen: Array) -> Array:

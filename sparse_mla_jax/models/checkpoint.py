@@ -21,7 +21,9 @@ import numpy as np
 from safetensors.numpy import save_file
 from tqdm import tqdm
 
+from sparse_mla_jax import _check
 from sparse_mla_jax._check import require
+from sparse_mla_jax._choices import DTYPES
 from sparse_mla_jax._folder import CONFIG, INDEX, SINGLE, find_file
 from sparse_mla_jax.config import Config, load_config
 from sparse_mla_jax.families.registry import write_config
@@ -57,13 +59,6 @@ def config_to_json(config: Config, dtype: Any = jnp.float32) -> dict[str, Any]:
 
 
 # --- reading
-
-
-def _check_dtype(dtype: Any) -> Any:
-    known = {"float32": jnp.dtype(jnp.float32), "bfloat16": jnp.dtype(jnp.bfloat16)}
-    name = str(jnp.dtype(dtype))
-    require(name in known, f"dtype is {name}; float32 or bfloat16 is expected.")
-    return known[name]
 
 
 def _check_table(name: str, table: np.ndarray, config: Any) -> None:
@@ -155,7 +150,7 @@ def load_checkpoint(
         another shape or type than config.json requires; the message names it.
       OSError: a file that can not be opened.
     """
-    folder, dtype = os.fspath(folder), _check_dtype(dtype)
+    folder, dtype = os.fspath(folder), _check.dtype("dtype", dtype, DTYPES)
     config, block, stored = read_unchanged(
         folder, lambda: (load_config(folder), _read_block_size(folder), open_folder(folder))
     )
@@ -290,7 +285,8 @@ def save_checkpoint(
     """
     _check_params(params, config)
     require(max_shard_bytes >= 1, f"max_shard_bytes is {max_shard_bytes}; a positive number of bytes is expected.")
-    folder, dtype = os.fspath(folder), _check_dtype(params["embed_tokens"].dtype if dtype is None else dtype)
+    dtype = params["embed_tokens"].dtype if dtype is None else dtype
+    folder, dtype = os.fspath(folder), _check.dtype("dtype", dtype, DTYPES)
     tensors = list_tensors(config, dtype)
     plan = _plan_files(config, tensors, dtype, max_shard_bytes, extra)
     with replace_checkpoint(folder, plan.num_bytes) as staging:

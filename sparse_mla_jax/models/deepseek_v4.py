@@ -6,6 +6,7 @@ attend to compressed entries (`layers.compressed_attention`). Parameters: see `m
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -136,23 +137,15 @@ def tokens_per_page(caches: Caches) -> int | None:
 
 def bytes_per_token(caches: Caches, page_size: int) -> float:
     """Cache bytes that one more token of context costs over all layers, in pages of `page_size` tokens."""
-    total = 0
-    for layer in caches:
-        for cache in (layer.compressed, layer.index):
-            if cache is not None:
-                total += cache.bytes_per_token * cache.page_size
-    return total / page_size
+    paged = (cache for layer in caches for cache in (layer.compressed, layer.index) if cache is not None)
+    return sum(cache.bytes_per_token * cache.page_size for cache in paged) / page_size
 
 
 def bytes_per_request(caches: Caches) -> int:
     """Bytes of windows and compressor states that a running request holds over all layers, whatever its length."""
-    total = 0
-    for layer in caches:
-        total += layer.window.bytes_per_token * layer.window.page_size
-        for state in (layer.state, layer.index_state):
-            if state is not None:
-                total += state.bytes_per_request
-    return total
+    states = (state for layer in caches for state in (layer.state, layer.index_state) if state is not None)
+    windows = sum(layer.window.bytes_per_token * layer.window.page_size for layer in caches)
+    return windows + sum(state.bytes_per_request for state in states)
 
 
 def forward(
@@ -217,9 +210,8 @@ def decoder_layer(
     implementation: str | None = None,
 ) -> tuple[Array, LayerCaches]:
     """Layer number `layer` on streams [T, n, D]: attention, then experts, each with its hyper-connections."""
-    normed, weights = split_streams(
-        params["attn_hc"], streams, config=config, norm=params["input_layernorm"], implementation=implementation
-    )
+    split = functools.partial(split_streams, config=config, implementation=implementation)
+    normed, weights = split(params["attn_hc"], streams, norm=params["input_layernorm"])
     out, caches = compressed_attention_step(
         params["self_attn"],
         normed,
@@ -231,9 +223,7 @@ def decoder_layer(
         implementation=implementation,
     )
     streams = join_streams(streams, out, weights)
-    normed, weights = split_streams(
-        params["ffn_hc"], streams, config=config, norm=params["post_attention_layernorm"], implementation=implementation
-    )
+    normed, weights = split(params["ffn_hc"], streams, norm=params["post_attention_layernorm"])
     out = clamped_moe(params["mlp"], normed, token_ids, config=config)
     return join_streams(streams, out, weights), caches
 

@@ -110,7 +110,7 @@ def forward(
     for layer, own in zip(config.layers, caches):
         cache = own[0] if layer.has_latents else updated[layer.kv_source][0]
         state, cache, index_cache, chosen = _layer(
-            params["layers"][layer.number],
+            params,
             layer,
             state,
             (cache, own[1]),
@@ -166,9 +166,10 @@ def _layer(
     **options: Any,
 ) -> tuple[Array, Any, Any, Array | None]:
     """One layer on the residual: (residual, cache, index cache, selection); options: of `attention_step`."""
-    normed, weights = _enter(params, "attn", state, config, implementation)
+    own = params["layers"][layer.number]
+    normed, weights = _enter(own, "attn", state, config, implementation)
     out, cache, index_cache, chosen = attention_step(
-        params["self_attn"],
+        own["self_attn"],
         normed,
         *caches,
         metadata,
@@ -179,8 +180,8 @@ def _layer(
         **options,
     )
     state = _leave(state, out, weights)
-    normed, weights = _enter(params, "ffn", state, config, implementation)
-    out = moe(params["mlp"], normed, config=config) if layer.is_moe else swiglu(params["mlp"], normed)
+    normed, weights = _enter(own, "ffn", state, config, implementation)
+    out = moe(own["mlp"], normed, config=config) if layer.is_moe else swiglu(own["mlp"], normed)
     return _leave(state, out, weights), cache, index_cache, chosen
 
 
@@ -212,16 +213,8 @@ def decoder_layer(
     Returns:
       (residual, cache, index_cache).
     """
-    return _layer(
-        params["layers"][number],
-        config.layer(number),
-        hidden,
-        (cache, index_cache),
-        metadata,
-        config=config,
-        implementation=implementation,
-        **options,
-    )[:3]
+    options |= {"config": config, "implementation": implementation}
+    return _layer(params, config.layer(number), hidden, (cache, index_cache), metadata, **options)[:3]
 
 
 FAMILY = Family(

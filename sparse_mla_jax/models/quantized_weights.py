@@ -43,8 +43,8 @@ def read_block_size(quantization: Any) -> Block:
     sizes = {name: block for name, value in found.items() if (block := read_block(name, value)) is not None}
     require(
         len(set(sizes.values())) <= 1,
-        f"config fields {' and '.join(sizes)} differ: {[list(block) for block in sizes.values()]}; one size of block is expected for all"
-        " matrices. Dequantise the folder with the program that wrote it.",
+        f"config fields {' and '.join(sizes)} differ: {list(map(list, sizes.values()))}; one size of block is expected"
+        " for all matrices. Dequantise the folder with the program that wrote it.",
     )
     return next(iter(sizes.values()), (128, 128))
 
