@@ -109,16 +109,12 @@ def _read_ratios(fields: ConfigFields, layers: int) -> tuple[int, ...] | None:
         return listed
     ratios = tuple(rates[kind] for kind in kinds)
     require(
-        listed is None or [_compression(ratio) for ratio in listed] == [_compression(ratio) for ratio in ratios],
+        # Neither 0 nor 1 compresses.
+        listed is None or all(a == b or (a in (0, 1) and b in (0, 1)) for a, b in zip(listed, ratios)),
         f"config fields compress_ratios {shown(listed)} and layer_types with compress_rates {shown(ratios)} differ;"
         " drop one.",
     )
     return ratios
-
-
-def _compression(ratio: Any) -> Any:
-    """The ratio, with 0 and 1 alike: neither compresses."""
-    return 0 if ratio == 1 else ratio
 
 
 def _read_rates(fields: ConfigFields) -> dict[str, int]:

@@ -11,7 +11,7 @@ from sparse_mla_jax._check import require, shown
 from sparse_mla_jax._json_fields import ConfigFields
 from sparse_mla_jax.families import mla_fields
 from sparse_mla_jax.families.index_sharing import (
-    check_indexed_layers,
+    INDEXED_NAMES,
     name_types,
     read_indexer_types,
     read_older_types,
@@ -28,7 +28,7 @@ from sparse_mla_jax.shapes import MlaConfig, RopeConfig
 def _read_indexers(fields: ConfigFields, layers: int) -> tuple[str, ...]:
     if fields.has("indexer_types"):
         return read_indexer_types(fields, layers)
-    check_indexed_layers(fields, layers)
+    fields.read_names("layer_types", layers, INDEXED_NAMES)
     default = ["full" if i == 0 or i % 4 == 1 else "shared" for i in range(layers)]
     older = read_older_types(fields, layers)
     require(

@@ -3,28 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from sparse_mla_jax._check import require, shown
 from sparse_mla_jax._json_fields import ConfigFields
 from sparse_mla_jax.mla_layer import INDEXED
-from sparse_mla_jax.mla_shapes import INDEXER_TYPES, MlaConfig
+from sparse_mla_jax.mla_shapes import INDEXER_TYPES
 
 INDEXED_NAMES = (INDEXED, "deepseek_sparse_attention")
 
 
-def check_indexed_layers(fields: ConfigFields, layers: int) -> None:
-    """Requires that every layer has an index.
-
-    Raises:
-      ValueError: a layer without index.
-    """
-    fields.read_names("layer_types", layers, INDEXED_NAMES)
-
-
 def read_own_indexers(fields: ConfigFields, layers: int) -> tuple[str, ...]:
     """As `check_own_indexers`, in a model whose layers all have an index."""
-    check_indexed_layers(fields, layers)
+    fields.read_names("layer_types", layers, INDEXED_NAMES)
     return check_own_indexers(fields, layers)
 
 
@@ -54,7 +44,7 @@ def read_indexer_types(fields: ConfigFields, layers: int) -> tuple[str, ...]:
     Raises:
       ValueError: lists of another length, or other entries.
     """
-    check_indexed_layers(fields, layers)
+    fields.read_names("layer_types", layers, INDEXED_NAMES)
     types = fields.read_names("indexer_types", layers, INDEXER_TYPES)
     older = read_older_types(fields, layers)
     return name_types(older or ["full"] * layers if types is None else types)
@@ -87,8 +77,3 @@ def read_older_types(fields: ConfigFields, layers: int) -> list[str] | None:
 def name_types(types: Sequence[str]) -> tuple[str, ...]:
     """The field indexer_types of MlaConfig for one kind per layer."""
     return tuple(types) if "shared" in types else ()
-
-
-def write_indexer_types(config: MlaConfig) -> dict[str, Any]:
-    """The inverse of `read_indexer_types`."""
-    return {"indexer_types": ["full" if layer.has_indexer else "shared" for layer in config.layers]}

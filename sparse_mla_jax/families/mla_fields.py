@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from sparse_mla_jax._json_fields import ConfigFields, read_sizes, write_sizes
 from sparse_mla_jax.families.expert_layers import name_moe_layers, read_moe_layers
 from sparse_mla_jax.families.fields import COMMON_FIELDS
-from sparse_mla_jax.families.index_sharing import read_own_indexers, write_indexer_types
+from sparse_mla_jax.families.index_sharing import read_own_indexers
 from sparse_mla_jax.families.rotary import read_rope, write_rope
 from sparse_mla_jax.mla_shapes import MlaConfig
 from sparse_mla_jax.shapes import RopeConfig
@@ -132,7 +132,7 @@ def write_config(config: MlaConfig, dtype: Any = jnp.float32, *, keys: MlaKeys) 
         "qk_head_dim": c.qk_head_dim,
         "layer_types": [layer.kind for layer in c.layers],
         "mlp_layer_types": ["sparse" if layer.is_moe else "dense" for layer in c.layers],
-        **write_indexer_types(c),
+        "indexer_types": ["full" if layer.has_indexer else "shared" for layer in c.layers],
         "rope_parameters": write_rope(c.rope),
     }
     return {name: value for name, value in written.items() if name not in unwritten}

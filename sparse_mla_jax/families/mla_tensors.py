@@ -158,20 +158,14 @@ def split_experts(name: str, shape: Shape, experts: int, swiglu: Mapping[str, st
     names = {ours: theirs for theirs, ours in swiglu.items()}
     kinds = ("gate_proj", "up_proj") if kind == "gate_up_proj" else ("down_proj",)
     own = bool(shape) and shape[0] == experts
-    if scale is not None:
-        if not own and math.prod(shape) != 1:
-            return [StoredPart(name)]
-        return [
-            StoredPart(f"{prefix}{expert}.{names[one]}.weight{scale}", (expert,) if own else ())
-            for expert in range(experts)
-            for one in kinds
-        ]
-    if len(shape) != 3 or not own:
+    if not (own and len(shape) == 3 if scale is None else own or math.prod(shape) == 1):
         return [StoredPart(name)]
-    rows = shape[1] // len(kinds)
-    slices = {one: slice(i * rows, shape[1] if i else rows) for i, one in enumerate(kinds)}
+    rows: list[tuple[slice, ...]] = [()] * len(kinds)
+    if scale is None and len(kinds) > 1:
+        half = shape[1] // 2
+        rows = [(slice(0, half),), (slice(half, shape[1]),)]
     return [
-        StoredPart(f"{prefix}{expert}.{names[one]}.weight", (expert, *((part,) if len(kinds) > 1 else ())))
+        StoredPart(f"{prefix}{expert}.{names[one]}.weight{scale or ''}", (*((expert,) if own else ()), *part))
         for expert in range(experts)
-        for one, part in slices.items()
+        for one, part in zip(kinds, rows)
     ]

@@ -57,7 +57,7 @@ def check_quantization(fields: ConfigFields) -> None:
     )
     section.require_values(_FIXED)
     section.ignore(_WITHOUT_EFFECT)
-    _check_block(section, "weight_block_size")
+    read_block(section.full_name("weight_block_size"), section.raw("weight_block_size"))
     groups = section.section("config_groups")
     if groups is not None:
         for name in groups.names():
@@ -70,7 +70,7 @@ def _check_weights(group: ConfigFields | None, name: str) -> None:
     weights = group.section(name) if group else None
     if weights is not None:
         weights.require_values(_FIXED_WEIGHTS)
-        _check_block(weights, "block_structure")
+        read_block(weights.full_name("block_structure"), weights.raw("block_structure"))
     for section in (group, weights):
         if section is not None:
             # How the scales were found, and how activations were quantised.
@@ -92,7 +92,3 @@ def read_block(name: str, value: Any) -> tuple[int, int] | None:
         f"config field {name} is {shown(block)}; two positive integers are expected. Mend config.json.",
     )
     return None if block is None else (block[0], block[1])
-
-
-def _check_block(section: ConfigFields, name: str) -> None:
-    read_block(section.full_name(name), section.raw(name))

@@ -17,6 +17,7 @@ from sparse_mla_jax.mla_shapes import MlaConfig
 
 # Pytrees of dicts with shapes (tuples) in place of arrays.
 Shapes = dict[str, Any]
+Fuse = Callable[[dict[str, Any]], dict[str, Any]]
 
 
 def mla_shapes(c: MlaConfig, layer: MlaLayer) -> Shapes:
@@ -105,21 +106,22 @@ def compressed_shapes(c: DeepseekV4Config, layer: int) -> Shapes:
     return shapes
 
 
-def check_weights(params: Any, shapes: Shapes, fuse: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+def check_weights(params: Any, shapes: Callable[[Any, Any], Shapes], config: Any, layer: Any, fuse: Fuse) -> None:
     """Checks one layer's weights, separate or fused, against the shapes that the config asks for.
 
     Args:
       params: as the caller passed them.
-      shapes: of the separate weights.
+      shapes: gives those of the separate weights of a config's layer: `mla_shapes` or `compressed_shapes`.
+      config: the model's shapes.
+      layer: of the config.
       fuse: the layer's `fuse_projections`.
 
     Raises:
       ValueError: a weight that is missing, has another shape, is not floating, or that the layer does not have.
     """
     _check.instance("params", params, dict, hint="Pass one layer's weights, layers[i]['self_attn'].")
-    if "hidden_proj" in params:
-        shapes = _fused_shapes(fuse, _frozen(shapes))
-    wanted, given = _by_path(shapes), _by_path(params)
+    wanted = _by_path(_expected(shapes, config, layer, fuse if "hidden_proj" in params else None))
+    given = _by_path(params)
     missing, surplus = (sorted(a - b) for a, b in ((set(wanted), set(given)), (set(given), set(wanted))))
     faults = [f"lacks {', '.join(missing)}"] * bool(missing) + [f"has {', '.join(surplus)}"] * bool(surplus)
     require(
@@ -137,16 +139,12 @@ def _by_path(tree: Any) -> dict[str, Any]:
     return {".".join(str(key.key) for key in path): leaf for path, leaf in leaves}
 
 
-def _frozen(shapes: Shapes) -> tuple:
-    return tuple((name, _frozen(value) if isinstance(value, dict) else value) for name, value in shapes.items())
-
-
 @functools.lru_cache(maxsize=256)
-def _fused_shapes(fuse: Callable[[dict[str, Any]], dict[str, Any]], frozen: tuple) -> Shapes:
-    def specs(items: tuple) -> dict[str, Any]:
-        return {
-            name: specs(value) if value and isinstance(value[0], tuple) else jax.ShapeDtypeStruct(value, jnp.float32)
-            for name, value in items
-        }
-
-    return jax.tree.map(lambda spec: spec.shape, jax.eval_shape(fuse, specs(frozen)))
+def _expected(shapes: Callable[[Any, Any], Shapes], config: Any, layer: Any, fuse: Fuse | None) -> Shapes:
+    separate = shapes(config, layer)
+    if fuse is None:
+        return separate
+    specs = jax.tree.map(
+        lambda shape: jax.ShapeDtypeStruct(shape, jnp.float32), separate, is_leaf=lambda node: isinstance(node, tuple)
+    )
+    return jax.tree.map(lambda spec: spec.shape, jax.eval_shape(fuse, specs))

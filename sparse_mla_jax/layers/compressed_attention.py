@@ -267,7 +267,7 @@ def compressed_attention_step(
     _check.instance("caches", caches, LayerCaches, hint="Make them with models.deepseek_v4.create_caches.")
     hidden = check_hidden(hidden, metadata, config)
     _check_caches(caches, metadata, state_ids, config.compress_ratio(layer), config)
-    check_weights(params, compressed_shapes(config, layer), fuse_projections)
+    check_weights(params, compressed_shapes, config, layer, fuse_projections)
     step = LayerStep.create(metadata, config, layer, implementation)
     ring, rings = caches.window.page_size, caches.window.num_pages
     states = token_states(metadata, state_ids, rings=rings, capacity=ring - config.sliding_window + 1)

@@ -247,7 +247,9 @@ def project_queries(
         finish = functools.partial(_finish_rounded, dtype=known.q_latent.dtype, step=step)
         done, apart, gate = _from_q_latent(params, known, index, step, finish)
     if apart is not None:
-        source = _index_source(params, hidden, known)
+        norm = params["indexer"].get("q_norm")
+        source = known.q_latent if norm is None else layer_norm(hidden, norm["weight"], norm["bias"])
+        assert source is not None
         done += finish(matmul(source, flat(params["indexer"]["wq_b"])), [apart])
     if index is None:
         return Queries(done[0], None, gate)
@@ -266,19 +268,17 @@ def _from_q_latent(
     c, sizes, source = step.config, step.layer.sizes, known.q_latent
     assert source is not None
     dtype, heads = source.dtype.name, sizes.num_attention_heads
-    start = c.index_n_heads * c.index_head_dim if step.layer.has_indexer else 0
-    start = 0 if c.index_query_from_hidden or known.raw_q_latent is not None else start
+    is_shared = step.layer.has_indexer and not c.index_query_from_hidden and known.raw_q_latent is None
+    start = c.index_n_heads * c.index_head_dim if is_shared else 0
     parts = [Section(start, heads, sizes.qk_head_dim, dtype, **_query_finish(params, step))]
-    left = index
-    if start > 0 and index is not None:
+    if is_shared and index is not None:
         parts.append(index)
-        left = None
     if known.raw_q_latent is not None:
         source = jnp.concatenate([source, known.raw_q_latent], axis=1)
         parts.append(Section(parts[0].columns, heads, sizes.v_head_dim, dtype))
     done = project(params, "q_latent_proj", source, _q_latent_paths(params), parts, finish)
     gate = done.pop() if known.raw_q_latent is not None else known.gate
-    return done, left, gate
+    return done, None if is_shared else index, gate
 
 
 def _query_finish(params: dict[str, Any], step: LatentStep) -> dict[str, Any]:
@@ -304,12 +304,3 @@ def _index_part(params: dict[str, Any], dtype: np.dtype, known: LatentProjection
     gain = _position_gain(params["indexer"], step)
     how = {**_index_rotation(step), "factor": factor, "gain": gain}
     return Section(0, c.index_n_heads, c.index_head_dim, dtype.name, **how)
-
-
-def _index_source(params: dict[str, Any], hidden: Array, known: LatentProjections) -> Array:
-    """The input of the indexer's query projection where it is not fused with the queries'."""
-    if "q_norm" not in params["indexer"]:
-        assert known.q_latent is not None
-        return known.q_latent
-    norm = params["indexer"]["q_norm"]
-    return layer_norm(hidden, norm["weight"], norm["bias"])

@@ -51,7 +51,7 @@ def _check_call(params: Any, hidden: Any, cache: Any, index: Any, state_ids: Any
         f"index_cache is {'absent' if index is None else 'there'} in layer {layer.number}, which has"
         f" {'an' if layer.has_indexer else 'no'} indexer of its own. {_MAKE}",
     )
-    check_weights(params, mla_shapes(c, layer), fuse_projections)
+    check_weights(params, mla_shapes, c, layer, fuse_projections)
     hidden = check_hidden(hidden, meta, c)
     require(
         (keys.latent_dim, keys.rope_dim) == (sizes.kv_lora_rank, sizes.qk_rope_head_dim),
@@ -342,7 +342,10 @@ def attention_step(
     hidden = _check_call(params, hidden, cache, index_cache, state_ids, step)
     chosen = _check_passed(selection, step)
     known, keys = project_hidden(params, hidden, step), _keys(cache)
-    states = _states(keys, state_ids, step)
+    states = None
+    if step.layer.is_sliding:
+        capacity = keys.page_size - config.sliding_window + 1
+        states = token_states(metadata, state_ids, rings=keys.num_pages, capacity=capacity)
     keys, index_cache = _write(known, keys, index_cache, states, step)
     index_dtype = None
     if chosen is None and step.needs_indexer and index_cache is not None:
@@ -357,11 +360,3 @@ def attention_step(
     out = _attend(params, queries, keys, rows, step)
     results = out.astype(hidden.dtype), keys if states is None else WindowCache(keys), index_cache
     return (*results, chosen) if return_selection else results
-
-
-def _states(keys: PagedKVCache, state_ids: Array | None, step: LatentStep) -> Array | None:
-    """The ring of every token's request in a sliding layer, None in others."""
-    if not step.layer.is_sliding:
-        return None
-    capacity = keys.page_size - step.config.sliding_window + 1
-    return token_states(step.metadata, state_ids, rings=keys.num_pages, capacity=capacity)

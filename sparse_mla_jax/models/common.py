@@ -52,14 +52,6 @@ def check_step(token_ids: Array, caches: tuple[Any, ...], metadata: StepMetadata
     )
 
 
-def check_prompt(token_ids: Array) -> None:
-    """Raises ValueError unless token_ids has one axis and at least one token."""
-    require(
-        token_ids.ndim == 1 and token_ids.shape[0] >= 1,
-        f"token_ids has shape {token_ids.shape}; int32[T] with at least one token is expected.",
-    )
-
-
 def check_page_size(page_size: int | None, of_caches: int | None) -> int:
     """Tokens per page: `of_caches`, or `page_size` if the caches do not know it (None).
 

@@ -6,9 +6,10 @@ from typing import Any
 
 from jax import Array
 
+from sparse_mla_jax._check import require
 from sparse_mla_jax.config import Config
 from sparse_mla_jax.metadata import build_metadata, decode_metadata
-from sparse_mla_jax.models.common import Family, check_page_size, check_prompt
+from sparse_mla_jax.models.common import Family, check_page_size
 
 
 def prefill(
@@ -40,7 +41,10 @@ def prefill(
     Raises:
       ValueError: arguments that do not fit together (at trace time).
     """
-    check_prompt(token_ids)
+    require(
+        token_ids.ndim == 1 and token_ids.shape[0] >= 1,
+        f"token_ids has shape {token_ids.shape}; int32[T] with at least one token is expected.",
+    )
     model = _model(config)
     page_size = check_page_size(page_size, model.tokens_per_page(caches))
     metadata = build_metadata(seq_lens, query_lens, page_table, num_tokens=token_ids.shape[0], page_size=page_size)
