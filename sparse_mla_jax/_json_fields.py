@@ -145,6 +145,19 @@ class ConfigFields:
             )
         return values
 
+    def read_flags(self, name: str, count: int) -> list[bool]:
+        """A list with 0 or 1 for each layer.
+
+        Raises:
+          ValueError: something else.
+        """
+        values = self.raw(name)
+        require(
+            isinstance(values, list) and len(values) == count and all(type(v) is int and v in (0, 1) for v in values),
+            f"config field {self.full_name(name)} is no list of {count} (num_hidden_layers) zeros and ones. Mend it.",
+        )
+        return [value == 1 for value in values]
+
     def section(self, name: str, further: Mapping[str, Any] | None = None) -> ConfigFields | None:
         """The object of that name, or None if it is absent, null or empty.
 
@@ -203,7 +216,24 @@ class ConfigFields:
         require(name is None, f"config field {name} {reason}")
 
 
-# --- sizes
+# --- numbers
+
+
+def read_shared(kind: type, default: Any, *places: tuple[ConfigFields, str]) -> Any:
+    """A number that may stand in several places, each an object and a name; `default` if it stands nowhere.
+
+    Raises:
+      ValueError: null, a value of another type, or places that differ.
+    """
+    given = {}
+    for fields, name in places:
+        if fields.has(name) or fields.is_null(name):
+            given[fields.full_name(name)] = fields.read_required(name, kind)
+    require(
+        len(set(given.values())) <= 1,
+        f"config fields {' and '.join(f'{name} {value}' for name, value in given.items())} differ; drop the wrong one.",
+    )
+    return next(iter(given.values()), default)
 
 
 def plain_types(config_type: Any) -> dict[str, type]:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from sparse_mla_jax._check import require
-from sparse_mla_jax._json_fields import ConfigFields
-from sparse_mla_jax.families.rotary import DEFAULT_THETA, ORIGINAL, merge_spellings, read_rotation, read_shared
+from sparse_mla_jax._json_fields import ConfigFields, read_shared
+from sparse_mla_jax.families.rotary import DEFAULT_THETA, ORIGINAL, merge_spellings, read_rotation
 from sparse_mla_jax.shapes import RopeConfig
 
 _COMPRESS_THETA = 160000.0

@@ -9,9 +9,9 @@ from __future__ import annotations
 import dataclasses
 
 from sparse_mla_jax._check import require, shown
-from sparse_mla_jax._json_fields import ConfigFields
+from sparse_mla_jax._json_fields import ConfigFields, read_shared
 from sparse_mla_jax.families.index_sharing import INDEXED_NAMES
-from sparse_mla_jax.families.rotary import ORIGINAL, read_rope, read_rotation, read_shared
+from sparse_mla_jax.families.rotary import ORIGINAL, read_rope, read_rotation
 from sparse_mla_jax.mla_layer import FULL, INDEXED, SLIDING, AttentionSizes
 from sparse_mla_jax.mla_shapes import MlaConfig
 from sparse_mla_jax.shapes import RopeConfig

@@ -53,21 +53,7 @@ def _read_moe_frequency(fields: ConfigFields, layers: int) -> list[bool] | None:
     """
     value = fields.raw("moe_layer_freq")
     if isinstance(value, list):
-        return [one == 1 for one in read_flags(fields, "moe_layer_freq", layers)]
+        return fields.read_flags("moe_layer_freq", layers)
     frequency = fields.read("moe_layer_freq", int, 1)
     require(frequency >= 1, f"config field moe_layer_freq is {frequency}; it must be at least 1. Mend config.json.")
     return None if frequency == 1 else [i % frequency == 0 for i in range(layers)]
-
-
-def read_flags(fields: ConfigFields, name: str, layers: int) -> list[int]:
-    """A list with 0 or 1 for each layer.
-
-    Raises:
-      ValueError: something else.
-    """
-    values = fields.raw(name)
-    require(
-        isinstance(values, list) and len(values) == layers and all(type(v) is int and v in (0, 1) for v in values),
-        f"config field {fields.full_name(name)} is no list of {layers} (num_hidden_layers) zeros and ones. Mend it.",
-    )
-    return values

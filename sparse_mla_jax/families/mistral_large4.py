@@ -12,7 +12,6 @@ import jax.numpy as jnp
 from sparse_mla_jax._check import require, shown
 from sparse_mla_jax._json_fields import ConfigFields
 from sparse_mla_jax.families import mla_fields
-from sparse_mla_jax.families.expert_layers import read_flags
 from sparse_mla_jax.families.index_sharing import read_indexer_types
 from sparse_mla_jax.families.mla_family import mla_family
 from sparse_mla_jax.families.mla_tensors import INDEXER, SWIGLU_123, MlaNames, under
@@ -91,7 +90,7 @@ def _read_rope_layers(fields: ConfigFields, layers: int) -> tuple[bool, ...]:
     )
     rotates = [(i + 1) % interval != 0 for i in range(layers)]
     if fields.has("no_rope_layers"):
-        rotates = [one == 1 for one in read_flags(fields, "no_rope_layers", layers)]
+        rotates = fields.read_flags("no_rope_layers", layers)
     return () if all(rotates) else tuple(rotates)
 
 

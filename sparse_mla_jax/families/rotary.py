@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from sparse_mla_jax._check import require, shown
-from sparse_mla_jax._json_fields import ConfigFields
+from sparse_mla_jax._json_fields import ConfigFields, read_shared
 from sparse_mla_jax.shapes import RopeConfig
 
 DEFAULT_THETA = 10000.0
@@ -59,23 +59,6 @@ def merge_spellings(ropes: Mapping[str, RopeConfig], default: RopeConfig) -> Rop
             f" {' and '.join(map(str, values.values()))}. Drop the wrong one.",
         )
     return next(iter(ropes.values()), default)
-
-
-def read_shared(kind: type, default: Any, *places: tuple[ConfigFields, str]) -> Any:
-    """A number that may stand in several places, each an object and a name; `default` if it stands nowhere.
-
-    Raises:
-      ValueError: null, a value of another type, or places that differ.
-    """
-    given = {}
-    for fields, name in places:
-        if fields.has(name) or fields.is_null(name):
-            given[fields.full_name(name)] = fields.read_required(name, kind)
-    require(
-        len(set(given.values())) <= 1,
-        f"config fields {' and '.join(f'{name} {value}' for name, value in given.items())} differ; drop the wrong one.",
-    )
-    return next(iter(given.values()), default)
 
 
 def read_rotation(section: ConfigFields, theta: float, original: int, amplitude: float | None = None) -> RopeConfig:
