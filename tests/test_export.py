@@ -91,6 +91,7 @@ def test_every_pytree_is_written():
     index = sm.PagedIndexCache.create(2, 4, dim=8, dtype="bfloat16")
     tree = {
         "rows": (sm.DenseRows(jnp.ones((1, 1), jnp.int32)), sm.pack_rows(jnp.ones((1, 1), jnp.int32))),
+        "window": sm.WindowCache(cache),
         "layer": LayerCaches(cache, cache, state, index, page_size=4),
         "weights": sm.CompressorWeights(
             jnp.ones((4, 8), jnp.float32), jnp.ones(8, jnp.float32), jnp.ones(2, jnp.float32), eps=1e-5

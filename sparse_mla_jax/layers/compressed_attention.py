@@ -83,7 +83,7 @@ def _check_caches(caches: LayerCaches, meta: StepMetadata, state_ids: Any, ratio
         f"caches.window holds {window.latent_dim} + {window.rope_dim} values per token; config needs {c.nope_dim} +"
         f" {c.qk_rope_head_dim}. Make it with models.deepseek_v4.create_caches.",
     )
-    check_states("caches.window", state_ids, window.num_pages, meta.num_requests)
+    check_states("caches.window", state_ids, window, meta)
     wanted = {"compressed": ratio > 0, "state": ratio > 0, "index": ratio == 4, "index_state": ratio == 4}
     for name, expected in wanted.items():
         require(

@@ -60,7 +60,7 @@ def _check_call(params: Any, hidden: Any, cache: Any, index: Any, state_ids: Any
     )
     paged = {} if layer.is_sliding else {"cache": keys.page_size}
     if layer.is_sliding:
-        check_states("cache", state_ids, keys.num_pages, meta.num_requests)
+        check_states("cache", state_ids, keys, meta)
         require(
             keys.page_size >= c.sliding_window,
             f"cache has rings of {keys.page_size} slots; a window of {c.sliding_window} needs as many. {_MAKE}",

@@ -89,8 +89,9 @@ def _check_tokens(positions: Array, states: Array) -> tuple[Array, Array]:
 
 
 # --- in a step
-def check_states(name: str, state_ids: Any, rings: int, requests: int) -> None:
-    """Raises ValueError unless every request of the step has a ring; `name` is that of the cache in messages."""
+def check_states(name: str, state_ids: Any, keys: PagedKVCache, metadata: StepMetadata) -> None:
+    """Raises ValueError unless every request of the step has a ring of `keys`; messages call these `name`."""
+    rings, requests = keys.num_pages, metadata.num_requests
     if state_ids is None:
         require(
             rings >= requests,
@@ -106,8 +107,12 @@ def token_states(metadata: StepMetadata, state_ids: Array | None, *, rings: int,
 
     -1 for padding, for a request's tokens after the first `capacity` of the step, and for requests whose state id is
     not in 0..rings - 1.
+
+    Raises:
+      ValueError: sizes below 1, or state_ids other than int32 [B].
     """
     meta, requests = metadata, metadata.num_requests
+    rings, capacity = _check.size("rings", rings), _check.size("capacity", capacity)
     if requests == 0:
         return jnp.full(meta.positions.shape, -1, jnp.int32)
     ids = jnp.arange(requests, dtype=jnp.int32) if state_ids is None else _check.int32("state_ids", state_ids, requests)
@@ -124,6 +129,10 @@ def window_rows(metadata: StepMetadata, states: Array, *, window: int, ring: int
       states: int32[T], from `token_states`.
       window: keys that a token sees, its own included.
       ring: slots of a ring.
+
+    Raises:
+      ValueError: as `window_slots`.
     """
+    window = _check.size("window", window)
     slots = window_slots(metadata.positions, states, window=window, ring=ring)
     return DenseRows(slots, jnp.where(states >= 0, jnp.minimum(metadata.lengths, window), 0))

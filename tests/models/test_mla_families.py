@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from small_models import check_in_place
 from support.marks import running, slow
 
 from sparse_mla_jax.config import RopeConfig
@@ -224,6 +225,20 @@ def test_a_window_does_not_grow(fixtures):
     assert rings[0] == rings[1] and small[2][0].keys.page_size == 16 - 1 + 5
     assert mla.bytes_per_request(small) == mla.bytes_per_request(large) == 2 * (16 - 1 + 5) * (96 + 2 * 16 + 4)
     assert mla.bytes_per_token(small, 16) == mla.bytes_per_token(large, 16)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["mistral_large4", "dots3_note"])
+def test_caches_are_updated_in_place(fixtures, family):
+    """Shared latents and rings too; two scales a latent, see test_model.py."""
+    config, *_ = load(fixtures / f"{family}_tiny")
+    sizes = tuple(dataclasses.replace(one, kv_lora_rank=256) for one in config.layer_sizes)
+    config = dataclasses.replace(config, kv_lora_rank=256, layer_sizes=sizes)
+    check_in_place(
+        functools.partial(mla.decode, config=config),
+        mla.param_specs(config),
+        lambda pages: mla.create_caches(config, pages, 16, num_requests=2, dtype="bfloat16"),
+    )
 
 
 # --- serving ---------------------------------------------------------------------------------------------------------

@@ -119,8 +119,8 @@ def test_bad_options(arguments, message, capsys):
         (["--step", "--kernel", "top_k"], "--kernel is an option of `inspect` without --step"),
         (["--step", "--compiler", "both"], "--compiler is an option of"),
         (["--batch", "3"], "--batch is an option of `inspect` with --step"),
-        (["--step", "--layers", "1000000000"], "--layers is 1000000000; DeepSeek-V3.2 has 61"),
-        (["--step", "--heads", "1000000000"], "--heads is 1000000000; DeepSeek-V3.2 has 128"),
+        (["--step", "--layers", "1000000000"], "--layers is 1000000000; deepseek_v32 has 61"),
+        (["--step", "--heads", "1000000000"], "--heads is 1000000000; deepseek_v32 has 128"),
         (["--step", "--batch", "1000000000000"], "2**31"),
         (["--kernel", "norm_rope_query", "--heads", "1000000000"], "heads is 1000000000; between 1 and 1024"),
         (["--kernel", "top_k", "--heads", "3"], "kernel top_k has no query heads"),
@@ -215,6 +215,25 @@ def test_launches_of_a_v4_layer(name, most):
     assert row["launches"] <= most and row["launches_of_products"] == 5 and row["temporary_bytes"] < 64 << 20
     assert row["cache_copies"] == row["copies"] == row["library_calls"] == []
     assert all(k["spills"] == k["scratch"] == 0 for k in row["kernels"] if k["origin"] == "pallas")
+
+
+# The first layers of each family that show what it has: a shared selection, no rotation, a window.
+FAMILIES = {"glm_moe_dsa": 2, "hy_v4": 3, "axk2": 2, "mistral_large4": 4, "dots3_note": 3}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("heads", [8, 64])
+@pytest.mark.parametrize("model", FAMILIES)
+def test_steps_of_families_at_published_sizes(model, heads):
+    """One program of 20 to 60 s per machine; each has at most 45 launches a layer, of which its experts are 15."""
+    require_cdna("xla")
+    from pallas_kernels import cdna
+
+    step = steps.decode_step(model=model, layers=FAMILIES[model], heads=heads)
+    for arch in cdna.ARCHITECTURES:
+        row = step_inspection.summary(step, cdna.compile(step.fn, *step.args, arch=arch, donate_argnums=step.donated))
+        assert row["cache_copies"] == [] and row["launches"] <= 10 + 45 * FAMILIES[model]
+        assert all(k["spills"] == k["scratch"] == 0 for k in row["kernels"] if k["origin"] == "pallas")
 
 
 def test_copies_of_a_cache_are_found(compiled_step):
