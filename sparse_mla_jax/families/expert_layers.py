@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -9,17 +10,22 @@ from sparse_mla_jax._check import require
 from sparse_mla_jax._json_fields import ConfigFields
 
 
-def read_moe_layers(fields: ConfigFields, sizes: Mapping[str, Any], spread: bool, stated: bool) -> dict[str, Any]:
+def read_moe_layers(
+    fields: ConfigFields, sizes: Mapping[str, Any], *, spread: bool, stated: bool, strict: bool
+) -> dict[str, Any]:
     """first_k_dense_replace and mlp_layer_types, from either of them and moe_layer_freq.
+
+    mlp_layer_types takes precedence, as in transformers, which saves all of them. A warning says so if they differ.
 
     Args:
       fields: of a config.json.
       sizes: the numbers that it gives, or their defaults.
       spread: whether the family has moe_layer_freq.
       stated: whether first_k_dense_replace is given.
+      strict: refuse spellings that differ.
 
     Raises:
-      ValueError: two spellings that differ.
+      ValueError: two spellings that differ, if they may not; or layers with experts in a model without.
     """
     layers, experts, first = (
         sizes[name] for name in ("num_hidden_layers", "n_routed_experts", "first_k_dense_replace")
@@ -30,12 +36,18 @@ def read_moe_layers(fields: ConfigFields, sizes: Mapping[str, Any], spread: bool
     counted = ["sparse" if one else "dense" for one in is_sparse]
     if kinds is None:
         return {} if frequency is None else name_moe_layers(counted)
+    differs = kinds != counted and (stated or frequency is not None)
     require(
-        kinds == counted or (experts > 0 and not stated and frequency is None),
+        kinds == counted or (experts > 0 and not (strict and differs)),
         f"config field mlp_layer_types has {kinds.count('dense')} dense layers; first_k_dense_replace is {first} and"
         f" n_routed_experts {experts}. Set them alike.",
     )
-    return {} if stated and frequency is None else name_moe_layers(kinds)
+    if differs:
+        warnings.warn(
+            "config field mlp_layer_types counts; first_k_dense_replace and moe_layer_freq say something else.",
+            stacklevel=1,
+        )
+    return {} if kinds == counted and stated and frequency is None else name_moe_layers(kinds)
 
 
 def name_moe_layers(kinds: Sequence[str]) -> dict[str, Any]:

@@ -7,7 +7,9 @@ read as well.
 
 from __future__ import annotations
 
-from sparse_mla_jax._check import require, shown
+import warnings
+
+from sparse_mla_jax._check import require
 from sparse_mla_jax._json_fields import ConfigFields
 from sparse_mla_jax.families import mla_fields
 from sparse_mla_jax.families.index_sharing import (
@@ -30,12 +32,6 @@ def _read_indexers(fields: ConfigFields, layers: int) -> tuple[str, ...]:
         return read_indexer_types(fields, layers)
     fields.read_names("layer_types", layers, INDEXED_NAMES)
     default = ["full" if i == 0 or i % 4 == 1 else "shared" for i in range(layers)]
-    older = read_older_types(fields, layers)
-    require(
-        older in (None, default),
-        f"config fields index_topk_pattern and index_topk_freq name the kinds {shown(older)}; without indexer_types"
-        " the model has an indexer in layers 0, 1, 5, 9 and so on. Give indexer_types.",
-    )
     return name_types(default)
 
 
@@ -89,9 +85,17 @@ def read_config(fields: ConfigFields, keys: mla_fields.MlaKeys = KEYS) -> MlaCon
             f"config field {name} is {sizes[name]}; the model always has it, so it must be more than 0. Mend it.",
         )
     config = mla_fields.make_config(fields, keys, sizes)
-    # Other programs' names of what mlp_layer_types says; the initial value of a weight.
-    fields.require_values({"first_k_dense_replace": (config.first_k_dense_replace,)})
+    # The initial value of a weight.
     fields.ignore(["learnable_sink_init"])
+    # Only other families read these, as in transformers.
+    older = read_older_types(fields, config.num_hidden_layers)
+    first = fields.read("first_k_dense_replace", int, config.first_k_dense_replace)
+    if first != config.first_k_dense_replace or (older and name_types(older) != config.indexer_types):
+        warnings.warn(
+            "config fields indexer_types and mlp_layer_types count; first_k_dense_replace, index_topk_pattern or"
+            " index_topk_freq says something else and has no effect in this family.",
+            stacklevel=1,
+        )
     return config
 
 

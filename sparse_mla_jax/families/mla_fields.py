@@ -57,6 +57,7 @@ class MlaKeys:
       nulls: what null means, of numbers in which it means something.
       fixed: values under which further fields change nothing.
       model_eps: the epsilons that are rms_norm_eps.
+      is_strict: whether mlp_layer_types and first_k_dense_replace must agree; otherwise the former counts.
       has_moe_frequency: whether moe_layer_freq spreads the layers with experts.
       has_head_dim: whether head_dim follows from the other widths; false: it has no effect.
       read_indexers: (fields, number of layers) -> indexer_types of MlaConfig.
@@ -73,6 +74,7 @@ class MlaKeys:
     nulls: Mapping[str, Any] = dataclasses.field(default_factory=lambda: NULLS)
     fixed: Mapping[str, tuple[Any, ...]] = dataclasses.field(default_factory=lambda: {**FIXED, **ONE_MOE_LAYER_IN_1})
     model_eps: tuple[str, ...] = ()
+    is_strict: bool = False
     has_moe_frequency: bool = False
     has_head_dim: bool = True
     read_indexers: Callable[[ConfigFields, int], tuple[str, ...]] = read_own_indexers
@@ -86,7 +88,8 @@ def read_common(fields: ConfigFields, keys: MlaKeys) -> dict[str, Any]:
     # Check ranges first: what follows makes lists of one entry per layer.
     dataclasses.replace(keys.defaults, **found)
     sizes = {name: getattr(keys.defaults, name) for name in (*NUMBERS, *keys.numbers)} | found
-    layers = read_moe_layers(fields, sizes, keys.has_moe_frequency, "first_k_dense_replace" in found)
+    stated = "first_k_dense_replace" in found
+    layers = read_moe_layers(fields, sizes, spread=keys.has_moe_frequency, stated=stated, strict=keys.is_strict)
     types = keys.read_indexers(fields, sizes["num_hidden_layers"])
     return {**sizes, **layers, "indexer_types": types, **{name: sizes["rms_norm_eps"] for name in keys.model_eps}}
 

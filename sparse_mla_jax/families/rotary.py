@@ -36,6 +36,11 @@ def read_rope(fields: ConfigFields, context: int, default: RopeConfig = PLAIN) -
     found = {name: fields.section(name) for name in ("rope_parameters", "rope_scaling")}
     sections = {name: section for name, section in found.items() if section is not None}
     places = [fields, *sections.values()]
+    require(
+        bool(sections) or default.factor == 1.0 or not fields.has("rope_theta"),
+        "config field rope_theta stands alone; without rope_parameters this model has YaRN with constants of its own."
+        " Give rope_parameters.",
+    )
     theta = read_shared(float, default.theta, *((place, "rope_theta") for place in places))
     original = read_shared(int, context, *((place, ORIGINAL) for place in places))
     for place in places:

@@ -22,7 +22,7 @@ _FLOAT32_NAMES = frozenset(
     {
         *("norm", "input_layernorm", "post_attention_layernorm", "q_a_layernorm", "kv_a_layernorm", "kv_layernorm"),
         *("k_rope_layernorm", "k_norm", "q_norm", "sinks", "query_scale", "rope_alpha", "position_bias"),
-        *("attn_hc", "ffn_hc", "hc_head", "e_score_correction_bias"),
+        *("attn_hc", "ffn_hc", "hc_head", "gate"),
         *("q_a_proj_bias", "kv_a_proj_with_mqa_bias", "o_proj_bias"),
     }
 )
@@ -80,7 +80,7 @@ def specs_of(shapes: Params, dtype: Any, wide: tuple[str, ...] = ()) -> Params:
     def spec(path: tuple, shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:
         names = {getattr(key, "key", None) for key in path}
         is_wide = names & _FLOAT32_NAMES or names.intersection(wide)
-        return jax.ShapeDtypeStruct(shape, jnp.float32 if is_wide else jnp.int32 if _INT32_NAME in names else dtype)
+        return jax.ShapeDtypeStruct(shape, jnp.int32 if _INT32_NAME in names else jnp.float32 if is_wide else dtype)
 
     return jax.tree_util.tree_map_with_path(spec, shapes, is_leaf=lambda node: isinstance(node, tuple))
 

@@ -146,8 +146,10 @@ def check(text, path, known):
             np.testing.assert_allclose(found[name], value, rtol=1e-6, atol=1e-38, err_msg=name)
         else:
             assert type(found[name]) is type(value) and found[name] == value, name
-    assert len(reports) <= 1, reports
-    said = " ".join(str(report.message) for report in reports)
+    # One may say which of two spellings counts.
+    messages = [str(report.message) for report in reports if " count" not in str(report.message)]
+    assert len(messages) <= 1, messages
+    said = " ".join(messages)
     for name in NEW:
         assert data.get(name) is None or name in said, name
     # Fields of the published file are known. Those that a mutation puts into an object need not be.

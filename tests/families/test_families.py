@@ -1,5 +1,6 @@
 """Every family: the spellings of its config.json and of its tensors' names, its defaults, and what it refuses."""
 
+import contextlib
 import dataclasses
 import json
 import re
@@ -188,13 +189,11 @@ REFUSED = [
     (GLM, {"per_layer_config": {"1": {}}}, "per_layer_config is"),
     (HY, {"swiglu_limit": 0}, "swiglu_limit is 0"),
     (HY, {"hc_mult": 0}, "hc_mult is 0"),
-    (HY, {"first_k_dense_replace": 3}, "first_k_dense_replace is 3"),
-    (HY, {"indexer_types": None, "index_topk_freq": 2}, "Give indexer_types"),
     (HY, {"vision_config": {}, "kv_source_layers": [0]}, "kv_source_layers belongs to model_type 'mistral_large4'"),
     (HY_VL, {"rope_parameters": {"rope_theta": 1e4, "mrope_section": [4, 4, 4]}}, "mrope_section is"),
     (AXK2, {"n_group": 2}, "give both, or neither"),
     (AXK2, {"indexer_types": ["full", "shared", "shared"]}, "indexer_types has an entry 'shared'"),
-    (AXK2, {"moe_layer_freq": 2}, "mlp_layer_types has 1 dense layers"),
+    (MISTRAL, {"rope_parameters": None, "rope_theta": 5e5}, "rope_theta stands alone"),
     (MISTRAL, {"q_lora_rank": 64}, "q_lora_rank belongs to"),
     (MISTRAL, {"scoring_func": "sigmoid"}, "scoring_func is 'sigmoid'; supported is only 'softmax'"),
     (MISTRAL, {"no_rope_layers": [1, 1, 1, 0, 2]}, "no_rope_layers is no list of 5"),
@@ -208,6 +207,22 @@ REFUSED = [
     (DOTS3, {"swa_kv_lora_rank": 96}, "both give the sizes of layers"),
     (DOTS3, {"rope_theta": 7.0}, "rope_theta 7.0 and rope_parameters"),
 ]  # fmt: skip
+
+
+# What transformers saves beside the fields that count.
+OUTRANKED = [
+    (HY, {"first_k_dense_replace": 3}, "has no effect"),
+    (HY, {"index_topk_freq": 2, "index_topk_pattern": "FFFF"}, "has no effect"),
+    (AXK2, {"moe_layer_freq": 2}, "mlp_layer_types counts"),
+    (GLM, {"first_k_dense_replace": 3}, "mlp_layer_types counts"),
+    (GLM, {"index_topk_pattern": "FFFF"}, None),
+]
+
+
+@pytest.mark.parametrize(("name", "change", "message"), OUTRANKED)
+def test_fields_that_others_outrank(name, change, message):
+    with pytest.warns(UserWarning, match=message) if message else contextlib.nullcontext():
+        assert from_hf(read(name, **change)) == from_hf(read(name))
 
 
 @pytest.mark.parametrize(("name", "change", "message"), REFUSED)

@@ -20,7 +20,8 @@ LONG = (
     r"models/test_v4_model.py::test_implementations_agree\[gfx950",
     r"models/test_v4_model.py::test_other_shapes\[chunks",
     r"models/test_v4_model.py::test_bfloat16_model",
-    # The V3.2 model (130 s): the fixture's prompt and then steps stay, and one shape beside the awkward families. XLA and gfx942 stay, gfx950 in test_cdna_kernels, types of caches in test_engine.
+    # The V3.2 model (130 s): a prompt and then steps, one shape beside awkward families, XLA and gfx942 stay; gfx950 is
+    # in test_cdna_kernels, types of caches in test_engine.
     r"models/test_model.py::test_fixture_by_implementation\[(reference|gfx950)",
     r"models/test_model.py::test_fixture\[(decode|chunks)",
     r"models/test_model.py::test_cache_types",

@@ -119,22 +119,22 @@ def numbers_of(kind, data, base):
 
 def experts_of(kind, data, layers, experts, default):
     """Whether each layer has experts."""
-    first, stated = data.get("first_k_dense_replace"), data.get("first_k_dense_replace") is not None
+    first = data.get("first_k_dense_replace")
     frequency = data.get("moe_layer_freq")
     frequency = 1 if frequency is None else frequency
     spread = kind in ("axk2", "dots3_note")
     demand(spread or frequency == 1)
-    first = default if first is None else first
-    demand(type(first) is int)
+    demand(first is None or type(first) is int or kind.startswith("hy"))
+    # Hy4 does not read it.
+    first = default if first is None or kind.startswith("hy") else first
     each = frequency if isinstance(frequency, list) else [int(i % max(frequency, 1) == 0) for i in range(layers)]
     demand(len(each) == layers)
     counted = [experts > 0 and i >= first and each[i] == 1 for i in range(layers)]
     kinds = kinds_of(data, "mlp_layer_types", layers, ["dense", "sparse"])
     if kinds is None:
-        demand(not kind.startswith("hy") or first == 1 or counted == [experts > 0 and i >= 1 for i in range(layers)])
         return counted
     listed = [one == "sparse" for one in kinds]
-    demand(listed == counted or not (stated or frequency != 1 or not experts), "mlp_layer_types")
+    demand(listed == counted or experts, "mlp_layer_types")
     return listed
 
 
@@ -145,6 +145,9 @@ def indexers_of(kind, data, layers):
     offset = data.get("index_skip_topk_offset")
     offset = 2 if offset is None else offset
     older = None
+    if kind.startswith("hy"):
+        # It does not read the older fields.
+        return [one == "full" for one in types] if types else [i == 0 or i % 4 == 1 for i in range(layers)]
     if pattern is not None:
         demand(len(pattern) == layers and all(one in ("F", "S", "full", "shared") for one in pattern))
         older = [one[0] in "Ff" for one in pattern]
@@ -155,11 +158,7 @@ def indexers_of(kind, data, layers):
         demand(older in (None, [True] * layers) or frequency == 1)
         demand(types is None or "shared" not in types)
         return [True] * layers
-    default = [True] * layers
-    if kind.startswith("hy"):
-        default = [i == 0 or i % 4 == 1 for i in range(layers)]
-        demand(types is not None or older in (None, default))
-    return (older or default) if types is None else [one == "full" for one in types]
+    return (older or [True] * layers) if types is None else [one == "full" for one in types]
 
 
 def kinds_of_dots3(data, layers):
