@@ -270,7 +270,7 @@ def compressed_attention_step(
     check_weights(params, compressed_shapes, config, layer, fuse_projections)
     step = LayerStep.create(metadata, config, layer, implementation)
     ring, rings = caches.window.page_size, caches.window.num_pages
-    states = token_states(metadata, state_ids, rings=rings, capacity=ring - config.sliding_window + 1)
+    states = token_states(metadata, state_ids, rings=rings, capacity=max(1, ring - config.sliding_window + 1))
     known = project_hidden(params, hidden, step)
     window = _write_window(caches.window, known.key, states, step)
     caches = _write_entries(params, dataclasses.replace(caches, window=window), known, step, state_ids)

@@ -22,7 +22,7 @@ _FLOAT32_NAMES = frozenset(
     {
         *("norm", "input_layernorm", "post_attention_layernorm", "q_a_layernorm", "kv_a_layernorm", "kv_layernorm"),
         *("k_rope_layernorm", "k_norm", "q_norm", "sinks", "query_scale", "rope_alpha", "position_bias"),
-        *("attn_hc", "ffn_hc", "hc_head", "gate"),
+        *("attn_hc", "ffn_hc", "hc_head", "e_score_correction_bias"),
         *("q_a_proj_bias", "kv_a_proj_with_mqa_bias", "o_proj_bias"),
     }
 )

@@ -64,7 +64,7 @@ def param_specs(config: MlaConfig, dtype: Any = jnp.float32) -> Params:
 
     Args:
       config: the model's shapes.
-      dtype: float32 or bfloat16, of the matrices; norms, biases and other small weights are always float32.
+      dtype: float32 or bfloat16, of the matrices; norms, biases, routers and other small weights are always float32.
 
     Returns:
       A pytree like that of `init_params`.
@@ -72,7 +72,7 @@ def param_specs(config: MlaConfig, dtype: Any = jnp.float32) -> Params:
     shapes = {**rest_shapes(config), "layers": [_layer_shapes(config, layer) for layer in config.layers]}
     if config.learned_rope:
         shapes["rope_alpha"] = (config.qk_rope_head_dim // 2,)
-    return specs_of(shapes, dtype, wide=("lm_head",) if config.float32_head else ())
+    return specs_of(shapes, dtype, wide=("gate", *(["lm_head"] if config.float32_head else [])))
 
 
 def init_params(key: Array, config: MlaConfig, dtype: Any = jnp.float32) -> Params:
