@@ -11,8 +11,32 @@ from sparse_mla_jax._config_fields import RopeConfig, check_fields, check_rope
 INDEXED, FULL, SLIDING = "indexed_attention", "full_attention", "sliding_attention"
 
 
+class DerivedSizes:
+    """What follows from the sizes of an attention layer."""
+
+    kv_lora_rank: int
+    qk_nope_head_dim: int
+    qk_rope_head_dim: int
+    rope: RopeConfig
+
+    @property
+    def qk_head_dim(self) -> int:
+        """Width of one expanded query or key head: nope and rope dimensions."""
+        return self.qk_nope_head_dim + self.qk_rope_head_dim
+
+    @property
+    def sm_scale(self) -> float:
+        """Softmax scale of the main attention, YaRN's correction included."""
+        return self.qk_head_dim**-0.5 * self.rope.softmax_factor
+
+    @property
+    def kv_group_size(self) -> int:
+        """Latent values that share one FP8 scale: 128, or the whole latent if 128 does not divide its width."""
+        return 128 if self.kv_lora_rank % 128 == 0 else self.kv_lora_rank
+
+
 @dataclasses.dataclass(frozen=True)
-class AttentionSizes:
+class AttentionSizes(DerivedSizes):
     """The sizes of an attention layer that differ from those of the config; see `MlaConfig` for the names."""
 
     num_attention_heads: int = 128
@@ -30,21 +54,6 @@ class AttentionSizes:
             self.qk_rope_head_dim % 2 == 0,
             f"config field qk_rope_head_dim is {self.qk_rope_head_dim}; rotation works on pairs, so it must be even.",
         )
-
-    @property
-    def qk_head_dim(self) -> int:
-        """Width of one expanded query or key head: nope and rope dimensions."""
-        return self.qk_nope_head_dim + self.qk_rope_head_dim
-
-    @property
-    def sm_scale(self) -> float:
-        """Softmax scale of the main attention, YaRN's correction included."""
-        return self.qk_head_dim**-0.5 * self.rope.softmax_factor
-
-    @property
-    def kv_group_size(self) -> int:
-        """Latent values that share one FP8 scale: 128, or the whole latent if 128 does not divide its width."""
-        return 128 if self.kv_lora_rank % 128 == 0 else self.kv_lora_rank
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,7 +11,7 @@ from typing import Any
 
 from sparse_mla_jax._check import require, shown
 from sparse_mla_jax._config_fields import RopeConfig, check_experts, check_fields, check_rope
-from sparse_mla_jax.mla_layer import FULL, INDEXED, SLIDING, AttentionSizes, MlaLayer
+from sparse_mla_jax.mla_layer import FULL, INDEXED, SLIDING, AttentionSizes, DerivedSizes, MlaLayer
 
 # Values of the per-layer tuples and of the flags that are words.
 LAYER_TYPES = (INDEXED, FULL, SLIDING)
@@ -34,7 +34,7 @@ _MAY_BE_ZERO = (
 
 
 @dataclasses.dataclass(frozen=True)
-class MlaConfig:
+class MlaConfig(DerivedSizes):
     """Shapes of a model with latent attention; fields have the names of the published config.json where it has them.
 
     Hashable, so that it can be a static argument of `jax.jit`. Defaults: DeepSeek-V3.2-Exp, config.json and the
@@ -243,22 +243,6 @@ class MlaConfig:
         """Whether layer number `layer` routes to experts."""
         kind = self._entry("mlp_layer_types", layer, "sparse" if layer >= self.first_k_dense_replace else "dense")
         return self.n_routed_experts > 0 and kind == "sparse"
-
-    # --- sizes of the layers that do not differ
-    @property
-    def qk_head_dim(self) -> int:
-        """Width of one expanded query or key head: nope and rope dimensions."""
-        return self.qk_nope_head_dim + self.qk_rope_head_dim
-
-    @property
-    def sm_scale(self) -> float:
-        """Softmax scale of the main attention, YaRN's correction included."""
-        return self.qk_head_dim**-0.5 * self.rope.softmax_factor
-
-    @property
-    def kv_group_size(self) -> int:
-        """Latent values that share one FP8 scale: 128, or the whole latent if 128 does not divide its width."""
-        return 128 if self.kv_lora_rank % 128 == 0 else self.kv_lora_rank
 
     @property
     def shared_width(self) -> int:
