@@ -87,13 +87,14 @@ def test_fixture_by_implementation(tiny, implementation):
 @pytest.mark.parametrize("implementation", ["gfx942", "gfx950", "triton"])
 @pytest.mark.parametrize("dtype", ["float8_e4m3fnuz", "float8_e4m3fn", "bfloat16"])
 def test_caches_by_implementation(tiny, implementation, dtype):
-    """Kernels read what XLA's body reads: the same bytes, summed in another order."""
+    """Kernels and XLA's body sum in another order. A latent near the middle of two bfloat16 may round to the other one,
+    2**-8 of it away; of these fixtures' latents none is so near the middle of two FP8 values."""
     config, params, ids, *_ = tiny
     length = config.index_topk + 2
     with running(implementation) as name:
         out = one_pass(config, params, ids[:1, :length], dtype=jnp.dtype(dtype), implementation=name)
     other = one_pass(config, params, ids[:1, :length], dtype=jnp.dtype(dtype), implementation="xla")
-    assert np.abs(out - other).max() <= BOUND
+    assert np.abs(out - other).max() <= (2**-8 if dtype == "bfloat16" else BOUND)
 
 
 @pytest.mark.slow
