@@ -1,7 +1,7 @@
 """Runs the suite in shards and remembers which have passed; runs one slice of the long tests.
 
     python tests/run_shards.py all [--shard 3/8] --suite "jax 0.11.2=.venv/bin/python -m pytest -q -n 2"
-    python tests/run_shards.py slice --of 24 --deadline 280 -- .venv/bin/python -m pytest -q -n 2
+    python tests/run_shards.py slice --of 32 --deadline 280 -- .venv/bin/python -m pytest -q -n 2
 
 `all` runs the shards that have not passed yet at this state of the tree (commit, differences and new files), of every
 suite, and says at the end which have passed. What passed is kept in .test-all/. `slice` runs a slice of the tests
