@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 from small_models import check_in_place
 from support.marks import running, slow
 
@@ -53,23 +55,23 @@ def test_fixture(tiny, way):
     assert error.max() <= BOUND, f"position {error.argmax()}: {error.max()}"
 
 
-def one_pass(config, params, ids, *, dtype=jnp.float32, implementation=None, page_size=16):
+def one_step(config, params, ids, *, dtype=jnp.float32, implementation=None, page_size=16):
     """float32[B, L, V] of one prefill step of all of ids[B, L]."""
     batch, length = ids.shape
     width = -(-length // page_size)
     sizes = {"num_requests": batch, "max_query_len": length, "dtype": dtype}
     table = jnp.arange(batch * width, dtype=jnp.int32).reshape(batch, width)
+    lens = jnp.full(batch, length, jnp.int32)
+    meta = build_metadata(lens, lens, table, num_tokens=batch * length, page_size=page_size)
+    caches = mla.create_caches(config, batch * width, page_size, **sizes)
+    hidden, _ = mla.forward(params, ids.reshape(-1), caches, meta, config=config, implementation=implementation)
+    return mla.logits(params, hidden, config).reshape(batch, length, -1)
 
-    @jax.jit
-    def step(params, ids):
-        lens = jnp.full(batch, length, jnp.int32)
-        meta = build_metadata(lens, lens, table, num_tokens=batch * length, page_size=page_size)
-        caches = mla.create_caches(config, batch * width, page_size, **sizes)
-        hidden, _ = mla.forward(params, ids.reshape(-1), caches, meta, config=config, implementation=implementation)
-        return mla.logits(params, hidden, config).reshape(batch, length, -1)
 
+def one_pass(config, params, ids, **options):
+    """`one_step` as a program of its own, with float32 products in full precision."""
     with jax.default_matmul_precision("highest"):
-        return np.asarray(step(params, ids))
+        return np.asarray(jax.jit(functools.partial(one_step, config, **options))(params, ids))
 
 
 # By default every family on one of the machines, see tests/support/turns.py: 4 s, of which 3 compile its 15 kernels.
@@ -95,6 +97,20 @@ def test_caches_by_implementation(tiny, implementation, dtype):
         out = one_pass(config, params, ids[:1, :length], dtype=jnp.dtype(dtype), implementation=name)
     other = one_pass(config, params, ids[:1, :length], dtype=jnp.dtype(dtype), implementation="xla")
     assert np.abs(out - other).max() <= (2**-8 if dtype == "bfloat16" else BOUND)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("implementation", ["xla", "triton"])
+def test_under_shard_map(tiny, implementation):
+    """One sequence on each of two devices, with the default check of what varies between them."""
+    config, params, ids, expected, _ = tiny
+    length = config.index_topk + 4
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:2])
+    own = functools.partial(one_step, config, implementation=implementation)
+    split = jax.jit(jax.shard_map(own, mesh=mesh, in_specs=(P(), P("data")), out_specs=P("data")))
+    with jax.default_matmul_precision("highest"):
+        out = np.asarray(split(params, ids[:, :length]))
+    assert np.abs(out - expected[:, :length]).max() <= BOUND
 
 
 @pytest.mark.slow
