@@ -28,16 +28,18 @@ from sparse_mla_jax.layers.compressed_projections import (
     project_q_latent,
 )
 from sparse_mla_jax.layers.projections import matmul
-from sparse_mla_jax.layers.selection import IndexInputs, check_selection, select_visible
+from sparse_mla_jax.layers.selection import IndexInputs, Queries, check_selection, select_visible
 from sparse_mla_jax.layers.step import check_hidden, check_static
 from sparse_mla_jax.metadata import StepMetadata
-from sparse_mla_jax.ops.attention import sparse_mla
 from sparse_mla_jax.ops.cache import PagedIndexCache, PagedKVCache, write
 from sparse_mla_jax.ops.compressor import CompressorState, CompressorWeights, compress, entry_pages, num_entries
-from sparse_mla_jax.ops.indexer import lightning_indexer
 from sparse_mla_jax.ops.output_projection import rotated_projection
 from sparse_mla_jax.ops.ragged import DenseRows, slots_from_positions
 from sparse_mla_jax.ops.window import check_states, ring_slots, token_states, window_rows
+from sparse_mla_jax.parallel.attention import SeenKeys, attend, select_keys
+from sparse_mla_jax.parallel.axes import Parallel
+from sparse_mla_jax.parallel.collectives import sum_over
+from sparse_mla_jax.parallel.pages import PagePart
 
 __all__ = [
     "LayerCaches",
@@ -107,6 +109,15 @@ def _check_caches(caches: LayerCaches, meta: StepMetadata, state_ids: Any, ratio
         )
 
 
+def _check_windows(meta: StepMetadata, ratio: int, parallel: Parallel | None) -> None:
+    """Refuses pages smaller than a window over "context": entries of other columns would lie on other devices."""
+    require(
+        parallel is None or parallel.context == 1 or not ratio or meta.page_size % ratio == 0,
+        f"page_size is {meta.page_size} in a layer with compress_ratio {ratio}; over the axis context a page must hold"
+        f" whole windows. Use a page_size that is a multiple of {ratio}.",
+    )
+
+
 # --- selection
 def select_entries(
     params: dict[str, Any],
@@ -152,17 +163,16 @@ def _entries_seen(step: LayerStep) -> Array:
 def _select(inputs: IndexInputs | None, index: PagedIndexCache | None, step: LayerStep) -> Array:
     """`select_entries` from the indexer's inputs, or from None if the indexer is not needed."""
     meta, ratio = step.metadata, step.ratio
-    width, entries = meta.max_length // ratio if ratio else 0, _entries_seen(step)
-    if inputs is None or index is None:
-        return select_visible(entries, width)
-    return lightning_indexer(
-        *inputs,
+    if not ratio:
+        return select_visible(_entries_seen(step), 0)
+    table, per_page = entry_pages(meta.page_table, page_size=meta.page_size, ratio=ratio)
+    return select_keys(
+        inputs,
         index,
-        entry_pages(meta.page_table, page_size=meta.page_size, ratio=ratio)[0],
-        meta.request_ids,
-        entries,
+        SeenKeys(table, meta.request_ids, _entries_seen(step), meta.max_length // ratio),
         k=step.config.index_topk,
-        max_length=width,
+        page_size=per_page,
+        parallel=step.parallel,
         implementation=step.implementation,
     )
 
@@ -177,7 +187,13 @@ def _write_window(window: PagedKVCache, key: Array, states: Array, step: LayerSt
 def _write_entries(
     params: dict[str, Any], caches: LayerCaches, known: HiddenProjections, step: LayerStep, state_ids: Array | None
 ) -> LayerCaches:
-    """Writes the entries of the windows that close in this step, and their index keys if the layer has an indexer."""
+    """Writes the entries of the windows that close in this step, and their index keys if the layer has an indexer.
+
+    Over "context" every device computes all entries and keeps all states, and stores the entries of its own pages.
+    """
+    meta = step.metadata
+    pages = PagePart.create(step.parallel, meta.page_size).masked(meta.page_table)
+    metadata = dataclasses.replace(meta, page_table=pages)
     for name, inputs in (("compressed", known.entry), ("index", known.index_entry)):
         if inputs is None:
             continue
@@ -190,7 +206,7 @@ def _write_entries(
             getattr(caches, state),
             *inputs,
             weights,
-            step.metadata,
+            metadata,
             state_ids=state_ids,
             implementation=step.implementation,
         )
@@ -229,6 +245,7 @@ def compressed_attention_step(
     implementation: str | None = None,
     selection: Array | None = None,
     return_selection: bool = False,
+    parallel: Parallel | None = None,
 ) -> Any:
     """Attention sub-layer of one step: writes window and entries, selects, attends. Call it inside your own `jax.jit`.
 
@@ -254,6 +271,10 @@ def compressed_attention_step(
       selection: int32 [T, W], the compressed entries that each token attends to besides its window, in place of those
         that `select_entries` gives, to replay an earlier run. -1, and entries that the token does not see, are none.
       return_selection: also return the selection (static); int32 [T, 0] in layers that do not compress.
+      parallel: the axes over which the step is spread (static), inside `jax.shard_map`; None on one device. Weights
+        are then the device's own, as `parallel.partition_params` splits them, and caches its own pages; rings and
+        compressor states are the same on all devices of "context". The selection is the part of it that the device
+        has, see `parallel.join_selection`.
 
     Returns:
       (output [T, D] in hidden.dtype, without the residual; caches), and the selection with return_selection. Padding
@@ -263,12 +284,13 @@ def compressed_attention_step(
       ValueError: weights, hidden, caches, metadata, state_ids, selection and config that do not fit together (at trace
         time).
     """
-    check_static(metadata, config, DeepseekV4Config, implementation)
+    check_static(metadata, config, DeepseekV4Config, implementation, parallel)
     _check.instance("caches", caches, LayerCaches, hint="Make them with models.deepseek_v4.create_caches.")
     hidden = check_hidden(hidden, metadata, config)
     _check_caches(caches, metadata, state_ids, config.compress_ratio(layer), config)
-    check_weights(params, compressed_shapes, config, layer, fuse_projections)
-    step = LayerStep.create(metadata, config, layer, implementation)
+    _check_windows(metadata, config.compress_ratio(layer), parallel)
+    step = LayerStep.create(metadata, config, layer, implementation, parallel)
+    check_weights(params, compressed_shapes, step.config, layer, fuse_projections)
     ring, rings = caches.window.page_size, caches.window.num_pages
     states = token_states(metadata, state_ids, rings=rings, capacity=max(1, ring - config.sliding_window + 1))
     known = project_hidden(params, hidden, step)
@@ -280,29 +302,57 @@ def compressed_attention_step(
         chosen = _select(queries.index_inputs, caches.index, step)
     else:
         chosen = check_selection(selection, _entries_seen(step))
-    entries = None
-    if caches.compressed is not None:
-        # Entries that are selected here come first in their row; others may lie anywhere.
-        count = _entries_seen(step) if selection is None else jnp.full(states.shape, chosen.shape[1], jnp.int32)
-        entries = caches.compressed, _entry_rows(chosen, count, states, step)
-    out = sparse_mla(
-        queries.heads,
-        window,
-        window_rows(metadata, states, window=config.sliding_window, ring=ring),
-        sm_scale=config.sm_scale,
-        value_dim=config.head_dim,
-        sinks=params["sinks"].astype(jnp.float32),
-        extra=entries,
-        implementation=implementation,
-    )
+    out = _attend(params, queries, caches, chosen, states, step, is_given=selection is not None)
     projected = grouped_output(params, out, metadata.positions, step.frequencies, implementation=implementation)
-    results = projected.astype(hidden.dtype), caches
+    projected = sum_over(projected.astype(hidden.dtype), parallel.present("tensor") if parallel else ())
+    results = projected, caches
     return (*results, chosen) if return_selection else results
 
 
-def _entry_rows(chosen: Array, count: Array, states: Array, step: LayerStep) -> DenseRows:
-    """Slots of the first count[t] entries of `chosen` [T, W]; an empty row for a token whose request has no ring."""
+def _attend(
+    params: dict[str, Any],
+    queries: Queries,
+    caches: LayerCaches,
+    chosen: Array,
+    states: Array,
+    step: LayerStep,
+    *,
+    is_given: bool,
+) -> Array:
+    """Attention to the window and to the entries `chosen`, which the caller of the layer gives if `is_given`."""
+    ring, axis, entries = caches.window.page_size, step.axis("context"), None
+    # Entries that the layer selects come first in their row; others may lie anywhere.
+    if caches.compressed is not None:
+        whole = jnp.full(states.shape, chosen.shape[1], jnp.int32)
+        entries = caches.compressed, _entry_rows(chosen, whole if is_given else None, states, step)
+    rows = window_rows(step.metadata, states, window=step.config.sliding_window, ring=ring)
+    if axis is not None and entries is not None:
+        # Every device has the window; one of them attends to it.
+        is_first = PagePart.create(step.parallel, step.metadata.page_size).is_first()
+        rows = DenseRows(rows.values, jnp.where(is_first, rows.lengths, 0))
+    return attend(
+        queries.heads,
+        caches.window,
+        rows,
+        sinks=params["sinks"].astype(jnp.float32),
+        axis=None if entries is None else axis,
+        sm_scale=step.config.sm_scale,
+        value_dim=step.config.head_dim,
+        extra=entries,
+        implementation=step.implementation,
+    )
+
+
+def _entry_rows(chosen: Array, count: Array | None, states: Array, step: LayerStep) -> DenseRows:
+    """Slots of the first count[t] entries of `chosen` [T, W]; an empty row for a token whose request has no ring.
+
+    Without `count` those that the layer itself has selected.
+    """
     meta, ratio = step.metadata, step.ratio
     table, per_page = entry_pages(meta.page_table, page_size=meta.page_size, ratio=ratio)
-    slots = slots_from_positions(chosen, meta.request_ids, table, page_size=per_page)
+    part = PagePart.create(step.parallel, per_page)
+    slots = slots_from_positions(part.to_local(chosen), meta.request_ids, part.pages(table), page_size=per_page)
+    if count is None:
+        own = jnp.sum(slots >= 0, axis=1, dtype=jnp.int32)
+        count = _entries_seen(step) if part.axis is None else own
     return DenseRows(slots, jnp.where(states >= 0, jnp.minimum(count, slots.shape[1]), 0))

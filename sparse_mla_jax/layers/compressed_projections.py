@@ -20,6 +20,8 @@ from sparse_mla_jax.layers.step import AttentionStep
 from sparse_mla_jax.metadata import StepMetadata
 from sparse_mla_jax.ops.norm_rope import Section
 from sparse_mla_jax.ops.rope import rope_frequencies
+from sparse_mla_jax.parallel.axes import Parallel
+from sparse_mla_jax.parallel.heads import own_config
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,11 +33,17 @@ class LayerStep(AttentionStep):
 
     @classmethod
     def create(
-        cls, metadata: StepMetadata, config: DeepseekV4Config, layer: int, implementation: str | None
+        cls,
+        metadata: StepMetadata,
+        config: DeepseekV4Config,
+        layer: int,
+        implementation: str | None,
+        parallel: Parallel | None = None,
     ) -> LayerStep:
-        """Makes a LayerStep with the layer's frequencies."""
+        """Makes a LayerStep of one device's heads, with the layer's frequencies."""
         frequencies = jnp.asarray(rope_frequencies(config.layer_rope(layer), config.qk_rope_head_dim))
-        return cls(metadata, implementation, frequencies, config.rms_norm_eps, config, layer)
+        own = own_config(config, parallel)
+        return cls(metadata, implementation, frequencies, config.rms_norm_eps, parallel, own, layer)
 
     @property
     def ratio(self) -> int:

@@ -27,6 +27,8 @@ from sparse_mla_jax.mla_shapes import MlaConfig
 from sparse_mla_jax.ops.fp8 import is_fp8
 from sparse_mla_jax.ops.norm_rope import Section
 from sparse_mla_jax.ops.rope import rope_frequencies
+from sparse_mla_jax.parallel.axes import Parallel
+from sparse_mla_jax.parallel.heads import own_layer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,8 +46,9 @@ class LatentStep(AttentionStep):
         layer: int | None,
         implementation: str | None,
         frequencies: Array | None = None,
+        parallel: Parallel | None = None,
     ) -> LatentStep:
-        """Makes a LatentStep; without `frequencies`, with those of the layer's config.
+        """Makes a LatentStep of one device's heads; without `frequencies`, with those of the layer's config.
 
         Raises:
           ValueError: no layer in a model whose layers differ, or no frequencies where they are learned.
@@ -54,7 +57,7 @@ class LatentStep(AttentionStep):
             layer is not None or config.is_uniform,
             "layer is None; the layers of this config differ. Pass the number of the layer.",
         )
-        chosen = config.layer(layer or 0)
+        chosen = own_layer(config.layer(layer or 0), parallel)
         width = chosen.sizes.qk_rope_head_dim
         require(
             frequencies is not None or not config.learned_rope or not width,
@@ -62,7 +65,7 @@ class LatentStep(AttentionStep):
         )
         own = rope_frequencies(chosen.sizes.rope, width) if width else np.zeros(0, np.float32)
         used = own if frequencies is None or not width else frequencies
-        return cls(metadata, implementation, used, INNER_EPS, config, chosen)
+        return cls(metadata, implementation, used, INNER_EPS, parallel, config, chosen)
 
     @property
     def needs_indexer(self) -> bool:

@@ -28,15 +28,19 @@ from sparse_mla_jax.layers.latent_projections import (
     project_hidden,
     project_queries,
 )
-from sparse_mla_jax.layers.selection import IndexInputs, Queries, check_selection, select_visible
+from sparse_mla_jax.layers.selection import IndexInputs, Queries, check_selection
 from sparse_mla_jax.layers.step import check_hidden, check_static
 from sparse_mla_jax.metadata import StepMetadata
 from sparse_mla_jax.mla_shapes import MlaConfig
-from sparse_mla_jax.ops.attention import Rows, sparse_mla
+from sparse_mla_jax.ops.attention import Rows
 from sparse_mla_jax.ops.cache import PagedIndexCache, PagedKVCache, write, write_index, write_token
 from sparse_mla_jax.ops.indexer import lightning_indexer
-from sparse_mla_jax.ops.ragged import slots_from_positions
+from sparse_mla_jax.ops.ragged import DenseRows, slots_from_positions
 from sparse_mla_jax.ops.window import WindowCache, check_states, ring_slots, token_states, window_rows
+from sparse_mla_jax.parallel.attention import SeenKeys, attend, select_keys
+from sparse_mla_jax.parallel.axes import Parallel
+from sparse_mla_jax.parallel.collectives import sum_over
+from sparse_mla_jax.parallel.pages import PagePart
 
 _MAKE = "Make it with models.mla.create_caches."
 
@@ -163,18 +167,25 @@ def _select(
     inputs: IndexInputs | None, index_cache: PagedIndexCache | None, step: LatentStep, return_scores: bool = False
 ) -> Any:
     """`select_positions` from the result of `index_query`, or from None if the indexer is not needed."""
-    meta = step.metadata
-    if inputs is None or index_cache is None:
-        return select_visible(meta.lengths, meta.max_length)
-    return lightning_indexer(
-        *inputs,
+    meta, k = step.metadata, min(step.config.index_topk, step.metadata.max_length)
+    seen = SeenKeys(meta.page_table, meta.request_ids, meta.lengths, meta.max_length)
+    if return_scores and inputs is not None and index_cache is not None:
+        return lightning_indexer(
+            *inputs,
+            index_cache,
+            *seen[:3],
+            k=k,
+            max_length=seen.max_length,
+            return_scores=True,
+            implementation=step.implementation,
+        )
+    return select_keys(
+        inputs,
         index_cache,
-        meta.page_table,
-        meta.request_ids,
-        meta.lengths,
-        k=min(step.config.index_topk, meta.max_length),
-        max_length=meta.max_length,
-        return_scores=return_scores,
+        seen,
+        k=k,
+        page_size=meta.page_size,
+        parallel=step.parallel,
         implementation=step.implementation,
     )
 
@@ -211,7 +222,7 @@ def _write(
 ) -> tuple[PagedKVCache, PagedIndexCache | None]:
     """Writes what the layer makes: its latents and rotary keys, and its index keys."""
     meta, how = step.metadata, step.implementation
-    slots = meta.slots
+    slots = PagePart.create(step.parallel, meta.page_size).slots(meta.positions, meta.slots)
     if states is not None:
         slots = ring_slots(meta.positions, states, ring=cache.page_size)
     if known.latent is None:
@@ -225,6 +236,19 @@ def _write(
 
 
 # --- attention
+def _own_rows(chosen: Array, step: LatentStep) -> Rows:
+    """Slots of the chosen positions that the device has."""
+    meta, part = step.metadata, PagePart.create(step.parallel, step.metadata.page_size)
+    pages, local = part.pages(meta.page_table), part.to_local(chosen)
+    slots = slots_from_positions(local, meta.request_ids, pages, page_size=meta.page_size)
+    # Pass dense rows: top-k ends them with -1, and packing would take five more kernels. Padding selects nothing.
+    if part.axis is None:
+        return slots
+    # The device may have few of them. A selection that the caller passes may have them anywhere in its row.
+    last = jnp.max(jnp.where(slots >= 0, jnp.arange(1, slots.shape[1] + 1, dtype=jnp.int32), 0), axis=1, initial=0)
+    return DenseRows(slots, last)
+
+
 def _per_head(x: Array, weight: Array) -> Array:
     """x[T, H, I] times weight[H, I, O] per head, accumulated and returned in float32."""
     product = functools.partial(jnp.einsum, "thi,hio->tho", preferred_element_type=jnp.float32)
@@ -261,13 +285,15 @@ def _absorb(params: dict[str, Any], query: Array) -> Array:
 def _attend(params: dict[str, Any], queries: Queries, cache: PagedKVCache, rows: Rows, step: LatentStep) -> Array:
     """Absorbed attention: maps queries to the latent space and results back; keys are never expanded. float32[T, D]."""
     sizes, query = step.layer.sizes, queries.heads
-    out = sparse_mla(
+    out = attend(
         _absorb(params, query),
         cache,
         rows,
+        sinks=params["sinks"].astype(jnp.float32) if step.config.attention_sinks else None,
+        # Rings are whole on every device.
+        axis=None if step.layer.is_sliding else step.axis("context"),
         sm_scale=sizes.sm_scale,
         value_dim=sizes.kv_lora_rank,
-        sinks=params["sinks"].astype(jnp.float32) if step.config.attention_sinks else None,
         implementation=step.implementation,
     )
     values = _per_head(out, params["kv_b_v"])
@@ -275,6 +301,8 @@ def _attend(params: dict[str, Any], queries: Queries, cache: PagedKVCache, rows:
         gate = queries.gate if queries.gate.ndim == 3 else queries.gate[..., None]
         values = values * jax.nn.sigmoid(gate.astype(jnp.float32))
     projected = _join_heads(values.astype(query.dtype), params["o_proj"])
+    if step.axis("tensor") is not None:
+        projected = sum_over(projected.astype(query.dtype), step.parallel.present("tensor")).astype(jnp.float32)
     return projected + params["o_proj_bias"] if step.config.attention_bias else projected
 
 
@@ -292,6 +320,7 @@ def attention_step(
     implementation: str | None = None,
     selection: Array | None = None,
     return_selection: bool = False,
+    parallel: Parallel | None = None,
 ) -> Any:
     """Attention sub-layer of one step: writes this step's keys, selects, attends. Call it inside your own `jax.jit`.
 
@@ -328,6 +357,9 @@ def attention_step(
         run that is replayed. -1, and positions that the token does not see, are none. The indexer does not run; its
         keys are still written.
       return_selection: also return the selection (static).
+      parallel: the axes over which the step is spread (static), inside `jax.shard_map`; None on one device. Weights
+        are then the device's own, as `parallel.partition_params` splits them, and caches its own pages. The selection
+        is the part of it that the device has, see `parallel.join_selection`.
 
     Returns:
       (output [T, D] in hidden.dtype, without the residual; cache; index_cache). Padding gives 0, or o_proj's bias. With
@@ -337,8 +369,8 @@ def attention_step(
     Raises:
       ValueError: weights, hidden, caches, metadata and config that do not fit together (at trace time).
     """
-    check_static(metadata, config, MlaConfig, implementation)
-    step = LatentStep.create(metadata, config, layer, implementation, frequencies)
+    check_static(metadata, config, MlaConfig, implementation, parallel)
+    step = LatentStep.create(metadata, config, layer, implementation, frequencies, parallel)
     hidden = _check_call(params, hidden, cache, index_cache, state_ids, step)
     chosen = _check_passed(selection, step)
     known, keys = project_hidden(params, hidden, step), _keys(cache)
@@ -355,8 +387,7 @@ def attention_step(
         rows: Rows = window_rows(metadata, states, window=config.sliding_window, ring=keys.page_size)
     else:
         chosen = _select(queries.index_inputs, index_cache, step) if chosen is None else chosen
-        # Pass dense rows: top-k ends them with -1, and packing would take five more kernels. Padding selects nothing.
-        rows = slots_from_positions(chosen, metadata.request_ids, metadata.page_table, page_size=metadata.page_size)
+        rows = _own_rows(chosen, step)
     out = _attend(params, queries, keys, rows, step)
     results = out.astype(hidden.dtype), keys if states is None else WindowCache(keys), index_cache
     return (*results, chosen) if return_selection else results

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 
@@ -12,6 +13,8 @@ from sparse_mla_jax._check import require, size
 from sparse_mla_jax.config import Config
 from sparse_mla_jax.layers.moe import matmul
 from sparse_mla_jax.metadata import StepMetadata
+from sparse_mla_jax.parallel.axes import Parallel
+from sparse_mla_jax.parallel.collectives import join_columns, sum_over
 
 
 class Family(NamedTuple):
@@ -68,14 +71,32 @@ def check_page_size(page_size: int | None, of_caches: int | None) -> int:
     return of_caches
 
 
-def embed(params: dict[str, Any], token_ids: Array) -> Array:
-    """Embeddings [T, D] of token_ids int[T]; ids outside the vocabulary are clamped into it."""
+def embed(
+    params: dict[str, Any], token_ids: Array, config: Config | None = None, parallel: Parallel | None = None
+) -> Array:
+    """Embeddings [T, D] of token_ids int[T]; ids outside the vocabulary are clamped into it.
+
+    Over "tensor" (which needs `config`) a device looks up the ids of its own rows; the sum with the zeros of the others
+    is exact.
+    """
     table = params["embed_tokens"]
-    return table[jnp.clip(token_ids, 0, table.shape[0] - 1)]
+    if parallel is None or config is None or table.shape[0] == config.vocab_size:
+        return table[jnp.clip(token_ids, 0, table.shape[0] - 1)]
+    axes = parallel.present("tensor")
+    local = jnp.clip(token_ids, 0, config.vocab_size - 1) - jax.lax.axis_index(axes) * table.shape[0]
+    rows = table[jnp.clip(local, 0, table.shape[0] - 1)]
+    return sum_over(jnp.where(((local >= 0) & (local < table.shape[0]))[:, None], rows, 0), axes)
 
 
-def logits(params: dict[str, Any], hidden: Array, config: Config) -> Array:
-    """Scores of the next token, float32[..., V], from final-normed hidden [..., D]; pass only the rows you need."""
+def logits(params: dict[str, Any], hidden: Array, config: Config, parallel: Parallel | None = None) -> Array:
+    """Scores of the next token, float32[..., V], from final-normed hidden [..., D]; pass only the rows you need.
+
+    Over "tensor" a device computes the columns of its part of the vocabulary, which are joined.
+    """
     if config.tie_word_embeddings:
-        return jnp.einsum("...d,vd->...v", hidden, params["embed_tokens"], preferred_element_type=jnp.float32)
-    return matmul(hidden, params["lm_head"])
+        scores = jnp.einsum("...d,vd->...v", hidden, params["embed_tokens"], preferred_element_type=jnp.float32)
+    else:
+        scores = matmul(hidden, params["lm_head"])
+    if parallel is None or scores.shape[-1] == config.vocab_size:
+        return scores
+    return join_columns(scores, parallel.axis("tensor"))

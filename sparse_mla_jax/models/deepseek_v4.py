@@ -26,6 +26,7 @@ from sparse_mla_jax.models.steps import decode, prefill
 from sparse_mla_jax.ops.cache import PagedIndexCache, PagedKVCache
 from sparse_mla_jax.ops.compressor import CompressorState, entry_pages
 from sparse_mla_jax.ops.window import ring_size
+from sparse_mla_jax.parallel.axes import Parallel
 
 __all__ = [
     "FAMILY",
@@ -157,6 +158,7 @@ def forward(
     config: DeepseekV4Config,
     state_ids: Array | None = None,
     implementation: str | None = None,
+    parallel: Parallel | None = None,
 ) -> tuple[Array, Caches]:
     """One step through all layers, for decode tokens and prefill chunks in any mix.
 
@@ -168,6 +170,8 @@ def forward(
       config: the model's shapes (static).
       state_ids: int32[B], the ring and state of each request; None means b for request b.
       implementation: None, "triton", "xla" or "reference", for every operator.
+      parallel: the axes over which the step is spread (static), inside `jax.shard_map`; None on one device. Weights and
+        caches are then the device's own, see docs/howto/many-gpus.md.
 
     Returns:
       (hidden [T, D] after the final norm, caches).
@@ -176,7 +180,7 @@ def forward(
       ValueError: token_ids, caches or metadata of other shapes than expected (at trace time).
     """
     check_step(token_ids, caches, metadata, config)
-    streams = jnp.repeat(embed(params, token_ids)[:, None, :], config.hc_mult, axis=1)
+    streams = jnp.repeat(embed(params, token_ids, config, parallel)[:, None, :], config.hc_mult, axis=1)
     updated = []
     for number, cache in enumerate(caches):
         streams, cache = decoder_layer(
@@ -189,6 +193,7 @@ def forward(
             layer=number,
             state_ids=state_ids,
             implementation=implementation,
+            parallel=parallel,
         )
         updated.append(cache)
     hidden = merge_streams(
@@ -208,6 +213,7 @@ def decoder_layer(
     layer: int,
     state_ids: Array | None = None,
     implementation: str | None = None,
+    parallel: Parallel | None = None,
 ) -> tuple[Array, LayerCaches]:
     """Layer number `layer` on streams [T, n, D]: attention, then experts, each with its hyper-connections."""
     split = functools.partial(split_streams, config=config, implementation=implementation)
@@ -221,10 +227,11 @@ def decoder_layer(
         layer=layer,
         state_ids=state_ids,
         implementation=implementation,
+        parallel=parallel,
     )
     streams = join_streams(streams, out, weights)
     normed, weights = split(params["ffn_hc"], streams, norm=params["post_attention_layernorm"])
-    out = clamped_moe(params["mlp"], normed, token_ids, config=config)
+    out = clamped_moe(params["mlp"], normed, token_ids, config=config, parallel=parallel)
     return join_streams(streams, out, weights), caches
 
 

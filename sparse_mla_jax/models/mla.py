@@ -25,6 +25,7 @@ from sparse_mla_jax.models.common import Family, check_step, embed
 from sparse_mla_jax.models.mla_caches import Caches, bytes_per_request, bytes_per_token, create_caches, tokens_per_page
 from sparse_mla_jax.models.params_mla import Params, init_params, param_specs
 from sparse_mla_jax.models.steps import decode, prefill
+from sparse_mla_jax.parallel.axes import Parallel
 
 __all__ = [
     "FAMILY",
@@ -64,12 +65,12 @@ def default_page_size(config: MlaConfig) -> int:
     return 64
 
 
-def logits(params: Params, hidden: Array, config: MlaConfig) -> Array:
+def logits(params: Params, hidden: Array, config: MlaConfig, parallel: Parallel | None = None) -> Array:
     """Scores of the next token, float32[..., V], from final-normed hidden [..., D]; pass only the rows you need.
 
     With final_logit_softcapping they are cap * tanh(score / cap).
     """
-    scores, cap = common.logits(params, hidden, config), config.final_logit_softcapping
+    scores, cap = common.logits(params, hidden, config, parallel), config.final_logit_softcapping
     return cap * jnp.tanh(scores / cap) if cap else scores
 
 
@@ -82,6 +83,7 @@ def forward(
     config: MlaConfig,
     state_ids: Array | None = None,
     implementation: str | None = None,
+    parallel: Parallel | None = None,
 ) -> tuple[Array, Caches]:
     """One step through all layers, for decode tokens and prefill chunks in any mix.
 
@@ -93,6 +95,8 @@ def forward(
       config: the model's shapes (static).
       state_ids: int32[B], the ring of each request in sliding layers; None means b for request b.
       implementation: None, "triton", "xla" or "reference", for every operator.
+      parallel: the axes over which the step is spread (static), inside `jax.shard_map`; None on one device. Weights and
+        caches are then the device's own, see docs/howto/many-gpus.md.
 
     Returns:
       (hidden [T, D] after the final norm, caches).
@@ -101,7 +105,7 @@ def forward(
       ValueError: token_ids, caches or metadata of other shapes than expected (at trace time).
     """
     check_step(token_ids, caches, metadata, config)
-    state = embed(params, token_ids)
+    state = embed(params, token_ids, config, parallel)
     if config.hc_mult:
         state = jnp.repeat(state[:, None, :], config.hc_mult, axis=1)
     frequencies = learned_frequencies(params["rope_alpha"], config) if config.learned_rope else None
@@ -119,6 +123,7 @@ def forward(
             state_ids=state_ids,
             frequencies=frequencies,
             implementation=implementation,
+            parallel=parallel,
             selection=selection if layer.shares_index else None,
         )
         # Layers that share it come later, with sliding layers between them perhaps.
@@ -163,6 +168,7 @@ def _layer(
     *,
     config: MlaConfig,
     implementation: str | None,
+    parallel: Parallel | None = None,
     **options: Any,
 ) -> tuple[Array, Any, Any, Array | None]:
     """One layer on the residual: (residual, cache, index cache, selection); options: of `attention_step`."""
@@ -177,11 +183,15 @@ def _layer(
         layer=layer.number,
         implementation=implementation,
         return_selection=True,
+        parallel=parallel,
         **options,
     )
     state = _leave(state, out, weights)
     normed, weights = _enter(own, "ffn", state, config, implementation)
-    out = moe(own["mlp"], normed, config=config) if layer.is_moe else swiglu(own["mlp"], normed)
+    if layer.is_moe:
+        out = moe(own["mlp"], normed, config=config, parallel=parallel)
+    else:
+        out = swiglu(own["mlp"], normed, parallel=parallel)
     return _leave(state, out, weights), cache, index_cache, chosen
 
 
@@ -208,7 +218,7 @@ def decoder_layer(
     """Layer `number` on the residual stream hidden [T, D] ([T, n, D] with hyper-connections): attention, then SwiGLU
     or the mixture of experts.
 
-    options: state_ids, frequencies and selection, as for `layers.mla.attention_step`, in models whose layers need them.
+    options: state_ids, frequencies, selection and parallel, as for `layers.mla.attention_step`, in models whose layers need them.
 
     Returns:
       (residual, cache, index_cache).

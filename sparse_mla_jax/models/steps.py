@@ -10,6 +10,7 @@ from sparse_mla_jax._check import require
 from sparse_mla_jax.config import Config
 from sparse_mla_jax.metadata import build_metadata, decode_metadata
 from sparse_mla_jax.models.common import Family, check_page_size
+from sparse_mla_jax.parallel.axes import Parallel
 
 
 def prefill(
@@ -24,11 +25,12 @@ def prefill(
     page_size: int | None = None,
     state_ids: Array | None = None,
     implementation: str | None = None,
+    parallel: Parallel | None = None,
 ) -> tuple[Array, Any]:
     """One step over prompts, chunks of prompts, or a mix with decode tokens; see `build_metadata` for the layout.
 
     Args:
-      params, token_ids, caches, config, state_ids, implementation: as in `forward`. token_ids: the tokens of all
+      params, token_ids, caches, config, state_ids, implementation, parallel: as in `forward`. token_ids: the tokens of all
         requests one after the other, then padding; at least one.
       seq_lens: int[B] tokens of each request, those of this step included.
       query_lens: int[B] tokens of each request in this step.
@@ -49,9 +51,16 @@ def prefill(
     page_size = check_page_size(page_size, model.tokens_per_page(caches))
     metadata = build_metadata(seq_lens, query_lens, page_table, num_tokens=token_ids.shape[0], page_size=page_size)
     hidden, caches = model.forward(
-        params, token_ids, caches, metadata, config=config, state_ids=state_ids, implementation=implementation
+        params,
+        token_ids,
+        caches,
+        metadata,
+        config=config,
+        state_ids=state_ids,
+        implementation=implementation,
+        parallel=parallel,
     )
-    return model.logits(params, hidden[metadata.last_token], config), caches
+    return model.logits(params, hidden[metadata.last_token], config, parallel), caches
 
 
 def decode(
@@ -65,6 +74,7 @@ def decode(
     page_size: int | None = None,
     state_ids: Array | None = None,
     implementation: str | None = None,
+    parallel: Parallel | None = None,
 ) -> tuple[Array, Any]:
     """One token of every request; row b belongs to request b, and rows with seq_lens[b] <= 0 are padding.
 
@@ -77,9 +87,16 @@ def decode(
     page_size = check_page_size(page_size, model.tokens_per_page(caches))
     metadata = decode_metadata(seq_lens, page_table, page_size=page_size)
     hidden, caches = model.forward(
-        params, token_ids, caches, metadata, config=config, state_ids=state_ids, implementation=implementation
+        params,
+        token_ids,
+        caches,
+        metadata,
+        config=config,
+        state_ids=state_ids,
+        implementation=implementation,
+        parallel=parallel,
     )
-    return model.logits(params, hidden, config), caches
+    return model.logits(params, hidden, config, parallel), caches
 
 
 def _model(config: Config) -> Family:

@@ -138,3 +138,29 @@ def make_mesh(parallel: Parallel, devices: Sequence[Any] | None = None) -> Mesh:
         f"a mesh of {shown} has {needed} devices; there are {len(there)}. Choose sizes whose product is at most that.",
     )
     return jax.make_mesh(parallel.sizes, parallel.names, axis_types=(AxisType.Auto,) * 3, devices=there[:needed])
+
+
+def parallel_of(mesh: Mesh | None, parallel: Parallel | None = None) -> Parallel | None:
+    """The axes of `mesh`, or `parallel` if that is given; None without a mesh.
+
+    Raises:
+      ValueError: axes with other names or sizes.
+    """
+    if mesh is None:
+        require(parallel is None, "parallel is given without a mesh; make one with parallel.make_mesh.")
+        return None
+    _check.instance("mesh", mesh, Mesh, hint="Make one with parallel.make_mesh.")
+    if parallel is None:
+        unknown = sorted(set(mesh.axis_names) - set(AXES))
+        require(
+            not unknown,
+            f"mesh has the axes {', '.join(map(str, mesh.axis_names))}; expected are some of {', '.join(AXES)}. Pass"
+            " parallel=Parallel(..., names=...) for other names.",
+        )
+        return Parallel(**mesh.shape)
+    sizes = dict(zip(parallel.names, parallel.sizes))
+    require(
+        all(mesh.shape.get(name, 1) == size for name, size in sizes.items()) and mesh.size == parallel.num_devices,
+        f"mesh has the axes {dict(mesh.shape)} and parallel {sizes}; make the mesh with parallel.make_mesh.",
+    )
+    return parallel

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from tqdm import tqdm
 
 from sparse_mla_jax import _check
@@ -17,30 +18,58 @@ from sparse_mla_jax.config import Config
 from sparse_mla_jax.metadata import build_metadata
 from sparse_mla_jax.models.family import check_params, family_of, matmul_precision
 from sparse_mla_jax.ops._dispatch import check_implementation
+from sparse_mla_jax.parallel.axes import Parallel, parallel_of
+from sparse_mla_jax.parallel.run import create_on_mesh, place_params, run_on_mesh
 from sparse_mla_jax.serving.memory import check_memory
 
 
-@functools.partial(jax.jit, static_argnames=("config", "page_size", "implementation"), donate_argnames=("caches",))
+class _ScoreInputs(NamedTuple):
+    """Inputs of a step: token_ids int32 [T], seq_lens and query_lens int32 [B], page_table int32 [B, P]."""
+
+    token_ids: Any
+    seq_lens: Any
+    query_lens: Any
+    page_table: Any
+
+
+@functools.partial(
+    jax.jit,
+    static_argnames=("config", "page_size", "implementation", "mesh", "parallel"),
+    donate_argnames=("caches",),
+)
 def _score_step(
     params: Any,
     caches: Any,
-    token_ids: jax.Array,
-    seq_lens: jax.Array,
-    query_lens: jax.Array,
-    page_table: jax.Array,
+    inputs: _ScoreInputs,
     *,
     config: Config,
     page_size: int,
     implementation: str | None,
+    mesh: Mesh | None,
+    parallel: Parallel | None,
 ) -> tuple[jax.Array, Any]:
     """Logits after each token of token_ids [T]: (float32 [T, V], caches)."""
-    with matmul_precision(params):
-        metadata = build_metadata(seq_lens, query_lens, page_table, num_tokens=token_ids.shape[0], page_size=page_size)
-        rows = jnp.arange(seq_lens.shape[0], dtype=jnp.int32)
+
+    def body(params: Any, caches: Any, inputs: _ScoreInputs) -> tuple[jax.Array, Any]:
+        tokens, *lengths = inputs
+        metadata = build_metadata(*lengths, num_tokens=tokens.shape[0], page_size=page_size)
+        rows = jnp.arange(inputs.seq_lens.shape[0], dtype=jnp.int32)
         hidden, caches = family_of(config).forward(
-            params, token_ids, caches, metadata, config=config, state_ids=rows, implementation=implementation
+            params,
+            tokens,
+            caches,
+            metadata,
+            config=config,
+            state_ids=rows,
+            implementation=implementation,
+            parallel=parallel,
         )
-        return family_of(config).logits(params, hidden, config), caches
+        return family_of(config).logits(params, hidden, config, parallel), caches
+
+    with matmul_precision(params):
+        if mesh is None or parallel is None:
+            return body(params, caches, inputs)
+        return run_on_mesh(body, params, caches, inputs, mesh=mesh, parallel=parallel)
 
 
 def check_token_ids(token_ids: Any, vocab_size: int) -> np.ndarray:
@@ -92,6 +121,38 @@ def check_arguments(
     return tokens, prompt_length, chunk, page_size
 
 
+def _prepare(
+    params: Any,
+    config: Config,
+    tokens: np.ndarray,
+    mesh: Mesh | None,
+    parallel: Parallel | None,
+    chunk: int,
+    *,
+    page_size: int,
+    dtype: Any,
+) -> tuple[Any, Any, np.ndarray]:
+    """(params, caches, page_table [B, P]) on the device, or on those of the mesh."""
+    batch, length = tokens.shape
+    groups, parts = (1, 1) if parallel is None else (parallel.data, parallel.context)
+    own, width = batch // groups, -(-length // page_size)
+    # Page column p is on device p % parts of the axis "context".
+    per_request = -(-width // parts)
+
+    def create() -> Any:
+        pages = batch * per_request * parts
+        return family_of(config).create_caches(
+            config, pages, page_size, num_requests=batch, max_query_len=chunk, dtype=dtype
+        )
+
+    _check_memory(config, tokens, chunk, jax.eval_shape(create))
+    row, column = np.arange(batch, dtype=np.int32) % own, np.arange(width, dtype=np.int32)
+    page_table = row[:, None] * per_request + column // parts
+    if mesh is None or parallel is None:
+        return params, create(), page_table
+    return place_params(params, mesh, parallel), create_on_mesh(create, mesh, parallel), page_table
+
+
 def _check_memory(config: Config, tokens: np.ndarray, chunk: int, caches: Any) -> None:
     """Raises ValueError if caches of these shapes and all logits need more memory than there is."""
     batch, length = tokens.shape
@@ -115,6 +176,8 @@ def score(
     page_size: int | None = None,
     implementation: str | None = None,
     progress: bool = False,
+    mesh: Mesh | None = None,
+    parallel: Parallel | None = None,
 ) -> np.ndarray:
     """Teacher-forced logits: entry [b, i] scores the token that follows token_ids[b, : i + 1].
 
@@ -132,6 +195,9 @@ def score(
       page_size: tokens per page; None: 64, or 256 for DeepSeek-V4 (a multiple or divisor of every compress ratio).
       implementation: None, "triton", "xla" or "reference".
       progress: show a progress bar of the tokens on stderr.
+      mesh: of axes "data", "context" and "tensor", from `parallel.make_mesh`; None for one device. Sequences are split
+        over "data", in order.
+      parallel: the axes, if they are not those of `mesh` with experts over "data" and "tensor".
 
     Returns:
       float32 [B, L, V] on the host.
@@ -145,17 +211,13 @@ def score(
         config, token_ids, prompt_length=prompt_length, chunk=chunk, page_size=page_size
     )
     batch, length = tokens.shape
-    params = check_params(params, config)
-    width = -(-length // page_size)
-
-    def create() -> Any:
-        return family_of(config).create_caches(
-            config, batch * width, page_size, num_requests=batch, max_query_len=chunk, dtype=cache_type
-        )
-
-    _check_memory(config, tokens, chunk, jax.eval_shape(create))
-    caches = create()
-    page_table = jnp.arange(batch * width, dtype=jnp.int32).reshape(batch, width)
+    parallel = parallel_of(mesh, parallel)
+    groups = 1 if parallel is None else parallel.data
+    # Groups have equally many sequences: the last may be padding.
+    tokens = np.pad(tokens, ((0, -batch % groups), (0, 0)))
+    params, caches, page_table = _prepare(
+        check_params(params, config), config, tokens, mesh, parallel, chunk, page_size=page_size, dtype=cache_type
+    )
     logits = np.empty((batch, length, config.vocab_size), np.float32)
 
     start = 0
@@ -163,21 +225,31 @@ def score(
         while start < length:
             size = chunk if start < prompt_length else 1
             end = min(start + size, prompt_length) if start < prompt_length else start + 1
-            flat = np.zeros(batch * size, np.int32)  # pad the last chunk, so that no further program is compiled
-            flat[: batch * (end - start)] = tokens[:, start:end].reshape(-1)
+            inputs = _ScoreInputs(*_pack_rows(tokens[:, start:end], groups, size, end), page_table)
             scores, caches = _score_step(
                 params,
                 caches,
-                flat,
-                np.full(batch, end, np.int32),
-                np.full(batch, end - start, np.int32),
-                page_table,
+                inputs,
                 config=config,
                 page_size=page_size,
                 implementation=implementation,
+                mesh=mesh,
+                parallel=parallel,
             )
-            rows = np.asarray(scores)[: batch * (end - start)]
-            logits[:, start:end] = rows.reshape(batch, end - start, -1)
+            rows = np.asarray(scores).reshape(groups, -1, config.vocab_size)[:, : tokens.shape[0] // groups * (end - start)]
+            logits[:, start:end] = rows.reshape(tokens.shape[0], end - start, -1)[:batch]
             bar.update(end - start)
             start = end
     return logits
+
+
+def _pack_rows(tokens: np.ndarray, groups: int, size: int, end: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """token_ids, seq_lens and query_lens of a step over tokens [B, n], which end at position `end`.
+
+    Every group's tokens are followed by padding up to `size` a sequence, so that no further program is compiled.
+    """
+    batch, count = tokens.shape
+    own = batch // groups
+    flat = np.zeros((groups, own * size), np.int32)
+    flat[:, : own * count] = tokens.reshape(groups, -1)
+    return flat.reshape(-1), np.full(batch, end, np.int32), np.full(batch, count, np.int32)
