@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from sparse_mla_jax import _check
 from sparse_mla_jax._check import require
@@ -14,6 +15,8 @@ from sparse_mla_jax._choices import DTYPES
 from sparse_mla_jax.config import Config, DeepseekV4Config, MlaConfig
 from sparse_mla_jax.models import deepseek_v4, mla
 from sparse_mla_jax.models.common import Family
+from sparse_mla_jax.parallel.axes import Parallel
+from sparse_mla_jax.parallel.partition import check_divides, partition_fused, partition_params
 
 _FAMILIES: dict[type, Family] = {MlaConfig: mla.FAMILY, DeepseekV4Config: deepseek_v4.FAMILY}
 
@@ -36,10 +39,11 @@ def _name(path: Any) -> str:
     return jax.tree_util.keystr(path, simple=True, separator=".")
 
 
-def check_params(params: Any, config: Config, dtype: Any = None) -> Any:
+def check_params(params: Any, config: Config, dtype: Any = None, parallel: Parallel | None = None) -> Any:
     """Puts `params` on the device, matrices cast to `dtype` (None keeps their type); norms stay float32.
 
-    Separate and fused parameters (`fuse_projections`) are accepted.
+    Separate and fused parameters are accepted: from `fuse_projections`, or with `parallel` from `fuse_on_mesh`. Arrays
+    that lie on several devices stay there.
 
     Raises:
       ValueError: a parameter is missing, surplus, or not of the shape that `config` requires.
@@ -51,7 +55,7 @@ def check_params(params: Any, config: Config, dtype: Any = None) -> Any:
     family = family_of(config)
     specs = family.param_specs(config, wanted)
     if given_tree != jax.tree.structure(specs):
-        fused = jax.eval_shape(family.fuse_projections, specs)
+        fused = _fused_specs(family, specs, parallel)
         specs = fused if given_tree == jax.tree.structure(fused) else specs
     names = [{_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)} for tree in (specs, params)]
     require(
@@ -68,6 +72,42 @@ def check_params(params: Any, config: Config, dtype: Any = None) -> Any:
         return jnp.asarray(leaf, spec.dtype)
 
     return jax.tree_util.tree_map_with_path(put, specs, params)
+
+
+def _fused_specs(family: Family, specs: Any, parallel: Parallel | None) -> Any:
+    if parallel is None:
+        return jax.eval_shape(family.fuse_projections, specs)
+    return partition_fused(family.fuse_projections, specs, parallel).specs
+
+
+def partition_model(params: Any, config: Config, parallel: Parallel) -> Any:
+    """How a model's parameters, separate or fused on the mesh, lie on it: a pytree of PartitionSpec like `params`.
+
+    Raises:
+      ValueError: sizes of the config that do not divide; the message says which sizes do.
+    """
+    family = family_of(config)
+    specs = family.param_specs(config, params["embed_tokens"].dtype)
+    check_divides(config, specs, parallel)
+    if jax.tree.structure(params) == jax.tree.structure(specs):
+        return partition_params(specs, parallel)
+    return partition_fused(family.fuse_projections, specs, parallel).partition
+
+
+def fuse_on_mesh(params: Any, config: Config, mesh: Mesh, parallel: Parallel) -> Any:
+    """`fuse_projections` on every device of a mesh, with its own columns and heads; the arguments may be given up.
+
+    The result is not what one device would fuse: see `parallel.partition.partition_fused`.
+
+    Raises:
+      ValueError: as `partition_model`.
+    """
+    own = partition_model(params, config, parallel)
+    family = family_of(config)
+    specs = family.param_specs(config, params["embed_tokens"].dtype)
+    fused = partition_fused(family.fuse_projections, specs, parallel).partition
+    fuse = jax.shard_map(family.fuse_projections, mesh=mesh, in_specs=(own,), out_specs=fused)
+    return jax.jit(fuse, donate_argnums=0)(params)
 
 
 def matmul_precision(params: Any) -> Any:

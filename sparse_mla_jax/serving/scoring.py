@@ -16,10 +16,10 @@ from sparse_mla_jax._check import require
 from sparse_mla_jax._choices import CACHE_DTYPES
 from sparse_mla_jax.config import Config
 from sparse_mla_jax.metadata import build_metadata
-from sparse_mla_jax.models.family import check_params, family_of, matmul_precision
+from sparse_mla_jax.models.family import check_params, family_of, matmul_precision, partition_model
 from sparse_mla_jax.ops._dispatch import check_implementation
 from sparse_mla_jax.parallel.axes import Parallel, parallel_of
-from sparse_mla_jax.parallel.run import create_on_mesh, place_params, run_on_mesh
+from sparse_mla_jax.parallel.run import Where, create_on_mesh, place_params, run_on_mesh
 from sparse_mla_jax.serving.memory import check_memory
 
 
@@ -69,7 +69,8 @@ def _score_step(
     with matmul_precision(params):
         if mesh is None or parallel is None:
             return body(params, caches, inputs)
-        return run_on_mesh(body, params, caches, inputs, mesh=mesh, parallel=parallel)
+        where = Where(mesh, parallel, partition_model(params, config, parallel))
+        return run_on_mesh(body, where, params, caches, inputs)
 
 
 def check_token_ids(token_ids: Any, vocab_size: int) -> np.ndarray:
@@ -150,7 +151,8 @@ def _prepare(
     page_table = row[:, None] * per_request + column // parts
     if mesh is None or parallel is None:
         return params, create(), page_table
-    return place_params(params, mesh, parallel), create_on_mesh(create, mesh, parallel), page_table
+    where = Where(mesh, parallel, partition_model(params, config, parallel))
+    return place_params(params, where), create_on_mesh(create, where), page_table
 
 
 def _check_memory(config: Config, tokens: np.ndarray, chunk: int, caches: Any) -> None:
@@ -216,7 +218,7 @@ def score(
     # Groups have equally many sequences: the last may be padding.
     tokens = np.pad(tokens, ((0, -batch % groups), (0, 0)))
     params, caches, page_table = _prepare(
-        check_params(params, config), config, tokens, mesh, parallel, chunk, page_size=page_size, dtype=cache_type
+        check_params(params, config, parallel=parallel), config, tokens, mesh, parallel, chunk, page_size=page_size, dtype=cache_type
     )
     logits = np.empty((batch, length, config.vocab_size), np.float32)
 
