@@ -112,28 +112,30 @@ def _put(
         holders.setdefault(part, []).append(device)
     pieces = []
     for part, value in _read_parts(opened, places, spec, list(holders)):
-        # Copies on the host too: jax on a CPU would otherwise share memory with the mapped file.
-        copies = [jax.device_put(value, device, may_alias=False) for device in holders[part]]
-        # A device copies later than it is told to; until then the host has to keep the part.
-        pieces += jax.block_until_ready(copies)
+        for number, device in enumerate(holders[part]):
+            # Each device has memory of its own: jax on a CPU takes over that of the host.
+            piece = jax.device_put(value.copy() if number else value, device)
+            # A device copies later than it is told to, and keeps the host's memory until then.
+            pieces.append(piece.block_until_ready())
+        # The next part is made only when this one is gone.
+        del value, piece
     return jax.make_array_from_single_device_arrays(spec.shape, sharding, pieces, dtype=spec.dtype)
 
 
 def _read_parts(
     opened: OpenCheckpoint, places: list[_Place], spec: jax.ShapeDtypeStruct, parts: list[Part]
 ) -> Iterator[tuple[Part, np.ndarray]]:
-    """Yields the parts with their values in the array's type, one at a time."""
+    """Yields the parts with their values in the array's type, one at a time, in memory that nothing else uses."""
     if places[0].tensor.expert is None:
         whole = _read(opened, places[0], parts)
         for part in parts:
-            yield part, np.ascontiguousarray(whole[_index(part)], spec.dtype)
+            yield part, np.array(whole[_index(part)], spec.dtype, order="C")
         return
     for (first, last), *part in parts:
         stack = np.empty((last - first, *(end - start for start, end in part)), spec.dtype)
         for number in range(first, last):
             stack[number - first] = _read(opened, places[number], [tuple(part)])[_index(tuple(part))]
         yield ((first, last), *part), stack
-        # The next stack is made only when this one is gone.
         del stack
 
 
