@@ -130,8 +130,8 @@ def _own_pairs(weights: Array, numbers: Array, first: Array | int, count: int) -
 
 def _all_tokens(compute: Compute, x: Array, weights: Array, numbers: Array, *, axis: str, count: int) -> Array:
     """All tokens go to all devices of the axis; the sums of results come back."""
-    rows, *pairs = (gather_rows(part, axis) for part in (x, weights, numbers))
-    out = compute(rows, *_own_pairs(*pairs, jax.lax.axis_index(axis) * count, count))
+    rows, weights, numbers = (gather_rows(part, axis) for part in (x, weights, numbers))
+    out = compute(rows, *_own_pairs(weights, numbers, jax.lax.axis_index(axis) * count, count))
     return scatter_sum(out.astype(x.dtype), axis).astype(jnp.float32)
 
 
