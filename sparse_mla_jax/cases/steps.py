@@ -17,6 +17,7 @@ from sparse_mla_jax.layers.mla import attention_step, fuse_projections
 from sparse_mla_jax.layers.norm import rms_norm
 from sparse_mla_jax.metadata import decode_metadata
 from sparse_mla_jax.models import mla
+from sparse_mla_jax.parallel.axes import Parallel
 
 PAGE_SIZE = 64
 
@@ -115,7 +116,13 @@ def decode_step(
 
 
 def layer_step(
-    config: MlaConfig, *, batch: int, context: int, cache_dtype: Any, implementation: str | None = None
+    config: MlaConfig,
+    *,
+    batch: int,
+    context: int,
+    cache_dtype: Any,
+    implementation: str | None = None,
+    parallel: Parallel | None = None,
 ) -> Step:
     """One attention layer of such a decode step: normed hidden states in, the layer's output [B, D] out.
 
@@ -125,6 +132,7 @@ def layer_step(
       config: of the model, from `published_config`; one of its layers is used.
       batch, context, cache_dtype: as in `decode_step`.
       implementation: None, "triton", "xla" or "reference", of every operator.
+      parallel: the axes over which the step is spread, inside `jax.shard_map`; the shapes are those of one device.
 
     Raises:
       ValueError: sizes below 1, or a context that is not whole pages.
@@ -134,7 +142,14 @@ def layer_step(
     def step(params, hidden, caches, seq_lens, page_table):
         metadata = decode_metadata(seq_lens, page_table, page_size=PAGE_SIZE)
         out, cache, index_cache = attention_step(
-            params, hidden, caches[0], caches[1], metadata, config=config, implementation=implementation
+            params,
+            hidden,
+            caches[0],
+            caches[1],
+            metadata,
+            config=config,
+            implementation=implementation,
+            parallel=parallel,
         )
         return out, (cache, index_cache)
 
@@ -146,7 +161,13 @@ def layer_step(
 
 
 def layers_step(
-    config: MlaConfig, *, batch: int, context: int, cache_dtype: Any, implementation: str | None = None
+    config: MlaConfig,
+    *,
+    batch: int,
+    context: int,
+    cache_dtype: Any,
+    implementation: str | None = None,
+    parallel: Parallel | None = None,
 ) -> Step:
     """config.num_hidden_layers attention layers in a row; each reads the normed sum of the input and earlier outputs.
 
@@ -154,7 +175,8 @@ def layers_step(
     feed-forward layers.
     """
     caches, per_sequence, table = _shapes(config, batch, context, cache_dtype)
-    single = layer_step(config, batch=batch, context=context, cache_dtype=cache_dtype, implementation=implementation)
+    options: dict[str, Any] = {"cache_dtype": cache_dtype, "implementation": implementation, "parallel": parallel}
+    single = layer_step(config, batch=batch, context=context, **options)
 
     @jax.jit
     def layer(params, hidden, cache, seq_lens, page_table):
