@@ -43,6 +43,11 @@ from pallas_kernels.topk_row import (
 MAX_CANDIDATES = 2**15 - 1
 
 
+def is_candidate(positions: Array) -> Array:
+    """Whether entries are candidates: not those below 0, and not 2**31 - 1, which stands for what int32 does not hold."""
+    return (positions >= 0) & (positions < ALL)
+
+
 @dataclasses.dataclass(frozen=True)
 class MergeSpecialization:
     """Compile-time constants.
@@ -94,9 +99,8 @@ class Candidates:
 
     def keys(self, part: Array | int, columns: Array, positions: Array) -> Array:
         """int32 keys in the order of the scores; OUTSIDE where there is no candidate."""
-        return jnp.where(
-            positions >= 0, monotone_keys(self.read(self.scores_ref, part, columns, 0.0)), jnp.int32(OUTSIDE)
-        )
+        scores = self.read(self.scores_ref, part, columns, 0.0)
+        return jnp.where(is_candidate(positions), monotone_keys(scores), jnp.int32(OUTSIDE))
 
     def tiles(self) -> list[tuple[int, Array]]:
         """(part, columns) of every array [block]."""
@@ -110,10 +114,8 @@ class Candidates:
 
     def find_limits(self) -> tuple[Array, Array]:
         """(key, last): chosen are candidates above `key`, and those equal to it up to the position `last`."""
-        positions = self.positions()
-        keys = tuple(self.keys(*where, found) for where, found in zip(self.tiles(), positions))
-
-        is_long = sum_tile(map_tiles(lambda x: (x >= 0).astype(jnp.int32), positions)) > self.s.k
+        keys = tuple(self.keys(*where, found) for where, found in zip(self.tiles(), self.positions()))
+        is_long = sum_tile(map_tiles(lambda key: (key != OUTSIDE).astype(jnp.int32), keys)) > self.s.k
         # A row of at most k candidates is chosen whole: its search ends before the first step.
         high = max_tile(keys) + 1
         low = jnp.where(is_long, jnp.int32(-INFINITY), high - 1)
@@ -137,7 +139,7 @@ class Candidates:
         columns = jnp.arange(s.width, dtype=jnp.int32)
         positions = self.read(self.positions_ref, inside, columns, -1)
         keys = self.keys(inside, columns, positions)
-        chosen = is_part & (positions >= 0) & ((keys > key) | ((keys == key) & (positions <= last)))
+        chosen = is_part & (keys != OUTSIDE) & ((keys > key) | ((keys == key) & (positions <= last)))
         tiles = (split_lanes(x, s.width // s.plan.lanes) for x in (columns, positions, chosen.astype(jnp.int32)))
         column_tile, position_tile, chosen_tile = tiles
         rank, total = sum_before(add_all(chosen_tile)), sum_tile(chosen_tile)

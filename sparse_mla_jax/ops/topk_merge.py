@@ -4,8 +4,8 @@ Each part has columns of its own. Its top-k gives positions (columns of the whol
 candidates are the k best of all columns: the k largest scores; NaN counts as -inf, -0.0 equals 0.0, ties go to the
 lower position. This is the array that `top_k` gives on one device, bit for bit, whatever the number of parts.
 
-A candidate is an entry whose position is 0 or more, also if its score is -inf. In a part, positions ascend, then come
-entries of -1. No position occurs twice.
+A candidate is an entry whose position is from 0 to 2**31 - 2, also if its score is -inf. In a part, positions ascend,
+then come entries that are no candidates, -1 for one. No position occurs twice.
 
 Method: two thresholds decide each row. All candidates with a score above the k-th largest one are chosen, and of those
 equal to it the ones up to a last position. Both are found bit by bit, with one count per bit, without a sort. Then
@@ -146,7 +146,7 @@ class Limits(NamedTuple):
 
 def _keys(positions: Array, scores: Array) -> Array:
     """int32 keys in the order of the scores, OUTSIDE for entries that are no candidates."""
-    return jnp.where(positions >= 0, monotone_keys(scores), OUTSIDE)
+    return jnp.where(kernel.is_candidate(positions), monotone_keys(scores), OUTSIDE)
 
 
 def _limits(positions: Array, scores: Array, k: int) -> Limits:
@@ -171,7 +171,7 @@ def _limits(positions: Array, scores: Array, k: int) -> Limits:
 def _limits_of_rows(positions: Array, scores: Array, k: int) -> Limits:
     """Limits of positions[R, N] and scores[R, N], both bit by bit."""
     keys = _keys(positions, scores)
-    is_candidate = positions >= 0
+    is_candidate = keys != OUTSIDE
     wanted = jnp.minimum(is_candidate.sum(axis=1, keepdims=True, dtype=jnp.int32), k)
     threshold = find_threshold(keys, wanted)
     # If a row is empty its threshold is above all keys.
@@ -185,7 +185,7 @@ def _is_chosen(positions: Array, scores: Array, limits: Limits) -> Array:
     """Which of positions[..., R, C] are chosen."""
     keys = _keys(positions, scores)
     key, last = limits.key[:, None], limits.last[:, None]
-    return (positions >= 0) & ((keys > key) | ((keys == key) & (positions <= last)))
+    return (keys != OUTSIDE) & ((keys > key) | ((keys == key) & (positions <= last)))
 
 
 def _in_order(positions: Array, scores: Array, is_chosen: Array, k: int, return_scores: bool) -> Any:
@@ -222,8 +222,8 @@ def _reference(positions: Array, scores: Array, k: int) -> Array:
     parts, rows, width = positions.shape
     flat, keys = (jnp.moveaxis(x, 1, 0).reshape(rows, -1) for x in (positions, _keys(positions, scores)))
     # Three sort keys: candidates first, then the larger score, then the lower position.
-    order = jnp.lexsort((flat, -keys, flat < 0), axis=1)
-    chosen = (jnp.argsort(order, axis=1) < k) & (flat >= 0)
+    order = jnp.lexsort((flat, -keys, keys == OUTSIDE), axis=1)
+    chosen = (jnp.argsort(order, axis=1) < k) & (keys != OUTSIDE)
     return jnp.moveaxis(chosen.reshape(rows, parts, width), 1, 0)
 
 
