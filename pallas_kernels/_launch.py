@@ -63,14 +63,19 @@ def _run(*arrays, run, outs, target):
 
 def _lower(ctx, *operands, run, outs, target):
     del outs
-    plain = {
-        name: [aval.update(manual_axis_type=ManualAxisType()) for aval in getattr(ctx, name)]
-        for name in ("avals_in", "avals_out")
-    }
     module = ctx.module_context.replace(platforms=(target.platform,))
     with contextlib.nullcontext() if target == HOST else on_abstract_device(target):
+
+        def plain(aval):
+            if target == HOST:
+                return aval.update(manual_axis_type=ManualAxisType())
+            # The mesh in use has another device now, and types must agree with it.
+            sharding = NamedSharding(jax.sharding.get_abstract_mesh(), PartitionSpec(*[None] * aval.ndim))
+            return aval.update(manual_axis_type=ManualAxisType(), sharding=sharding)
+
+        types = {name: list(map(plain, getattr(ctx, name))) for name in ("avals_in", "avals_out")}
         lowered = mlir.lower_fun(run, multiple_results=True)
-        return lowered(ctx.replace(module_context=module, platforms=None, **plain), *operands)
+        return lowered(ctx.replace(module_context=module, platforms=None, **types), *operands)
 
 
 def _batch(arrays, axes, *, run, outs, target):
