@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from typing import NamedTuple
@@ -104,7 +105,7 @@ def _mesh_groups(axes: str, ids: str | None, chosen: str) -> np.ndarray:
     for name, whole in sizes.items():
         borders = {1, whole} | {b for part, before, size in parts if part == name for b in (before, before * size)}
         ordered = sorted(borders)
-        for low, high in zip(ordered, ordered[1:]):
+        for low, high in itertools.pairwise(ordered):
             places[name, low] = len(shape)
             shape.append(high // low)
     inner = []

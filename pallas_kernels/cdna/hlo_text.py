@@ -18,29 +18,28 @@ _CALLED = re.compile(r"\b(calls|to_apply|body|condition|true_computation|false_c
 _BRANCHES = re.compile(r"\b(?:branch_computations|called_computations)=\{([^}]*)\}")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 _QUOTED = re.compile(r'"(?:[^"\\]|\\.)*"')
-# Bits of the element types whose name does not end in them; a predicate takes a byte.
-_BITS = {"pred": 8, "token": 0, "opaque": 0}
+# Names of element types: letters, bits, and the bits of exponent and mantissa of small floats, as in "f8e4m3fn".
+_ELEMENT = re.compile(r"([a-z]+)(\d+)(\w*)")
+_LETTERS = {"f": "float", "bf": "bfloat", "s": "int", "u": "uint", "c": "complex"}
 
 
 class Array(NamedTuple):
     """An array of a program.
 
     Attributes:
-      dtype: XLA's name of its element type, such as "bf16" or "s32".
+      dtype: JAX's name of its element type.
       shape: its shape on one device.
+      bits: of an element.
     """
 
     dtype: str
     shape: tuple[int, ...]
+    bits: int
 
     @property
     def nbytes(self) -> int:
-        """Its bytes, those of the last one filled up."""
-        digits = re.search(r"\d+", self.dtype)
-        bits = _BITS.get(self.dtype) if self.dtype in _BITS else int(digits[0]) if digits else None
-        if bits is None:
-            raise ValueError(f"the program has an array of {self.dtype}, whose size is not known here")
-        return -(-bits * math.prod(self.shape) // 8)
+        """Its bytes, the last one filled up."""
+        return -(-self.bits * math.prod(self.shape) // 8)
 
 
 class Instruction(NamedTuple):
@@ -77,10 +76,22 @@ class Executed(NamedTuple):
 
 
 def arrays_in(text: str) -> tuple[Array, ...]:
-    """The arrays of a type, in order, whatever tuples they are in."""
+    """The arrays of a type, in order, whatever tuples they are in.
+
+    Raises:
+      ValueError: an element type whose name has another form.
+    """
     found = []
-    for dtype, sizes in _ARRAY.findall(text):
-        found.append(Array(dtype, tuple(int(n.lstrip("<=")) for n in sizes.split(",") if n)))
+    for name, sizes in _ARRAY.findall(text):
+        element = _ELEMENT.fullmatch(name)
+        if name == "pred":
+            dtype, bits = "bool", 8
+        elif element and element[1] in _LETTERS:
+            dtype = f"{_LETTERS[element[1]]}{element[2]}{'_' if element[3] else ''}{element[3]}"
+            bits = int(element[2])
+        else:
+            raise ValueError(f"the program has an array of {name}, which is not known here")
+        found.append(Array(dtype, tuple(int(n.lstrip("<=")) for n in sizes.split(",") if n), bits))
     return tuple(found)
 
 

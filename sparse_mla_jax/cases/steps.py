@@ -22,6 +22,11 @@ from sparse_mla_jax.parallel.axes import Parallel
 PAGE_SIZE = 64
 
 
+def of_one_device(a: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    """The part of an array that one device has; all of it if it has no sharding."""
+    return a if a.sharding is None else jax.ShapeDtypeStruct(a.sharding.shard_shape(a.shape), a.dtype)
+
+
 @dataclasses.dataclass(frozen=True)
 class Step:
     """A decode step, or only its attention layers, with the shapes for which it is compiled.
@@ -29,7 +34,7 @@ class Step:
     Attributes:
       fn: (params, inputs, caches, seq_lens[B], page_table[B, P]) -> (outputs, caches). Inputs and outputs of a decode
         step are token ids int32[B], those of attention layers hidden states [B, D].
-      args: shapes of its arguments.
+      args: shapes of its arguments. Those of a step on many devices have a jax.sharding.NamedSharding.
       donated: index of the argument that is updated in place: the caches.
     """
 
@@ -39,8 +44,8 @@ class Step:
 
     @property
     def caches(self) -> list[jax.ShapeDtypeStruct]:
-        """The arrays of all caches."""
-        return jax.tree.leaves(self.args[self.donated])
+        """The arrays of all caches, those of one device."""
+        return [of_one_device(a) for a in jax.tree.leaves(self.args[self.donated])]
 
     @property
     def first_cache(self) -> int:
@@ -88,6 +93,7 @@ def decode_step(
     layers: int = 2,
     cache_dtype: Any = jnp.float8_e4m3fnuz,
     model: str = "deepseek_v32",
+    parallel: Parallel | None = None,
 ) -> Step:
     """A model's greedy decode step in bfloat16, for `compile`, with fused weights (`fuse_projections`).
 
@@ -98,10 +104,12 @@ def decode_step(
       layers: the first ones of the model; DeepSeek-V3.2's first is dense, the others are mixtures of 256 experts.
       cache_dtype: of latents and index keys.
       model: a model_type of latent attention.
+      parallel: the mesh; only None, one device, is supported.
 
     Raises:
-      ValueError: see `published_config`; or a context that is not a multiple of the page size.
+      ValueError: see `published_config`; a context that is not a multiple of the page size; or a mesh.
     """
+    require(parallel is None, f"parallel is {parallel}; the decode steps of models run on one device, leave it out.")
     config = published_config(heads=heads, layers=layers, model=model)
     caches, per_sequence, table = _shapes(config, batch, context, cache_dtype)
 
