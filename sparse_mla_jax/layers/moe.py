@@ -1,8 +1,14 @@
-"""Feed-forward layers: SwiGLU, and mixtures of experts with shared experts."""
+"""Feed-forward layers: SwiGLU, and mixtures of experts with shared experts.
+
+With `parallel`, for use inside `jax.shard_map`, weights are those of one device: columns of dense layers and shared
+experts over "tensor", routed experts as `parallel.experts` says, the router whole. `x` is the same on all devices of
+"context" and "tensor", and so is the result. Its parts are summed in x.dtype, see `parallel.collectives.sum_over`.
+"""
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -10,10 +16,14 @@ import jax.numpy as jnp
 from jax import Array
 
 from pallas_kernels.mesh_axes import varying
+from sparse_mla_jax._check import require
 from sparse_mla_jax.config import DeepseekV4Config
 from sparse_mla_jax.layers.projections import matmul
 from sparse_mla_jax.mla_shapes import MlaConfig
 from sparse_mla_jax.ops.router import biased_grouped_topk, hash_route, softmax_grouped_topk, sqrt_softplus_topk
+from sparse_mla_jax.parallel.axes import Parallel
+from sparse_mla_jax.parallel.collectives import sum_over
+from sparse_mla_jax.parallel.experts import counted_once, local_experts, own_experts, partial_axes
 
 __all__ = ["clamped_moe", "matmul", "moe", "moe_v4", "routed_experts", "swiglu"]
 
@@ -26,7 +36,12 @@ def _activate(gate: Array, up: Array, limit: float | None) -> Array:
 
 
 def swiglu(
-    params: dict[str, Array], x: Array, *, row_weights: Array | None = None, limit: float | None = None
+    params: dict[str, Array],
+    x: Array,
+    *,
+    row_weights: Array | None = None,
+    limit: float | None = None,
+    parallel: Parallel | None = None,
 ) -> Array:
     """W_down (silu(W_gate x) * W_up x), accumulated in float32 (arXiv:2002.05202).
 
@@ -35,6 +50,7 @@ def swiglu(
       x: [T, D].
       row_weights: float32[T], a router's weights, multiplied into the inner activation; or None.
       limit: upper bound of W_gate x, and bound of W_up x on both sides; None for no limit.
+      parallel: I is split over its axis "tensor", and the result is summed over it; None means one device.
 
     Returns:
       float32[T, D].
@@ -42,26 +58,36 @@ def swiglu(
     inner = _activate(matmul(x, params["gate_proj"]), matmul(x, params["up_proj"]), limit)
     if row_weights is not None:
         inner = inner * row_weights[:, None]
-    return matmul(inner.astype(x.dtype), params["down_proj"])
+    out = matmul(inner.astype(x.dtype), params["down_proj"])
+    axes = () if parallel is None else parallel.present("tensor")
+    return sum_over(out.astype(x.dtype), axes).astype(jnp.float32) if axes else out
 
 
-def _by_pair(experts: dict[str, Array], x: Array, weights: Array, ids: Array, limit: float | None = None) -> Array:
+def _by_pair(
+    experts: dict[str, Array], x: Array, weights: Array, ids: Array, limit: float | None = None, elsewhere: bool = False
+) -> Array:
     """Goes over (token, expert) pairs one by one: reads the chosen experts only; best for very few tokens."""
-    k = ids.shape[1]
+    num_experts, k = experts["gate_proj"].shape[0], ids.shape[1]
 
     def body(pair: Array, total: Array) -> Array:
         token = pair // k
-        chosen = jax.tree.map(lambda w: w[ids[token, pair % k]], experts)
+        number = ids[token, pair % k]
+        chosen = jax.tree.map(lambda w: w[jnp.minimum(number, num_experts - 1) if elsewhere else number], experts)
         row = jax.lax.dynamic_slice_in_dim(x, token, 1)
         weight = weights[token, pair % k][None]
-        return total.at[token].add(swiglu(chosen, row, row_weights=weight, limit=limit)[0])
+        out = swiglu(chosen, row, row_weights=weight, limit=limit)[0]
+        return total.at[token].add(jnp.where(number < num_experts, out, 0) if elsewhere else out)
 
     start = varying(jnp.zeros(x.shape, jnp.float32), experts, x, weights)
     return jax.lax.fori_loop(0, ids.size, body, start)
 
 
-def _by_expert(experts: dict[str, Array], x: Array, weights: Array, ids: Array, limit: float | None = None) -> Array:
+def _by_expert(
+    experts: dict[str, Array], x: Array, weights: Array, ids: Array, limit: float | None = None, elsewhere: bool = False
+) -> Array:
     """Applies every expert to every token, with weight 0 if it was not chosen: dense products only."""
+    # An id that is no expert's is dropped, whatever `elsewhere` says.
+    del elsewhere
     num_experts = experts["gate_proj"].shape[0]
     dense = jnp.zeros((x.shape[0], num_experts), jnp.float32)
     dense = dense.at[jnp.arange(x.shape[0])[:, None], ids].add(weights, mode="drop", wrap_negative_indices=False)
@@ -74,14 +100,22 @@ def _by_expert(experts: dict[str, Array], x: Array, weights: Array, ids: Array, 
     return jax.lax.scan(body, start, (experts, dense.T))[0]
 
 
-def _grouped(experts: dict[str, Array], x: Array, weights: Array, ids: Array, limit: float | None = None) -> Array:
-    """Sorts pairs by expert and uses grouped products: each expert's weights are read once, for its own rows."""
+def _grouped(
+    experts: dict[str, Array], x: Array, weights: Array, ids: Array, limit: float | None = None, elsewhere: bool = False
+) -> Array:
+    """Sorts pairs by expert and uses grouped products: each expert's weights are read once, for its own rows.
+
+    Pairs of experts elsewhere are sorted last and are in no group. A grouped product does not say what it writes after
+    its last group, so those rows are replaced by zeros.
+    """
     order = jnp.argsort(ids.reshape(-1), stable=True)
     sizes = jnp.bincount(ids.reshape(-1), length=experts["gate_proj"].shape[0]).astype(jnp.int32)
     rows = x[order // ids.shape[1]]
+    inside = (jnp.arange(ids.size, dtype=jnp.int32) < sizes.sum(dtype=jnp.int32))[:, None]
 
     def product(a: Array, name: str) -> Array:
-        return jax.lax.ragged_dot(a, experts[name], sizes, preferred_element_type=jnp.float32)
+        out = jax.lax.ragged_dot(a, experts[name], sizes, preferred_element_type=jnp.float32)
+        return jnp.where(inside, out, 0) if elsewhere else out
 
     inner = _activate(product(rows, "gate_proj"), product(rows, "up_proj"), limit) * weights.reshape(-1)[order][:, None]
     out = product(inner.astype(x.dtype), "down_proj")
@@ -90,7 +124,13 @@ def _grouped(experts: dict[str, Array], x: Array, weights: Array, ids: Array, li
 
 
 def routed_experts(
-    experts: dict[str, Array], x: Array, weights: Array, ids: Array, *, limit: float | None = None
+    experts: dict[str, Array],
+    x: Array,
+    weights: Array,
+    ids: Array,
+    *,
+    limit: float | None = None,
+    elsewhere: bool = False,
 ) -> Array:
     """sum_j weights[t, j] * SwiGLU_{ids[t, j]}(x[t]).
 
@@ -104,6 +144,7 @@ def routed_experts(
       weights: float32[T, k].
       ids: int32[T, k], inside [0, E).
       limit: see `swiglu`.
+      elsewhere: ids may be E, of pairs with weight 0: such a pair is another device's, and adds nothing.
 
     Returns:
       float32[T, D].
@@ -116,8 +157,8 @@ def routed_experts(
         x,
         weights,
         ids,
-        cpu=functools.partial(on_cpu, limit=limit),
-        default=functools.partial(_grouped, limit=limit),
+        cpu=functools.partial(on_cpu, limit=limit, elsewhere=elsewhere),
+        default=functools.partial(_grouped, limit=limit, elsewhere=elsewhere),
     )
 
 
@@ -126,7 +167,7 @@ def _router_logits(gate: dict[str, Array], x: Array) -> Array:
     return jnp.dot(x, gate["weight"], precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
 
 
-def moe(params: dict[str, Any], x: Array, *, config: MlaConfig) -> Array:
+def moe(params: dict[str, Any], x: Array, *, config: MlaConfig, parallel: Parallel | None = None) -> Array:
     """Mixture of experts: sigmoid router with bias, or softmax router; routed and shared experts.
 
     Source: DeepSeek-V3's technical report (arXiv:2412.19437), 2.1.2; the flags of the config tell what other families
@@ -137,15 +178,71 @@ def moe(params: dict[str, Any], x: Array, *, config: MlaConfig) -> Array:
         `routed_experts`), and shared_experts (see `swiglu`) if config.n_shared_experts > 0.
       x: [T, D], already normed.
       config: the model's shapes.
+      parallel: the axes over which the weights are spread, inside `jax.shard_map`; None means one device.
 
     Returns:
       [T, D] in x.dtype.
+
+    Raises:
+      ValueError: devices that do not divide experts, or weights that are not those of one device.
     """
-    weights, ids = _route(params["gate"], x, config)
-    out = routed_experts(params["experts"], x, weights, ids, limit=config.swiglu_limit or None)
-    if config.n_shared_experts:
-        out = out + swiglu(params["shared_experts"], x)
-    return out.astype(x.dtype)
+    _check_local(params, config.moe_intermediate_size, config.shared_width, parallel)
+    routing = _route(params["gate"], x, config)
+    shared = functools.partial(swiglu, params["shared_experts"]) if config.n_shared_experts else None
+    return _mixture(params, x, routing, shared, config.swiglu_limit or None, parallel)
+
+
+def _mixture(
+    params: dict[str, Any],
+    x: Array,
+    routing: tuple[Array, Array],
+    shared: Callable[[Array], Array] | None,
+    limit: float | None,
+    parallel: Parallel | None,
+) -> Array:
+    """Routed and shared experts on one device or on many, [T, D] in x.dtype."""
+    compute = functools.partial(routed_experts, params["experts"], limit=limit)
+    if parallel is None or parallel.num_devices == 1:
+        out = compute(x, *routing)
+        return (out if shared is None else out + shared(x)).astype(x.dtype)
+    if x.shape[0] == 0:
+        return x
+    if parallel.experts:
+        compute = functools.partial(compute, elsewhere=True)
+        num_experts = params["gate"]["weight"].shape[1]
+        out = own_experts(compute, x, *routing, parallel=parallel, num_experts=num_experts)
+    else:
+        out = compute(x, *routing)
+    if shared is not None:
+        out = out + counted_once(shared(x), parallel)
+    return sum_over(out.astype(x.dtype), partial_axes(parallel))
+
+
+def _check_local(params: dict[str, Any], width: int, shared_width: int, parallel: Parallel | None) -> None:
+    """Raises ValueError unless the weights are those of one device; the widths are those of the model."""
+    if parallel is None:
+        return
+    num_experts = params["gate"]["weight"].shape[1]
+    sizes = {"routed experts": (params["experts"]["gate_proj"].shape[0], local_experts(num_experts, parallel))}
+    parts = {"experts": width if parallel.experts else _columns("experts", width, parallel)}
+    if shared_width:
+        parts["shared_experts"] = _columns("shared_experts", shared_width, parallel)
+    sizes |= {f"columns of {name}": (params[name]["gate_proj"].shape[-1], wanted) for name, wanted in parts.items()}
+    for name, (there, wanted) in sizes.items():
+        require(
+            there == wanted,
+            f"params hold {there} {name}; {wanted} are expected, the share of one device of {parallel}. Call this"
+            " inside jax.shard_map with weights split so.",
+        )
+
+
+def _columns(name: str, width: int, parallel: Parallel) -> int:
+    """Columns of one device."""
+    require(
+        width % parallel.tensor == 0,
+        f"{name} have {width} columns, and parallel.tensor is {parallel.tensor}; expected is a divisor of {width}.",
+    )
+    return width // parallel.tensor
 
 
 def _route(gate: dict[str, Array], x: Array, c: MlaConfig) -> tuple[Array, Array]:
@@ -159,7 +256,9 @@ def _route(gate: dict[str, Array], x: Array, c: MlaConfig) -> tuple[Array, Array
     return biased_grouped_topk(logits, gate["e_score_correction_bias"], excluded=excluded, **options)
 
 
-def moe_v4(params: dict[str, Any], x: Array, token_ids: Array, *, config: DeepseekV4Config) -> Array:
+def moe_v4(
+    params: dict[str, Any], x: Array, token_ids: Array, *, config: DeepseekV4Config, parallel: Parallel | None = None
+) -> Array:
     """DeepSeek-V4's mixture of experts: sqrt(softplus) router or a table of token ids, clamped SwiGLU everywhere.
 
     Args:
@@ -168,22 +267,26 @@ def moe_v4(params: dict[str, Any], x: Array, token_ids: Array, *, config: Deepse
       x: [T, D], already normed.
       token_ids: int[T], read if the gate has token_experts.
       config: the model's shapes.
+      parallel: the axes over which the weights are spread, inside `jax.shard_map`; None means one device.
 
     Returns:
       [T, D] in x.dtype.
+
+    Raises:
+      ValueError: devices that do not divide experts, or weights that are not those of one device.
     """
+    _check_local(params, config.moe_intermediate_size, config.moe_intermediate_size * config.n_shared_experts, parallel)
     gate = params["gate"]
     options: dict[str, Any] = {"scale": config.routed_scaling_factor, "renormalize": config.norm_topk_prob}
     logits = _router_logits(gate, x)
     if "token_experts" in gate:
-        weights, ids = hash_route(logits, token_ids, gate["token_experts"], **options)
+        routing = hash_route(logits, token_ids, gate["token_experts"], **options)
     else:
         bias = gate["e_score_correction_bias"]
-        weights, ids = sqrt_softplus_topk(logits, bias, k=config.num_experts_per_tok, **options)
-    out = routed_experts(params["experts"], x, weights, ids, limit=config.swiglu_limit)
-    if config.n_shared_experts:
-        out = out + swiglu(params["shared_experts"], x, limit=config.swiglu_limit)
-    return out.astype(x.dtype)
+        routing = sqrt_softplus_topk(logits, bias, k=config.num_experts_per_tok, **options)
+    limit = config.swiglu_limit
+    shared = functools.partial(swiglu, params["shared_experts"], limit=limit) if config.n_shared_experts else None
+    return _mixture(params, x, routing, shared, limit, parallel)
 
 
 # The name of release 0.1.

@@ -30,15 +30,17 @@ from sparse_mla_jax.families.registry import write_config
 from sparse_mla_jax.models.family import family_of
 from sparse_mla_jax.models.folder_replacement import replace_checkpoint
 from sparse_mla_jax.models.quantized_weights import Block, dequantize_blocks, dequantize_fp4, read_block_size
-from sparse_mla_jax.models.tensor_forms import check_forms, count_skipped
+from sparse_mla_jax.models.tensor_forms import Form, check_forms, count_skipped
 from sparse_mla_jax.models.tensor_table import Keys, Tensor, at, keys_of, list_tensors, published_shapes
 from sparse_mla_jax.models.weight_files import open_folder, read_unchanged
 
 __all__ = [
+    "OpenCheckpoint",
     "config_to_json",
     "dequantize_blocks",
     "dequantize_fp4",
     "load_checkpoint",
+    "open_checkpoint",
     "published_shapes",
     "save_checkpoint",
     "skipped_tensors",
@@ -79,6 +81,52 @@ def _read_block_size(folder: str) -> Block:
     # A composite model has it beside its parts or in the text model.
     inner = data.get("text_config") or {}
     return read_block_size(data.get("quantization_config", inner.get("quantization_config")))
+
+
+class OpenCheckpoint(NamedTuple):
+    """A model folder whose headers are checked; its weights are not read yet.
+
+    Attributes:
+      config: the model's shapes.
+      dtype: of the matrices.
+      tensors: the published tensors that the model needs, one for each matrix of an expert.
+      forms: how the files hold each of them, by its published name.
+    """
+
+    config: Config
+    dtype: np.dtype
+    tensors: list[Tensor]
+    forms: dict[str, Form]
+
+    @property
+    def specs(self) -> Params:
+        """The shapes and types of the parameters."""
+        return family_of(self.config).param_specs(self.config, self.dtype)
+
+    def read(self, tensor: Tensor, rows: slice | None = None) -> np.ndarray:
+        """A tensor as a view of its file, or dequantised; only `rows` of a quantised one are filled (see `Form`).
+
+        Raises:
+          ValueError: a table that names an expert that does not exist.
+        """
+        form = self.forms[tensor.name]
+        value = form.read(self.dtype, rows)
+        if tensor.is_table:
+            _check_table(form.values.label, value, self.config)
+        return value
+
+
+def open_checkpoint(folder: str | os.PathLike[str], dtype: Any, *, progress: bool) -> OpenCheckpoint:
+    """Reads config.json and the headers of the weights; arguments and errors as of `load_checkpoint`."""
+    folder, dtype = os.fspath(folder), _check.dtype("dtype", dtype, DTYPES)
+    config, block, stored = read_unchanged(
+        folder, lambda: (load_config(folder), _read_block_size(folder), open_folder(folder))
+    )
+    tensors = list_tensors(config, dtype, single_experts=True)
+    forms = check_forms(stored, tensors, config, block, folder)
+    if progress and (counts := count_skipped(stored, config)):
+        _report_skipped(counts)
+    return OpenCheckpoint(config, dtype, tensors, forms)
 
 
 def _build_params(specs: Any, tensors: list[Tensor], read: Callable[[Tensor], np.ndarray]) -> Params:
@@ -150,26 +198,15 @@ def load_checkpoint(
         another shape or type than config.json requires; the message names it.
       OSError: a file that can not be opened.
     """
-    folder, dtype = os.fspath(folder), _check.dtype("dtype", dtype, DTYPES)
-    config, block, stored = read_unchanged(
-        folder, lambda: (load_config(folder), _read_block_size(folder), open_folder(folder))
-    )
-    tensors = list_tensors(config, dtype, single_experts=True)
-    forms = check_forms(stored, tensors, config, block, folder)
-    if progress and (counts := count_skipped(stored, config)):
-        _report_skipped(counts)
+    opened = open_checkpoint(folder, dtype, progress=progress)
     disable = not progress or not sys.stderr.isatty()
-    with tqdm(total=len(tensors), desc="weights", unit="tensor", disable=disable) as bar:
+    with tqdm(total=len(opened.tensors), desc="weights", unit="tensor", disable=disable) as bar:
 
         def read(tensor: Tensor) -> np.ndarray:
             bar.update()
-            form = forms[tensor.name]
-            value = form.read()
-            if tensor.is_table:
-                _check_table(form.values.label, value, config)
-            return value if form.scale is None else value.astype(dtype)
+            return opened.read(tensor)
 
-        return config, _build_params(family_of(config).param_specs(config, dtype), tensors, read)
+        return opened.config, _build_params(opened.specs, opened.tensors, read)
 
 
 # --- writing

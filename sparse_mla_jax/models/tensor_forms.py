@@ -39,6 +39,9 @@ _FP4: dict[str, Any] = {"I8": np.uint8, "U8": np.uint8, "F4": np.uint8}
 # Types of other quantised formats.
 _PACKED = ("I8", "U8", "I16", "I32", "F4", "F6_E2M3", "F6_E3M2", "F8_E5M2", "F8_E5M2FNUZ")
 
+# Values of a matrix that are dequantised at a time: 16 MB of float32, and some times that while it is done.
+_CHUNK = 2**22
+
 
 class Form(NamedTuple):
     """How the files hold a tensor.
@@ -55,13 +58,36 @@ class Form(NamedTuple):
     scale: StoredTensor | None = None
     block: Block = (1, 1)
 
-    def read(self) -> np.ndarray:
-        """The tensor as a view of its file, or dequantised to float32."""
+    def read(self, dtype: Any, rows: slice | None = None) -> np.ndarray:
+        """The tensor as a view of its file, or dequantised to `dtype`, some rows at a time.
+
+        Args:
+          dtype: of a matrix that is quantised.
+          rows: the rows that are needed, None: all. Others of a quantised matrix have any value; they take no memory.
+        """
         values = self.values.read(self.types)
         if self.scale is None:
             return values
+        start, stop = (0, values.shape[0]) if rows is None else (rows.start, rows.stop)
+        step = max(1, _CHUNK // max(1, values.shape[1]))
+        done = np.empty(self.shape, dtype)
+        for first in range(start, stop, step):
+            some = slice(first, min(first + step, stop))
+            done[some] = self._dequantize(values[some], some)
+        return done
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the tensor; a byte of FP4 has two values."""
+        shape = self.values.shape
+        return (*shape[:-1], 2 * shape[-1]) if self.types is _FP4 and self.values.dtype != "F4" else shape
+
+    def _dequantize(self, values: np.ndarray, rows: slice) -> np.ndarray:
+        """float32 of the given rows of the values."""
         # The scales are those of an expert's fused matrix, of which the values may be some rows.
-        rows = next((part for part in self.values.slices if isinstance(part, slice)), None)
+        part = next((part for part in self.values.slices if isinstance(part, slice)), slice(0, 0))
+        rows = slice(part.start + rows.start, part.start + rows.stop)
+        assert self.scale is not None
         scales = self.scale.read(_SCALES)
         if self.types is _FP4:
             return dequantize_fp4(values, scales, rows)

@@ -29,6 +29,7 @@ from sparse_mla_jax.ops._dispatch import check_implementation, dispatch, with_pl
 from sparse_mla_jax.ops._row_bounds import ColumnBounds, clamp_rows
 from sparse_mla_jax.ops._visible_keys import VisibleKeys, check_visible_keys, slots_of
 from sparse_mla_jax.ops.cache import PagedIndexCache
+from sparse_mla_jax.ops.indexer_context import all_visible, spread_keys
 
 HIGHEST = jax.lax.Precision.HIGHEST
 # Types of queries and keys.
@@ -163,6 +164,8 @@ def lightning_indexer(
     max_length: int,
     memory_limit: int = MEMORY_LIMIT,
     return_scores: bool = False,
+    axis_name: str | None = None,
+    own_keys: bool = False,
     implementation: str | None = None,
 ) -> Any:
     """The k highest-scored positions of each token's request: `paged_indexer_scores`, then `top_k`, by chunks of rows.
@@ -171,6 +174,10 @@ def lightning_indexer(
       k: how many positions a row selects.
       memory_limit: most bytes of float32 scores [rows, max_length] alive at a time.
       return_scores: also return the scores of the selected positions (static).
+      axis_name: a mesh axis of the enclosing `jax.shard_map` over which the pages of every request are spread (static),
+        see `ops.context_pages`: `cache` has the device's own pages, `page_table`, `lengths` and `max_length` are those
+        of the whole requests, and positions are global. `ops.indexer_context` says what crosses devices.
+      own_keys: with `axis_name`, only the selected positions that lie on this device (static).
 
     Returns:
       int32 [T, k]: min(k, lengths[t]) positions in ascending order, then -1; ties go to the lower position. If
@@ -178,31 +185,36 @@ def lightning_indexer(
       float32 [T, k], the scores of these positions: -inf for NaN and for -1. Neither has a derivative.
 
     Raises:
-      ValueError: as `paged_indexer_scores`; k below 1; a memory_limit below one row of scores.
+      ValueError: as `paged_indexer_scores`; k below 1; a memory_limit below one row of scores; an axis that does not
+        exist here; own_keys without axis_name or with return_scores.
     """
     q, weights = _check_queries(q, weights, getattr(cache, "dtype", None))
     keys = check_visible_keys(q, cache, page_table, request_ids, lengths, max_length)
-    k, tokens, columns = topk.check_k(k), q.shape[0], keys.columns
+    k, tokens = topk.check_k(k), q.shape[0]
+    spread = spread_keys(axis_name, keys.cache.page_size, own_keys=own_keys, return_scores=return_scores)
     check_implementation(implementation)
     # Positions are integers: they have no derivative, whatever q and the keys have.
     q, weights, cache = jax.lax.stop_gradient((q, weights, cache))
-    if tokens == 0 or (columns <= k and not return_scores):
-        positions = jnp.arange(k, dtype=jnp.int32)[None, :]
-        chosen = jnp.where(positions < keys.lengths[:, None], positions, -1)
+    if tokens == 0 or (keys.columns <= k and not return_scores):
+        chosen = all_visible(keys.lengths, k, spread)
         return (chosen, jnp.full(chosen.shape, -jnp.inf, jnp.float32)) if return_scores else chosen
+    own = keys if spread is None else spread.own(keys)
+    columns = own.columns
     hint = f"One row of {columns} scores needs {4 * columns} bytes."
     memory_limit = _check.size("memory_limit", memory_limit, 4 * columns, hint=hint)
     chunk = min(tokens, memory_limit // (4 * columns))
 
     def body(first: Array) -> Any:
         queries, head_weights, requests, seen = (
-            rows_from(x, first, chunk) for x in (q, weights, keys.requests, keys.lengths)
+            rows_from(x, first, chunk) for x in (q, weights, own.requests, own.lengths)
         )
-        where = cache, keys.pages, requests, seen
+        where = cache, own.pages, requests, seen
         scores = paged_indexer_scores(queries, head_weights, *where, max_length=columns, implementation=implementation)
-        return topk.top_k(scores, k, seen, return_scores=return_scores, implementation=implementation)
+        how: Any = dict(return_scores=return_scores, implementation=implementation)
+        return topk.top_k(scores, k, seen, **how) if spread is None else spread.select(scores, seen, k, **how)
 
-    return map_row_chunks(body, tokens, chunk, like=(q, weights, keys))
+    operands = q, weights, keys
+    return map_row_chunks(body, tokens, chunk, like=operands if spread is None else spread.type_of(operands))
 
 
 # --- validation

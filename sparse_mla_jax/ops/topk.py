@@ -159,7 +159,7 @@ def _narrow(given: Any, clamped: Array) -> Array | None:
 
 
 # --- arithmetic
-def _threshold(keys: Array, wanted: Array) -> Array:
+def find_threshold(keys: Array, wanted: Array) -> Array:
     """The largest t per row such that at least wanted[R, 1] of keys[R, N] are >= t: int32 [R, 1], bit by bit."""
 
     def one_bit(i, t):
@@ -195,7 +195,7 @@ def _bisect(scores: Array, k: int, starts: Array, lengths: Array) -> Array:
     inside = (column >= starts[:, None]) & (column < (starts + lengths)[:, None])
     keys = jnp.where(inside, kernel.monotone_keys(scores), OUTSIDE)
     wanted = jnp.minimum(lengths, k)[:, None]
-    threshold = _threshold(keys, wanted)
+    threshold = find_threshold(keys, wanted)
     # If a row is empty or selected whole, its threshold is meaningless and `inside` decides alone.
     above = inside & (keys > threshold)
     equal = inside & (keys == threshold)

@@ -49,7 +49,7 @@ def by_name(tree):
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_weight_of_every_family(name):
-    config, family, specs = model_of(name)
+    _, _, specs = model_of(name)
     found = by_name(partition_params(specs, Parallel(tensor=2)))
     for path, lies in found.items():
         ends = [end for end in SPLIT if f".{path}".endswith(f".{end}")]
@@ -118,12 +118,12 @@ def test_fused_on_each_device(name):
 
 def test_values_of_fused_columns():
     _, family, specs = model_of("dots3_note")
-    specs, parallel = {"layers": specs["layers"][:1]}, Parallel(tensor=2)
+    specs, parallel = {"layers": [{"self_attn": specs["layers"][0]["self_attn"]}]}, Parallel(tensor=2)
     params, partition = random_params(specs), partition_params(specs, parallel)
     fused = partition_fused(family.fuse_projections, specs, parallel)
     mesh = make_mesh(parallel)
     step = jax.shard_map(family.fuse_projections, mesh=mesh, in_specs=(partition,), out_specs=fused.partition)
-    whole = step(params)["layers"][0]["self_attn"]
+    whole = jax.jit(step)(params)["layers"][0]["self_attn"]
     attention = params["layers"][0]["self_attn"]
     for device in range(2):
         heads = slice(2 * device, 2 * device + 2)
@@ -190,5 +190,5 @@ def test_published_shapes_divide_over_eight_devices():
     check_divides(DEEPSEEK_V32, specs, parallel)
     share = device_bytes(specs, partition_params(specs, parallel), parallel)
     whole = device_bytes(specs, partition_params(specs, Parallel()), Parallel())
-    # Latents, routers and indexers are on every device: 1.6 % more than an eighth.
+    # Latents, routers and indexers are on every device: 2.1 % more than an eighth.
     assert whole / 8 < share < 1.03 * whole / 8
