@@ -14,8 +14,8 @@ prompt and generated tokens again. Age is the order of arrival. Every running re
 so the oldest request always advances and every request ends.
 
 A request's pages may be spread over several devices, see `PageAllocator`. Then the fullest device decides: a request
-enters if every device has the pages that it needs there, and preemption takes the youngest that has a page on the device
-without free ones. Several groups of requests share one queue, see `balance`.
+enters if every device has the pages that it needs there, and preemption takes the youngest that has a page on the
+device without free ones. Several groups of requests share one queue, see `balance`.
 """
 
 from __future__ import annotations
