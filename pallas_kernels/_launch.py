@@ -63,14 +63,20 @@ def _run(*arrays, run, outs, target):
 
 def _lower(ctx, *operands, run, outs, target):
     del outs
-    plain = {
-        name: [aval.update(manual_axis_type=ManualAxisType()) for aval in getattr(ctx, name)]
-        for name in ("avals_in", "avals_out")
-    }
     module = ctx.module_context.replace(platforms=(target.platform,))
     with contextlib.nullcontext() if target == HOST else on_abstract_device(target):
+        plain = {name: [_plain(aval) for aval in getattr(ctx, name)] for name in ("avals_in", "avals_out")}
         lowered = mlir.lower_fun(run, multiple_results=True)
         return lowered(ctx.replace(module_context=module, platforms=None, **plain), *operands)
+
+
+def _plain(aval: Any) -> Any:
+    """The type of an operand in a program that knows no axes, on the mesh in use."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or aval.sharding.mesh.empty:
+        return aval.update(manual_axis_type=ManualAxisType())
+    # The same mesh, but `on_abstract_device` has told it what its devices are.
+    return aval.update(manual_axis_type=ManualAxisType(), sharding=NamedSharding(mesh, aval.sharding.spec))
 
 
 def _batch(arrays, axes, *, run, outs, target):

@@ -34,6 +34,7 @@ class Target:
       lds_bytes: LDS (shared memory) that a workgroup may use.
       bandwidth: peak memory bandwidth, bytes per second.
       clock: peak engine clock, Hz.
+      memory: bytes of its memory.
       programs: programs in flight that fill the machine; more splits than that only add merging.
       native_fp8: the FP8 type that its tensor cores multiply, None if they multiply none.
       conversions: FP8 types that one instruction converts, each with the power of two to multiply the result by.
@@ -48,6 +49,7 @@ class Target:
     lds_bytes: int
     bandwidth: float
     clock: float
+    memory: int = 0
     programs: int = 256
     native_fp8: str | None = None
     conversions: tuple[tuple[str, float], ...] = ()
@@ -66,6 +68,7 @@ GFX942 = Target(
     lds_bytes=64 << 10,
     bandwidth=5.3e12,
     clock=2.1e9,
+    memory=192 << 30,
     native_fp8="float8_e4m3fnuz",
     conversions=(("float8_e4m3fnuz", 1.0), ("float8_e4m3fn", 2.0)),
 )
@@ -79,6 +82,7 @@ GFX950 = Target(
     lds_bytes=160 << 10,
     bandwidth=8.0e12,
     clock=2.4e9,
+    memory=288 << 30,
     native_fp8="float8_e4m3fn",
     conversions=(("float8_e4m3fn", 1.0),),
 )
@@ -93,9 +97,12 @@ NVIDIA = Target(
     lds_bytes=227 << 10,
     bandwidth=4.8e12,
     clock=1.98e9,
+    memory=141 * 10**9,
     native_fp8="float8_e4m3fn",
 )
 CDNA = (GFX942, GFX950)
+# GPUs of one machine in AMD's Instinct platforms, all connected to all others.
+CDNA_PER_HOST = 8
 TARGETS = (HOST, *CDNA, NVIDIA)
 # Names of NVIDIA in an earlier release.
 _ALIASES = {"gpu": NVIDIA, "cuda": NVIDIA}
@@ -191,11 +198,13 @@ def named_targets() -> tuple[Target, ...]:
 
 @contextlib.contextmanager
 def on_abstract_device(target: Target) -> Iterator[None]:
-    """Makes jax trace and lower for a GPU that this host lacks."""
+    """Makes jax trace and lower for a GPU that this host lacks; a mesh in use keeps its axes."""
     kind = target.name if target in CDNA else f"NVIDIA {target.product}"
     device = jax.sharding.AbstractDevice(device_kind=kind, num_cores=target.units, platform="gpu")
-    axis = (jax.sharding.AxisType.Auto,)
-    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((1,), ("x",), axis, abstract_device=device)):
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.size <= 1:
+        mesh = jax.sharding.AbstractMesh((1,), ("x",), (jax.sharding.AxisType.Auto,))
+    with jax.sharding.use_abstract_mesh(mesh.update(abstract_device=device)):
         yield
 
 

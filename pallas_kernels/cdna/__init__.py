@@ -9,7 +9,8 @@ Describe results as "compiled by XLA:ROCm (or Triton) and executed by our interp
 interpreter does not model time, hazards, waits or denormal modes (see `pallas_kernels.cdna.interpreter`).
 """
 
-from pallas_kernels.cdna.compiler import compile
+from pallas_kernels.cdna.collectives import Collective, collectives_of
+from pallas_kernels.cdna.compiler import compile, compile_lowered
 from pallas_kernels.cdna.device_context import Device, Launch, device
 from pallas_kernels.cdna.execution import Counts, Result, execute
 from pallas_kernels.cdna.program import ARCHITECTURES, COMPILERS, Kernel, Program, Resources
@@ -18,6 +19,7 @@ from pallas_kernels.cdna.toolchain import ToolMissing, available
 __all__ = [
     "ARCHITECTURES",
     "COMPILERS",
+    "Collective",
     "Counts",
     "Device",
     "Kernel",
@@ -27,7 +29,9 @@ __all__ = [
     "Result",
     "ToolMissing",
     "available",
+    "collectives_of",
     "compile",
+    "compile_lowered",
     "device",
     "execute",
 ]

@@ -17,13 +17,16 @@ from pallas_kernels.cdna.lowering import PallasCall
 from pallas_kernels.cdna.program import COMPILERS, Argument, Kernel, Program
 
 # Field numbers of xla.gpu.ThunkProto: steps that contain other steps, kernels, copies and library calls.
-_SEQUENTIAL, _CONDITIONAL, _WHILE, _ASYNC = 2, 6, 7, 57
+_SEQUENTIAL, _CONDITIONAL, _WHILE, _GROUP, _ASYNC, _ASYNC_DONE = 2, 6, 7, 47, 57, 58
 _CUSTOM_KERNEL, _KERNEL = 36, 8
 _COPIES = {3: "copy", 13: "device to device", 4: "device to host", 5: "host to device"}
 _LIBRARIES = {
     **{9: "gemm", 11: "triangular solve", 15: "cudnn", 20: "select k", 22: "hipblaslt matmul", 24: "norm"},
     **{25: "convolution", 27: "fft", 30: "custom call"},
 }
+# Collectives, which `collectives.collectives_of` reads from the text of the program.
+_COLLECTIVES = (38, 39, 40, 41, 42, 43, 46)
+_NUMBERS = {12: "number of the replica", 14: "number of the device"}
 _MOST_NESTED = 100
 _FILLS = {19: "fill with zeros", 28: "fill with a value"}
 # Matches a Pallas kernel in the text of the optimised HLO.
@@ -61,7 +64,8 @@ def compile(
 
     Args:
       fn: function to compile; it may be jitted already.
-      *args: arrays or shapes (jax.ShapeDtypeStruct), in pytrees.
+      *args: arrays or shapes (jax.ShapeDtypeStruct), in pytrees. If some have a jax.sharding.NamedSharding, the program
+        is compiled for the devices of its mesh; a jax.sharding.AbstractMesh has as many as needed.
       arch: "gfx942" or "gfx950".
       compiler: "xla" compiles the whole program, as JAX would launch it; "triton" compiles only its Pallas kernels,
         with the public Triton wheel.
@@ -69,10 +73,12 @@ def compile(
       cache: folder of compiled code; None means `toolchain.default_cache()`.
 
     Returns:
-      The program: kernels in launch order, and for "xla" also temporary memory, buffers written in place and copies.
+      The program: kernels in launch order, and for "xla" also memory, buffers written in place and copies. In a mesh it
+      is what one device runs; `collectives_of` lists what the devices exchange.
 
     Raises:
-      ValueError: `arch` or `compiler` is unknown.
+      ValueError: `arch` or `compiler` is unknown, arguments lie on two meshes, or a mesh has more than eight devices and
+        no multiple of eight.
       ToolMissing: the compiler or a tool is not installed.
       RuntimeError: the compiler refused the program, or crashed.
     """
@@ -80,8 +86,26 @@ def compile(
     lowered = lowering.lower(fn, *args, arch=arch, donate_argnums=donate_argnums)
     if compiler == "triton":
         kernels = tuple(compile_kernel(call, arch, compiler, cache=cache) for call in lowering.calls_in(lowered))
-        return Program(arch, toolchain.compiler_name(compiler), kernels)
+        devices = xla_rocm.partitions(lowered.as_text())
+        return Program(arch, toolchain.compiler_name(compiler), kernels, devices=devices)
     return _program(lowered.as_text(), arch, cache)
+
+
+def compile_lowered(text: str, *, arch: str, cache: pathlib.Path | None = None) -> Program:
+    """Compiles StableHLO with XLA:ROCm, for as many devices as its attribute `mhlo.num_partitions` says.
+
+    Args:
+      text: of a module that was lowered for `arch`, see `lowering.lower`.
+      arch: "gfx942" or "gfx950".
+      cache: as in `compile`.
+
+    Raises:
+      ValueError: `arch` is unknown, or the number of devices is neither at most that of one machine nor a multiple.
+      ToolMissing: the compiler or a tool is not installed.
+      RuntimeError: the compiler refused the program, or crashed.
+    """
+    _check(arch, "xla")
+    return _program(text, arch, cache)
 
 
 def compile_kernel(call: PallasCall, arch: str, compiler: str, *, cache: pathlib.Path | None = None) -> Kernel:
@@ -162,10 +186,11 @@ def _remember(key: str, value: Any, cache: pathlib.Path | None) -> Any:
 # --- XLA's executable
 def _program(text: str, arch: str, cache: pathlib.Path | None) -> Program:
     """Compiles StableHLO with XLA:ROCm and parses the executable."""
+    xla_rocm.topology(xla_rocm.partitions(text))
     name = toolchain.compiler_name("xla")
     key = disk_cache.key_of(
         what="module",
-        layout=2,
+        layout=3,
         module=text,
         arch=arch,
         target=xla_rocm.target_config(arch),
@@ -194,6 +219,8 @@ def _steps(thunks: Sequence[Message], depth: int = 0) -> Iterator[tuple[int, Mes
             elif kind == _WHILE:
                 yield from _steps(body.message(2).messages(1), depth + 1)
                 yield from _steps(body.message(3).messages(1), depth + 1)
+            elif kind == _GROUP:
+                yield from _steps(body.messages(2), depth + 1)
             elif kind == _ASYNC:
                 yield from _steps(body.message(3).messages(1), depth + 1)
             else:
@@ -282,13 +309,16 @@ def read_executable(made: dict[str, Any], arch: str, compiler: str) -> Program:
             libraries.append(f"{_LIBRARIES[kind]}: {where}")
         elif kind in _FILLS:
             libraries.append(f"{_FILLS[kind]}: {where}")
-        else:
+        elif kind in _NUMBERS:
+            libraries.append(f"{_NUMBERS[kind]}: {where}")
+        elif kind not in (*_COLLECTIVES, _ASYNC_DONE):
             libraries.append(f"step of kind {kind}: {where}")
     return Program(
         arch=arch,
         compiler=compiler,
         kernels=tuple(kernels),
-        temporary_bytes=made["temporary_bytes"],
+        devices=made["devices"],
+        **{name: made[name] for name in ("temporary_bytes", "argument_bytes", "output_bytes", "alias_bytes")},
         in_place=_in_place(executable),
         copies=tuple(copies),
         library_calls=tuple(libraries),

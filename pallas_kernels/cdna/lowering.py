@@ -17,10 +17,11 @@ import ml_dtypes
 import numpy as np
 from jax._src.lib.mlir import ir
 from jax.interpreters import mlir
+from jax.sharding import NamedSharding, PartitionSpec
 
 from pallas_kernels import _primitives
 from pallas_kernels.cdna.program import ARCHITECTURES
-from pallas_kernels.targets import find, on_abstract_device
+from pallas_kernels.targets import find, lower_for, on_abstract_device
 
 CUSTOM_CALL = "__gpu$xla.gpu.triton"
 _CONFIG = "mhlo.backend_config"
@@ -78,10 +79,53 @@ def abstract_gpu(arch: str) -> Iterator[None]:
         yield
 
 
+def mesh_of(*args: Any) -> jax.sharding.AbstractMesh | None:
+    """The mesh on which arguments lie; None if none of them names one.
+
+    Args:
+      *args: arrays or shapes in pytrees; those of a mesh have a jax.sharding.NamedSharding.
+
+    Raises:
+      ValueError: arguments of two meshes.
+    """
+    shardings = [getattr(leaf, "sharding", None) for leaf in jax.tree.leaves(args)]
+    named = [s for s in shardings if isinstance(s, NamedSharding) and not s.mesh.empty]
+    # Of a mesh of devices that are there, only the axes count.
+    found = {s.mesh.abstract_mesh.update(abstract_device=None): s.mesh.abstract_mesh for s in named}
+    if len(found) > 1:
+        raise ValueError(f"arguments lie on two meshes, {' and '.join(map(str, found))}; expected is one")
+    return next(iter(found.values()), None)
+
+
 def lower(fn: Callable, *args: Any, arch: str, donate_argnums: int | Sequence[int] = ()) -> Any:
-    """`jax.stages.Lowered` of `fn` for an architecture; args are arrays or shapes, in pytrees."""
-    avals = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), args)
-    with abstract_gpu(arch):
+    """`jax.stages.Lowered` of `fn` for an architecture.
+
+    Args:
+      fn: function of `args`. In a mesh it may call `jax.shard_map`, which takes its mesh from there if not told one.
+      *args: arrays or shapes, in pytrees. Those with a jax.sharding.NamedSharding say the mesh: one of devices, or a
+        jax.sharding.AbstractMesh. Those without one are on every device.
+      arch: "gfx942" or "gfx950".
+      donate_argnums: arguments whose buffers the result may reuse.
+
+    Raises:
+      ValueError: an unknown architecture, or arguments of two meshes.
+    """
+    check_arch(arch)
+    mesh = mesh_of(args)
+
+    def shape_of(a):
+        spec = getattr(getattr(a, "sharding", None), "spec", PartitionSpec())
+        sharding = None if mesh is None else NamedSharding(mesh, spec)
+        return jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding)
+
+    avals = jax.tree.map(shape_of, args)
+    with contextlib.ExitStack() as stack:
+        if mesh is None:
+            stack.enter_context(abstract_gpu(arch))
+        else:
+            # `shard_map` refuses a mesh other than the one in use, so the mesh keeps its device.
+            stack.enter_context(lower_for(arch))
+            stack.enter_context(jax.sharding.use_abstract_mesh(mesh))
         # Wrap `fn` in a new function object: jit must not reuse a trace made for another architecture.
         donated = (donate_argnums,) if isinstance(donate_argnums, int) else tuple(donate_argnums)
         traced = jax.jit(lambda *a: fn(*a), donate_argnums=donated, keep_unused=True).trace(*avals)

@@ -14,6 +14,7 @@ LDS_BYTES = {t.name: t.lds_bytes for t in CDNA}
 COMPUTE_UNITS = {t.name: t.units for t in CDNA}
 BANDWIDTH = {t.name: t.bandwidth for t in CDNA}
 CLOCK = {t.name: t.clock for t in CDNA}
+MEMORY = {t.name: t.memory for t in CDNA}
 PRODUCT = {t.name: t.product for t in CDNA}
 COMPILERS = ("xla", "triton")
 MAX_THREADS = 1024
@@ -114,11 +115,15 @@ class Program:
     Attributes:
       arch, compiler: as in `Kernel`.
       kernels: in launch order; the same code object may be launched more than once.
-      temporary_bytes: memory that XLA allocates beside inputs and outputs; None for the Triton wheel.
+      temporary_bytes: memory that XLA allocates beside inputs and outputs, on each device as the three below; None for
+        the Triton wheel, as they are.
+      argument_bytes, output_bytes: memory of the inputs and of the outputs.
+      alias_bytes: memory that both count, for outputs that reuse the buffer of an input.
       in_place: numbers of the (flattened) inputs whose buffer an output reuses; None for the Triton wheel.
       copies: (bytes, description) of each copy that XLA runs as a separate step; None for the Triton wheel.
       library_calls: names of steps that are not kernels of this program (matrix products of hipBLASLt, for example).
       hlo: text of the optimised program; empty for the Triton wheel.
+      devices: number of devices that run the program; kernels, inputs and memory are those of one of them.
     """
 
     arch: str
@@ -129,8 +134,19 @@ class Program:
     copies: tuple[tuple[int, str], ...] | None = None
     library_calls: tuple[str, ...] = ()
     hlo: str = ""
+    devices: int = 1
+    argument_bytes: int | None = None
+    output_bytes: int | None = None
+    alias_bytes: int | None = None
 
     @property
     def pallas_kernels(self) -> tuple[Kernel, ...]:
         """Launches of the function's Pallas kernels."""
         return tuple(k for k in self.kernels if k.origin == "pallas")
+
+    @property
+    def memory_bytes(self) -> int | None:
+        """Memory of one device that the program needs: inputs, outputs and temporaries; None for the Triton wheel."""
+        parts = self.argument_bytes, self.output_bytes, self.temporary_bytes, self.alias_bytes
+        inputs, outputs, temporaries, both = (0 if part is None else part for part in parts)
+        return None if None in parts else inputs + outputs + temporaries - both

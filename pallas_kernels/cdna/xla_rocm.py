@@ -8,12 +8,14 @@ from __future__ import annotations
 import functools
 import logging
 import pathlib
+import re
 from typing import Any
 
 import numpy as np
 
 from pallas_kernels.cdna import rocm_stubs, toolchain
-from pallas_kernels.cdna.program import BANDWIDTH, CLOCK, COMPUTE_UNITS, LDS_BYTES, PRODUCT
+from pallas_kernels.cdna.program import BANDWIDTH, CLOCK, COMPUTE_UNITS, LDS_BYTES, MEMORY, PRODUCT
+from pallas_kernels.targets import CDNA_PER_HOST
 
 # An xla.GpuTargetConfigProto. The constants are limits of the programming model, equal for both architectures.
 _TARGET = """gpu_device_info {{
@@ -27,7 +29,7 @@ _TARGET = """gpu_device_info {{
 }}
 platform_name: "ROCM" dnn_version_info {{ major: 3 minor: 5 }} device_description_str: "AMD Instinct {product}"
 """
-MEMORY = {"gfx942": 192 << 30, "gfx950": 288 << 30}
+_PARTITIONS = re.compile(r"\bmhlo\.num_partitions = (\d+)")
 
 
 def target_config(arch: str) -> str:
@@ -43,9 +45,29 @@ def target_config(arch: str) -> str:
     )
 
 
+def partitions(text: str) -> int:
+    """The number of devices of a StableHLO module, from its first line; 1 if it does not say."""
+    found = _PARTITIONS.search(text.partition("\n")[0])
+    return int(found[1]) if found else 1
+
+
+def topology(devices: int) -> str:
+    """Slices x machines x GPUs of a machine, as XLA describes them.
+
+    Raises:
+      ValueError: more GPUs than one machine has, and no whole number of machines.
+    """
+    if devices > CDNA_PER_HOST and devices % CDNA_PER_HOST:
+        raise ValueError(
+            f"the program runs on {devices} devices; expected at most {CDNA_PER_HOST}, the GPUs of one machine, or a"
+            " multiple of it"
+        )
+    return f"1x{-(-devices // CDNA_PER_HOST)}x{min(devices, CDNA_PER_HOST)}"
+
+
 @functools.cache
-def _device(arch: str, cache: pathlib.Path | None) -> Any:
-    """A compile-only device; the first call loads the plugin into this process."""
+def _devices(arch: str, count: int, cache: pathlib.Path | None) -> tuple[Any, ...]:
+    """Compile-only devices, in the order of their numbers; the first call loads the plugin into this process."""
     import jax
     from jax._src import xla_bridge
     from jax._src.lib import xla_client
@@ -61,29 +83,47 @@ def _device(arch: str, cache: pathlib.Path | None) -> Any:
         options = {**xla_client.generate_pjrt_gpu_plugin_options(), "platform_name": "ROCM"}
         xla_bridge.register_plugin("rocm", priority=-500, library_path=str(library), options=options)
     description = topologies.get_topology_desc(
-        "offline", platform="rocm", target_config=target_config(arch), topology="1x1x1"
+        "offline", platform="rocm", target_config=target_config(arch), topology=topology(count)
     )
-    return description.devices[0]
+    return tuple(description.devices)
+
+
+def _options(devices: tuple[Any, ...], meshes: bool) -> Any:
+    """Options as jax sets them: one replica, as many partitions as devices; Shardy divides a program with meshes."""
+    from jax._src.lib import xla_client
+
+    options = xla_client.CompileOptions()
+    build = options.executable_build_options
+    options.num_replicas = build.num_replicas = 1
+    options.num_partitions = build.num_partitions = len(devices)
+    options.device_assignment = xla_client.DeviceAssignment.create(np.array([[d.id for d in devices]]))
+    if meshes:
+        build.use_spmd_partitioning = build.use_shardy_partitioner = True
+        # Otherwise an output whose sharding the program leaves open would be gathered on every device.
+        build.allow_spmd_sharding_propagation_to_output = [True]
+    return options
 
 
 def compile_module(text: str, arch: str, cache: pathlib.Path | None) -> dict[str, Any]:
-    """Compiles StableHLO text; returns the serialized executable, the optimised HLO's text and memory statistics."""
+    """Compiles StableHLO text for as many devices as it says.
+
+    Returns:
+      The serialized executable, the optimised HLO's text, and the memory of one device.
+    """
     from jax._src.interpreters import mlir
     from jax._src.lib import xla_client
     from jax._src.lib.mlir import ir
 
-    device = _device(arch, cache)
-    options = xla_client.CompileOptions()
-    options.num_replicas = options.num_partitions = 1
-    options.executable_build_options.num_replicas = options.executable_build_options.num_partitions = 1
-    options.device_assignment = xla_client.DeviceAssignment.create(np.array([[device.id]]))
+    devices = _devices(arch, partitions(text), cache)
     with mlir.make_ir_context():
         module = ir.Module.parse(text)
-        executable = device.client.compile(module, xla_client.DeviceList((device,)), options)
+        options = _options(devices, "sdy.mesh" in text)
+        executable = devices[0].client.compile(module, xla_client.DeviceList(devices), options)
     stats = executable.get_compiled_memory_stats()
     return {
         "executable": executable.serialize(),
         "hlo": executable.hlo_modules()[0].to_string(),
+        "devices": len(devices),
         "temporary_bytes": stats.temp_size_in_bytes,
         "argument_bytes": stats.argument_size_in_bytes,
         "output_bytes": stats.output_size_in_bytes,

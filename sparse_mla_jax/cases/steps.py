@@ -48,7 +48,9 @@ class Step:
 
 
 def published_config(*, heads: int, layers: int, model: str = "deepseek_v32") -> MlaConfig:
-    """The published model of a family with the heads of one GPU and its first layers; only the first may be dense.
+    """The published model of a family with the heads of one GPU and its first layers.
+
+    Of a part of the layers only the first may be dense.
 
     Raises:
       ValueError: sizes below 1 or above the model's, or a model without latent attention.
@@ -60,7 +62,7 @@ def published_config(*, heads: int, layers: int, model: str = "deepseek_v32") ->
         f"model is {model!r}, which has no MlaConfig; expected is a family of latent attention (MLA).",
     )
     assert isinstance(config, MlaConfig)
-    if not config.mlp_layer_types:
+    if not config.mlp_layer_types and layers < config.num_hidden_layers:
         config = dataclasses.replace(config, first_k_dense_replace=min(1, config.first_k_dense_replace))
     return config.cut(layers=layers, heads=heads)
 
