@@ -141,10 +141,18 @@ def run_command(argv: Sequence[str]) -> int:
     except MemoryError:
         return _fail("out of memory; ask for fewer or shorter sequences (smaller batch, context or chunk).", 1)
     except RuntimeError as error:
-        # JaxRuntimeError is a RuntimeError: no accelerator, out of device memory, a failed kernel.
+        # JaxRuntimeError is a RuntimeError: no accelerator, out of device memory, a failed kernel, a lost process.
+        if _is_one_of_several():
+            return _fail(f"a step failed in one of several processes, or one of them has ended: {error}", 1)
         return _fail(
             f"the device or its runtime failed: {error}. Run `info`, or ask for a smaller batch or context.", 1
         )
+
+
+def _is_one_of_several() -> bool:
+    """Whether JAX's distributed runtime joins this process with others."""
+    jax = sys.modules.get("jax")
+    return jax is not None and jax.distributed.is_initialized()
 
 
 def run_program(argv: Sequence[str]) -> NoReturn:
@@ -152,6 +160,9 @@ def run_program(argv: Sequence[str]) -> NoReturn:
     _prepare_streams()
     warnings.formatwarning = _format_warning
     code = run_command(argv)
+    if code and _is_one_of_several():
+        # The usual exit waits for the other processes, which may be gone; they notice that this one is.
+        os._exit(code)
     # What a usual exit does with time to spare for Ctrl-C: it takes apart the interpreter, which then knows no signals.
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):

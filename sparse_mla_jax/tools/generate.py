@@ -9,7 +9,8 @@ import sys
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-from sparse_mla_jax.tools.options import add_model_options
+from sparse_mla_jax.tools.options import add_model_options, load_model
+from sparse_mla_jax.tools.processes import add_mesh_options, chosen_mesh, is_first, join_processes, read_first
 
 if TYPE_CHECKING:
     from sparse_mla_jax.config import Config
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `generate`."""
     add_model_options(parser, cache_dtype="float8_e4m3fnuz")
+    add_mesh_options(parser)
     prompt = parser.add_mutually_exclusive_group(required=True)
     prompt.add_argument("--prompt", metavar="TEXT", help="the prompt itself, if the vocabulary is bytes")
     prompt.add_argument(
@@ -101,6 +103,11 @@ def _read_request(arguments: argparse.Namespace, config: Config) -> tuple[Prompt
     return prompt, options, check_eos(eos, config.vocab_size)
 
 
+def _plain_request(prompt: Prompt, options: dict[str, Any], eos: tuple[int, ...]) -> list[Any]:
+    """The same request in lists of ids, as processes exchange it."""
+    return [list(map(int, prompt)), {**options, "stop": [list(map(int, ids)) for ids in options["stop"]]}, list(eos)]
+
+
 def _print_tokens(tokens: Iterable[int], text: bool) -> None:
     """Prints tokens as they come: the characters that their bytes complete, or their ids."""
     if hasattr(sys.stdout, "reconfigure"):
@@ -115,16 +122,17 @@ def run(arguments: argparse.Namespace) -> int:
     """The command `generate`."""
     from sparse_mla_jax.config import load_config
 
+    join_processes(arguments)
     config = load_config(arguments.model_dir)
-    prompt, options, eos = _read_request(arguments, config)
+    prompt, options, eos = read_first(lambda: _plain_request(*_read_request(arguments, config)))
 
-    from sparse_mla_jax.models.checkpoint import load_checkpoint
     from sparse_mla_jax.serving.engine import Engine
     from sparse_mla_jax.tools.info import check_backend
     from sparse_mla_jax.tools.prompts import is_byte_vocabulary
 
     check_backend()
-    config, params = load_checkpoint(arguments.model_dir, dtype=arguments.dtype)
+    mesh, parallel = chosen_mesh(arguments)
+    config, params = load_model(arguments.model_dir, arguments.dtype, mesh, parallel)
     chunk = min(512, len(prompt))
     engine = Engine(
         params,
@@ -138,8 +146,13 @@ def run(arguments: argparse.Namespace) -> int:
         token_buckets=(1, chunk),
         implementation=arguments.implementation,
         eos_token_ids=eos,
+        mesh=mesh,
+        parallel=parallel,
     )
-    engine.warm_up(progress=True)
+    engine.warm_up(progress=is_first())
     request = engine.submit(prompt, **options)
-    _print_tokens(engine.stream(request), is_byte_vocabulary(arguments.model_dir, config))
+    if is_first():
+        _print_tokens(engine.stream(request), is_byte_vocabulary(arguments.model_dir, config))
+    else:
+        engine.run()
     return 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from sparse_mla_jax._choices import CACHE_DTYPES, DTYPES, IMPLEMENTATIONS
 
@@ -27,6 +27,17 @@ def add_model_options(parser: argparse.ArgumentParser, *, cache_dtype: str) -> N
     parser.add_argument(
         "--implementation", choices=IMPLEMENTATIONS, help="of every operator (default: the best that runs here)"
     )
+
+
+def load_model(folder: str, dtype: str, mesh: Any, parallel: Any) -> tuple[Any, Any]:
+    """(config, params) of a model folder, on one device or on those of a mesh."""
+    from sparse_mla_jax.models.checkpoint import load_checkpoint
+    from sparse_mla_jax.models.sharded_checkpoint import shard_checkpoint
+    from sparse_mla_jax.tools.processes import is_first
+
+    if mesh is None:
+        return load_checkpoint(folder, dtype=dtype)
+    return shard_checkpoint(folder, mesh, parallel, dtype=dtype, progress=is_first())
 
 
 def load_array(path: str, name: str) -> np.ndarray:

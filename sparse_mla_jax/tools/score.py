@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import argparse
+from typing import Any
 
-from sparse_mla_jax.tools.options import add_model_options, load_array
+from sparse_mla_jax.tools.options import add_model_options, load_array, load_model
+from sparse_mla_jax.tools.processes import add_mesh_options, chosen_mesh, is_first, join_processes, read_first
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `score`."""
     add_model_options(parser, cache_dtype="float32")
+    add_mesh_options(parser)
     parser.add_argument("--tokens", required=True, metavar="FILE.npy", help="integer token ids [B, L]")
     parser.add_argument("--output", required=True, metavar="FILE.npy", help="where the logits go")
     parser.add_argument(
@@ -29,25 +32,28 @@ def run(arguments: argparse.Namespace) -> int:
     from sparse_mla_jax.config import load_config
     from sparse_mla_jax.tools.output import check_output, whole_file
 
+    join_processes(arguments)
     config = load_config(arguments.model_dir)
-    check_output("--output", arguments.output)
-    tokens = load_array(arguments.tokens, "--tokens")
     import numpy as np
 
-    from sparse_mla_jax.models.checkpoint import load_checkpoint
     from sparse_mla_jax.serving import scoring
     from sparse_mla_jax.tools.info import check_backend
 
-    # Check the ids before reading gigabytes of weights.
-    ids = scoring.check_arguments(
-        config,
-        tokens,
-        prompt_length=arguments.prompt_length,
-        chunk=arguments.chunk,
-        page_size=arguments.page_size,
-    )[0]
+    def read() -> Any:
+        check_output("--output", arguments.output)
+        # Check the ids before reading gigabytes of weights.
+        return scoring.check_arguments(
+            config,
+            load_array(arguments.tokens, "--tokens"),
+            prompt_length=arguments.prompt_length,
+            chunk=arguments.chunk,
+            page_size=arguments.page_size,
+        )[0].tolist()
+
     check_backend()
-    config, params = load_checkpoint(arguments.model_dir, dtype=arguments.dtype)
+    ids = np.asarray(read_first(read), np.int32)
+    mesh, parallel = chosen_mesh(arguments)
+    config, params = load_model(arguments.model_dir, arguments.dtype, mesh, parallel)
     logits = scoring.score(
         params,
         config,
@@ -57,8 +63,12 @@ def run(arguments: argparse.Namespace) -> int:
         cache_dtype=arguments.cache_dtype,
         page_size=arguments.page_size,
         implementation=arguments.implementation,
-        progress=True,
+        progress=is_first(),
+        mesh=mesh,
+        parallel=parallel,
     )
+    if not is_first():
+        return 0
     with whole_file(arguments.output) as unfinished, open(unfinished, "wb") as file:
         np.save(file, logits)
     print(f"wrote float32 logits {list(logits.shape)} to {arguments.output}")

@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any
 from sparse_mla_jax._check import require
 from sparse_mla_jax.config import load_config
 from sparse_mla_jax.tools.info import check_backend, describe_device, implementation, print_report
+from sparse_mla_jax.tools.options import load_model
 from sparse_mla_jax.tools.output import check_output, whole_file
+from sparse_mla_jax.tools.processes import chosen_mesh, is_first, join_processes
 
 if TYPE_CHECKING:
     from sparse_mla_jax.serving.engine import Engine
@@ -108,6 +110,7 @@ def run(arguments: argparse.Namespace) -> int:
     """The command `bench MODEL_DIR`."""
     from sparse_mla_jax.serving.sizes import check_sizes_fit, choose_sizes
 
+    join_processes(arguments)
     config = load_config(arguments.model_dir)
     if writes_file(arguments.json):
         check_output("--json", arguments.json)
@@ -125,6 +128,8 @@ def run(arguments: argparse.Namespace) -> int:
     sizes = choose_sizes(config, **_sizes(arguments))
     check_sizes_fit(config, sizes, arguments.cache_dtype)
     report = _measure(arguments)
+    if not is_first():
+        return 0
     if writes_file(arguments.json):
         with whole_file(arguments.json) as unfinished, open(unfinished, "w", encoding="utf-8") as file:
             file.write(json.dumps(report) + "\n")
@@ -144,15 +149,17 @@ def _sizes(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def _measure(arguments: argparse.Namespace) -> dict[str, Any]:
     """The fields of the report."""
-    from sparse_mla_jax.models.checkpoint import load_checkpoint
     from sparse_mla_jax.serving.engine import Engine
 
-    config, params = load_checkpoint(arguments.model_dir, dtype=arguments.dtype)
+    mesh, parallel = chosen_mesh(arguments)
+    config, params = load_model(arguments.model_dir, arguments.dtype, mesh, parallel)
     engine = Engine(
         params,
         config,
         cache_dtype=arguments.cache_dtype,
         implementation=arguments.implementation,
+        mesh=mesh,
+        parallel=parallel,
         **_sizes(arguments),
     )
     measured = measure_decode(engine, context=arguments.context, steps=arguments.steps)
