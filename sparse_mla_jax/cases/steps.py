@@ -93,7 +93,6 @@ def decode_step(
     layers: int = 2,
     cache_dtype: Any = jnp.float8_e4m3fnuz,
     model: str = "deepseek_v32",
-    parallel: Parallel | None = None,
 ) -> Step:
     """A model's greedy decode step in bfloat16, for `compile`, with fused weights (`fuse_projections`).
 
@@ -104,12 +103,10 @@ def decode_step(
       layers: the first ones of the model; DeepSeek-V3.2's first is dense, the others are mixtures of 256 experts.
       cache_dtype: of latents and index keys.
       model: a model_type of latent attention.
-      parallel: the mesh; only None, one device, is supported.
 
     Raises:
-      ValueError: see `published_config`; a context that is not a multiple of the page size; or a mesh.
+      ValueError: see `published_config`; or a context that is not a multiple of the page size.
     """
-    require(parallel is None, f"parallel is {parallel}; the decode steps of models run on one device, leave it out.")
     config = published_config(heads=heads, layers=layers, model=model)
     caches, per_sequence, table = _shapes(config, batch, context, cache_dtype)
 

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 
 from pallas_kernels import cdna
 from pallas_kernels.cdna.program import PRODUCT, Program
+from sparse_mla_jax.cases.sharded import sharded_decode_step
 from sparse_mla_jax.cases.steps import Step, decode_step
 from sparse_mla_jax.config import default_config
 from sparse_mla_jax.parallel.axes import Parallel, parse_parallel
@@ -110,12 +111,10 @@ def _chosen_step(arguments: argparse.Namespace, parallel: Parallel | None) -> St
     heads = arguments.heads
     if heads is None:
         heads = 16 if parallel is None else default_config(str(sizes["model"])).num_attention_heads
-    return decode_step(
-        heads=heads,
-        **sizes,
-        cache_dtype=arguments.cache_dtype or jnp.float8_e4m3fnuz,
-        parallel=parallel,
-    )
+    options: dict[str, Any] = {"cache_dtype": arguments.cache_dtype or jnp.float8_e4m3fnuz, **sizes}
+    if parallel is None:
+        return decode_step(heads=heads, **options)
+    return sharded_decode_step(parallel, heads=heads, **options)
 
 
 def run(arguments: argparse.Namespace) -> int:
