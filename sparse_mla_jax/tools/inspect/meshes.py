@@ -45,6 +45,8 @@ def score_bytes(step: Step, parallel: Parallel) -> int:
 def gathers(step: Step, found: tuple[Collective, ...], limit: int) -> list[str]:
     """Messages about gathered arrays that are divided weights or too large; empty if there are none.
 
+    Scores of the whole vocabulary may be of any size.
+
     Args:
       step: its first argument has the weights.
       found: the collectives of the compiled step.
@@ -53,6 +55,8 @@ def gathers(step: Step, found: tuple[Collective, ...], limit: int) -> list[str]:
     divided = [a for a in jax.tree.leaves(step.args[0]) if of_one_device(a).shape != a.shape]
     whole = {(str(jnp.dtype(a.dtype)), math.prod(a.shape)) for a in divided}
     parts = {(str(jnp.dtype(a.dtype)), math.prod(a.shape)) for a in map(of_one_device, divided)}
+    # Scores of the vocabulary are joined once a step, for sampling.
+    vocabulary = step.args[0]["embed_tokens"].shape[0] if isinstance(step.args[0], dict) else None
     messages = []
     for one in found:
         if one.kind != "all-gather":
@@ -63,7 +67,7 @@ def gathers(step: Step, found: tuple[Collective, ...], limit: int) -> list[str]:
             what = f"all-gather {where} makes {result.dtype}{list(result.shape)}"
             if (part.dtype, math.prod(part.shape)) in parts or (result.dtype, math.prod(result.shape)) in whole:
                 messages.append(f"{what}, which may be a divided weight")
-            elif result.nbytes > limit:
+            elif result.nbytes > limit and result.shape[-1:] != (vocabulary,):
                 messages.append(f"{what}, {result.nbytes} bytes, more than {limit}")
     return messages
 
