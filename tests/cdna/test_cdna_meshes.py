@@ -168,6 +168,16 @@ def test_a_mesh_of_one_device_and_arrays_without_a_place():
     assert cdna.collectives_of(program) == ()
 
 
+def test_an_output_without_a_place_stays_divided():
+    """As jax compiles it: XLA chooses where it lies, and gathers nothing."""
+    require_cdna("xla")
+    x = placed(abstract(tensor=8), P("tensor"), 64, 128)
+    text = lowering.lower(lambda x: jnp.sin(x) + 1.0, x, arch="gfx942").as_text()
+    made = worker.request("gfx942", "xla", "module", text, None)
+    program = compiler.read_executable(made, "gfx942", "XLA:ROCm")
+    assert (program.output_bytes, cdna.collectives_of(program)) == (4 * 8 * 128, ())
+
+
 def test_triton_compiles_the_kernels_of_a_device():
     require_cdna("triton")
     fn, args = attending(abstract(data=2, tensor=8))
@@ -193,8 +203,8 @@ def test_a_program_for_a_mesh_is_lowered_for_named_machines():
     mesh = jax.make_mesh((2,), ("x",), axis_types=(AxisType.Auto,), devices=jax.devices()[:2])
 
     def kernel(x, o):
-        value = _call.load(x.at[jnp.arange(64)])
-        _call.store(o.at[jnp.arange(64)], jnp.where(value > 0, value, pl.program_id(0) >= 0))
+        positive = x[pl.program_id(0)] >= 0
+        _call.store(o.at[jnp.arange(64)], _call.load(x.at[jnp.arange(64)]), mask=positive)
 
     def body(target, x):
         return _call.call(kernel, x, out_shape=jax.ShapeDtypeStruct((64,), x.dtype), grid=(1,), name="k", target=target)

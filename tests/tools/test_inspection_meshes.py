@@ -155,7 +155,7 @@ def test_what_a_step_must_not_do(fault, options, messages, inspect, capsys):
     assert code == 1
     for message in messages:
         assert message in errors
-    assert len(errors.splitlines()) == len(messages)
+    assert ("more than" in errors) == any("more than" in message for message in messages)
 
 
 @pytest.mark.parametrize(
