@@ -26,16 +26,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
-from sparse_mla_jax.cases.attention_layers import _v32_params
 from sparse_mla_jax.cases.inputs import PAGE, filled
 from sparse_mla_jax.cases.steps import layer_step, layers_step, published_config
 from sparse_mla_jax.layers.mla import fuse_projections
 from sparse_mla_jax.layers.moe import moe
 from sparse_mla_jax.models import mla
-from sparse_mla_jax.parallel import collectives
 from sparse_mla_jax.parallel.axes import Parallel, make_mesh
 from sparse_mla_jax.parallel.caches import partition_caches, place
-from sparse_mla_jax.parallel.partition import partition_fused, partition_params
+from sparse_mla_jax.parallel.partition import local_specs, partition_fused, partition_params
 
 CACHE = "float8_e4m3fn"
 STEPS = 20
@@ -71,15 +69,10 @@ class Problem:
         """Of real devices; of one if the others are emulated."""
         return make_mesh(Parallel() if self.emulated else self.parallel)
 
-    @property
-    def present(self) -> Parallel:
-        """The axes over which arrays lie."""
-        return dataclasses.replace(self.parallel, data=1, context=1, tensor=1) if self.emulated else self.parallel
-
 
 @contextlib.contextmanager
 def emulation(parallel: Parallel) -> Iterator[None]:
-    """Inside, a program on a mesh of one device is that of the first of several: it receives copies of what it sends."""
+    """Inside, a mesh of one device runs the program of the first of several, which receives copies of what it sends."""
     sizes = dict(zip(parallel.names, parallel.sizes))
     gather, scatter = jax.lax.all_gather, jax.lax.psum_scatter
 
@@ -98,17 +91,13 @@ def emulation(parallel: Parallel) -> Iterator[None]:
         return jax.lax.slice_in_dim(own, 0, own.shape[0] // count(axis_name))
 
     replaced = {"axis_size": count, "all_gather": all_gather, "all_to_all": all_to_all, "psum_scatter": psum_scatter}
-    with (
-        mock.patch.multiple(jax.lax, **replaced),
-        # Weights of one device do not differ over axes that are not there.
-        mock.patch.object(collectives, "axes_of", lambda *_: frozenset(parallel.names)),
-    ):
+    with mock.patch.multiple(jax.lax, **replaced):
         yield
 
 
-def _part(problem: Problem, size: int, axis: str) -> int:
-    """A size of the arrays of the mesh: a device's own if the others are emulated."""
-    return size // getattr(problem.parallel, axis) if problem.emulated else size
+def _shapes(problem: Problem, specs: Any, partition: Any) -> Any:
+    """Shapes of the arrays of the mesh: a device's own if the others are emulated."""
+    return local_specs(specs, partition, problem.parallel) if problem.emulated else specs
 
 
 def build_attention(problem: Problem) -> tuple[Callable[..., Any], Any, tuple[Any, ...]]:
@@ -117,23 +106,21 @@ def build_attention(problem: Problem) -> tuple[Callable[..., Any], Any, tuple[An
     build = layer_step if problem.layers == 1 else layers_step
     own = {"batch": problem.batch, "context": problem.context, "cache_dtype": jnp.dtype(CACHE)}
     single = build(config, **own, parallel=problem.parallel)
-    mesh, present = problem.mesh, problem.present
-    pages = _part(problem, problem.rows * problem.context // PAGE, "context")
+    mesh = problem.mesh
+    one = dataclasses.replace(config, num_hidden_layers=1, n_routed_experts=8)
+    specs = mla.param_specs(one, jnp.bfloat16)["layers"][0]["self_attn"]
+    fused = partition_fused(fuse_projections, specs, problem.parallel)
+    shapes = _shapes(problem, fused.specs, fused.partition)
+    pages = problem.rows * problem.context // PAGE // (problem.parallel.context if problem.emulated else 1)
 
-    one = dataclasses.replace(config, num_hidden_layers=1)
-    heads = _part(problem, config.num_attention_heads, "tensor")
-    local = dataclasses.replace(one, num_attention_heads=heads)
-    specs = mla.param_specs(dataclasses.replace(local, n_routed_experts=8), jnp.bfloat16)["layers"][0]["self_attn"]
-    fused = partition_fused(fuse_projections, specs, present)
-    caches = jax.eval_shape(lambda: mla.create_caches(one, pages, PAGE, dtype=jnp.dtype(CACHE))[0])
-    own_caches = partition_caches(caches, present)
-    weights = [_random(fused.specs, place(fused.partition, mesh), number) for number in range(problem.layers)]
-    fill = jax.jit(
-        lambda: tuple(filled(part) for part in mla.create_caches(one, pages, PAGE, dtype=jnp.dtype(CACHE))[0]),
-        out_shardings=place(own_caches, mesh),
-    )
+    def create() -> Any:
+        return mla.create_caches(one, pages, PAGE, dtype=jnp.dtype(CACHE))[0]
+
+    own_caches = partition_caches(jax.eval_shape(create), problem.parallel)
+    weights = [_random(shapes, place(fused.partition, mesh), number) for number in range(problem.layers)]
+    fill = jax.jit(lambda: tuple(filled(part) for part in create()), out_shardings=place(own_caches, mesh))
     state = [fill() for _ in range(problem.layers)]
-    data = PartitionSpec(present.axis("data"))
+    data = PartitionSpec(problem.parallel.axis("data"))
     params_spec: Any = fused.partition
     caches_spec: Any = own_caches
     if problem.layers > 1:
@@ -162,21 +149,12 @@ def build_attention(problem: Problem) -> tuple[Callable[..., Any], Any, tuple[An
 
 def build_experts(problem: Problem) -> tuple[Callable[..., Any], Any, tuple[Any, ...]]:
     """(step, no state, arguments) of one mixture of 256 experts in bfloat16."""
-    config = published_config(heads=128, layers=2)
-    present = problem.present
-    count = _part(problem, config.n_routed_experts, "tensor")
-    if problem.emulated:
-        count //= problem.parallel.data
+    config, mesh = published_config(heads=128, layers=2), problem.mesh
     specs = mla.param_specs(config, jnp.bfloat16)["layers"][1]["mlp"]
-    specs = {**specs, "experts": jax.tree.map(lambda s: jax.ShapeDtypeStruct((count, *s.shape[1:]), s.dtype), specs["experts"])}
-    if problem.emulated and problem.parallel.tensor > 1:
-        n = problem.parallel.tensor
-        narrow = {"gate_proj": (1, n), "up_proj": (1, n), "down_proj": (n, 1)}
-        shared = {name: jax.ShapeDtypeStruct((s.shape[0] // narrow[name][0], s.shape[1] // narrow[name][1]), s.dtype) for name, s in specs["shared_experts"].items()}
-        specs = {**specs, "shared_experts": shared}
-    mesh, partition = problem.mesh, partition_params(specs, present)
+    partition = partition_params(specs, problem.parallel)
+    specs = _shapes(problem, specs, partition)
     params = _random(specs, place(partition, mesh), 5)
-    data = PartitionSpec(present.axis("data"))
+    data = PartitionSpec(problem.parallel.axis("data"))
     hidden = jax.device_put(
         jax.random.normal(jax.random.key(4), (problem.rows, config.hidden_size), jnp.bfloat16), place(data, mesh)
     )

@@ -274,7 +274,7 @@ def test_dense_layer(parallel):
 def test_blocks_on_many_devices(monkeypatch):
     """The way of GPUs with many tokens, values and derivatives, typed for the default check of `jax.shard_map`."""
     monkeypatch.setattr(jax.lax, "platform_dependent", lambda *args, default, **others: default(*args))
-    monkeypatch.setattr(moe_layer, "MOST_GROUPED_ROWS", 0)
+    monkeypatch.setattr(moe_layer, "GROUPED_PAIRS", ())
     parallel, params = MESHES["data x tensor"], layer(SIGMOID)
     x, ids = map(jnp.asarray, tokens(SIGMOID, 16))
     split = on_mesh.__wrapped__(SIGMOID, parallel, "blocks")
