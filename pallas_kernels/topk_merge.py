@@ -44,7 +44,7 @@ MAX_CANDIDATES = 2**15 - 1
 
 
 def is_candidate(positions: Array) -> Array:
-    """Whether entries are candidates: not those below 0, and not 2**31 - 1, which stands for what int32 does not hold."""
+    """Whether entries are candidates: from 0 on, but not 2**31 - 1, which stands for what int32 does not hold."""
     return (positions >= 0) & (positions < ALL)
 
 

@@ -15,6 +15,7 @@ from sparse_mla_jax.ops import (
     attention,
     cache,
     compressor,
+    context_pages,
     fp8,
     hyper_connections,
     indexer,
@@ -24,6 +25,7 @@ from sparse_mla_jax.ops import (
     rope,
     router,
     topk,
+    topk_merge,
     window,
 )
 
@@ -31,6 +33,7 @@ MODULES = [
     attention,
     cache,
     compressor,
+    context_pages,
     fp8,
     hyper_connections,
     indexer,
@@ -42,10 +45,12 @@ MODULES = [
     rope,
     router,
     topk,
+    topk_merge,
     window,
 ]
 INTS = jnp.zeros(4, jnp.int32)
 TABLE = jnp.zeros((2, 3), jnp.int32)
+PARTS = jnp.zeros((2, 3, 4), jnp.int32)
 SCORES = jnp.zeros((4, 10), jnp.float32)
 FN = jnp.float8_e4m3fn
 
@@ -127,11 +132,26 @@ def combine(window):
     return ragged.combine_with_window(jnp.zeros((4, 2), jnp.int32), INTS, window=window, window_start=0)
 
 
+def merge_parts(k):
+    return topk_merge.top_k_merge(PARTS, ones((2, 3, 4)), k, implementation="xla")
+
+
+def share_parts(k):
+    return topk_merge.top_k_share(PARTS, ones((2, 3, 4)), 1, k, implementation="xla")
+
+
+def spread(name, **sizes):
+    arrays = (INTS, INTS) if name == "own_slots" else (INTS,)
+    return getattr(context_pages, name)(*arrays, 0, **dict(n=2, page_size=4) | sizes)
+
+
 def case(call, argument, good, low=1):
     """`call` with one argument varied: its name, a value that fits, and the least that does."""
     return call, argument, good, low
 
 
+# Calls that take None for their argument.
+OPTIONAL = (split, merge_parts, share_parts)
 VALUES = jnp.ones((2, 8), FN)
 # By function and argument: every parameter of a public function that is annotated as an int.
 CASES = {
@@ -182,6 +202,16 @@ CASES = {
     "top_k_decode.next_n": case(
         lambda v: topk.top_k_decode(SCORES, 3, seq_lens=INTS[:2], next_n=v, implementation="xla"), "next_n", 2
     ),
+    "top_k_merge.k": case(merge_parts, "k", 3),
+    "top_k_share.k": case(share_parts, "k", 3),
+    "own_pages.n": case(lambda v: context_pages.own_pages(TABLE, 0, v), "n", 2),
+    **{
+        f"{name}.{argument}": case(
+            lambda v, name=name, argument=argument: spread(name, **{argument: v}), argument, good
+        )
+        for name in ("own_lengths", "to_global", "to_local", "own_slots")
+        for argument, good in (("n", 2), ("page_size", 4))
+    },
     "Ragged.to_dense.width": case(lambda v: ragged.pack_rows(TABLE).to_dense(v), "width", 5, 0),
     "Ragged.to_dense.fill": case(lambda v: ragged.pack_rows(TABLE).to_dense(5, v), "fill", -7, -(2**31)),
     "slots_from_positions.page_size": case(
@@ -264,7 +294,7 @@ def test_what_is_no_size_is_refused(call, argument, good, low):
         None if "block_stride" not in argument else "2",
         INTS[0],
     ):
-        if wrong is None and (argument == r"parts\[0\].rotated" or call is split):
+        if wrong is None and (argument == r"parts\[0\].rotated" or call in OPTIONAL):
             continue
         with pytest.raises(ValueError, match=rf"^{argument} is {re.escape(repr(wrong))}; expected an integer "):
             jax.eval_shape(lambda wrong=wrong: call(wrong))

@@ -1,13 +1,23 @@
 """Where positions lie when pages are spread over an axis: against a list of all positions of each device."""
 
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sparse_mla_jax.ops import context_pages
+from sparse_mla_jax.ops import context_pages as eager
 from sparse_mla_jax.ops.ragged import slots_from_positions
 
+# `n` and `page_size` are static, places are not.
+context_pages = SimpleNamespace(
+    own_pages=jax.jit(eager.own_pages, static_argnums=2),
+    own_lengths=jax.jit(eager.own_lengths, static_argnums=(2, 3)),
+    to_global=jax.jit(eager.to_global, static_argnums=(2, 3)),
+    to_local=jax.jit(eager.to_local, static_argnums=(2, 3)),
+    own_slots=jax.jit(eager.own_slots, static_argnums=(3, 4)),
+)
 SIZES = [(1, 4), (2, 4), (3, 1), (8, 3)]
 LENGTH = 60
 BEYOND = 2**31 - 1
@@ -27,7 +37,7 @@ def test_own_pages(n, page_size):
             want = np.full((2, -(-columns // n)), -1)
             mine = table[:, index::n]
             want[:, : mine.shape[1]] = mine
-            got = jax.jit(context_pages.own_pages, static_argnums=2)(table, index, n)
+            got = context_pages.own_pages(table, index, n)
             np.testing.assert_array_equal(got, want)
             assert got.dtype == jnp.int32
 
@@ -37,7 +47,7 @@ def test_own_lengths(n, page_size):
     lengths = np.array([-5, *range(LENGTH + 1)])
     for index in range(n):
         mine = positions_of(index, n, page_size)
-        got = jax.jit(context_pages.own_lengths, static_argnums=(2, 3))(lengths, index, n, page_size)
+        got = context_pages.own_lengths(lengths, index, n, page_size)
         np.testing.assert_array_equal(got, [(mine < length).sum() for length in lengths])
 
 
@@ -70,20 +80,22 @@ def test_own_slots(n, page_size):
 
 def test_nothing_wraps():
     """Positions near the end of int32, where the last page is cut."""
-    near = np.array([BEYOND - 1, BEYOND - 2, BEYOND - 7, BEYOND, 2**40])
-    for n, page_size in ((2, 64), (8, 3), (1, 1), (1, 5), (3, 2**29), (1, BEYOND)):
+    near = np.array([BEYOND - 1, BEYOND - 2, BEYOND - 7, BEYOND], np.int32)
+    for n, page_size in ((2, 64), (8, 3), (1, 5), (3, 2**29), (1, BEYOND)):
         found = []
         for index in range(n):
             local = np.asarray(context_pages.to_local(near, index, n, page_size))
             assert (local[3:] == -1).all() and (local >= -1).all()
             again = context_pages.to_global(local, index, n, page_size)
-            np.testing.assert_array_equal(again, np.where(local >= 0, np.minimum(near, BEYOND), -1))
+            np.testing.assert_array_equal(again, np.where(local >= 0, near, -1))
             found.append(local >= 0)
             lengths = np.asarray(context_pages.own_lengths(near, index, n, page_size))
             assert (lengths >= 0).all() and (lengths >= local).all()
         assert (np.sum(found, axis=0)[:3] == 1).all()
         assert sum(int(context_pages.own_lengths(BEYOND, i, n, page_size)) for i in range(n)) == BEYOND
-    high = context_pages.to_global(np.array([2**30, BEYOND - 1, BEYOND, 2**40]), 1, 4, 64)
+    # Numbers of 64 bits saturate before anything else.
+    assert (eager.to_local(np.array([2**40]), 0, 1, 4) == -1).all()
+    high = eager.to_global(np.array([2**30, BEYOND - 1, BEYOND, 2**40]), 1, 4, 64)
     np.testing.assert_array_equal(high, [BEYOND] * 4)
 
 
@@ -111,13 +123,13 @@ def test_types_and_places():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: context_pages.own_pages(np.zeros(3, int), 0, 2), r"page_table is int\d+\[3\]; expected"),
-        (lambda: context_pages.own_pages(np.zeros((1, 3), int), 0, 0), "n is 0; expected an integer of at least 1"),
-        (lambda: context_pages.own_lengths(3, 0, 2, 0), "page_size is 0; expected"),
-        (lambda: context_pages.to_global(3, 0, 2**16, 2**15), "page_size is 32768 and n 65536; their product"),
-        (lambda: context_pages.to_local(3, np.zeros(2, int), 2, 4), r"index is int\d+\[2\]; expected integers \[\]"),
-        (lambda: context_pages.own_slots(np.zeros(3, int), np.zeros(2, int), 0, 2, 4), r"slots is int\d+\[2\]"),
-        (lambda: context_pages.to_local(3.0, 0, 2, 4), "positions is float"),
+        (lambda: eager.own_pages(np.zeros(3, int), 0, 2), r"page_table is int\d+\[3\]; expected"),
+        (lambda: eager.own_pages(np.zeros((1, 3), int), 0, 0), "n is 0; expected an integer of at least 1"),
+        (lambda: eager.own_lengths(3, 0, 2, 0), "page_size is 0; expected"),
+        (lambda: eager.to_global(3, 0, 2**16, 2**15), "page_size is 32768 and n 65536; their product"),
+        (lambda: eager.to_local(3, np.zeros(2, int), 2, 4), r"index is int\d+\[2\]; expected integers \[\]"),
+        (lambda: eager.own_slots(np.zeros(3, int), np.zeros(2, int), 0, 2, 4), r"slots is int\d+\[2\]"),
+        (lambda: eager.to_local(3.0, 0, 2, 4), "positions is float"),
     ],
 )
 def test_refuses(call, message):

@@ -9,7 +9,17 @@ import pytest
 from support.equivalence import Close, assert_leaves
 
 from sparse_mla_jax import metadata, ops
-from sparse_mla_jax.ops import attention, cache, compressor, hyper_connections, indexer, norm_rope, ragged, topk
+from sparse_mla_jax.ops import (
+    attention,
+    cache,
+    compressor,
+    hyper_connections,
+    indexer,
+    norm_rope,
+    ragged,
+    topk,
+    topk_merge,
+)
 from sparse_mla_jax.ops.output_projection import rotated_projection
 
 # Sums of at most 700 products of numbers of size 1, in another order than the reference's.
@@ -93,6 +103,11 @@ def best(name, scores):
     return topk.top_k(scores, 3, return_scores=True, implementation=name)[1]
 
 
+def best_of_parts(name, scores):
+    positions = jnp.arange(18, dtype=jnp.int32).reshape(2, 1, 9)
+    return topk_merge.top_k_merge(positions, scores, 4, return_scores=True, implementation=name)[1]
+
+
 CALLS = {
     **{
         f"sparse_mla, {form}": (functools.partial(attend, form), (normal(3, 2, 8), normal(30, 8), normal(2)))
@@ -111,6 +126,7 @@ CALLS = {
     "merge_streams": (merge, (normal(3, 2, 4), normal(3, 2), normal(2), normal(1))),
     "rotated_projection": (project, (normal(3, 4, 8), normal(2, 16, 5))),
     "top_k": (best, (normal(2, 9),)),
+    "top_k_merge": (best_of_parts, (normal(2, 1, 9),)),
 }
 # The others take seconds to compile: interpret mode and two derivatives.
 QUICK = ("sparse_mla, lengths", "indexer_scores")
@@ -155,5 +171,6 @@ def test_indices_have_no_derivative(name):
 
 def test_every_kernel_operator_is_here():
     derived = {name.split(",")[0] for name in CALLS}
-    # Both writes are `write` of another cache; the indexer's selection has no derivative.
-    assert derived == set(ops.KERNEL_OPERATORS) - {"write_index", "write_token", "lightning_indexer"}
+    # Both writes are `write` of another cache; selections of positions have no derivative.
+    without = {"write_index", "write_token", "lightning_indexer", "top_k_share"}
+    assert derived == set(ops.KERNEL_OPERATORS) - without
