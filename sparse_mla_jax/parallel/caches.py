@@ -20,6 +20,12 @@ from sparse_mla_jax.ops.window import WindowCache
 from sparse_mla_jax.parallel.axes import Parallel
 
 
+def _first_axis(parallel: Parallel, *kinds: str) -> PartitionSpec:
+    """The first axis over these axes of the mesh, written as jax writes it: a step gives what it takes."""
+    names = parallel.present(*kinds)
+    return PartitionSpec(names) if names else PartitionSpec()
+
+
 def partition_caches(caches: Any, parallel: Parallel) -> Any:
     """A pytree of PartitionSpec like `caches`, those of a model or of one layer.
 
@@ -30,8 +36,7 @@ def partition_caches(caches: Any, parallel: Parallel) -> Any:
     Raises:
       ValueError: something else than this library's caches.
     """
-    pages = PartitionSpec(parallel.present("data", "context"))
-    requests = PartitionSpec(parallel.present("data"))
+    pages, requests = _first_axis(parallel, "data", "context"), _first_axis(parallel, "data")
 
     def spread(tree: Any, spec: PartitionSpec) -> Any:
         return jax.tree.map(lambda _: spec, tree)

@@ -33,7 +33,9 @@ def pad(num_tokens: int, *, rows: int, width: int, groups: int = 1) -> StepInput
     )
 
 
-def pack(batches: Sequence[Sequence[Scheduled]], token_buckets: Sequence[int], *, rows: int, width: int) -> StepInputs:
+def pack(
+    batches: Sequence[Sequence[Scheduled]], token_buckets: tuple[int, ...], *, rows: int, width: int
+) -> StepInputs:
     """Inputs of a step over one batch a group, newly allocated: the device may still read those of the last step.
 
     All groups get the smallest bucket that holds the tokens of the fullest.

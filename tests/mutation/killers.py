@@ -63,8 +63,10 @@ _BY_STEM = {
     "steps": "model v4_model engine",
     "common": "model v4_model engine",
     # serving
-    "scheduler": "scheduler engine v4_engine",
-    "pages": "pages scheduler engine",
+    "scheduler": "scheduler balance engine v4_engine",
+    "balance": "balance engine_on_mesh",
+    "packing": "engine v4_engine",
+    "pages": "pages scheduler balance engine",
     "sampling": "sampling engine",
     "engine": "engine v4_engine cli",
     "scoring": "engine cli",

@@ -57,7 +57,7 @@ def _prompt_length(batch: int, budget: int, context: int, steps: int) -> int:
 
 
 def measure_decode(engine: Engine, *, context: int, steps: int, seed: int = 0) -> dict[str, Any]:
-    """Times decode steps of a full batch on random prompts, prefilled by the engine itself.
+    """Times decode steps of a full batch on random prompts, prefilled by the engine itself; of every group of a mesh.
 
     Args:
       engine: newly made; its max_context must be at least `context`.
@@ -73,13 +73,15 @@ def measure_decode(engine: Engine, *, context: int, steps: int, seed: int = 0) -
     """
     import numpy as np
 
-    batch = engine.scheduler.max_batch
-    prompt_length = _prompt_length(batch, engine.scheduler.token_budget, context, steps)
-    pages = engine.scheduler.allocator.num_pages
+    own, allocator = engine.scheduler.max_batch, engine.scheduler.allocator
+    prompt_length = _prompt_length(own, engine.scheduler.token_budget, context, steps)
+    # Of a sequence's pages the first device has the most.
+    needed = allocator.per_device(-(-context // engine.scheduler.page_size))[0]
     require(
-        pages >= batch * -(-context // engine.scheduler.page_size),
-        f"the engine has {pages} pages; {batch} sequences of {context} tokens need more.",
+        allocator.num_pages >= own * needed,
+        f"the engine has {allocator.num_pages} pages; {own} sequences of {context} tokens need more.",
     )
+    batch = own * len(engine.groups.schedulers)
     prompts = np.random.default_rng(seed).integers(0, engine.config.vocab_size, (batch, prompt_length))
     engine.warm_up(progress=True)
     requests = [engine.submit(prompt, max_tokens=context, ignore_eos=True) for prompt in prompts]
@@ -125,8 +127,9 @@ def run(arguments: argparse.Namespace) -> int:
     budget = max(arguments.prefill_chunk, arguments.batch)
     _prompt_length(arguments.batch, budget, arguments.context, arguments.steps)
     check_backend()
-    sizes = choose_sizes(config, **_sizes(arguments))
-    check_sizes_fit(config, sizes, arguments.cache_dtype)
+    mesh, parallel = chosen_mesh(arguments)
+    sizes = choose_sizes(config, context=1 if parallel is None else parallel.context, **_sizes(arguments))
+    check_sizes_fit(config, sizes, arguments.cache_dtype, mesh)
     report = _measure(arguments)
     if not is_first():
         return 0
