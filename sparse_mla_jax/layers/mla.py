@@ -301,7 +301,7 @@ def _attend(params: dict[str, Any], queries: Queries, cache: PagedKVCache, rows:
         gate = queries.gate if queries.gate.ndim == 3 else queries.gate[..., None]
         values = values * jax.nn.sigmoid(gate.astype(jnp.float32))
     projected = _join_heads(values.astype(query.dtype), params["o_proj"])
-    if step.axis("tensor") is not None:
+    if step.parallel is not None and step.axis("tensor") is not None:
         projected = sum_over(projected.astype(query.dtype), step.parallel.present("tensor")).astype(jnp.float32)
     return projected + params["o_proj_bias"] if step.config.attention_bias else projected
 

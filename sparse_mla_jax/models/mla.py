@@ -218,7 +218,8 @@ def decoder_layer(
     """Layer `number` on the residual stream hidden [T, D] ([T, n, D] with hyper-connections): attention, then SwiGLU
     or the mixture of experts.
 
-    options: state_ids, frequencies, selection and parallel, as for `layers.mla.attention_step`, in models whose layers need them.
+    options: state_ids, frequencies and selection, as for `layers.mla.attention_step`, in models whose layers need them;
+    and parallel.
 
     Returns:
       (residual, cache, index_cache).

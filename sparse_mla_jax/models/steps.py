@@ -30,8 +30,8 @@ def prefill(
     """One step over prompts, chunks of prompts, or a mix with decode tokens; see `build_metadata` for the layout.
 
     Args:
-      params, token_ids, caches, config, state_ids, implementation, parallel: as in `forward`. token_ids: the tokens of all
-        requests one after the other, then padding; at least one.
+      params, token_ids, caches, config, state_ids, implementation, parallel: as in `forward`. token_ids: the tokens of
+        all requests one after the other, then padding; at least one.
       seq_lens: int[B] tokens of each request, those of this step included.
       query_lens: int[B] tokens of each request in this step.
       page_table: int[B, P].

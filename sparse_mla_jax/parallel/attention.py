@@ -71,17 +71,16 @@ def select_keys(
         return part.to_global(select_visible(part.lengths(seen.lengths), width))
     own: dict[str, Any] = {} if part.axis is None else {"axis_name": part.axis, "own_keys": True}
     options = {"k": k, "max_length": seen.max_length, "implementation": implementation, **own}
-    rows = (*inputs, seen.request_ids, seen.lengths)
     axis = None if parallel is None else parallel.axis("tensor")
-    if axis is not None:
-        rows = tuple(_own_rows(x, axis) for x in rows)
-    query, weights, request_ids, lengths = rows
+    query, weights, request_ids, lengths = (_own_rows(x, axis) for x in (*inputs, seen.request_ids, seen.lengths))
     chosen = lightning_indexer(query, weights, cache, seen.page_table, request_ids, lengths, **options)
     return join_rows(chosen, axis)[: seen.lengths.shape[0]]
 
 
-def _own_rows(x: Array, axis: str) -> Array:
-    """The device's part of x[T, ...]: ceil(T / n) rows, with zeros after the last."""
+def _own_rows(x: Array, axis: str | None) -> Array:
+    """The device's part of x[T, ...]: ceil(T / n) rows, with zeros after the last; `x` itself without an axis."""
+    if axis is None:
+        return x
     devices = jax.lax.axis_size(axis)
     count = -(-x.shape[0] // devices)
     padding = ((0, count * devices - x.shape[0]), *((0, 0),) * (x.ndim - 1))
@@ -112,5 +111,6 @@ def attend(q: Array, kv: Any, rows: Any, *, sinks: Array | None, axis: str | Non
     """
     if axis is None:
         return sparse_mla(q, kv, rows, sinks=sinks, **options)
-    out, lse = merge_across(*sparse_mla(q, kv, rows, return_lse=True, **options), axis)
+    own, own_lse = sparse_mla(q, kv, rows, return_lse=True, **options)
+    out, lse = merge_across(own, own_lse, axis)
     return out if sinks is None else apply_sinks(out, lse, sinks)

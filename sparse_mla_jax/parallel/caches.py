@@ -54,7 +54,9 @@ def partition_caches(caches: Any, parallel: Parallel) -> Any:
             return None
         if isinstance(one, tuple):
             return tuple(visit(part) for part in one)
-        raise ValueError(f"caches has a {type(one).__name__}; expected are the caches that a model's create_caches makes.")
+        raise ValueError(
+            f"caches has a {type(one).__name__}; expected are the caches that a model's create_caches makes."
+        )
 
     return visit(caches)
 

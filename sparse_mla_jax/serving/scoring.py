@@ -122,48 +122,48 @@ def check_arguments(
     return tokens, prompt_length, chunk, page_size
 
 
-def _prepare(
-    params: Any,
-    config: Config,
-    tokens: np.ndarray,
-    mesh: Mesh | None,
-    parallel: Parallel | None,
-    chunk: int,
-    *,
-    page_size: int,
-    dtype: Any,
-) -> tuple[Any, Any, np.ndarray]:
-    """(params, caches, page_table [B, P]) on the device, or on those of the mesh."""
+class _Plan(NamedTuple):
+    """The sizes of a call of `score` that its caches follow from."""
+
+    config: Config
+    page_size: int
+    chunk: int
+    cache_dtype: Any
+
+
+def _place(params: Any, tokens: np.ndarray, plan: _Plan, where: Where | None) -> tuple[Any, Any, np.ndarray]:
+    """(params, caches, page_table [B, P]) for sequences [B, L], on the device or on those of a mesh."""
+    config, page_size, chunk, dtype = plan
     batch, length = tokens.shape
-    groups, parts = (1, 1) if parallel is None else (parallel.data, parallel.context)
+    groups, parts = (1, 1) if where is None else (where.parallel.data, where.parallel.context)
     own, width = batch // groups, -(-length // page_size)
     # Page column p is on device p % parts of the axis "context".
     per_request = -(-width // parts)
 
-    def create() -> Any:
-        pages = batch * per_request * parts
+    def create(devices: int = groups * parts) -> Any:
+        pages, requests = own * per_request * devices, own * -(-devices // parts)
         return family_of(config).create_caches(
-            config, pages, page_size, num_requests=batch, max_query_len=chunk, dtype=dtype
+            config, pages, page_size, num_requests=requests, max_query_len=chunk, dtype=dtype
         )
 
-    _check_memory(config, tokens, chunk, jax.eval_shape(create))
+    _check_memory(plan, tokens, jax.eval_shape(lambda: create(1)), where)
     row, column = np.arange(batch, dtype=np.int32) % own, np.arange(width, dtype=np.int32)
     page_table = row[:, None] * per_request + column // parts
-    if mesh is None or parallel is None:
+    if where is None:
         return params, create(), page_table
-    where = Where(mesh, parallel, partition_model(params, config, parallel))
     return place_params(params, where), create_on_mesh(create, where), page_table
 
 
-def _check_memory(config: Config, tokens: np.ndarray, chunk: int, caches: Any) -> None:
-    """Raises ValueError if caches of these shapes and all logits need more memory than there is."""
-    batch, length = tokens.shape
+def _check_memory(plan: _Plan, tokens: np.ndarray, caches: Any, where: Where | None) -> None:
+    """Raises ValueError if one device's caches of these shapes and all logits need more memory than there is."""
+    (batch, length), config = tokens.shape, plan.config
     held = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(caches))
     check_memory(
         f"the scores of {batch} sequences of {length} tokens over {config.vocab_size} ids",
-        device_bytes=held + 4 * batch * chunk * (config.vocab_size + config.hidden_size),
+        device_bytes=held + 4 * batch * plan.chunk * (config.vocab_size + config.hidden_size),
         host_bytes=4 * batch * length * config.vocab_size,
         hint="Score fewer or shorter sequences at a time, or lower chunk or page_size.",
+        devices=None if where is None else list(where.mesh.local_devices),
     )
 
 
@@ -214,31 +214,25 @@ def score(
     )
     batch, length = tokens.shape
     parallel = parallel_of(mesh, parallel)
-    groups = 1 if parallel is None else parallel.data
+    params, where, groups = check_params(params, config, parallel=parallel), None, 1
+    if mesh is not None and parallel is not None:
+        where, groups = Where(mesh, parallel, partition_model(params, config, parallel)), parallel.data
     # Groups have equally many sequences: the last may be padding.
     tokens = np.pad(tokens, ((0, -batch % groups), (0, 0)))
-    params, caches, page_table = _prepare(
-        check_params(params, config, parallel=parallel), config, tokens, mesh, parallel, chunk, page_size=page_size, dtype=cache_type
+    params, caches, page_table = _place(params, tokens, _Plan(config, page_size, chunk, cache_type), where)
+    step = functools.partial(
+        _score_step, config=config, page_size=page_size, implementation=implementation, mesh=mesh, parallel=parallel
     )
     logits = np.empty((batch, length, config.vocab_size), np.float32)
-
     start = 0
     with tqdm(total=length, desc="scoring", unit="token", disable=None if progress else True, leave=False) as bar:
         while start < length:
             size = chunk if start < prompt_length else 1
             end = min(start + size, prompt_length) if start < prompt_length else start + 1
             inputs = _ScoreInputs(*_pack_rows(tokens[:, start:end], groups, size, end), page_table)
-            scores, caches = _score_step(
-                params,
-                caches,
-                inputs,
-                config=config,
-                page_size=page_size,
-                implementation=implementation,
-                mesh=mesh,
-                parallel=parallel,
-            )
-            rows = np.asarray(scores).reshape(groups, -1, config.vocab_size)[:, : tokens.shape[0] // groups * (end - start)]
+            scores, caches = step(params, caches, inputs)
+            used = tokens.shape[0] // groups * (end - start)
+            rows = np.asarray(scores).reshape(groups, -1, config.vocab_size)[:, :used]
             logits[:, start:end] = rows.reshape(tokens.shape[0], end - start, -1)[:batch]
             bar.update(end - start)
             start = end
