@@ -212,9 +212,7 @@ def _keys(config: Config, number: int, parallel: Parallel, size: StepSize) -> _K
     chosen = config.index_topk if layer.has_indexer and size.context > config.index_topk else 0
     sizes, is_spread = layer.sizes, not layer.is_sliding
     sinks = config.attention_sinks
-    return _Keys(
-        sizes.num_attention_heads, sizes.kv_lora_rank, sinks, is_spread, chosen, size.context, size.page_size
-    )
+    return _Keys(sizes.num_attention_heads, sizes.kv_lora_rank, sinks, is_spread, chosen, size.context, size.page_size)
 
 
 def _selection(keys: _Keys, parallel: Parallel, size: StepSize) -> Iterator[Exchange]:
