@@ -1,6 +1,7 @@
 """parallel/traffic.py: its formulas against the collectives that a traced and a compiled step have."""
 
 import collections
+import dataclasses
 import math
 
 import jax
@@ -138,6 +139,15 @@ def test_formulas_are_what_a_step_has(fixtures, name, sizes):
     config, parallel = load_config(fixtures / f"{name}_tiny"), parse_parallel(sizes)
     size = StepSize(tokens=5, context=192, page_size=8)
     assert predicted(config, parallel, size) == by_kind(traced(config, parallel, size))
+
+
+def test_a_device_has_fewer_keys_than_are_chosen(fixtures):
+    """Three pages of 8 tokens on two devices, the first of which has two: both give 16 candidates, not 20."""
+    config = dataclasses.replace(load_config(fixtures / "deepseek_v32_tiny"), index_topk=20, num_hidden_layers=1)
+    parallel, size = Parallel(context=2), StepSize(tokens=4, context=24, page_size=8)
+    assert predicted(config, parallel, size) == by_kind(traced(config, parallel, size))
+    (found,) = (one for one in layer_traffic(config, 0, parallel, size) if "candidates" in one.what)
+    assert found.sent == 4 * 16 * 8
 
 
 def test_chunks_of_scores():
