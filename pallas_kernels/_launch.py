@@ -65,18 +65,17 @@ def _lower(ctx, *operands, run, outs, target):
     del outs
     module = ctx.module_context.replace(platforms=(target.platform,))
     with contextlib.nullcontext() if target == HOST else on_abstract_device(target):
-        plain = {name: [_plain(aval) for aval in getattr(ctx, name)] for name in ("avals_in", "avals_out")}
+
+        def plain(aval):
+            if target == HOST:
+                return aval.update(manual_axis_type=ManualAxisType())
+            # The mesh in use has another device now, and types must agree with it.
+            sharding = NamedSharding(jax.sharding.get_abstract_mesh(), PartitionSpec(*[None] * aval.ndim))
+            return aval.update(manual_axis_type=ManualAxisType(), sharding=sharding)
+
+        types = {name: list(map(plain, getattr(ctx, name))) for name in ("avals_in", "avals_out")}
         lowered = mlir.lower_fun(run, multiple_results=True)
-        return lowered(ctx.replace(module_context=module, platforms=None, **plain), *operands)
-
-
-def _plain(aval: Any) -> Any:
-    """The type of an operand in a program that knows no axes, on the mesh in use."""
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or aval.sharding.mesh.empty:
-        return aval.update(manual_axis_type=ManualAxisType())
-    # The same mesh, but `on_abstract_device` has told it what its devices are.
-    return aval.update(manual_axis_type=ManualAxisType(), sharding=NamedSharding(mesh, aval.sharding.spec))
+        return lowered(ctx.replace(module_context=module, platforms=None, **types), *operands)
 
 
 def _batch(arrays, axes, *, run, outs, target):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from typing import NamedTuple
@@ -9,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from pallas_kernels.cdna import hlo_text
-from pallas_kernels.cdna.hlo_text import Array, Executed
+from pallas_kernels.cdna.hlo_text import ExecutedInstruction, HloArray
 from pallas_kernels.cdna.program import Program
 
 KINDS = (
@@ -41,8 +42,8 @@ class Collective(NamedTuple):
 
     kind: str
     name: str
-    operands: tuple[Array, ...]
-    results: tuple[Array, ...]
+    operands: tuple[HloArray, ...]
+    results: tuple[HloArray, ...]
     groups: tuple[tuple[int, ...], ...]
     times: int | None
     origin: str
@@ -104,7 +105,7 @@ def _mesh_groups(axes: str, ids: str | None, chosen: str) -> np.ndarray:
     for name, whole in sizes.items():
         borders = {1, whole} | {b for part, before, size in parts if part == name for b in (before, before * size)}
         ordered = sorted(borders)
-        for low, high in zip(ordered, ordered[1:]):
+        for low, high in itertools.pairwise(ordered):
             places[name, low] = len(shape)
             shape.append(high // low)
     inner = []
@@ -143,7 +144,7 @@ def replica_groups(text: str, devices: int) -> tuple[tuple[int, ...], ...]:
     return tuple(tuple(int(d) for d in group) for group in arranged)
 
 
-def _results(kind: str, start: bool, text: str) -> tuple[Array, ...]:
+def _results(kind: str, start: bool, text: str) -> tuple[HloArray, ...]:
     """Arrays of the result; the start of an asynchronous collective has (operands, results, ...) as its type."""
     parts = hlo_text.elements(text)
     # The start of an all-reduce has its results alone.
@@ -152,7 +153,7 @@ def _results(kind: str, start: bool, text: str) -> tuple[Array, ...]:
     return hlo_text.arrays_in(text)
 
 
-def _collective(step: Executed, devices: int) -> Collective | None:
+def _collective(step: ExecutedInstruction, devices: int) -> Collective | None:
     """The collective of an executed instruction; None for another one, and for the end of an asynchronous one."""
     instruction = step.instruction
     start = instruction.opcode.endswith(_START)

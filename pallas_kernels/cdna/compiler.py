@@ -77,8 +77,8 @@ def compile(
       is what one device runs; `collectives_of` lists what the devices exchange.
 
     Raises:
-      ValueError: `arch` or `compiler` is unknown, arguments lie on two meshes, or a mesh has more than eight devices and
-        no multiple of eight.
+      ValueError: `arch` or `compiler` is unknown, arguments lie on two meshes, or a mesh has more than eight devices
+        but no multiple of eight.
       ToolMissing: the compiler or a tool is not installed.
       RuntimeError: the compiler refused the program, or crashed.
     """

@@ -18,32 +18,31 @@ _CALLED = re.compile(r"\b(calls|to_apply|body|condition|true_computation|false_c
 _BRANCHES = re.compile(r"\b(?:branch_computations|called_computations)=\{([^}]*)\}")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 _QUOTED = re.compile(r'"(?:[^"\\]|\\.)*"')
-# Bits of the element types whose name does not end in them; a predicate takes a byte.
-_BITS = {"pred": 8, "token": 0, "opaque": 0}
+# Names of element types: letters, bits, and the bits of exponent and mantissa of small floats, as in "f8e4m3fn".
+_ELEMENT = re.compile(r"([a-z]+)(\d+)(\w*)")
+_LETTERS = {"f": "float", "bf": "bfloat", "s": "int", "u": "uint", "c": "complex"}
 
 
-class Array(NamedTuple):
+class HloArray(NamedTuple):
     """An array of a program.
 
     Attributes:
-      dtype: XLA's name of its element type, such as "bf16" or "s32".
+      dtype: JAX's name of its element type.
       shape: its shape on one device.
+      bits: of an element.
     """
 
     dtype: str
     shape: tuple[int, ...]
+    bits: int
 
     @property
     def nbytes(self) -> int:
-        """Its bytes, those of the last one filled up."""
-        digits = re.search(r"\d+", self.dtype)
-        bits = _BITS.get(self.dtype) if self.dtype in _BITS else int(digits[0]) if digits else None
-        if bits is None:
-            raise ValueError(f"the program has an array of {self.dtype}, whose size is not known here")
-        return -(-bits * math.prod(self.shape) // 8)
+        """Its bytes, the last one filled up."""
+        return -(-self.bits * math.prod(self.shape) // 8)
 
 
-class Instruction(NamedTuple):
+class HloInstruction(NamedTuple):
     """One line of a computation.
 
     Attributes:
@@ -61,7 +60,7 @@ class Instruction(NamedTuple):
     rest: str
 
 
-class Executed(NamedTuple):
+class ExecutedInstruction(NamedTuple):
     """An instruction as it is executed.
 
     Attributes:
@@ -71,16 +70,28 @@ class Executed(NamedTuple):
         conditional takes is unknown: the instructions of all branches count as executed.
     """
 
-    instruction: Instruction
+    instruction: HloInstruction
     operands: tuple[str, ...]
     times: int | None
 
 
-def arrays_in(text: str) -> tuple[Array, ...]:
-    """The arrays of a type, in order, whatever tuples they are in."""
+def arrays_in(text: str) -> tuple[HloArray, ...]:
+    """The arrays of a type, in order, whatever tuples they are in.
+
+    Raises:
+      ValueError: an element type whose name has another form.
+    """
     found = []
-    for dtype, sizes in _ARRAY.findall(text):
-        found.append(Array(dtype, tuple(int(n.lstrip("<=")) for n in sizes.split(",") if n)))
+    for name, sizes in _ARRAY.findall(text):
+        element = _ELEMENT.fullmatch(name)
+        if name == "pred":
+            dtype, bits = "bool", 8
+        elif element and element[1] in _LETTERS:
+            dtype = f"{_LETTERS[element[1]]}{element[2]}{'_' if element[3] else ''}{element[3]}"
+            bits = int(element[2])
+        else:
+            raise ValueError(f"the program has an array of {name}, which is not known here")
+        found.append(HloArray(dtype, tuple(int(n.lstrip("<=")) for n in sizes.split(",") if n), bits))
     return tuple(found)
 
 
@@ -111,7 +122,7 @@ def elements(text: str) -> list[str]:
     return out
 
 
-def _instruction(line: str) -> Instruction | None:
+def _instruction(line: str) -> HloInstruction | None:
     """The instruction of a line; None if the line holds none."""
     named = _NAME.match(line)
     if named is None:
@@ -123,21 +134,21 @@ def _instruction(line: str) -> Instruction | None:
         raise ValueError(f"line {line.strip()[:120]!r} of the program has no form that is known here")
     # A constant's operand is its value, which may hold brackets of any kind.
     if opcode[1] == "constant":
-        return Instruction(named[1], line[start:end], opcode[1], (), "")
+        return HloInstruction(named[1], line[start:end], opcode[1], (), "")
     last = closing(line, opcode.end() - 1)
     operands = tuple(re.findall(r"%([\w.-]+)", line[opcode.end() : last]))
-    return Instruction(named[1], line[start:end], opcode[1], operands, line[last + 1 :])
+    return HloInstruction(named[1], line[start:end], opcode[1], operands, line[last + 1 :])
 
 
-def computations(text: str) -> tuple[str, dict[str, dict[str, Instruction]]]:
+def computations(text: str) -> tuple[str, dict[str, dict[str, HloInstruction]]]:
     """(name of the entry, computation -> instruction's name -> instruction, in order).
 
     Raises:
       ValueError: the text has no entry, or a line of an unknown form.
     """
-    found: dict[str, dict[str, Instruction]] = {}
+    found: dict[str, dict[str, HloInstruction]] = {}
     entry = None
-    inside: dict[str, Instruction] | None = None
+    inside: dict[str, HloInstruction] | None = None
     for line in text.splitlines():
         if header := _HEADER.match(line):
             inside = found[header[2]] = {}
@@ -151,7 +162,7 @@ def computations(text: str) -> tuple[str, dict[str, dict[str, Instruction]]]:
     return entry, found
 
 
-def _called(instruction: Instruction) -> Iterator[tuple[str, int | None]]:
+def _called(instruction: HloInstruction) -> Iterator[tuple[str, int | None]]:
     """The computations that an instruction runs, each with how often; None is not known."""
     plain = _QUOTED.sub('""', instruction.rest)
     times: int | None = 1
@@ -165,7 +176,7 @@ def _called(instruction: Instruction) -> Iterator[tuple[str, int | None]]:
             yield name.strip().lstrip("%"), times
 
 
-def executed(text: str) -> Iterator[Executed]:
+def executed(text: str) -> Iterator[ExecutedInstruction]:
     """All instructions that a run of the program executes, in order; those of a loop's body once, with their number.
 
     Raises:
@@ -173,13 +184,13 @@ def executed(text: str) -> Iterator[Executed]:
     """
     entry, found = computations(text)
 
-    def walk(name: str, times: int | None) -> Iterator[Executed]:
+    def walk(name: str, times: int | None) -> Iterator[ExecutedInstruction]:
         if name not in found:
             raise ValueError(f"the program calls {name}, which its text does not hold")
         inside = found[name]
         for instruction in inside.values():
             types = tuple(inside[o].type if o in inside else "" for o in instruction.operands)
-            yield Executed(instruction, types, times)
+            yield ExecutedInstruction(instruction, types, times)
             for called, each in _called(instruction):
                 yield from walk(called, None if times is None or each is None else times * each)
 

@@ -99,8 +99,6 @@ def _options(devices: tuple[Any, ...], meshes: bool) -> Any:
     options.device_assignment = xla_client.DeviceAssignment.create(np.array([[d.id for d in devices]]))
     if meshes:
         build.use_spmd_partitioning = build.use_shardy_partitioner = True
-        # Otherwise an output whose sharding the program leaves open would be gathered on every device.
-        build.allow_spmd_sharding_propagation_to_output = [True]
     return options
 
 

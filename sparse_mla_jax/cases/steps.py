@@ -17,8 +17,14 @@ from sparse_mla_jax.layers.mla import attention_step, fuse_projections
 from sparse_mla_jax.layers.norm import rms_norm
 from sparse_mla_jax.metadata import decode_metadata
 from sparse_mla_jax.models import mla
+from sparse_mla_jax.parallel.axes import Parallel
 
 PAGE_SIZE = 64
+
+
+def of_one_device(a: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    """The part of an array that one device has; all of it if it has no sharding."""
+    return a if a.sharding is None else jax.ShapeDtypeStruct(a.sharding.shard_shape(a.shape), a.dtype)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +34,7 @@ class Step:
     Attributes:
       fn: (params, inputs, caches, seq_lens[B], page_table[B, P]) -> (outputs, caches). Inputs and outputs of a decode
         step are token ids int32[B], those of attention layers hidden states [B, D].
-      args: shapes of its arguments.
+      args: shapes of its arguments. Those of a step on many devices have a jax.sharding.NamedSharding.
       donated: index of the argument that is updated in place: the caches.
     """
 
@@ -38,8 +44,8 @@ class Step:
 
     @property
     def caches(self) -> list[jax.ShapeDtypeStruct]:
-        """The arrays of all caches."""
-        return jax.tree.leaves(self.args[self.donated])
+        """The arrays of all caches, those of one device."""
+        return [of_one_device(a) for a in jax.tree.leaves(self.args[self.donated])]
 
     @property
     def first_cache(self) -> int:
@@ -115,7 +121,13 @@ def decode_step(
 
 
 def layer_step(
-    config: MlaConfig, *, batch: int, context: int, cache_dtype: Any, implementation: str | None = None
+    config: MlaConfig,
+    *,
+    batch: int,
+    context: int,
+    cache_dtype: Any,
+    implementation: str | None = None,
+    parallel: Parallel | None = None,
 ) -> Step:
     """One attention layer of such a decode step: normed hidden states in, the layer's output [B, D] out.
 
@@ -125,6 +137,7 @@ def layer_step(
       config: of the model, from `published_config`; one of its layers is used.
       batch, context, cache_dtype: as in `decode_step`.
       implementation: None, "triton", "xla" or "reference", of every operator.
+      parallel: the axes over which the step is spread, inside `jax.shard_map`; the shapes are those of one device.
 
     Raises:
       ValueError: sizes below 1, or a context that is not whole pages.
@@ -134,7 +147,14 @@ def layer_step(
     def step(params, hidden, caches, seq_lens, page_table):
         metadata = decode_metadata(seq_lens, page_table, page_size=PAGE_SIZE)
         out, cache, index_cache = attention_step(
-            params, hidden, caches[0], caches[1], metadata, config=config, implementation=implementation
+            params,
+            hidden,
+            caches[0],
+            caches[1],
+            metadata,
+            config=config,
+            implementation=implementation,
+            parallel=parallel,
         )
         return out, (cache, index_cache)
 
@@ -146,7 +166,13 @@ def layer_step(
 
 
 def layers_step(
-    config: MlaConfig, *, batch: int, context: int, cache_dtype: Any, implementation: str | None = None
+    config: MlaConfig,
+    *,
+    batch: int,
+    context: int,
+    cache_dtype: Any,
+    implementation: str | None = None,
+    parallel: Parallel | None = None,
 ) -> Step:
     """config.num_hidden_layers attention layers in a row; each reads the normed sum of the input and earlier outputs.
 
@@ -154,7 +180,8 @@ def layers_step(
     feed-forward layers.
     """
     caches, per_sequence, table = _shapes(config, batch, context, cache_dtype)
-    single = layer_step(config, batch=batch, context=context, cache_dtype=cache_dtype, implementation=implementation)
+    options: dict[str, Any] = {"cache_dtype": cache_dtype, "implementation": implementation, "parallel": parallel}
+    single = layer_step(config, batch=batch, context=context, **options)
 
     @jax.jit
     def layer(params, hidden, cache, seq_lens, page_table):

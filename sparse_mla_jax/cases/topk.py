@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +23,7 @@ from sparse_mla_jax.cases.inputs import (
     take,
 )
 from sparse_mla_jax.ops.topk import top_k
+from sparse_mla_jax.ops.topk_merge import top_k_share
 
 # Kinds of rows: independent normal scores, and cases that are hard for a radix selection.
 ROWS = ("random", "equal", "narrow", "up", "down", "plateau")
@@ -110,6 +111,79 @@ def topk_cases() -> Iterator[Case]:
     yield _topk_case(64, 32768)
     for kind in ROWS[1:]:
         yield _topk_case(64, 32768, kind=kind, suffix=f"-{kind}", at_most=(3.0, "topk-64x32768"))
+    for parts in (2, 8):
+        yield Case(f"topk-share-64x{parts}x2048", "topk", {"parts": parts, "rows": 64, "k": 2048}, _share, ("",))
+
+
+# --- parts of the columns on several devices
+class _Parts(NamedTuple):
+    """Candidates of several parts.
+
+    Attributes:
+      positions, scores: [S, R, C].
+    """
+
+    positions: Array
+    scores: Array
+
+
+def _parts(key: Array, parts: int, rows: int, width: int, *, ties: bool) -> _Parts:
+    """Full parts: pages of 64 positions go to the parts in turn, three in four positions are candidates."""
+    choose, draw = jax.random.split(key)
+    # Every fourth position, the first, second or third one of four, is left out.
+    local = jnp.arange(width, dtype=jnp.int32)
+    skipped = jax.random.randint(choose, (parts, rows, width), 0, 2, jnp.int32)
+    local = 4 * (local // 2) + 2 * (local % 2) + skipped
+    page = local // 64 * parts + jnp.arange(parts, dtype=jnp.int32)[:, None, None]
+    scores = jax.random.normal(draw, (parts, rows, width), jnp.float32)
+    return _Parts(page * 64 + local % 64, jnp.round(scores, 2) if ties else scores)
+
+
+def _share_answer(parts: _Parts, part: int, k: int) -> np.ndarray:
+    """The share of a part by `selected`, in the order of positions: int32 [R, C]."""
+    positions, scores = (np.moveaxis(np.asarray(x), 1, 0) for x in parts)
+    want = np.full((len(positions), positions.shape[2]), -1, np.int32)
+    for row, (where, values) in enumerate(zip(positions, scores)):
+        order = np.argsort(where, axis=None)
+        chosen = where.reshape(-1)[order][selected(values.reshape(-1)[order], k)]
+        own = np.intersect1d(chosen, where[part])
+        want[row, : own.size] = own
+    return want
+
+
+def _share(sizes: Mapping[str, int], flavour: str, query: str) -> Work:
+    del flavour, query
+    parts, rows, k = sizes["parts"], sizes["rows"], sizes["k"]
+
+    def each(number):
+        return tuple(_parts(seed(2, number), parts, rows, k, ties=False))
+
+    def fn(positions, scores, *, implementation=None):
+        return top_k_share(positions, scores, 1, k, implementation=implementation)[0]
+
+    def error(arguments, got):
+        return float((np.asarray(got) != _share_answer(_Parts(*arguments), 1, k)).sum())
+
+    return Work(fn, each, 4 * rows * k * (2 * parts + 1), 0, error, 0.0)
+
+
+def _kernel_share(kind: str, heads: int | None, *, parts: int, k: int) -> KernelProblem:
+    del kind, heads
+    one, two = (_parts(seed(3, parts), parts, 1, k, ties=ties) for ties in (False, True))
+    # The second row has ties across the threshold.
+    both = _Parts(*(jnp.concatenate(pair, axis=1) for pair in zip(one, two)))
+    want = _share_answer(both, 1, k)
+
+    def fn(positions, scores, *, implementation="triton", plan=None):
+        return top_k_share(positions, scores, 1, k, implementation=implementation, plan=plan)[0]
+
+    return KernelProblem(
+        fn,
+        tuple(both),
+        lambda got: float((np.asarray(got) != want).sum()),
+        0.0,
+        sum(x.nbytes for x in both) + want.nbytes,
+    )
 
 
 def _kernel_top_k(kind: str, heads: int | None, *, columns: int, k: int) -> KernelProblem:
@@ -145,5 +219,14 @@ KERNEL_CASES = (
         "2 rows of 16384 columns, k 2048, several blocks",
         functools.partial(_kernel_top_k, columns=16384, k=2048),
         kinds=(),
+    ),
+    *(
+        KernelCase(
+            f"top_k_share{suffix}",
+            f"2 rows of {parts} parts of 2048 candidates, k 2048, the share of one part",
+            functools.partial(_kernel_share, parts=parts, k=2048),
+            kinds=(),
+        )
+        for parts, suffix in ((2, ""), (8, "_wide"))
     ),
 )

@@ -27,6 +27,10 @@ from sparse_mla_jax.parallel.experts import counted_once, local_experts, own_exp
 
 __all__ = ["clamped_moe", "matmul", "moe", "moe_v4", "routed_experts", "swiglu"]
 
+# Beyond so many pairs times experts, GPUs go block by block: XLA would copy all rows for each expert. Not measured.
+MOST_GROUPED_ROWS = 2**14
+MOST_BLOCK_ROWS = 128
+
 
 def _activate(gate: Array, up: Array, limit: float | None) -> Array:
     """silu(gate) * up. With a limit, gate is clipped from above and up to +-limit, as in DeepSeek-V4."""
@@ -123,6 +127,62 @@ def _grouped(
     return out[jnp.argsort(order)].reshape(*ids.shape, -1).sum(axis=1)
 
 
+def _block_loop(
+    experts: dict[str, Array], x: Array, weights: Array, ids: Array, limit: float | None, elsewhere: bool
+) -> Array:
+    """The forward computation of `_by_block`."""
+    del elsewhere
+    num_experts, k, pairs = experts["gate_proj"].shape[0], ids.shape[1], ids.size
+    rows = min(MOST_BLOCK_ROWS, max(16, 1 << (pairs // num_experts).bit_length()))
+    order = jnp.argsort(ids.reshape(-1), stable=True).astype(jnp.int32)
+    sizes = jnp.bincount(ids.reshape(-1), length=num_experts).astype(jnp.int32)
+    ends, last_blocks = jnp.cumsum(sizes, dtype=jnp.int32), jnp.cumsum((sizes + rows - 1) // rows, dtype=jnp.int32)
+
+    def body(block: Array, out: Array) -> Array:
+        # A search would be a loop of its own.
+        expert = (last_blocks <= block).sum(dtype=jnp.int32)
+        before = last_blocks[expert] - (sizes[expert] + rows - 1) // rows
+        start = ends[expert] - sizes[expert] + (block - before) * rows
+        pair = order[jnp.minimum(start + jnp.arange(rows, dtype=jnp.int32), pairs - 1)]
+        chosen = {name: jax.lax.dynamic_index_in_dim(w, expert, keepdims=False) for name, w in experts.items()}
+        part = swiglu(chosen, x[pair // k], row_weights=weights.reshape(-1)[pair], limit=limit)
+        # Rows after the expert's own are written again by the next block.
+        return jax.lax.dynamic_update_slice_in_dim(out, part, start, 0)
+
+    start = varying(jnp.zeros((pairs + rows, x.shape[1]), jnp.float32), experts, x, weights, ids)
+    out = jax.lax.fori_loop(0, last_blocks[-1], body, start)[:pairs]
+    out = jnp.where((jnp.arange(pairs, dtype=jnp.int32) < ends[-1])[:, None], out, 0)
+    return out[jnp.argsort(order)].reshape(*ids.shape, -1).sum(axis=1)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _by_block(
+    experts: dict[str, Array], x: Array, weights: Array, ids: Array, limit: float | None = None, elsewhere: bool = False
+) -> Array:
+    """Sorts pairs by expert and goes over blocks of rows of one expert, as many as there are.
+
+    Its work is that of the chosen pairs, rounded up to whole blocks. The derivative is that of `_grouped`.
+    """
+    return _block_loop(experts, x, weights, ids, limit, elsewhere)
+
+
+def _by_block_forward(
+    experts: dict[str, Array], x: Array, weights: Array, ids: Array, limit: float | None, elsewhere: bool
+) -> tuple[Array, tuple[Any, ...]]:
+    return _block_loop(experts, x, weights, ids, limit, elsewhere), (experts, x, weights, ids)
+
+
+def _by_block_backward(
+    limit: float | None, elsewhere: bool, saved: tuple[Any, ...], cotangent: Array
+) -> tuple[Any, ...]:
+    *differentiable, ids = saved
+    fn = functools.partial(_grouped, ids=ids, limit=limit, elsewhere=elsewhere)
+    return *jax.vjp(fn, *differentiable)[1](cotangent), None
+
+
+_by_block.defvjp(_by_block_forward, _by_block_backward)
+
+
 def routed_experts(
     experts: dict[str, Array],
     x: Array,
@@ -134,9 +194,10 @@ def routed_experts(
 ) -> Array:
     """sum_j weights[t, j] * SwiGLU_{ids[t, j]}(x[t]).
 
-    Static shapes and the platform choose one of three methods with the same result. XLA has a grouped product on GPUs
-    but not on CPUs. Measured on a 2-core CPU (float32, 64 experts of 256x128, k 8), in ms: 8 tokens: 1.3 by pair, 2.0
-    by expert, 9.5 grouped; 512 tokens: 38 by expert, 350 grouped.
+    Static shapes and the platform choose one of four methods with the same result. Measured on a 2-core CPU (float32,
+    64 experts of 256x128, k 8), in ms: 8 tokens: 1.3 by pair, 2.0 by expert, 9.5 grouped; 512 tokens: 38 by expert,
+    350 grouped. XLA for AMD GPUs (jax 0.12.0) makes of a grouped product E products of all rows, of which it copies the
+    rows once for each expert: with many rows and experts, blocks of rows of one expert take its place.
 
     Args:
       experts: gate_proj [E, D, I], up_proj [E, D, I], down_proj [E, I, D]; any number of experts.
@@ -151,14 +212,22 @@ def routed_experts(
     """
     if x.shape[0] == 0:
         return jnp.zeros(x.shape, jnp.float32)
-    on_cpu = _by_pair if ids.size <= experts["gate_proj"].shape[0] else _by_expert
+    num_experts = experts["gate_proj"].shape[0]
+    on_cpu = _by_pair if ids.size <= num_experts else _by_expert
+    grouped = functools.partial(_grouped, limit=limit, elsewhere=elsewhere)
+
+    def blocks(*args: Array) -> Array:
+        # What is not differentiated has to come by position.
+        return _by_block(*args, limit, elsewhere)
+
     return jax.lax.platform_dependent(
         experts,
         x,
         weights,
         ids,
         cpu=functools.partial(on_cpu, limit=limit, elsewhere=elsewhere),
-        default=functools.partial(_grouped, limit=limit, elsewhere=elsewhere),
+        tpu=grouped,
+        default=grouped if ids.size * num_experts <= MOST_GROUPED_ROWS else blocks,
     )
 
 

@@ -94,7 +94,16 @@ def dequantize_blocks(
         require(scales.shape == expected, f"scales has shape {scales.shape}; {values.shape} values need {expected}.")
     first = rows.start if rows is not None else 0
     down, across = (first + np.arange(values.shape[0])) // block[0], np.arange(values.shape[1]) // block[1]
-    return values.astype(np.float32) * scales.astype(np.float32)[down][:, across]
+    return _widen(values) * scales.astype(np.float32)[down][:, across]
+
+
+def _widen(values: np.ndarray) -> np.ndarray:
+    """The values in float32."""
+    if values.dtype.itemsize > 1:
+        return values.astype(np.float32)
+    # A table of all bytes takes a quarter of the time of a cast from FP8.
+    table = np.arange(256, dtype=np.uint8).view(values.dtype).astype(np.float32)
+    return table[values.view(np.uint8)]
 
 
 def dequantize_fp4(packed: np.ndarray, scales: np.ndarray, rows: slice | None = None) -> np.ndarray:

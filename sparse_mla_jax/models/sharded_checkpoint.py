@@ -131,11 +131,12 @@ def _read_parts(
         for part in parts:
             yield part, np.array(whole[_index(part)], spec.dtype, order="C")
         return
-    for (first, last), *part in parts:
-        stack = np.empty((last - first, *(end - start for start, end in part)), spec.dtype)
+    for part in parts:
+        (first, last), own = part[0], part[1:]
+        stack = np.empty((last - first, *(end - start for start, end in own)), spec.dtype)
         for number in range(first, last):
-            stack[number - first] = _read(opened, places[number], [tuple(part)])[_index(tuple(part))]
-        yield ((first, last), *part), stack
+            stack[number - first] = _read(opened, places[number], [own])[_index(own)]
+        yield part, stack
         del stack
 
 

@@ -3,6 +3,8 @@
 # Operators that have kernels, by their names in `dispatch`. lightning_indexer runs two of them: scores, then top_k.
 KERNEL_OPERATORS = (
     "top_k",
+    "top_k_merge",
+    "top_k_share",
     "indexer_scores",
     "paged_indexer_scores",
     "lightning_indexer",
@@ -25,4 +27,5 @@ XLA_OPERATORS = (
     "sqrt_softplus_topk",
     "hash_route",
     "merge",
+    "merge_across",
 )

@@ -4,8 +4,8 @@ Each part has columns of its own. Its top-k gives positions (columns of the whol
 candidates are the k best of all columns: the k largest scores; NaN counts as -inf, -0.0 equals 0.0, ties go to the
 lower position. This is the array that `top_k` gives on one device, bit for bit, whatever the number of parts.
 
-A candidate is an entry whose position is 0 or more, also if its score is -inf. In a part, positions ascend, then come
-entries of -1. No position occurs twice.
+A candidate is an entry whose position is from 0 to 2**31 - 2, also if its score is -inf. In a part, positions ascend,
+then come entries that are no candidates, -1 for one. No position occurs twice.
 
 Method: two thresholds decide each row. All candidates with a score above the k-th largest one are chosen, and of those
 equal to it the ones up to a last position. Both are found bit by bit, with one count per bit, without a sort. Then
@@ -23,12 +23,14 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from pallas_kernels import topk_merge as kernel
 from pallas_kernels.mesh_axes import varying
+from pallas_kernels.plans.topk_merge import TopKMergePlan
 from pallas_kernels.topk_row import OUTSIDE, monotone_keys
 from sparse_mla_jax import _check
 from sparse_mla_jax._check import BEYOND
 from sparse_mla_jax.ops._chunks import map_row_chunks, rows_from
-from sparse_mla_jax.ops._dispatch import check_implementation, dispatch
+from sparse_mla_jax.ops._dispatch import check_implementation, dispatch, with_plan
 from sparse_mla_jax.ops.topk import CPU_ROWS, check_k, find_threshold
 
 
@@ -40,6 +42,7 @@ def top_k_merge(
     *,
     return_scores: bool = False,
     implementation: str | None = None,
+    plan: TopKMergePlan | None = None,
 ) -> Any:
     """The positions of the k best candidates of all parts, ascending, then -1 (contract: see above).
 
@@ -49,6 +52,7 @@ def top_k_merge(
       k: how many to select, a Python int of at least 1; None means C. More than S * C is legal.
       return_scores: also return the selected scores.
       implementation: None for the best that runs here, or "triton", "xla", "reference".
+      plan: block sizes and warps of the kernel (static) in place of the heuristic ones; implies "triton".
 
     Returns:
       int32 [R, k]; with return_scores also float32 [R, k], the scores of these positions: -inf for NaN and for -1.
@@ -56,6 +60,7 @@ def top_k_merge(
     Raises:
       ValueError: shapes or types that do not fit, k below 1, or an implementation that does not support the case.
     """
+    implementation, plan = with_plan(implementation, plan, None, TopKMergePlan)
     positions, scores, k = _check_parts(positions, scores, k)
     fixed = jax.lax.stop_gradient(scores)
     if 0 in positions.shape:
@@ -66,6 +71,7 @@ def top_k_merge(
         "top_k_merge",
         implementation,
         {
+            "triton": lambda: _is_chosen(positions, fixed, Limits(*kernel.find_limits(positions, fixed, k, plan=plan))),
             "xla": lambda: _is_chosen(positions, fixed, _limits(positions, fixed, k)),
             "reference": lambda: _reference(positions, fixed, k),
         },
@@ -80,6 +86,7 @@ def top_k_share(
     k: int | None = None,
     *,
     implementation: str | None = None,
+    plan: TopKMergePlan | None = None,
 ) -> tuple[Array, Array]:
     """The positions of one part that belong to the k best candidates of all parts.
 
@@ -89,6 +96,7 @@ def top_k_share(
       part: int32 scalar, the part; may be traced. Outside 0..S-1 nothing is selected.
       k: how many all parts select together, a Python int of at least 1; None means C.
       implementation: None for the best that runs here, or "triton", "xla", "reference".
+      plan: block sizes and warps of the kernel (static) in place of the heuristic ones; implies "triton".
 
     Returns:
       (int32 [R, C], int32 [R]): the selected positions, ascending, then -1; and how many they are. The shares of all
@@ -97,6 +105,7 @@ def top_k_share(
     Raises:
       ValueError: shapes or types that do not fit, k below 1, or an implementation that does not support the case.
     """
+    implementation, plan = with_plan(implementation, plan, None, TopKMergePlan)
     positions, scores, k = _check_parts(positions, scores, k)
     scores = jax.lax.stop_gradient(scores)
     part = _check.int32("part", part, hint="A scalar: jax.lax.axis_index(axis_name).")
@@ -107,6 +116,7 @@ def top_k_share(
         "top_k_share",
         implementation,
         {
+            "triton": lambda: kernel.top_k_share(positions, scores, part, k, plan=plan),
             "xla": lambda: _share(positions, scores, part, _limits(positions, scores, k)),
             "reference": lambda: _reference_share(positions, scores, part, k),
         },
@@ -136,7 +146,7 @@ class Limits(NamedTuple):
 
 def _keys(positions: Array, scores: Array) -> Array:
     """int32 keys in the order of the scores, OUTSIDE for entries that are no candidates."""
-    return jnp.where(positions >= 0, monotone_keys(scores), OUTSIDE)
+    return jnp.where(kernel.is_candidate(positions), monotone_keys(scores), OUTSIDE)
 
 
 def _limits(positions: Array, scores: Array, k: int) -> Limits:
@@ -147,7 +157,8 @@ def _limits(positions: Array, scores: Array, k: int) -> Limits:
 
     def chunked(*flat: Array) -> Limits:
         def body(first: Array) -> Limits:
-            return _limits_of_rows(*(rows_from(x, first, CPU_ROWS) for x in flat), k)
+            positions, scores = (rows_from(x, first, CPU_ROWS) for x in flat)
+            return _limits_of_rows(positions, scores, k)
 
         return map_row_chunks(body, rows, CPU_ROWS, like=flat)
 
@@ -160,7 +171,7 @@ def _limits(positions: Array, scores: Array, k: int) -> Limits:
 def _limits_of_rows(positions: Array, scores: Array, k: int) -> Limits:
     """Limits of positions[R, N] and scores[R, N], both bit by bit."""
     keys = _keys(positions, scores)
-    is_candidate = positions >= 0
+    is_candidate = keys != OUTSIDE
     wanted = jnp.minimum(is_candidate.sum(axis=1, keepdims=True, dtype=jnp.int32), k)
     threshold = find_threshold(keys, wanted)
     # If a row is empty its threshold is above all keys.
@@ -174,7 +185,7 @@ def _is_chosen(positions: Array, scores: Array, limits: Limits) -> Array:
     """Which of positions[..., R, C] are chosen."""
     keys = _keys(positions, scores)
     key, last = limits.key[:, None], limits.last[:, None]
-    return (positions >= 0) & ((keys > key) | ((keys == key) & (positions <= last)))
+    return (keys != OUTSIDE) & ((keys > key) | ((keys == key) & (positions <= last)))
 
 
 def _in_order(positions: Array, scores: Array, is_chosen: Array, k: int, return_scores: bool) -> Any:
@@ -211,8 +222,8 @@ def _reference(positions: Array, scores: Array, k: int) -> Array:
     parts, rows, width = positions.shape
     flat, keys = (jnp.moveaxis(x, 1, 0).reshape(rows, -1) for x in (positions, _keys(positions, scores)))
     # Three sort keys: candidates first, then the larger score, then the lower position.
-    order = jnp.lexsort((flat, -keys, flat < 0), axis=1)
-    chosen = (jnp.argsort(order, axis=1) < k) & (flat >= 0)
+    order = jnp.lexsort((flat, -keys, keys == OUTSIDE), axis=1)
+    chosen = (jnp.argsort(order, axis=1) < k) & (keys != OUTSIDE)
     return jnp.moveaxis(chosen.reshape(rows, parts, width), 1, 0)
 
 

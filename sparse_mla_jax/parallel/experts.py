@@ -135,7 +135,7 @@ def _all_tokens(compute: Compute, x: Array, weights: Array, numbers: Array, *, a
     return scatter_sum(out.astype(x.dtype), axis).astype(jnp.float32)
 
 
-class _Plan(NamedTuple):
+class _Journeys(NamedTuple):
     """Which tokens go where, for n devices of the axis and m = min(k, n).
 
     Attributes:
@@ -151,7 +151,7 @@ class _Plan(NamedTuple):
     place: Array
 
 
-def _plan(numbers: Array, axis: str, count: int) -> _Plan:
+def _journeys(numbers: Array, axis: str, count: int) -> _Journeys:
     """Exchanges sizes between devices; everything else follows from the device's own tokens."""
     tokens, k = numbers.shape
     devices = jax.lax.axis_size(axis)
@@ -168,7 +168,7 @@ def _plan(numbers: Array, axis: str, count: int) -> _Plan:
     own = jnp.full_like(sizes, tokens) * jax.lax.axis_index(axis)
     place = jnp.where(goes, starts + jnp.cumsum(goes, axis=0, dtype=jnp.int32) - 1, -1)
     order = jnp.argsort(~goes, axis=1, stable=True)[:, :most]
-    return _Plan(
+    return _Journeys(
         token,
         Slices(starts, sizes, own, theirs[:, 0]),
         Slices(arrive, theirs[:, 0], theirs[:, 1], sizes),
@@ -179,7 +179,7 @@ def _plan(numbers: Array, axis: str, count: int) -> _Plan:
 def _ragged(compute: Compute, x: Array, weights: Array, numbers: Array, *, axis: str, count: int) -> Array:
     """Tokens go to the devices of the axis that have experts of theirs, once to each; results come back."""
     k, devices = numbers.shape[1], jax.lax.axis_size(axis)
-    plan = _plan(numbers, axis, count)
+    plan = _journeys(numbers, axis, count)
     room = (devices * x.shape[0],)
     x, weights, numbers = (varying(part, numbers) for part in (x, weights, numbers))
     rows = x[plan.token]

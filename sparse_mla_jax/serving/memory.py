@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pathlib
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -44,22 +45,26 @@ def device_memory(device: Any) -> int | None:
     return None if limit is None else limit - statistics.get("bytes_in_use", 0)
 
 
-def check_memory(what: str, *, device_bytes: int, host_bytes: int, hint: str) -> None:
-    """Checks that the default device can hold `device_bytes`, and the host `host_bytes` besides.
+def check_memory(
+    what: str, *, device_bytes: int, host_bytes: int, hint: str, devices: Sequence[Any] | None = None
+) -> None:
+    """Checks that each device can hold `device_bytes`, and the host `host_bytes` besides.
 
     Args:
       what: what needs the memory, for the message.
-      device_bytes: bytes on the device; a CPU holds them in the host's memory.
+      device_bytes: bytes on each device; a CPU holds them in the host's memory.
       host_bytes: bytes on the host.
       hint: the remedy, a sentence that ends the message.
+      devices: alike, those of this process; None means its first one.
 
     Raises:
       ValueError: there is less memory.
     """
-    device = jax.devices()[0]
+    devices = jax.local_devices()[:1] if devices is None else devices
+    device = devices[0]
     needs = [(device_bytes, device_memory(device), device.device_kind), (host_bytes, host_memory(), "the host")]
     if device.platform == "cpu":
-        needs = [(device_bytes + host_bytes, host_memory(), "this machine")]
+        needs = [(len(devices) * device_bytes + host_bytes, host_memory(), "this machine")]
     for needed, there, where in needs:
         require(
             there is None or needed <= there,

@@ -12,10 +12,15 @@ Pages are taken at admission (for all known tokens at once) and one by one while
 running request is preempted: it loses its pages, keeps its tokens, returns to the head of the queue, and later prefills
 prompt and generated tokens again. Age is the order of arrival. Every running request is older than every waiting one,
 so the oldest request always advances and every request ends.
+
+A request's pages may be spread over several devices, see `PageAllocator`. Then the fullest device decides: a request
+enters if every device has the pages that it needs there, and preemption takes the youngest that has a page on the
+device without free ones. Several groups of requests share one queue, see `balance`.
 """
 
 from __future__ import annotations
 
+import bisect
 import collections
 import dataclasses
 import itertools
@@ -77,6 +82,10 @@ class Request:
         return max(0, len(self._sequence) - len(self.prompt))
 
 
+# Requests that wait, by their number in the order of arrival, and in that order.
+Queue = collections.OrderedDict[int, Request]
+
+
 @dataclasses.dataclass(frozen=True)
 class Scheduled:
     """One row of a step: the next `num_tokens` tokens of `request`."""
@@ -123,6 +132,14 @@ def held_back(generated: Sequence[int], stop: Sequence[Sequence[int]]) -> int:
     return longest
 
 
+@dataclasses.dataclass
+class Plan:
+    """A step while it is planned: its rows, and how many tokens it may still get."""
+
+    rows: list[Scheduled]
+    budget: int
+
+
 class Scheduler:
     """Decides which tokens of which requests run in each step, and owns the pages of every request. Not thread-safe.
 
@@ -131,7 +148,14 @@ class Scheduler:
     """
 
     def __init__(
-        self, allocator: PageAllocator, *, page_size: int, max_batch: int, max_context: int, token_budget: int
+        self,
+        allocator: PageAllocator,
+        *,
+        page_size: int,
+        max_batch: int,
+        max_context: int,
+        token_budget: int,
+        waiting: Queue | None = None,
     ):
         """Makes a scheduler without requests.
 
@@ -141,16 +165,13 @@ class Scheduler:
           max_batch: most requests that run at a time.
           max_context: most tokens of one request, prompt and generated.
           token_budget: most tokens of one step, at least `max_batch`.
+          waiting: the queue that the schedulers of several groups share; None: its own.
 
         Raises:
           ValueError: a size below 1, or a budget below `max_batch`.
         """
-        for name, value in (
-            ("page_size", page_size),
-            ("max_batch", max_batch),
-            ("max_context", max_context),
-            ("token_budget", token_budget),
-        ):
+        sizes = {"page_size": page_size, "max_batch": max_batch, "max_context": max_context}
+        for name, value in {**sizes, "token_budget": token_budget}.items():
             require(value >= 1, f"{name} is {value}; at least 1 is expected.")
         require(
             token_budget >= max_batch,
@@ -163,8 +184,8 @@ class Scheduler:
         self.token_budget = token_budget
         self.table_width = -(-max_context // page_size)
         # Most tokens (prompt and generated) of a request that has all pages.
-        self.capacity = min(max_context, allocator.num_pages * page_size)
-        self.waiting: collections.OrderedDict[int, Request] = collections.OrderedDict()
+        self.capacity = min(max_context, allocator.num_pages * allocator.devices * page_size)
+        self.waiting: Queue = collections.OrderedDict() if waiting is None else waiting
         self.running: list[Request] = []
         # A request holds one state from its admission to its end or preemption.
         self._free_states = list(range(max_batch))[::-1]
@@ -175,6 +196,11 @@ class Scheduler:
         """Whether any request waits or runs."""
         return bool(self.waiting or self.running)
 
+    @property
+    def load(self) -> int:
+        """Tokens of all running requests, cached or not."""
+        return sum(len(request._sequence) for request in self.running)
+
     def add(self, request: Request) -> None:
         """Puts `request` at the end of the queue.
 
@@ -183,12 +209,14 @@ class Scheduler:
         """
         longest = self.capacity - 1
         if not 1 <= len(request.prompt) <= longest:
+            devices = self.allocator.devices
+            each = f" on each of {devices} devices" if devices > 1 else ""
             request.error = (
                 "prompt is empty; at least one token is expected."
                 if not request.prompt
                 else f"prompt has {len(request.prompt)} tokens; at most {longest} fit, one more is to be generated: "
                 f"max_context is {self.max_context} and the cache holds {self.allocator.num_pages} pages of "
-                f"{self.page_size} tokens. Shorten the prompt or raise max_context and num_pages."
+                f"{self.page_size} tokens{each}. Shorten the prompt or raise max_context and num_pages."
             )
             request.finish_reason = "error"
             return
@@ -226,6 +254,13 @@ class Scheduler:
         Returns:
           At most `max_batch` rows, together at most `token_budget` tokens, each with at least one.
         """
+        plan = self.resume()
+        while self.waiting and self.can_admit(request := next(iter(self.waiting.values())), plan):
+            self.admit(request, plan)
+        return plan.rows
+
+    def resume(self) -> Plan:
+        """The first part of `schedule`: the rows of requests that run already. `admit` adds others."""
         batch = []
         for request in list(self.running):
             # A request preempted earlier in this loop has no pages and waits again.
@@ -237,19 +272,27 @@ class Scheduler:
             if pending > 1 and budget > 0:
                 batch.append(Scheduled(request, min(pending, budget)))
                 budget -= batch[-1].num_tokens
-        while budget > 0 and self.waiting and len(self.running) < self.max_batch:
-            request = next(iter(self.waiting.values()))
-            needed = self._pages_for(len(request._sequence))
-            # Keep a spare page for each: otherwise the new request is preempted within a few steps, its prefill wasted.
-            if needed + sum(map(self._grows, self.running)) > self.allocator.num_free:
-                break
-            del self.waiting[request._arrival]
-            self._take(request, needed)
-            request._state = self._free_states.pop()
-            self.running.append(request)
-            batch.append(Scheduled(request, min(self._pending(request), budget)))
-            budget -= batch[-1].num_tokens
-        return batch
+        return Plan(batch, budget)
+
+    def can_admit(self, request: Request, plan: Plan) -> bool:
+        """Whether a waiting request may enter the step `plan`."""
+        if plan.budget <= 0 or len(self.running) >= self.max_batch:
+            return False
+        needed = self.allocator.per_device(self._pages_for(len(request._sequence)))
+        # Keep a spare page for each: otherwise the new request is preempted within a few steps, its prefill wasted.
+        for other in filter(self._grows, self.running):
+            needed[other._num_pages % self.allocator.devices] += 1
+        return self.allocator.has(needed)
+
+    def admit(self, request: Request, plan: Plan) -> None:
+        """Lets a waiting request, which `can_admit`, run, and adds its row to `plan`."""
+        del self.waiting[request._arrival]
+        self._take(request, self._pages_for(len(request._sequence)))
+        request._state = self._free_states.pop()
+        # Not always the youngest: another group may have preempted it.
+        bisect.insort(self.running, request, key=lambda other: other._arrival)
+        plan.rows.append(Scheduled(request, min(self._pending(request), plan.budget)))
+        plan.budget -= plan.rows[-1].num_tokens
 
     def commit(self, batch: Sequence[Scheduled], sampled: Sequence[int]) -> list[tuple[Request, int]]:
         """Records that the tokens of `batch` are in the cache and that `sampled[i]` was chosen after row i.
@@ -305,7 +348,7 @@ class Scheduler:
 
     def _take(self, request: Request, count: int) -> bool:
         """Gives `count` more pages to a request; returns False and gives none if fewer are free."""
-        pages = self.allocator.allocate(count)
+        pages = self.allocator.allocate(count, request._num_pages)
         if pages is None:
             return False
         assert request._page_row is not None
@@ -333,12 +376,25 @@ class Scheduler:
         """Takes a page for a request's next token, if need be from the youngest; False if it was preempted itself."""
         missing = self._pages_for(len(request._sequence)) - request._num_pages
         while missing > 0 and not self._take(request, missing):
-            youngest = self.running.pop()
-            self._release(youngest)
-            youngest.num_preemptions += 1
-            # The preempted request is older than all waiting ones: at the head, the queue stays in order of arrival.
-            self.waiting[youngest._arrival] = youngest
-            self.waiting.move_to_end(youngest._arrival, last=False)
-            if youngest is request:
+            preempted = self._youngest_with_page(request._num_pages % self.allocator.devices, request)
+            self.running.remove(preempted)
+            self._release(preempted)
+            preempted.num_preemptions += 1
+            self._put_back(preempted)
+            if preempted is request:
                 return False
         return True
+
+    def _youngest_with_page(self, device: int, request: Request) -> Request:
+        """The youngest running request with a page on `device`, but no older one than `request`."""
+        # The first `device` columns lie on other devices.
+        younger = itertools.takewhile(lambda other: other is not request, reversed(self.running))
+        return next((other for other in younger if other._num_pages > device), request)
+
+    def _put_back(self, request: Request) -> None:
+        """Puts a preempted request into the queue, which stays in order of arrival."""
+        # Older ones only if another group has preempted them.
+        older = list(itertools.takewhile(lambda arrival: arrival < request._arrival, self.waiting))
+        self.waiting[request._arrival] = request
+        for arrival in (request._arrival, *reversed(older)):
+            self.waiting.move_to_end(arrival, last=False)

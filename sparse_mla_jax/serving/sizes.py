@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
+from jax.sharding import Mesh
 
 from sparse_mla_jax import _check
 from sparse_mla_jax._check import require
@@ -20,11 +21,11 @@ _MOST_SLOTS = 2**31 - 1
 
 
 class EngineSizes(NamedTuple):
-    """The sizes of an engine, checked; `Engine` describes them.
+    """The sizes of an engine, checked; `Engine` describes them. On a mesh, steps are those of one group of requests.
 
     Attributes:
       page_size: tokens per page.
-      num_pages: pages of every cache.
+      num_pages: pages of every cache, on one device.
       max_batch: most requests in a step.
       max_context: most tokens of a request, prompt and generated.
       token_budget: most tokens in a step, at least max_batch.
@@ -58,8 +59,11 @@ def choose_sizes(
     max_context: int | None = None,
     prefill_chunk: int = 512,
     token_buckets: Sequence[int] | None = None,
+    context: int = 1,
 ) -> EngineSizes:
     """Checks the arguments of `Engine` that are sizes, and fills in their defaults.
+
+    `context` is the number of devices that share the pages of a request.
 
     Raises:
       ValueError: a size that is not as `Engine` describes it.
@@ -75,7 +79,8 @@ def choose_sizes(
         f"max_context is {max_context}; the model's positions end at {limit} (max_position_embeddings).",
     )
     token_budget = max(_check.size("prefill_chunk", prefill_chunk), max_batch)
-    width = math.ceil(max_context / page_size)
+    # Of a request's pages the first device has the most.
+    width = math.ceil(math.ceil(max_context / page_size) / context)
     num_pages = max_batch * width if num_pages is None else _check.size("num_pages", num_pages)
     require(
         num_pages * page_size <= _MOST_SLOTS,
@@ -96,8 +101,10 @@ def choose_sizes(
     return EngineSizes(page_size, num_pages, max_batch, max_context, token_budget, token_buckets)
 
 
-def check_sizes_fit(config: Config, sizes: EngineSizes, cache_dtype: Any) -> None:
+def check_sizes_fit(config: Config, sizes: EngineSizes, cache_dtype: Any, mesh: Mesh | None = None) -> None:
     """Checks that the caches and the arrays of a step fit into memory; uses shapes only.
+
+    On a mesh, into that of each of this process's devices.
 
     Raises:
       ValueError: they need more memory than there is.
@@ -110,12 +117,17 @@ def check_sizes_fit(config: Config, sizes: EngineSizes, cache_dtype: Any) -> Non
     host = 8 * max_batch * math.ceil(max_context / page_size) + 16 * num_pages
     hint = "Lower max_batch, max_context, num_pages or prefill_chunk."
     what = f"an engine of {num_pages} pages of {page_size} tokens, {max_batch} requests and steps of {largest} tokens"
+    devices = None
+    if mesh is not None:
+        what, devices = f"{what} on each of {mesh.size} devices", list(mesh.local_devices)
+        # At most one group of requests a device.
+        host *= mesh.size
     # First without the caches: the sizes of their arrays may not even be numbers to jax.
-    check_memory(what, device_bytes=step, host_bytes=host, hint=hint)
+    check_memory(what, device_bytes=step, host_bytes=host, hint=hint, devices=devices)
     caches = jax.eval_shape(
         lambda: family_of(config).create_caches(
             config, num_pages, page_size, num_requests=max_batch, max_query_len=token_budget, dtype=cache_dtype
         )
     )
     held = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(caches))
-    check_memory(what, device_bytes=held + step, host_bytes=host, hint=hint)
+    check_memory(what, device_bytes=held + step, host_bytes=host, hint=hint, devices=devices)

@@ -337,10 +337,12 @@ def step(kind, body=b""):
 def test_steps_of_other_kinds():
     """What is not known is named, not left out; layouts of other versions are refused."""
     thunks = [step(9), step(19), step(99), step(2, files.field(1, step(27)))]
-    made = {"executable": executable(*thunks), "hlo": "", "temporary_bytes": 5}
+    made = {"executable": executable(*thunks), "hlo": "", "devices": 1, "temporary_bytes": 5, "argument_bytes": 6}
+    made |= {"output_bytes": 7, "alias_bytes": 3}
     program = compiler.read_executable(made, ARCH, "XLA")
     assert program.library_calls == ("gemm: where", "fill with zeros: where", "step of kind 99: where", "fft: where")
     assert (program.kernels, program.temporary_bytes, program.in_place) == ((), 5, ())
+    assert (program.devices, program.memory_bytes) == (1, 5 + 6 + 7 - 3)
     with pytest.raises(ValueError, match="kernel symbol has its code elsewhere"):
         compiler.read_executable({**made, "executable": executable(step(8, files.field(3, b"symbol")))}, ARCH, "XLA")
     with pytest.raises(ValueError, match="not a 64-bit ELF file: 0 bytes"):

@@ -11,6 +11,7 @@ from pallas_kernels import topk
 from pallas_kernels._call import call, store_masked
 from pallas_kernels.plans.topk import TopKPlan
 from pallas_kernels.targets import HOST
+from pallas_kernels.threshold import count_reaching, find_threshold
 from pallas_kernels.topk_row import Marks, Row, TopKSpecialization, map_tiles
 
 COLUMNS, K = 200, 9
@@ -112,8 +113,8 @@ def test_each_way_to_select_runs_alone(scores, way):
 @pytest.mark.parametrize("k", [1, 5, 31])
 def test_a_threshold_and_its_ties(scores, k):
     keys = tuple(topk.monotone_keys(jnp.asarray(scores[0, i : i + 16])) for i in (0, 16))
-    count = functools.partial(topk.count_reaching, keys)
-    threshold, ties = topk.find_threshold(count, k, topk.max_tile(keys) + 1)
+    count = functools.partial(count_reaching, keys)
+    threshold, ties = find_threshold(count, k, topk.max_tile(keys) + 1)
     flat = np.concatenate(keys)
     assert np.sum(flat > threshold) + min(int(ties), np.sum(flat == threshold)) == k
     # A key equals the threshold unless exactly k keys reach it.

@@ -330,11 +330,16 @@ def test_norms(dtype):
 
 
 # --- mixture of experts
-WAYS = {"by pair": moe_layer._by_pair, "by expert": moe_layer._by_expert, "grouped": moe_layer._grouped}
+WAYS = {
+    "by pair": moe_layer._by_pair,
+    "by expert": moe_layer._by_expert,
+    "grouped": moe_layer._grouped,
+    "by block": moe_layer._by_block,
+}
 
 
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize(("tokens", "num_experts", "k"), [(1, 1, 1), (5, 9, 2), (40, 6, 6), (7, 33, 3)])
+@pytest.mark.parametrize(("tokens", "num_experts", "k"), [(1, 1, 1), (5, 9, 2), (40, 6, 6), (7, 33, 3), (99, 3, 1)])
 def test_routed_experts(way, tokens, num_experts, k):
     rng = np.random.default_rng(0)
     shapes = {"gate_proj": (13, 5), "up_proj": (13, 5), "down_proj": (5, 13)}

@@ -18,11 +18,15 @@ from small_models import SMALL, random_params
 from support import marks
 
 from sparse_mla_jax.config import DeepseekV4Config
-from sparse_mla_jax.layers.moe import _grouped, moe, moe_v4, swiglu
+from sparse_mla_jax.layers import moe as moe_layer
+from sparse_mla_jax.layers.moe import moe, moe_v4, swiglu
 from sparse_mla_jax.models import deepseek_v4, deepseek_v32
 from sparse_mla_jax.parallel import experts
 from sparse_mla_jax.parallel.axes import Parallel, make_mesh
 from sparse_mla_jax.parallel.collectives import sum_over
+
+# One worker, which compiles what these tests share.
+pytestmark = pytest.mark.xdist_group("experts")
 
 # Float32 roundings of the largest value: at most 3 experts, 40 columns and 8 devices are added in another order.
 ROUNDINGS = 8
@@ -215,26 +219,45 @@ def test_bfloat16(name, way):
     np.testing.assert_allclose(*wide, atol=4 * 2**-8 * np.abs(wide[1]).max())
 
 
-def test_a_grouped_product_skips_experts_elsewhere():
-    """Pairs of id E have no row in a group; what the product writes there (here NaN) is not read."""
+def some_elsewhere(count):
+    """Arguments of `routed_experts` for two experts, a third of the pairs being elsewhere; and what they give."""
     rng = np.random.default_rng(0)
     own = {name: w[2:4] for name, w in layer(SIGMOID)["experts"].items()}
-    x, _ = tokens(SIGMOID, 6)
-    ids = rng.integers(0, 3, (6, 3), np.int32)
-    weights = np.where(ids < 2, rng.random((6, 3), np.float32), 0)
-    want = sum(
-        np.where(ids == e, weights, 0).sum(1)[:, None] * np.asarray(swiglu({n: w[e] for n, w in own.items()}, x))
-        for e in range(2)
-    )
+    x, _ = tokens(SIGMOID, count)
+    ids = rng.integers(0, 3, (count, 3), np.int32)
+    weights = np.where(ids < 2, rng.random((count, 3), np.float32), 0)
+    parts = [np.asarray(swiglu({name: w[e] for name, w in own.items()}, x)) for e in range(2)]
+    args = jax.tree.map(jnp.asarray, (own, x, weights, ids))
+    return args, sum(np.where(ids == e, weights, 0).sum(1)[:, None] * parts[e] for e in range(2))
+
+
+def test_a_grouped_product_skips_experts_elsewhere(monkeypatch):
+    """Pairs of id E have no row in a group; what the product writes there (here NaN) is not read."""
     product = jax.lax.ragged_dot
 
     def careless(a, w, sizes, **options):
         inside = jnp.arange(a.shape[0]) < sizes.sum()
         return jnp.where(inside[:, None], product(a, w, sizes, **options), jnp.nan)
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(jax.lax, "ragged_dot", careless)
-        assert_close(_grouped(own, x, weights, ids, elsewhere=True), want)
+    monkeypatch.setattr(jax.lax, "ragged_dot", careless)
+    args, want = some_elsewhere(6)
+    assert_close(moe_layer._grouped(*args, elsewhere=True), want)
+
+
+@pytest.mark.parametrize("count", [6, 300])
+def test_blocks_skip_experts_elsewhere(count):
+    """One block and several of an expert, values and derivatives; pairs of id E are in none."""
+    (own, x, weights, ids), want = some_elsewhere(count)
+    by_block = functools.partial(jax.jit(moe_layer._by_block, static_argnums=(4, 5)), own)
+    assert_close(by_block(x, weights, ids, None, True), want)
+    assert not by_block(x, np.zeros_like(weights), np.full_like(ids, 2), None, True).any()
+
+    def loss(way, weights):
+        return (way(own, x, weights, ids, None, True) ** 2).sum()
+
+    ways = (moe_layer._by_block, moe_layer._grouped)
+    got, want = (jax.jit(jax.grad(functools.partial(loss, way)))(weights) for way in ways)
+    assert_close(got, want)
 
 
 @pytest.mark.parametrize("parallel", [Parallel(tensor=4), Parallel(data=2, context=2, tensor=2)])
@@ -246,6 +269,23 @@ def test_dense_layer(parallel):
         functools.partial(swiglu, parallel=parallel), mesh=make_mesh(parallel), in_specs=(split, rows), out_specs=rows
     )
     assert_close(jax.jit(fn)(params, x), swiglu(params, x))
+
+
+def test_blocks_on_many_devices(monkeypatch):
+    """The way of GPUs with many tokens, values and derivatives, typed for the default check of `jax.shard_map`."""
+    monkeypatch.setattr(jax.lax, "platform_dependent", lambda *args, default, **others: default(*args))
+    monkeypatch.setattr(moe_layer, "MOST_GROUPED_ROWS", 0)
+    parallel, params = MESHES["data x tensor"], layer(SIGMOID)
+    x, ids = map(jnp.asarray, tokens(SIGMOID, 16))
+    split = on_mesh.__wrapped__(SIGMOID, parallel, "blocks")
+    assert_close(split(params, x, ids), one_device(SIGMOID, params, x, ids))
+
+    def loss(fn, own):
+        return (fn(params | {"experts": own}, x, ids) ** 2).sum()
+
+    fns = (split, functools.partial(call, SIGMOID))
+    got, want = (jax.jit(jax.grad(functools.partial(loss, fn)))(params["experts"]) for fn in fns)
+    jax.tree.map(assert_close, got, want)
 
 
 def test_platforms_with_ragged_exchange():

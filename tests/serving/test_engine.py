@@ -9,6 +9,7 @@ import types
 import jax
 import numpy as np
 import pytest
+from support.compilations import count_compilations
 from support.marks import slow
 
 from sparse_mla_jax.config import DeepseekV32Config, RopeConfig
@@ -130,22 +131,6 @@ def test_other_caches_and_types_serve(params, cache_dtype):
     assert len(request.tokens) == 3
     assert engine.params["lm_head"].dtype == jax.numpy.bfloat16
     assert engine.bytes_per_token < make(params).bytes_per_token
-
-
-def count_compilations(function):
-    """How often `function` traced or compiled anything."""
-    events = []
-
-    def listener(name, duration, **_):
-        if "compile" in name or "trace" in name:
-            events.append(name)
-
-    jax.monitoring.register_event_duration_secs_listener(listener)
-    try:
-        function()
-    finally:
-        jax.monitoring.unregister_event_duration_listener(listener)
-    return len(events)
 
 
 def test_a_warm_engine_traces_nothing(params, jobs):

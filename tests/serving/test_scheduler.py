@@ -2,77 +2,13 @@
 
 import random
 
-import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.fake_engine import VOCABULARY, FakeEngine, expected
 
 from sparse_mla_jax.serving.pages import PageAllocator
 from sparse_mla_jax.serving.scheduler import Request, Scheduler, held_back
-
-VOCABULARY = 7
-
-
-def next_token(tokens, seed):
-    """The fake model: depends on every token and its position, and on the request's seed."""
-    return int((np.dot(tokens, np.arange(1, len(tokens) + 1) ** 2 % 1009) + seed * 31) % VOCABULARY)
-
-
-class FakeEngine:
-    """A scheduler around a cache of tokens: each step writes a row's tokens to its pages and reads all of them back."""
-
-    def __init__(self, *, num_pages=16, page_size=4, max_batch=4, max_context=40, token_budget=8):
-        self.scheduler = Scheduler(
-            PageAllocator(num_pages),
-            page_size=page_size,
-            max_batch=max_batch,
-            max_context=max_context,
-            token_budget=token_budget,
-        )
-        self.cache = np.full((num_pages, page_size), -1)
-        self.batches = []
-
-    def model(self, row):
-        start, page_size = row.seq_len - row.num_tokens, self.scheduler.page_size
-        pages = row.page_row[np.arange(row.seq_len) // page_size]
-        offsets = np.arange(row.seq_len) % page_size
-        assert (pages >= 0).all()
-        self.cache[pages[start:], offsets[start:]] = row.token_ids
-        return next_token(self.cache[pages, offsets], row.request.seed)
-
-    def step(self):
-        scheduler = self.scheduler
-        had_work = scheduler.has_work
-        batch = scheduler.schedule()
-        assert bool(batch) == had_work
-        assert len(batch) <= scheduler.max_batch and sum(row.num_tokens for row in batch) <= scheduler.token_budget
-        assert all(row.num_tokens >= 1 for row in batch)
-        owned = [page for request in scheduler.running for page in request._page_row[: request._num_pages]]
-        assert len(owned) == len(set(owned)) == scheduler.allocator.num_used
-        arrivals = [request._arrival for request in [*scheduler.running, *scheduler.waiting.values()]]
-        assert arrivals == sorted(arrivals)
-        self.batches.append([(row.request, row.num_tokens) for row in batch])
-        return scheduler.commit(batch, [self.model(row) for row in batch])
-
-    def run(self):
-        events = []
-        while self.scheduler.has_work:
-            events += self.step()
-        return events
-
-
-def expected(request, capacity=10**9):
-    """What the fake model says about a request on its own, by a plain loop, with the reason of its end."""
-    tokens = list(request.prompt)
-    generated = []
-    while True:
-        generated.append(next_token(tokens, request.seed))
-        tokens.append(generated[-1])
-        ends = [len(s) for s in request.stop if tuple(generated[-len(s) :]) == s]
-        if ends:
-            return generated[: -max(ends)], "stop"
-        if len(generated) == request.max_tokens or len(tokens) == capacity:
-            return generated, "length"
 
 
 def test_one_request():

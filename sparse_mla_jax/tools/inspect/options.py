@@ -17,6 +17,7 @@ from sparse_mla_jax.families.registry import mla_models
 
 # Options of `inspect --step` only, with their defaults, and those of `inspect` without it.
 STEP: dict[str, Any] = {"batch": 64, "context": 32768, "layers": 2, "model": "deepseek_v32"}
+_STEP_ONLY = (*STEP, "mesh", "most_gathered")
 _KERNELS_ONLY = ("kernel", "compiler", "plan", "asm", "picture")
 # Kernels whose case has a number of query heads that may be chosen.
 _HEADED = ("sparse_mla", "indexer", "paged_indexer", "norm_rope_query")
@@ -37,12 +38,12 @@ def chosen_architectures(arguments: argparse.Namespace) -> Sequence[str]:
 
 def check_form(arguments: argparse.Namespace) -> None:
     """Raises ValueError for options of `inspect` in `inspect --step`, and vice versa."""
-    refused = _KERNELS_ONLY if arguments.step else tuple(STEP)
+    refused = _KERNELS_ONLY if arguments.step else _STEP_ONLY
     where = "without --step" if arguments.step else "with --step"
     for name in refused:
         require(
             getattr(arguments, name) in (None, False),
-            f"--{name} is an option of `inspect` {where}; leave it out.",
+            f"--{name.replace('_', '-')} is an option of `inspect` {where}; leave it out.",
         )
 
 
@@ -60,6 +61,12 @@ def check_step(arguments: argparse.Namespace) -> None:
     for name, most in (("heads", config.num_attention_heads), ("layers", config.num_hidden_layers)):
         value = getattr(arguments, name)
         require(value is None or value <= most, f"--{name} is {value}; {model} has {most}, give no more.")
+    limit = arguments.most_gathered
+    require(limit is None or limit >= 0, f"--most-gathered is {limit}; a number of bytes is expected.")
+    require(
+        limit is None or arguments.mesh is not None,
+        "--most-gathered is about the devices of a mesh; name the mesh with --mesh.",
+    )
 
 
 def check_kernels(arguments: argparse.Namespace) -> None:
@@ -137,4 +144,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", choices=mla_models(), help="with --step: whose step (default deepseek_v32)")
     parser.add_argument("--batch", type=int, metavar="N", help="with --step: sequences (default 64)")
     parser.add_argument("--context", type=int, metavar="N", help="with --step: tokens (default 32768)")
+    parser.add_argument(
+        "--mesh",
+        metavar="AXIS=N,...",
+        help="with --step: the step on that many GPUs, as in data=8,tensor=8: what they exchange, and their memory",
+    )
+    parser.add_argument(
+        "--most-gathered",
+        type=int,
+        metavar="BYTES",
+        help="with --mesh: what an array that devices gather may have (default: less than the rows of index scores)",
+    )
     parser.add_argument("--layers", type=int, metavar="N", help="with --step: how many, from the first on (default 2)")

@@ -17,7 +17,11 @@ import jax.numpy as jnp
 
 from pallas_kernels import cdna
 from pallas_kernels.cdna.program import PRODUCT, Program
+from sparse_mla_jax.cases.sharded import sharded_decode_step
 from sparse_mla_jax.cases.steps import Step, decode_step
+from sparse_mla_jax.config import default_config
+from sparse_mla_jax.parallel.axes import Parallel, parse_parallel
+from sparse_mla_jax.tools.inspect.meshes import mesh_problems, mesh_report, mesh_summary
 from sparse_mla_jax.tools.inspect.options import STEP, check_form, check_step, check_tools, chosen_architectures
 from sparse_mla_jax.tools.tables import table
 
@@ -100,27 +104,42 @@ def report(row: dict[str, Any]) -> str:
     )
 
 
+def _chosen_step(arguments: argparse.Namespace, parallel: Parallel | None) -> Step:
+    """The step that the options name; with a mesh, `heads` are those of all its devices."""
+    given = {name: getattr(arguments, name) for name in STEP}
+    sizes = STEP | {name: value for name, value in given.items() if value is not None}
+    heads = arguments.heads
+    if heads is None:
+        heads = 16 if parallel is None else default_config(str(sizes["model"])).num_attention_heads
+    options: dict[str, Any] = {"cache_dtype": arguments.cache_dtype or jnp.float8_e4m3fnuz, **sizes}
+    if parallel is None:
+        return decode_step(heads=heads, **options)
+    return sharded_decode_step(parallel, heads=heads, **options)
+
+
 def run(arguments: argparse.Namespace) -> int:
-    """The command `inspect --step`; returns 1 if a cache is copied or a Pallas kernel spills."""
+    """The command `inspect --step`; returns 1 if a cache is copied or a Pallas kernel spills.
+
+    On a mesh also if a weight or rows of scores are gathered, or if the memory of a device does not suffice.
+    """
     check_form(arguments)
     check_step(arguments)
     check_tools(["xla"])
-    given = {name: getattr(arguments, name) for name in STEP}
-    sizes = STEP | {name: value for name, value in given.items() if value is not None}
-    step = decode_step(
-        heads=16 if arguments.heads is None else arguments.heads,
-        **sizes,
-        cache_dtype=arguments.cache_dtype or jnp.float8_e4m3fnuz,
-    )
+    parallel = None if arguments.mesh is None else parse_parallel(arguments.mesh)
+    step = _chosen_step(arguments, parallel)
     rows = []
     for arch in chosen_architectures(arguments):
         program = cdna.compile(step.fn, *step.args, arch=arch, donate_argnums=step.donated)
         rows.append(summary(step, program))
+        if parallel is not None:
+            rows[-1] |= mesh_summary(step, program, parallel, arguments.most_gathered)
         if not arguments.json:
             print(report(rows[-1]))
+            print(*[mesh_report(rows[-1])] if parallel is not None else [], sep="", end="")
     if arguments.json:
         print(json.dumps(rows))
     broken = [f"{row['arch']}: {what}" for row in rows for what in row["cache_copies"]]
+    broken += [f"{row['arch']}: {what}" for row in rows if parallel is not None for what in mesh_problems(row)]
     broken += [
         f"{row['arch']}: kernel {k['name']} spills {k['spills']} registers, {k['scratch']} bytes of scratch"
         for row in rows
