@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 from support.marks import slow
 
 from pallas_kernels import cdna, targets
-from sparse_mla_jax.cases.mesh_steps import mesh_decode_step
+from sparse_mla_jax.cases.sharded import sharded_decode_step
 from sparse_mla_jax.cases.steps import published_config
 from sparse_mla_jax.config import DEEPSEEK_V4_FLASH, DEEPSEEK_V32, default_config, load_config
 from sparse_mla_jax.models.family import family_of
@@ -167,7 +167,7 @@ def test_compiled_steps(sizes):
     """
     require_cdna("xla")
     parallel, shape = parse_parallel(sizes), {"batch": 8, "context": 4096}
-    step = mesh_decode_step(parallel, heads=16, layers=2, **shape)
+    step = sharded_decode_step(parallel, heads=16, layers=2, **shape)
     program = cdna.compile(step.fn, *step.args, arch="gfx942", donate_argnums=step.donated)
     config = published_config(heads=16, layers=2)
     wanted = step_traffic(config, parallel, StepSize(tokens=8, context=4096))
