@@ -8,21 +8,25 @@ import types
 from typing import Any
 
 from sparse_mla_jax import __version__
+from sparse_mla_jax._check import require
 from sparse_mla_jax._choices import CACHE_DTYPES, DTYPES
+from sparse_mla_jax.tools.layout import add_arguments as add_layout_arguments
+from sparse_mla_jax.tools.layout import asked_layout, published_model
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `info`."""
     parser.add_argument("model_dir", metavar="MODEL_DIR", nargs="?", help="also describe this model")
     parser.add_argument("--json", action="store_true", help="print one line of JSON instead of a table")
+    add_layout_arguments(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """The command `info`."""
-    from sparse_mla_jax.config import load_config
     from sparse_mla_jax.ops import KERNEL_OPERATORS, XLA_OPERATORS
 
-    config = load_config(arguments.model_dir) if arguments.model_dir is not None else None
+    config = _chosen_model(arguments)
+    layout = asked_layout(arguments, config)
     found = describe_device()
     report = {
         **found,
@@ -33,9 +37,21 @@ def run(arguments: argparse.Namespace) -> int:
     if reason := no_kernels():
         report["why no kernels"] = reason
     if config is not None:
-        report |= describe_model(config) | describe_skipped(arguments.model_dir)
+        skipped = describe_skipped(arguments.model_dir) if arguments.model_dir is not None else {}
+        report |= describe_model(config) | skipped | layout
     print_report(report, arguments.json)
     return 0
+
+
+def _chosen_model(arguments: argparse.Namespace) -> Any:
+    """The config of the folder or of --model; None without either."""
+    from sparse_mla_jax.config import load_config
+
+    folder, name = arguments.model_dir, arguments.model
+    require(folder is None or name is None, f"--model {name} is given with a model folder; give one of the two.")
+    if name is not None:
+        return published_model(name)
+    return load_config(folder) if folder is not None else None
 
 
 def implementation() -> str:
