@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from sparse_mla_jax import metadata as metadata
     from sparse_mla_jax import models as models
     from sparse_mla_jax import ops as ops
+    from sparse_mla_jax import parallel as parallel
     from sparse_mla_jax import reference as reference
     from sparse_mla_jax import serving as serving
     from sparse_mla_jax.config import DeepseekV4Config as DeepseekV4Config
@@ -62,6 +63,7 @@ if TYPE_CHECKING:
     from sparse_mla_jax.metadata import decode_metadata as decode_metadata
     from sparse_mla_jax.models.checkpoint import load_checkpoint as load_checkpoint
     from sparse_mla_jax.models.checkpoint import save_checkpoint as save_checkpoint
+    from sparse_mla_jax.models.sharded_checkpoint import shard_checkpoint as shard_checkpoint
     from sparse_mla_jax.ops.attention import apply_sinks as apply_sinks
     from sparse_mla_jax.ops.attention import merge as merge
     from sparse_mla_jax.ops.attention import sparse_mla as sparse_mla
@@ -84,6 +86,7 @@ if TYPE_CHECKING:
     from sparse_mla_jax.ops.indexer import indexer_scores as indexer_scores
     from sparse_mla_jax.ops.indexer import lightning_indexer as lightning_indexer
     from sparse_mla_jax.ops.indexer import paged_indexer_scores as paged_indexer_scores
+    from sparse_mla_jax.ops.merge_across import merge_across as merge_across
     from sparse_mla_jax.ops.norm_rope import norm_rope as norm_rope
     from sparse_mla_jax.ops.output_projection import rotated_projection as rotated_projection
     from sparse_mla_jax.ops.plans import plan_for as plan_for
@@ -104,10 +107,16 @@ if TYPE_CHECKING:
     from sparse_mla_jax.ops.topk import top_k as top_k
     from sparse_mla_jax.ops.topk import top_k_decode as top_k_decode
     from sparse_mla_jax.ops.topk import top_k_prefill as top_k_prefill
+    from sparse_mla_jax.ops.topk_merge import top_k_merge as top_k_merge
+    from sparse_mla_jax.ops.topk_merge import top_k_share as top_k_share
     from sparse_mla_jax.ops.window import WindowCache as WindowCache
     from sparse_mla_jax.ops.window import ring_size as ring_size
     from sparse_mla_jax.ops.window import ring_slots as ring_slots
     from sparse_mla_jax.ops.window import window_slots as window_slots
+    from sparse_mla_jax.parallel.axes import Parallel as Parallel
+    from sparse_mla_jax.parallel.axes import make_mesh as make_mesh
+    from sparse_mla_jax.parallel.caches import partition_caches as partition_caches
+    from sparse_mla_jax.parallel.partition import partition_params as partition_params
     from sparse_mla_jax.serving.engine import Engine as Engine
     from sparse_mla_jax.serving.scoring import score as score
 
@@ -128,6 +137,7 @@ _MODULES = {
     ),
     "ops.indexer": ("lightning_indexer", "indexer_scores", "paged_indexer_scores"),
     "ops.topk": ("top_k", "top_k_prefill", "top_k_decode"),
+    "ops.topk_merge": ("top_k_merge", "top_k_share"),
     "ops.ragged": (
         "Ragged",
         "DenseRows",
@@ -139,6 +149,7 @@ _MODULES = {
     ),
     "ops.window": ("WindowCache", "ring_size", "ring_slots", "window_slots"),
     "ops.attention": ("sparse_mla", "merge", "apply_sinks"),
+    "ops.merge_across": ("merge_across",),
     "ops.compressor": ("CompressorState", "CompressorWeights", "compress", "entry_pages", "num_entries"),
     "ops.router": ("biased_grouped_topk", "softmax_grouped_topk", "sqrt_softplus_topk", "hash_route"),
     "ops.rope": ("rope_frequencies", "rotate"),
@@ -153,8 +164,12 @@ _MODULES = {
         *("DeepseekV32Config", "DeepseekV4Config", "MlaConfig", "RopeConfig"),
         *("config_from_json", "default_config", "from_hf", "load_config"),
     ),
+    "parallel.axes": ("Parallel", "make_mesh"),
+    "parallel.partition": ("partition_params",),
+    "parallel.caches": ("partition_caches",),
     "export": ("lower_for", "kernel_checks"),
     "models.checkpoint": ("load_checkpoint", "save_checkpoint"),
+    "models.sharded_checkpoint": ("shard_checkpoint",),
     "serving.engine": ("Engine",),
     "serving.scoring": ("score",),
     "interchange": (
@@ -167,7 +182,7 @@ _MODULES = {
     ),
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
-_SUBMODULES = ("config", "interchange", "layers", "metadata", "models", "ops", "reference", "serving")
+_SUBMODULES = ("config", "interchange", "layers", "metadata", "models", "ops", "parallel", "reference", "serving")
 
 __all__ = list(_MODULE_OF)
 

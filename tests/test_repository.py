@@ -197,9 +197,9 @@ def test_import_reads_no_environment_and_starts_no_backend():
 
 
 def test_who_reads_the_environment():
-    """Only what starts compilers and caches their code: compilers read it, and XDG_CACHE_HOME is there."""
+    """What starts compilers, which read it, as does XDG_CACHE_HOME; and what joins processes by their environment."""
     readers = [name for name, path in MODULES.items() if re.search(r"\bos\.environ|\bgetenv", path.read_text())]
-    assert readers == ["pallas_kernels.cdna.toolchain"]
+    assert readers == ["pallas_kernels.cdna.toolchain", "sparse_mla_jax.tools.processes"]
 
 
 def test_the_repository_is_small():

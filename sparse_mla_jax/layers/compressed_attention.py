@@ -329,7 +329,7 @@ def _attend(
     if axis is not None and entries is not None:
         # Every device has the window; one of them attends to it.
         is_first = PagePart.create(step.parallel, step.metadata.page_size).is_first()
-        rows = DenseRows(rows.values, jnp.where(is_first, rows.bounds().lengths, 0))
+        rows = DenseRows(rows.values, jnp.where(is_first, rows.flatten().lengths, 0))
     return attend(
         queries.heads,
         caches.window,

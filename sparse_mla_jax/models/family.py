@@ -89,8 +89,8 @@ def partition_model(params: Any, config: Config, parallel: Parallel) -> Any:
     family = family_of(config)
     specs = family.param_specs(config, params["embed_tokens"].dtype)
     check_divides(config, specs, parallel)
-    given, separate = (jax.tree.structure(tree) for tree in (params, specs))
-    if bool(given == separate):
+    given: Any = jax.tree.structure(params)
+    if given == jax.tree.structure(specs):
         return partition_params(specs, parallel)
     return partition_fused(family.fuse_projections, specs, parallel).partition
 

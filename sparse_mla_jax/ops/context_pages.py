@@ -60,9 +60,9 @@ def own_lengths(lengths: Array, index: Array | int, n: int, page_size: int) -> A
       ValueError: other types, n or page_size below 1, a product of both of 2**31 or more.
     """
     lengths = jnp.maximum(_check.int32("lengths", lengths, ...), 0)
-    place = _place(index, n, page_size)
-    rest = lengths % place.cycle - place.first
-    return lengths // place.cycle * place.page_size + jnp.clip(rest, 0, place.page_size)
+    share = _share(index, n, page_size)
+    rest = lengths % share.cycle - share.first
+    return lengths // share.cycle * share.page_size + jnp.clip(rest, 0, share.page_size)
 
 
 def to_global(positions: Array, index: Array | int, n: int, page_size: int) -> Array:
@@ -78,12 +78,12 @@ def to_global(positions: Array, index: Array | int, n: int, page_size: int) -> A
       ValueError: as `own_lengths`.
     """
     local = _check.int32("positions", positions, ...)
-    place = _place(index, n, page_size)
-    offset = local % place.page_size + place.first
-    page = local // place.page_size
+    share = _share(index, n, page_size)
+    offset = local % share.page_size + share.first
+    page = local // share.page_size
     # Compare before the product, which could wrap. 2**31 - 1 is no position.
-    is_position = page <= (BEYOND - 1 - offset) // place.cycle
-    found = jnp.where(is_position, jnp.where(is_position, page, 0) * place.cycle + offset, BEYOND)
+    is_position = page <= (BEYOND - 1 - offset) // share.cycle
+    found = jnp.where(is_position, jnp.where(is_position, page, 0) * share.cycle + offset, BEYOND)
     return jnp.where(local < 0, -1, found)
 
 
@@ -100,9 +100,9 @@ def to_local(positions: Array, index: Array | int, n: int, page_size: int) -> Ar
       ValueError: as `own_lengths`.
     """
     positions = _check.int32("positions", positions, ...)
-    place = _place(index, n, page_size)
-    local = positions // place.cycle * place.page_size + positions % place.page_size
-    return jnp.where(_is_own(positions, place), local, -1)
+    share = _share(index, n, page_size)
+    local = positions // share.cycle * share.page_size + positions % share.page_size
+    return jnp.where(_is_own(positions, share), local, -1)
 
 
 def own_slots(positions: Array, slots: Array, index: Array | int, n: int, page_size: int) -> Array:
@@ -120,11 +120,11 @@ def own_slots(positions: Array, slots: Array, index: Array | int, n: int, page_s
     """
     positions = _check.int32("positions", positions, ...)
     slots = _check.int32("slots", slots, *positions.shape, hint="One per position.")
-    return jnp.where(_is_own(positions, _place(index, n, page_size)), slots, -1)
+    return jnp.where(_is_own(positions, _share(index, n, page_size)), slots, -1)
 
 
 # --- arithmetic
-class _Place(NamedTuple):
+class _Share(NamedTuple):
     """A device's share of the positions: page_size of every `cycle` positions, from `first` (int32 scalar) on."""
 
     page_size: int
@@ -132,20 +132,20 @@ class _Place(NamedTuple):
     first: Array
 
 
-def _place(index: Any, n: Any, page_size: Any) -> _Place:
+def _share(index: Any, n: Any, page_size: Any) -> _Share:
     n, page_size = _check.size("n", n), _check.size("page_size", page_size)
     require(
         n * page_size <= BEYOND,
         f"page_size is {page_size} and n {n}; their product is expected to be below 2**31. Use smaller pages.",
     )
-    return _Place(page_size, n * page_size, _index(index, n) * page_size)
+    return _Share(page_size, n * page_size, _index(index, n) * page_size)
 
 
 def _index(index: Any, n: int) -> Array:
     return jnp.clip(_check.int32("index", index, hint="A scalar: jax.lax.axis_index(axis_name)."), 0, n - 1)
 
 
-def _is_own(positions: Array, place: _Place) -> Array:
+def _is_own(positions: Array, share: _Share) -> Array:
     """Whether global positions lie on the device."""
-    offset = positions % place.cycle - place.first
-    return (positions >= 0) & (positions < BEYOND) & (offset >= 0) & (offset < place.page_size)
+    offset = positions % share.cycle - share.first
+    return (positions >= 0) & (positions < BEYOND) & (offset >= 0) & (offset < share.page_size)

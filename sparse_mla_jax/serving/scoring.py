@@ -122,7 +122,7 @@ def check_arguments(
     return tokens, prompt_length, chunk, page_size
 
 
-class _Plan(NamedTuple):
+class _ScoreSizes(NamedTuple):
     """The sizes of a call of `score` that its caches follow from."""
 
     config: Config
@@ -131,7 +131,7 @@ class _Plan(NamedTuple):
     cache_dtype: Any
 
 
-def _place(params: Any, tokens: np.ndarray, plan: _Plan, where: Where | None) -> tuple[Any, Any, np.ndarray]:
+def _place(params: Any, tokens: np.ndarray, plan: _ScoreSizes, where: Where | None) -> tuple[Any, Any, np.ndarray]:
     """(params, caches, page_table [B, P]) for sequences [B, L], on the device or on those of a mesh."""
     config, page_size, chunk, dtype = plan
     batch, length = tokens.shape
@@ -154,7 +154,7 @@ def _place(params: Any, tokens: np.ndarray, plan: _Plan, where: Where | None) ->
     return place_params(params, where), create_on_mesh(create, where), page_table
 
 
-def _check_memory(plan: _Plan, tokens: np.ndarray, caches: Any, where: Where | None) -> None:
+def _check_memory(plan: _ScoreSizes, tokens: np.ndarray, caches: Any, where: Where | None) -> None:
     """Raises ValueError if one device's caches of these shapes and all logits need more memory than there is."""
     (batch, length), config = tokens.shape, plan.config
     held = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(caches))
@@ -219,7 +219,7 @@ def score(
         where, groups = Where(mesh, parallel, partition_model(params, config, parallel)), parallel.data
     # Groups have equally many sequences: the last may be padding.
     tokens = np.pad(tokens, ((0, -batch % groups), (0, 0)))
-    params, caches, page_table = _place(params, tokens, _Plan(config, page_size, chunk, cache_type), where)
+    params, caches, page_table = _place(params, tokens, _ScoreSizes(config, page_size, chunk, cache_type), where)
     step = functools.partial(
         _score_step, config=config, page_size=page_size, implementation=implementation, mesh=mesh, parallel=parallel
     )

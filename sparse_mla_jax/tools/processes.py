@@ -17,6 +17,8 @@ from sparse_mla_jax._check import require
 if TYPE_CHECKING:
     from sparse_mla_jax.parallel.axes import Parallel
 
+# What `add_mesh_options` adds.
+MESH_OPTIONS = ("mesh", "distributed", "coordinator", "processes", "process")
 # Environment variables of a process's place, besides those of Slurm, Open MPI and Kubernetes, which JAX itself reads.
 _VARIABLES = {"processes": "JAX_NUM_PROCESSES", "process": "JAX_PROCESS_ID"}
 

@@ -7,9 +7,10 @@ import argparse
 from sparse_mla_jax._check import require
 from sparse_mla_jax._choices import CACHE_DTYPES, DTYPES, IMPLEMENTATIONS
 from sparse_mla_jax.tools.bench.model import MODEL_BENCH, STDOUT
+from sparse_mla_jax.tools.processes import MESH_OPTIONS, add_mesh_options
 
 _MODEL_SIZES = {
-    "batch": "sequences",
+    "batch": "sequences, on a mesh of each group of data",
     "context": "tokens at the end",
     "steps": "timed decode steps",
     "prefill_chunk": "tokens per step",
@@ -49,6 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     model.add_argument(
         "--dtype", choices=DTYPES, help=f"type of weights and activations (default {MODEL_BENCH['dtype']})"
     )
+    add_mesh_options(parser)
     run.add_arguments(parser)
 
 
@@ -57,8 +59,8 @@ def check_form(arguments: argparse.Namespace, kernels: bool) -> None:
     from sparse_mla_jax.tools.bench import run
 
     here, other = ("[AREA]", "MODEL_DIR") if kernels else ("MODEL_DIR", "[AREA]")
-    for name in MODEL_BENCH if kernels else run.OPTIONS:
+    for name in (*MODEL_BENCH, *MESH_OPTIONS) if kernels else run.OPTIONS:
         require(
-            getattr(arguments, name) is None,
+            getattr(arguments, name) in (None, False),
             f"--{name.replace('_', '-')} belongs to `bench {other}`, not to `bench {here}`; leave it out.",
         )
