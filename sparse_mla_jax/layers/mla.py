@@ -283,10 +283,10 @@ def _absorb(params: dict[str, Any], query: Array) -> Array:
 
 
 def _attend(params: dict[str, Any], queries: Queries, cache: PagedKVCache, rows: Rows, step: LatentStep) -> Array:
-    """Absorbed attention: maps queries to the latent space and results back; keys are never expanded. float32[T, D]."""
+    """Absorbed attention of queries in the latent space; maps results back, keys are never expanded. float32[T, D]."""
     sizes, query = step.layer.sizes, queries.heads
     out = attend(
-        _absorb(params, query),
+        query,
         cache,
         rows,
         sinks=params["sinks"].astype(jnp.float32) if step.config.attention_sinks else None,
@@ -383,10 +383,14 @@ def attention_step(
     if chosen is None and step.needs_indexer and index_cache is not None:
         index_dtype = _index_dtype(index_cache, hidden, config)
     queries = project_queries(params, hidden, known, step, index_dtype)
+    queries = queries._replace(heads=_absorb(params, queries.heads))
     if states is not None:
         rows: Rows = window_rows(metadata, states, window=config.sliding_window, ring=keys.page_size)
     else:
         chosen = _select(queries.index_inputs, index_cache, step) if chosen is None else chosen
+        if step.axis("tensor") is not None:
+            # The product of the queries then runs while devices join their selections.
+            chosen, queries = jax.lax.optimization_barrier((chosen, queries))
         rows = _own_rows(chosen, step)
     out = _attend(params, queries, keys, rows, step)
     results = out.astype(hidden.dtype), keys if states is None else WindowCache(keys), index_cache
