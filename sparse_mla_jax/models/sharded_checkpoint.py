@@ -22,6 +22,7 @@ from sparse_mla_jax import _check
 from sparse_mla_jax._check import require
 from sparse_mla_jax.config import Config
 from sparse_mla_jax.models.checkpoint import OpenCheckpoint, open_checkpoint
+from sparse_mla_jax.models.host_arrays import HostStack, Order, memory_order, put
 from sparse_mla_jax.models.tensor_table import Keys, Tensor, at, keys_of
 from sparse_mla_jax.parallel.axes import Parallel
 from sparse_mla_jax.parallel.partition import check_divides, partition_params
@@ -111,10 +112,10 @@ def _put(
         part = tuple(one.indices(size)[:2] for one, size in zip(index, spec.shape))
         holders.setdefault(part, []).append(device)
     pieces = []
-    for part, value in _read_parts(opened, places, spec, list(holders)):
+    for part, value, order in _read_parts(opened, places, spec, list(holders)):
         for number, device in enumerate(holders[part]):
             # Each device has memory of its own: jax on a CPU takes over that of the host.
-            piece = jax.device_put(value.copy() if number else value, device)
+            piece = put(value.copy() if number else value, order, device)
             # A device copies later than it is told to, and keeps the host's memory until then.
             pieces.append(piece.block_until_ready())
         # The next part is made only when this one is gone.
@@ -124,19 +125,24 @@ def _put(
 
 def _read_parts(
     opened: OpenCheckpoint, places: list[_Place], spec: jax.ShapeDtypeStruct, parts: list[Part]
-) -> Iterator[tuple[Part, np.ndarray]]:
-    """Yields the parts with their values in the array's type, one at a time, in memory that nothing else uses."""
+) -> Iterator[tuple[Part, np.ndarray, Order]]:
+    """Yields the parts with their values, one at a time, in memory that nothing else uses; see `host_arrays.put`."""
     if places[0].tensor.expert is None:
         whole = _read(opened, places[0], parts)
         for part in parts:
-            yield part, np.array(whole[_index(part)], spec.dtype, order="C")
+            view = whole[_index(part)]
+            order = memory_order(view)
+            yield part, np.array(view.transpose(order), spec.dtype, order="C"), order
         return
     for part in parts:
         (first, last), own = part[0], part[1:]
-        stack = np.empty((last - first, *(end - start for start, end in own)), spec.dtype)
+        stack: HostStack | None = None
         for number in range(first, last):
-            stack[number - first] = _read(opened, places[number], [own])[_index(own)]
-        yield part, stack
+            view = _read(opened, places[number], [own])[_index(own)]
+            stack = stack or HostStack.create(last - first, view, spec.dtype)
+            stack.values[number - first] = view.transpose(stack.order)
+        assert stack is not None
+        yield part, stack.values, stack.whole_order
         del stack
 
 
