@@ -285,18 +285,18 @@ def _absorb(params: dict[str, Any], query: Array) -> Array:
 def _attend(params: dict[str, Any], queries: Queries, cache: PagedKVCache, rows: Rows, step: LatentStep) -> Array:
     """Absorbed attention of queries in the latent space; maps results back, keys are never expanded. float32[T, D]."""
     sizes, query = step.layer.sizes, queries.heads
-    out = attend(
+    values = attend(
         query,
         cache,
         rows,
         sinks=params["sinks"].astype(jnp.float32) if step.config.attention_sinks else None,
         # Rings are whole on every device.
         axis=None if step.layer.is_sliding else step.axis("context"),
+        finish=lambda out: _per_head(out, params["kv_b_v"]),
         sm_scale=sizes.sm_scale,
         value_dim=sizes.kv_lora_rank,
         implementation=step.implementation,
     )
-    values = _per_head(out, params["kv_b_v"])
     if queries.gate is not None:
         gate = queries.gate if queries.gate.ndim == 3 else queries.gate[..., None]
         values = values * jax.nn.sigmoid(gate.astype(jnp.float32))

@@ -5,11 +5,13 @@ are split: every device scores ceil(T / tensor) of them with all of the indexer'
 That moves k positions a token; splitting the indexer's heads would move a row of scores a token, and would add them in
 another order than one device does.
 
-Over "context" every device has its own keys: see `ops.lightning_indexer` and `ops.merge_across`.
+Over "context" every device has its own keys: see `ops.lightning_indexer` and `ops.merge_across`. Latents are mapped to
+values (a quarter of the bytes in DeepSeek-V3.2) before parts are merged: both are linear, one by head.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -101,16 +103,28 @@ def join_selection(chosen: Array, parallel: Parallel | None) -> Array:
     return jnp.where(joined == none, -1, joined)
 
 
-def attend(q: Array, kv: Any, rows: Any, *, sinks: Array | None, axis: str | None, **options: Any) -> Array:
+def attend(
+    q: Array,
+    kv: Any,
+    rows: Any,
+    *,
+    sinks: Array | None,
+    axis: str | None,
+    finish: Callable[[Array], Array] | None = None,
+    **options: Any,
+) -> Array:
     """`sparse_mla` over the keys of all devices of `axis`, each of which names its own: out [T, H, value_dim].
 
     Args:
       q, kv, rows, sinks: as for `sparse_mla`.
       axis: over which the keys are spread; None if every device has all.
+      finish: a linear map of the values of each head, applied to the result. Devices exchange what it makes, in q's
+        type.
       **options: of `sparse_mla`.
     """
+    finish = finish or (lambda out: out)
     if axis is None:
-        return sparse_mla(q, kv, rows, sinks=sinks, **options)
+        return finish(sparse_mla(q, kv, rows, sinks=sinks, **options))
     own, own_lse = sparse_mla(q, kv, rows, return_lse=True, **options)
-    out, lse = merge_across(own, own_lse, axis)
+    out, lse = merge_across(finish(own).astype(q.dtype), own_lse, axis)
     return out if sinks is None else apply_sinks(out, lse, sinks)

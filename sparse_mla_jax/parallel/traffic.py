@@ -83,7 +83,7 @@ class _Keys(NamedTuple):
 
     Attributes:
       heads: of the whole model.
-      value_dim: values of a head.
+      value_dim: values of a head that parts are merged with: after the value projection where there is one.
       has_sinks: whether the merged lse is used.
       is_spread: whether keys lie over "context".
       chosen: keys that its indexer chooses; 0 if none runs.
@@ -212,7 +212,7 @@ def _keys(config: Config, number: int, parallel: Parallel, size: StepSize) -> _K
     chosen = config.index_topk if layer.has_indexer and size.context > config.index_topk else 0
     sizes, is_spread = layer.sizes, not layer.is_sliding
     sinks = config.attention_sinks
-    return _Keys(sizes.num_attention_heads, sizes.kv_lora_rank, sinks, is_spread, chosen, size.context, size.page_size)
+    return _Keys(sizes.num_attention_heads, sizes.v_head_dim, sinks, is_spread, chosen, size.context, size.page_size)
 
 
 def _selection(keys: _Keys, parallel: Parallel, size: StepSize) -> Iterator[Exchange]:
