@@ -97,3 +97,41 @@ def test_loop_with_64_bit_types(fixtures, family, mesh):
     want = on_one_device(fixtures, family)
     with jax.enable_x64(True):
         np.testing.assert_array_equal(decoded(fixtures, family, mesh), want)
+
+
+# --- export
+# What one layer launches on a device of each mesh. Over "context" the devices agree on the keys with one more.
+KERNELS = {"norm_rope", "cache_write", "paged_indexer_logits", "top_k", "sparse_mla"}
+
+
+# XLA:CPU gives up on the GPU's way to spread experts over "data", so that program is not for both.
+PLATFORMS = {"context=2": [("cpu", "rocm")], "tensor=2": [("cpu", "rocm")], "data=2": [("cpu",), ("rocm",)]}
+
+
+def exported(step, args, platforms):
+    """A program, written and read back."""
+    with sm.lower_for(*("rocm:gfx942" if name == "rocm" else name for name in platforms)):
+        program = export.export(jax.jit(step), platforms=platforms, disabled_checks=sm.kernel_checks())(*args)
+    return export.deserialize(program.serialize())
+
+
+@pytest.mark.parametrize("mesh", ["context=2", slow("tensor=2"), slow("data=2")])
+def test_exported_step(fixtures, mesh):
+    """Written, read back and run on two CPU devices; the same program holds the kernels of an AMD GPU. 5 s: it lowers a
+    model twice and compiles it once."""
+    with np.load(fixtures / "deepseek_v32_tiny" / "expected.npz") as data:
+        ids, expected = data["input_ids"].astype(np.int32)[:2, :20], data["logits"][:2, :20]
+    model, params = model_of(fixtures, "deepseek_v32", mesh, chunk=20)
+    args = model.place(params), model.create_caches(params), tuple(model.inputs(list(ids), [20, 20], 20))
+
+    def step(params, caches, inputs):
+        return model.logits(params, caches, Inputs(*inputs))
+
+    programs = [exported(step, args, platforms) for platforms in PLATFORMS[mesh]]
+    assert [program.nr_devices for program in programs] == [2] * len(programs)
+    found = {call.name for call in lowering.calls_in_exported(programs[-1])}
+    assert found == KERNELS | ({"top_k_share"} if mesh == "context=2" else set())
+    logits, caches = jax.jit(programs[0].call)(*args)
+    assert np.abs(np.asarray(logits).reshape(expected.shape) - expected).max() <= 5e-5
+    for got, given in zip(jax.tree.leaves(caches), jax.tree.leaves(args[1]), strict=True):
+        assert got.sharding.is_equivalent_to(given.sharding, got.ndim)
