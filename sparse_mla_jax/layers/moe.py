@@ -278,7 +278,7 @@ def _mixture(
         return (out if shared is None else out + shared(x)).astype(x.dtype)
     if x.shape[0] == 0:
         return x
-    if parallel.experts:
+    if parallel.expert_axes:
         compute = functools.partial(compute, elsewhere=True)
         num_experts = params["gate"]["weight"].shape[1]
         out = own_experts(compute, x, *routing, parallel=parallel, num_experts=num_experts)
@@ -295,7 +295,7 @@ def _check_local(params: dict[str, Any], width: int, shared_width: int, parallel
         return
     num_experts = params["gate"]["weight"].shape[1]
     sizes = {"routed experts": (params["experts"]["gate_proj"].shape[0], local_experts(num_experts, parallel))}
-    parts = {"experts": width if parallel.experts else _columns("experts", width, parallel)}
+    parts = {"experts": width if parallel.expert_axes else _columns("experts", width, parallel)}
     if shared_width:
         parts["shared_experts"] = _columns("shared_experts", shared_width, parallel)
     sizes |= {f"columns of {name}": (params[name]["gate_proj"].shape[-1], wanted) for name, wanted in parts.items()}

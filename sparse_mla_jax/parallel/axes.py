@@ -32,8 +32,8 @@ class Parallel:
       data: groups of requests.
       context: devices that share the pages of a request.
       tensor: devices that share heads, columns and the vocabulary.
-      experts: the axes over whose product experts are spread, each device having whole experts; () splits the columns
-        of every expert over "tensor" instead.
+      experts: the axes over whose product experts are spread, each device having whole experts. If that is one device,
+        as with (), the columns of every expert are split over "tensor" instead.
       names: the names of the three axes in the mesh.
 
     Raises:

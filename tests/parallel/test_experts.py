@@ -64,6 +64,7 @@ MESHES = {
     "data, tensor beside": Parallel(data=4, tensor=2, experts=("data",)),
     "columns": Parallel(tensor=2, experts=()),
     "columns and data": Parallel(data=2, tensor=2, experts=()),
+    "columns, with experts over one device": Parallel(tensor=2, experts=("data",)),
     "one device": Parallel(),
 }
 # Those in which tokens cross between devices.
@@ -95,7 +96,7 @@ def specs(params, parallel):
         }
 
     whole = P(parallel.expert_axes or None)
-    routed = dict.fromkeys(params["experts"], whole) if parallel.experts else columns(None)
+    routed = dict.fromkeys(params["experts"], whole) if parallel.expert_axes else columns(None)
     split = {"gate": jax.tree.map(lambda _: P(), params["gate"]), "experts": routed}
     return split | ({"shared_experts": columns()} if "shared_experts" in params else {})
 
