@@ -21,7 +21,7 @@ from sparse_mla_jax.config import DeepseekV4Config
 from sparse_mla_jax.layers.projections import matmul
 from sparse_mla_jax.mla_shapes import MlaConfig
 from sparse_mla_jax.ops.router import biased_grouped_topk, hash_route, softmax_grouped_topk, sqrt_softplus_topk
-from sparse_mla_jax.parallel.axes import Parallel
+from sparse_mla_jax.parallel.axes import Parallel, check_axes
 from sparse_mla_jax.parallel.collectives import sum_over
 from sparse_mla_jax.parallel.experts import counted_once, local_experts, own_experts, partial_axes
 
@@ -293,6 +293,7 @@ def _check_local(params: dict[str, Any], width: int, shared_width: int, parallel
     """Raises ValueError unless the weights are those of one device; the widths are those of the model."""
     if parallel is None:
         return
+    check_axes(parallel, "tensor", *parallel.experts)
     num_experts = params["gate"]["weight"].shape[1]
     sizes = {"routed experts": (params["experts"]["gate_proj"].shape[0], local_experts(num_experts, parallel))}
     parts = {"experts": width if parallel.expert_axes else _columns("experts", width, parallel)}

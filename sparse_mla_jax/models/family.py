@@ -52,7 +52,7 @@ def check_params(params: Any, config: Config, dtype: Any = None, parallel: Paral
     that lie on several devices stay there.
 
     Raises:
-      ValueError: a parameter is missing, surplus, or not of the shape that `config` requires; fused ones that were fused
+      ValueError: a parameter is missing, surplus, or not of the shape that `config` requires; or parameters were fused
         for other devices.
     """
     if dtype is None:

@@ -328,6 +328,17 @@ def test_weights_of_other_devices():
         traced(Parallel(tensor=8), spec=P())
 
 
+def test_axes_of_another_mesh():
+    rows, four = P(), make_mesh(Parallel(context=4))
+    for parallel, message in (
+        (Parallel(context=2, experts=("context",)), "parallel has context=2; axis 'context' .* has 4 devices"),
+        (Parallel(tensor=2, names=("data", "context", "model")), "no mesh axis of that name is in use here"),
+    ):
+        fn = jax.shard_map(functools.partial(call, SIGMOID, parallel=parallel), mesh=four, in_specs=P(), out_specs=rows)
+        with pytest.raises(ValueError, match=message):
+            jax.eval_shape(fn, layer(SIGMOID), *tokens(SIGMOID, 8))
+
+
 def test_a_sum_of_what_is_the_same():
     mesh = make_mesh(Parallel(tensor=2))
     with pytest.raises(ValueError, match=r"x is the same on all devices of \['tensor'\]"):
