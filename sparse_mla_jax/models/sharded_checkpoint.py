@@ -19,12 +19,11 @@ from jax.sharding import Mesh, NamedSharding
 from tqdm import tqdm
 
 from sparse_mla_jax import _check
-from sparse_mla_jax._check import require
 from sparse_mla_jax.config import Config
 from sparse_mla_jax.models.checkpoint import OpenCheckpoint, open_checkpoint
 from sparse_mla_jax.models.host_arrays import HostStack, Order, memory_order, put
 from sparse_mla_jax.models.tensor_table import Keys, Tensor, at, keys_of
-from sparse_mla_jax.parallel.axes import Parallel
+from sparse_mla_jax.parallel.axes import Parallel, parallel_of
 from sparse_mla_jax.parallel.partition import check_divides, partition_params
 
 Params = dict[str, Any]
@@ -63,7 +62,8 @@ def shard_checkpoint(
         that do not divide over it, with the sizes that do.
       OSError: a file that can not be opened.
     """
-    _check_mesh(mesh, parallel)
+    _check.instance("parallel", parallel, Parallel)
+    parallel_of(mesh, parallel)
     opened = open_checkpoint(folder, dtype, progress=progress)
     specs = opened.specs
     check_divides(opened.config, specs, parallel)
@@ -73,17 +73,6 @@ def shard_checkpoint(
     for keys, places in tqdm(_list_places(opened).items(), desc="weights", unit="array", disable=disable):
         arrays[keys] = _put(opened, places, at(specs, keys), NamedSharding(mesh, at(partition, keys)))
     return opened.config, jax.tree_util.tree_map_with_path(lambda path, _: arrays[keys_of(path)], specs)
-
-
-def _check_mesh(mesh: Mesh, parallel: Parallel) -> None:
-    _check.instance("mesh", mesh, Mesh, hint="Make it with parallel.axes.make_mesh.")
-    _check.instance("parallel", parallel, Parallel)
-    expected = dict(zip(parallel.names, parallel.sizes))
-    there = dict(mesh.shape)
-    require(
-        all(there.get(name, 1) == size for name, size in expected.items()),
-        f"mesh has the axes {there}; parallel needs {expected}. Make the mesh with parallel.axes.make_mesh(parallel).",
-    )
 
 
 class _Place(NamedTuple):

@@ -140,13 +140,12 @@ def _place(params: Any, tokens: np.ndarray, plan: _ScoreSizes, where: Where | No
     # Page column p is on device p % parts of the axis "context".
     per_request = -(-width // parts)
 
-    def create(devices: int = groups * parts) -> Any:
-        pages, requests = own * per_request * devices, own * -(-devices // parts)
+    def create() -> Any:
         return family_of(config).create_caches(
-            config, pages, page_size, num_requests=requests, max_query_len=chunk, dtype=dtype
+            config, own * per_request, page_size, num_requests=own, max_query_len=chunk, dtype=dtype
         )
 
-    _check_memory(plan, tokens, jax.eval_shape(lambda: create(1)), where)
+    _check_memory(plan, tokens, jax.eval_shape(create), where)
     row, column = np.arange(batch, dtype=np.int32) % own, np.arange(width, dtype=np.int32)
     page_table = row[:, None] * per_request + column // parts
     if where is None:

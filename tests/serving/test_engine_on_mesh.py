@@ -18,6 +18,7 @@ from support.compilations import count_compilations
 from support.marks import slow
 
 from sparse_mla_jax.models import deepseek_v32
+from sparse_mla_jax.ops import cache
 from sparse_mla_jax.parallel.axes import Parallel, make_mesh, parse_parallel
 from sparse_mla_jax.parallel.caches import partition_caches, place
 from sparse_mla_jax.parallel.partition import partition_params
@@ -215,6 +216,15 @@ def test_memory_is_that_of_all_devices_of_a_process(monkeypatch):
     with pytest.raises(ValueError, match="an engine of 10000 pages of 4 tokens.* on each of 8 devices needs at least"):
         make("context=8", num_pages=10**4, cache_dtype="float8_e4m3fnuz")
     make(num_pages=10**4, cache_dtype="float8_e4m3fnuz")
+
+
+def test_only_the_slots_of_a_device_must_fit_int32(monkeypatch):
+    """The caches of a mesh of many devices have more."""
+    monkeypatch.setattr(cache, "MAX_SLOTS", 64)
+    engine = make(BOTH, max_batch=1, num_pages=16)
+    assert engine.caches[0][0].num_pages == 64
+    with pytest.raises(ValueError, match="slots are int32"):
+        make(BOTH, max_batch=1, num_pages=17)
 
 
 @pytest.mark.parametrize(
