@@ -81,6 +81,11 @@ def join_processes(arguments: argparse.Namespace) -> None:
     parse_parallel(arguments.mesh)
     _check_address(arguments)
     place = {name: _place(arguments, name) for name in _VARIABLES}
+    count, number = place["processes"], place["process"]
+    require(
+        count is None or number is None or 0 <= number < count,
+        f"this is process {number} of {count}; numbers from 0 to one less than there are processes are expected.",
+    )
     import jax
 
     from sparse_mla_jax.tools.info import check_backend
@@ -92,9 +97,7 @@ def join_processes(arguments: argparse.Namespace) -> None:
     waiting.daemon = True
     waiting.start()
     try:
-        jax.distributed.initialize(
-            arguments.coordinator, place["processes"], place["process"], initialization_timeout=2 * _JOIN_SECONDS
-        )
+        jax.distributed.initialize(arguments.coordinator, count, number, initialization_timeout=2 * _JOIN_SECONDS)
     except (ValueError, TypeError) as error:
         raise ValueError(
             f"--distributed: {error} Set JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID, or pass"
