@@ -12,9 +12,11 @@ import json
 import os
 import re
 import sys
+import threading
+import time
 from collections import Counter
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from sparse_mla_jax._check import require
 
@@ -29,6 +31,8 @@ MESH_OPTIONS = ("mesh", "distributed", "coordinator", "processes", "process")
 _VARIABLES = {"processes": "JAX_NUM_PROCESSES", "process": "JAX_PROCESS_ID"}
 # What may differ between processes: their places, and what names files, which each machine may have elsewhere.
 _OWN = {"coordinator", "process", "model_dir", "target", "tokens", "prompt", "prompt_file", "output", "json"}
+# How long processes wait for each other at the start: what jax itself has by default.
+_JOIN_SECONDS = 300
 # Texts are exchanged in arrays of multiples of this many bytes, so that few programs are compiled.
 _BLOCK = 4096
 
@@ -58,7 +62,9 @@ def join_processes(arguments: argparse.Namespace) -> None:
     Raises:
       ValueError: options without --distributed, a place that nothing says, sizes of a mesh that are not as described,
         or options that differ between processes.
-      RuntimeError: the other processes do not come within the runtime's own time-out, 5 minutes.
+      RuntimeError: the runtime can not start, as where the port is taken.
+
+    If the other processes do not come within 5 minutes, this one ends with one line and exit code 1.
     """
     given = [name for name in ("coordinator", "processes", "process") if getattr(arguments, name) is not None]
     if not arguments.distributed:
@@ -75,20 +81,42 @@ def join_processes(arguments: argparse.Namespace) -> None:
     parse_parallel(arguments.mesh)
     _check_address(arguments)
     place = {name: _place(arguments, name) for name in _VARIABLES}
+    count, number = place["processes"], place["process"]
+    require(
+        count is None or number is None or 0 <= number < count,
+        f"this is process {number} of {count}; numbers from 0 to one less than there are processes are expected.",
+    )
     import jax
 
     from sparse_mla_jax.tools.info import check_backend
 
+    # It would catch SIGTERM, which then would end no process.
+    jax.config.update("jax_enable_preemption_service", False)
+    # jax's own time-out aborts the process with a stack trace.
+    waiting = threading.Timer(_JOIN_SECONDS, _give_up)
+    waiting.daemon = True
+    waiting.start()
     try:
-        jax.distributed.initialize(arguments.coordinator, place["processes"], place["process"])
+        jax.distributed.initialize(arguments.coordinator, count, number, initialization_timeout=2 * _JOIN_SECONDS)
     except (ValueError, TypeError) as error:
         raise ValueError(
             f"--distributed: {error} Set JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID, or pass"
             " --coordinator, --processes and --process."
         ) from None
+    finally:
+        waiting.cancel()
     check_backend()
     _keep_stdout()
     _check_alike(arguments)
+
+
+def _give_up() -> None:
+    """Ends a process that has waited long enough; the main thread is in the runtime, which can not be interrupted."""
+    message = (
+        f"error: the processes have not found each other within {_JOIN_SECONDS} s; start all of them, and see that"
+    )
+    print(message, "they reach the port of process 0, the coordinator.", file=sys.stderr, flush=True)
+    os._exit(1)
 
 
 def _check_address(arguments: argparse.Namespace) -> None:
@@ -166,6 +194,22 @@ def is_first() -> bool:
     import jax
 
     return jax.process_index() == 0
+
+
+def leave(code: int) -> NoReturn:
+    """Ends one of several processes after a failure.
+
+    The usual exit waits for the others, which may be gone; they notice that this one is. None of them survives process
+    0, so that it gives them time to say themselves what failed in all.
+    """
+    try:
+        first = is_first()
+    except (RuntimeError, AssertionError):
+        # jax finds no device.
+        first = True
+    if first:
+        time.sleep(1)
+    os._exit(code)
 
 
 def chosen_mesh(arguments: argparse.Namespace) -> tuple[Any, Parallel] | tuple[None, None]:
