@@ -19,11 +19,12 @@ from jax.sharding import Mesh, NamedSharding
 from tqdm import tqdm
 
 from sparse_mla_jax import _check
+from sparse_mla_jax._check import require
 from sparse_mla_jax.config import Config
 from sparse_mla_jax.models.checkpoint import OpenCheckpoint, open_checkpoint
 from sparse_mla_jax.models.host_arrays import HostStack, Order, memory_order, put
 from sparse_mla_jax.models.tensor_table import Keys, Tensor, at, keys_of
-from sparse_mla_jax.parallel.axes import Parallel, parallel_of
+from sparse_mla_jax.parallel.axes import Parallel
 from sparse_mla_jax.parallel.partition import check_divides, partition_params
 
 Params = dict[str, Any]
@@ -63,7 +64,7 @@ def shard_checkpoint(
       OSError: a file that can not be opened.
     """
     _check.instance("parallel", parallel, Parallel)
-    parallel_of(mesh, parallel)
+    _check_mesh(mesh, parallel)
     opened = open_checkpoint(folder, dtype, progress=progress)
     specs = opened.specs
     check_divides(opened.config, specs, parallel)
@@ -73,6 +74,17 @@ def shard_checkpoint(
     for keys, places in tqdm(_list_places(opened).items(), desc="weights", unit="array", disable=disable):
         arrays[keys] = _put(opened, places, at(specs, keys), NamedSharding(mesh, at(partition, keys)))
     return opened.config, jax.tree_util.tree_map_with_path(lambda path, _: arrays[keys_of(path)], specs)
+
+
+def _check_mesh(mesh: Mesh, parallel: Parallel) -> None:
+    """Raises ValueError unless the mesh has these axes; it may have others, along which weights are the same."""
+    _check.instance("mesh", mesh, Mesh, hint="Make it with parallel.axes.make_mesh.")
+    _check.instance("parallel", parallel, Parallel)
+    expected = dict(zip(parallel.names, parallel.sizes))
+    require(
+        all(mesh.shape.get(name, 1) == size for name, size in expected.items()),
+        f"mesh has the axes {dict(mesh.shape)} and parallel {expected}; make the mesh with parallel.make_mesh.",
+    )
 
 
 class _Place(NamedTuple):

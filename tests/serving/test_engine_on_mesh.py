@@ -17,6 +17,7 @@ from small_models import SMALL
 from support.compilations import count_compilations
 from support.marks import slow
 
+from sparse_mla_jax.config import DEEPSEEK_V4_FLASH
 from sparse_mla_jax.models import deepseek_v32
 from sparse_mla_jax.ops import cache
 from sparse_mla_jax.parallel.axes import Parallel, make_mesh, parse_parallel
@@ -25,6 +26,7 @@ from sparse_mla_jax.parallel.partition import partition_params
 from sparse_mla_jax.serving import memory
 from sparse_mla_jax.serving import step as step_module
 from sparse_mla_jax.serving.engine import Engine
+from sparse_mla_jax.serving.sizes import choose_page_size, choose_sizes
 
 pytestmark = pytest.mark.xdist_group("engine on a mesh")
 
@@ -208,6 +210,14 @@ def test_refused_meshes():
         Engine(params(), CONFIG, mesh=mesh)
     with pytest.raises(ValueError, match="mesh is"):
         Engine(params(), CONFIG, mesh="tensor=2")
+
+
+def test_pages_smaller_than_a_window_are_refused_at_set_up():
+    """Of DeepSeek-V4, whose published windows have up to 128 tokens."""
+    assert choose_page_size(DEEPSEEK_V4_FLASH, 64) == 64 and choose_page_size(DEEPSEEK_V4_FLASH, None, 8) == 256
+    for call in (choose_page_size, lambda *args: choose_sizes(args[0], page_size=args[1], context=args[2])):
+        with pytest.raises(ValueError, match=r"page_size is 64 in a layer with compress_ratio 128.* whole windows"):
+            call(DEEPSEEK_V4_FLASH, 64, 2)
 
 
 def test_memory_is_that_of_all_devices_of_a_process(monkeypatch):
