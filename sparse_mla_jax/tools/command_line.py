@@ -161,8 +161,9 @@ def run_program(argv: Sequence[str]) -> NoReturn:
     warnings.formatwarning = _format_warning
     code = run_command(argv)
     if code and _is_one_of_several():
-        # The usual exit waits for the other processes, which may be gone; they notice that this one is.
-        os._exit(code)
+        from sparse_mla_jax.tools.processes import leave
+
+        leave(code)
     # What a usual exit does with time to spare for Ctrl-C: it takes apart the interpreter, which then knows no signals.
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):

@@ -10,7 +10,14 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from sparse_mla_jax.tools.options import add_model_options, load_model
-from sparse_mla_jax.tools.processes import add_mesh_options, chosen_mesh, is_first, join_processes, read_first
+from sparse_mla_jax.tools.processes import (
+    add_mesh_options,
+    chosen_mesh,
+    is_first,
+    join_processes,
+    read_config,
+    read_first,
+)
 
 if TYPE_CHECKING:
     from sparse_mla_jax.config import Config
@@ -120,10 +127,8 @@ def _print_tokens(tokens: Iterable[int], text: bool) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """The command `generate`."""
-    from sparse_mla_jax.config import load_config
-
     join_processes(arguments)
-    config = load_config(arguments.model_dir)
+    config = read_config(arguments.model_dir)
     prompt, options, eos = read_first(lambda: _plain_request(*_read_request(arguments, config)))
 
     from sparse_mla_jax.serving.engine import Engine

@@ -33,11 +33,11 @@ def load_model(folder: str, dtype: str, mesh: Any, parallel: Any) -> tuple[Any, 
     """(config, params) of a model folder, on one device or on those of a mesh."""
     from sparse_mla_jax.models.checkpoint import load_checkpoint
     from sparse_mla_jax.models.sharded_checkpoint import shard_checkpoint
-    from sparse_mla_jax.tools.processes import is_first
+    from sparse_mla_jax.tools.processes import agree, is_first
 
     if mesh is None:
         return load_checkpoint(folder, dtype=dtype)
-    return shard_checkpoint(folder, mesh, parallel, dtype=dtype, progress=is_first())
+    return agree(lambda: shard_checkpoint(folder, mesh, parallel, dtype=dtype, progress=is_first()))
 
 
 def load_array(path: str, name: str) -> np.ndarray:

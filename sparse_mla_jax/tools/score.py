@@ -6,7 +6,14 @@ import argparse
 from typing import Any
 
 from sparse_mla_jax.tools.options import add_model_options, load_array, load_model
-from sparse_mla_jax.tools.processes import add_mesh_options, chosen_mesh, is_first, join_processes, read_first
+from sparse_mla_jax.tools.processes import (
+    add_mesh_options,
+    chosen_mesh,
+    is_first,
+    join_processes,
+    read_config,
+    read_first,
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -29,11 +36,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """The command `score`."""
-    from sparse_mla_jax.config import load_config
     from sparse_mla_jax.tools.output import check_output, whole_file
 
     join_processes(arguments)
-    config = load_config(arguments.model_dir)
+    config = read_config(arguments.model_dir)
     import numpy as np
 
     from sparse_mla_jax.serving import scoring

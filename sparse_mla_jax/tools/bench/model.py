@@ -8,11 +8,10 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from sparse_mla_jax._check import require
-from sparse_mla_jax.config import load_config
 from sparse_mla_jax.tools.info import check_backend, describe_device, implementation, print_report
 from sparse_mla_jax.tools.options import load_model
 from sparse_mla_jax.tools.output import check_output, whole_file
-from sparse_mla_jax.tools.processes import chosen_mesh, is_first, join_processes
+from sparse_mla_jax.tools.processes import agree, chosen_mesh, is_first, join_processes, read_config
 
 if TYPE_CHECKING:
     from sparse_mla_jax.serving.engine import Engine
@@ -83,7 +82,7 @@ def measure_decode(engine: Engine, *, context: int, steps: int, seed: int = 0) -
     )
     batch = own * len(engine.groups.schedulers)
     prompts = np.random.default_rng(seed).integers(0, engine.config.vocab_size, (batch, prompt_length))
-    engine.warm_up(progress=True)
+    engine.warm_up(progress=is_first())
     requests = [engine.submit(prompt, max_tokens=context, ignore_eos=True) for prompt in prompts]
     start = time.perf_counter()
     while engine.has_work() and not all(request.prefilled for request in requests):
@@ -113,9 +112,8 @@ def run(arguments: argparse.Namespace) -> int:
     from sparse_mla_jax.serving.sizes import check_sizes_fit, choose_sizes
 
     join_processes(arguments)
-    config = load_config(arguments.model_dir)
-    if writes_file(arguments.json):
-        check_output("--json", arguments.json)
+    config = read_config(arguments.model_dir)
+    agree(lambda: check_output("--json", arguments.json) if is_first() and writes_file(arguments.json) else None)
     for name in ("batch", "context", "steps", "prefill_chunk", "page_size"):
         value = getattr(arguments, name)
         require(value is None or value >= 1, f"--{name.replace('_', '-')} is {value}; at least 1 is expected.")
