@@ -19,6 +19,8 @@ from support import marks
 
 from sparse_mla_jax.config import DeepseekV4Config
 from sparse_mla_jax.layers import moe as moe_layer
+from sparse_mla_jax.layers.compressed_attention import compressed_attention_step
+from sparse_mla_jax.layers.mla import attention_step
 from sparse_mla_jax.layers.moe import moe, moe_v4, swiglu
 from sparse_mla_jax.models import deepseek_v4, deepseek_v32
 from sparse_mla_jax.parallel import experts
@@ -337,6 +339,19 @@ def test_axes_of_another_mesh():
         fn = jax.shard_map(functools.partial(call, SIGMOID, parallel=parallel), mesh=four, in_specs=P(), out_specs=rows)
         with pytest.raises(ValueError, match=message):
             jax.eval_shape(fn, layer(SIGMOID), *tokens(SIGMOID, 8))
+
+
+@pytest.mark.parametrize("step", [attention_step, functools.partial(compressed_attention_step, layer=0)])
+def test_attention_on_axes_of_another_mesh(step):
+    def call_step(x):
+        names = {attention_step: ("cache", "index_cache")}.get(step, ("caches",))
+        return step({}, x, metadata=None, config=SIGMOID, parallel=Parallel(context=2), **dict.fromkeys(names))
+
+    fn = jax.shard_map(call_step, mesh=make_mesh(Parallel(context=4)), in_specs=P(), out_specs=P())
+    with pytest.raises(ValueError, match="parallel has context=2; axis 'context' .* has 4 devices"):
+        jax.eval_shape(fn, jnp.zeros((2, 2)))
+    with pytest.raises(ValueError, match="no mesh axis of that name is in use here"):
+        call_step(jnp.zeros((2, 2)))
 
 
 def test_a_sum_of_what_is_the_same():
