@@ -236,7 +236,7 @@ def _write(
 
 
 # --- attention
-def _own_rows(chosen: Array, step: LatentStep) -> Rows:
+def _key_rows(chosen: Array, step: LatentStep) -> Rows:
     """Slots of the chosen positions that the device has."""
     meta, part = step.metadata, PagePart.create(step.parallel, step.metadata.page_size)
     pages, local = part.pages(meta.page_table), part.to_local(chosen)
@@ -391,7 +391,7 @@ def attention_step(
         if step.axis("tensor") is not None:
             # The product of the queries then runs while devices join their selections.
             chosen, queries = jax.lax.optimization_barrier((chosen, queries))
-        rows = _own_rows(chosen, step)
+        rows = _key_rows(chosen, step)
     out = _attend(params, queries, keys, rows, step)
     results = out.astype(hidden.dtype), keys if states is None else WindowCache(keys), index_cache
     return (*results, chosen) if return_selection else results

@@ -56,7 +56,8 @@ def gathers(step: Step, found: tuple[Collective, ...], limit: int) -> list[str]:
     whole = {(str(jnp.dtype(a.dtype)), math.prod(a.shape)) for a in divided}
     parts = {(str(jnp.dtype(a.dtype)), math.prod(a.shape)) for a in map(of_one_device, divided)}
     # Scores of the vocabulary are joined once a step, for sampling.
-    vocabulary = step.args[0]["embed_tokens"].shape[0] if isinstance(step.args[0], dict) else None
+    table = step.args[0].get("embed_tokens") if isinstance(step.args[0], dict) else None
+    vocabulary = None if table is None else table.shape[0]
     messages = []
     for one in found:
         if one.kind != "all-gather":
