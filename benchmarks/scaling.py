@@ -5,8 +5,8 @@
 
 For every axis and number of devices: the time of a step by wall clock (many steps enqueued), the kernels' and the
 collectives' time by CUPTI, and what is left between them. `--emulate` compiles the program of one device of several and
-replaces what crosses devices by copies of its own: kernel times without communication, on one GPU. `--check` compares
-selections and greedy tokens with those of one device.
+replaces what crosses devices by copies of its own: kernel times without communication, on one GPU. `scaling_check.py`
+beside this file compares selections and greedy tokens with those of one device.
 """
 
 from __future__ import annotations

@@ -39,7 +39,7 @@ from sparse_mla_jax.ops.window import check_states, ring_slots, token_states, wi
 from sparse_mla_jax.parallel.attention import SeenKeys, attend, select_keys
 from sparse_mla_jax.parallel.axes import Parallel
 from sparse_mla_jax.parallel.collectives import sum_over
-from sparse_mla_jax.parallel.pages import PagePart
+from sparse_mla_jax.parallel.pages import PagePart, check_windows
 
 __all__ = [
     "LayerCaches",
@@ -107,15 +107,6 @@ def _check_caches(caches: LayerCaches, meta: StepMetadata, state_ids: Any, ratio
             f"caches.compressed has pages of {caches.compressed and caches.compressed.page_size} entries; metadata with"
             f" page_size {meta.page_size} and ratio {ratio} need {entries}. Use one page_size.",
         )
-
-
-def _check_windows(meta: StepMetadata, ratio: int, parallel: Parallel | None) -> None:
-    """Refuses pages smaller than a window over "context": entries of other columns would lie on other devices."""
-    require(
-        parallel is None or parallel.context == 1 or not ratio or meta.page_size % ratio == 0,
-        f"page_size is {meta.page_size} in a layer with compress_ratio {ratio}; over the axis context a page must hold"
-        f" whole windows. Use a page_size that is a multiple of {ratio}.",
-    )
 
 
 # --- selection
@@ -288,7 +279,7 @@ def compressed_attention_step(
     _check.instance("caches", caches, LayerCaches, hint="Make them with models.deepseek_v4.create_caches.")
     hidden = check_hidden(hidden, metadata, config)
     _check_caches(caches, metadata, state_ids, config.compress_ratio(layer), config)
-    _check_windows(metadata, config.compress_ratio(layer), parallel)
+    check_windows(metadata.page_size, config.compress_ratio(layer), 1 if parallel is None else parallel.context)
     step = LayerStep.create(metadata, config, layer, implementation, parallel)
     check_weights(params, compressed_shapes, step.config, layer, fuse_projections)
     ring, rings = caches.window.page_size, caches.window.num_pages

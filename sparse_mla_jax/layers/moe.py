@@ -21,7 +21,7 @@ from sparse_mla_jax.config import DeepseekV4Config
 from sparse_mla_jax.layers.projections import matmul
 from sparse_mla_jax.mla_shapes import MlaConfig
 from sparse_mla_jax.ops.router import biased_grouped_topk, hash_route, softmax_grouped_topk, sqrt_softplus_topk
-from sparse_mla_jax.parallel.axes import Parallel
+from sparse_mla_jax.parallel.axes import Parallel, check_axes
 from sparse_mla_jax.parallel.collectives import sum_over
 from sparse_mla_jax.parallel.experts import counted_once, local_experts, own_experts, partial_axes
 
@@ -278,7 +278,7 @@ def _mixture(
         return (out if shared is None else out + shared(x)).astype(x.dtype)
     if x.shape[0] == 0:
         return x
-    if parallel.experts:
+    if parallel.expert_axes:
         compute = functools.partial(compute, elsewhere=True)
         num_experts = params["gate"]["weight"].shape[1]
         out = own_experts(compute, x, *routing, parallel=parallel, num_experts=num_experts)
@@ -293,9 +293,10 @@ def _check_local(params: dict[str, Any], width: int, shared_width: int, parallel
     """Raises ValueError unless the weights are those of one device; the widths are those of the model."""
     if parallel is None:
         return
+    check_axes(parallel, "tensor", *parallel.experts)
     num_experts = params["gate"]["weight"].shape[1]
     sizes = {"routed experts": (params["experts"]["gate_proj"].shape[0], local_experts(num_experts, parallel))}
-    parts = {"experts": width if parallel.experts else _columns("experts", width, parallel)}
+    parts = {"experts": width if parallel.expert_axes else _columns("experts", width, parallel)}
     if shared_width:
         parts["shared_experts"] = _columns("shared_experts", shared_width, parallel)
     sizes |= {f"columns of {name}": (params[name]["gate_proj"].shape[-1], wanted) for name, wanted in parts.items()}

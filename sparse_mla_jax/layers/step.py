@@ -14,7 +14,7 @@ from sparse_mla_jax.config import Config
 from sparse_mla_jax.metadata import StepMetadata
 from sparse_mla_jax.ops._dispatch import check_implementation
 from sparse_mla_jax.ops.norm_rope import Section, norm_rope
-from sparse_mla_jax.parallel.axes import Parallel
+from sparse_mla_jax.parallel.axes import Parallel, check_axes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +49,7 @@ def check_static(metadata: Any, config: Any, kind: type, implementation: Any, pa
     """Raises ValueError unless these are a step's metadata, a config of that kind, an implementation and axes."""
     if parallel is not None:
         _check.instance("parallel", parallel, Parallel, hint="None on one device.")
+        check_axes(parallel, "context", "tensor")
     _check.instance("config", config, kind)
     _check.instance("metadata", metadata, StepMetadata, hint="Make it with build_metadata or decode_metadata.")
     check_implementation(implementation)

@@ -16,7 +16,13 @@ from sparse_mla_jax.config import Config, DeepseekV4Config, MlaConfig
 from sparse_mla_jax.models import deepseek_v4, mla
 from sparse_mla_jax.models.common import Family
 from sparse_mla_jax.parallel.axes import Parallel
-from sparse_mla_jax.parallel.partition import check_divides, partition_fused, partition_params
+from sparse_mla_jax.parallel.partition import (
+    FusedPartition,
+    check_divides,
+    local_specs,
+    partition_fused,
+    partition_params,
+)
 
 _FAMILIES: dict[type, Family] = {MlaConfig: mla.FAMILY, DeepseekV4Config: deepseek_v4.FAMILY}
 
@@ -46,17 +52,19 @@ def check_params(params: Any, config: Config, dtype: Any = None, parallel: Paral
     that lie on several devices stay there.
 
     Raises:
-      ValueError: a parameter is missing, surplus, or not of the shape that `config` requires.
+      ValueError: a parameter is missing, surplus, or not of the shape that `config` requires; or parameters were fused
+        for other devices.
     """
     if dtype is None:
         dtype = params["embed_tokens"].dtype if isinstance(params, dict) and "embed_tokens" in params else jnp.float32
     wanted = _check.dtype("dtype", dtype, DTYPES)
     given_tree: Any = jax.tree.structure(params)
     family = family_of(config)
-    specs = family.param_specs(config, wanted)
+    separate = specs = family.param_specs(config, wanted)
+    fused: FusedPartition | None = None
     if given_tree != jax.tree.structure(specs):
-        fused = _fused_specs(family, specs, parallel)
-        specs = fused if given_tree == jax.tree.structure(fused) else specs
+        fused = partition_fused(family.fuse_projections, specs, parallel or Parallel())
+        specs = fused.specs if given_tree == jax.tree.structure(fused.specs) else specs
     names = [{_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)} for tree in (specs, params)]
     require(
         given_tree == jax.tree.structure(specs),
@@ -71,13 +79,26 @@ def check_params(params: Any, config: Config, dtype: Any = None, parallel: Paral
         )
         return jnp.asarray(leaf, spec.dtype)
 
-    return jax.tree_util.tree_map_with_path(put, specs, params)
+    placed = jax.tree_util.tree_map_with_path(put, specs, params)
+    if fused is not None:
+        _check_fused(placed, separate, fused, parallel or Parallel())
+    return placed
 
 
-def _fused_specs(family: Family, specs: Any, parallel: Parallel | None) -> Any:
-    if parallel is None:
-        return jax.eval_shape(family.fuse_projections, specs)
-    return partition_fused(family.fuse_projections, specs, parallel).specs
+def _check_fused(params: Any, separate: Any, fused: FusedPartition, parallel: Parallel) -> None:
+    """Raises ValueError for matrices that were fused for other devices.
+
+    Their columns have another order, and may have the same shape: only where they lie tells.
+    """
+    known = {path for path, _ in jax.tree_util.tree_leaves_with_path(separate)}
+    local = jax.tree.leaves(local_specs(fused.specs, fused.partition, parallel))
+    for (path, leaf), part in zip(jax.tree_util.tree_leaves_with_path(params), local):
+        there = leaf.sharding.shard_shape(leaf.shape)
+        require(
+            path in known or there == part.shape,
+            f"params {_name(path)} has parts of shape {there} on each device; {part.shape} is expected, as one"
+            f" device of {parallel} fuses it. Pass separate parameters, or fuse them with models.family.fuse_on_mesh.",
+        )
 
 
 def partition_model(params: Any, config: Config, parallel: Parallel) -> Any:

@@ -63,6 +63,7 @@ def shard_checkpoint(
         that do not divide over it, with the sizes that do.
       OSError: a file that can not be opened.
     """
+    _check.instance("parallel", parallel, Parallel)
     _check_mesh(mesh, parallel)
     opened = open_checkpoint(folder, dtype, progress=progress)
     specs = opened.specs
@@ -76,13 +77,13 @@ def shard_checkpoint(
 
 
 def _check_mesh(mesh: Mesh, parallel: Parallel) -> None:
+    """Raises ValueError unless the mesh has these axes; it may have others, along which weights are the same."""
     _check.instance("mesh", mesh, Mesh, hint="Make it with parallel.axes.make_mesh.")
     _check.instance("parallel", parallel, Parallel)
     expected = dict(zip(parallel.names, parallel.sizes))
-    there = dict(mesh.shape)
     require(
-        all(there.get(name, 1) == size for name, size in expected.items()),
-        f"mesh has the axes {there}; parallel needs {expected}. Make the mesh with parallel.axes.make_mesh(parallel).",
+        all(mesh.shape.get(name, 1) == size for name, size in expected.items()),
+        f"mesh has the axes {dict(mesh.shape)} and parallel {expected}; make the mesh with parallel.make_mesh.",
     )
 
 

@@ -20,6 +20,7 @@ from jax.sharding import AxisType, Mesh
 
 from sparse_mla_jax import _check
 from sparse_mla_jax._check import require
+from sparse_mla_jax.ops._axis import axis_size
 
 AXES = ("data", "context", "tensor")
 
@@ -32,8 +33,8 @@ class Parallel:
       data: groups of requests.
       context: devices that share the pages of a request.
       tensor: devices that share heads, columns and the vocabulary.
-      experts: the axes over whose product experts are spread, each device having whole experts; () splits the columns
-        of every expert over "tensor" instead.
+      experts: the axes over whose product experts are spread, each device having whole experts. If that is one device,
+        as with (), the columns of every expert are split over "tensor" instead.
       names: the names of the three axes in the mesh.
 
     Raises:
@@ -118,6 +119,11 @@ def parse_parallel(text: str) -> Parallel:
     return Parallel(**found)
 
 
+def divisors(size: int) -> str:
+    """The numbers of devices that divide `size`, for messages: "1, 2, 4"."""
+    return ", ".join(str(number) for number in range(1, size + 1) if size % number == 0)
+
+
 def make_mesh(parallel: Parallel, devices: Sequence[Any] | None = None) -> Mesh:
     """A mesh of the axes of `parallel`, in the order of its names, with axes of type Auto for `jax.shard_map`.
 
@@ -164,3 +170,14 @@ def parallel_of(mesh: Mesh | None, parallel: Parallel | None = None) -> Parallel
         f"mesh has the axes {dict(mesh.shape)} and parallel {sizes}; make the mesh with parallel.make_mesh.",
     )
     return parallel
+
+
+def check_axes(parallel: Parallel, *kinds: str) -> None:
+    """Raises ValueError unless the mesh in use inside `jax.shard_map` has these axes in the sizes of `parallel`."""
+    for kind in kinds:
+        name, size = parallel.axis(kind), getattr(parallel, kind)
+        require(
+            name is None or axis_size(name) == size,
+            f"parallel has {kind}={size}; axis {name!r} of the mesh in use has {name and axis_size(name)} devices. Make"
+            " the mesh with parallel.make_mesh, or parallel with the sizes of the mesh.",
+        )

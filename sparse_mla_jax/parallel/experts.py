@@ -21,7 +21,7 @@ from jax import Array
 
 from pallas_kernels.mesh_axes import spread, varying
 from sparse_mla_jax._check import require
-from sparse_mla_jax.parallel.axes import Parallel
+from sparse_mla_jax.parallel.axes import Parallel, divisors
 from sparse_mla_jax.parallel.collectives import Slices, exchange_rows, gather_rows, scatter_sum, swap_rows
 
 # Experts of one device: (x[T, D], weights float32[T, w], ids int32[T, w]) to float32[T, D]. Pairs of id E_local are of
@@ -39,12 +39,11 @@ def local_experts(num_experts: int, parallel: Parallel) -> int:
       ValueError: devices do not divide experts.
     """
     devices = parallel.expert
-    divisors = [n for n in range(1, num_experts + 1) if num_experts % n == 0]
     product = " x ".join(f"{kind}={getattr(parallel, kind)}" for kind in parallel.experts)
     require(
         num_experts % devices == 0,
         f"parallel spreads {num_experts} experts over {devices} devices ({product}); expected a product that divides"
-        f" {num_experts}: {', '.join(map(str, divisors))}. Change sizes, or Parallel.experts: () splits columns.",
+        f" {num_experts}: {divisors(num_experts)}. Change sizes, or Parallel.experts: () splits columns.",
     )
     return num_experts // devices
 

@@ -7,7 +7,7 @@ import dataclasses
 from sparse_mla_jax._check import require
 from sparse_mla_jax.config import DeepseekV4Config
 from sparse_mla_jax.mla_layer import MlaLayer
-from sparse_mla_jax.parallel.axes import Parallel
+from sparse_mla_jax.parallel.axes import Parallel, divisors
 
 
 def own_layer(layer: MlaLayer, parallel: Parallel | None) -> MlaLayer:
@@ -38,8 +38,7 @@ def own_config(config: DeepseekV4Config, parallel: Parallel | None) -> DeepseekV
 
 
 def _check_parts(what: str, count: int, parts: int) -> None:
-    divisors = [size for size in range(1, count + 1) if count % size == 0]
     require(
         count % parts == 0,
-        f"tensor is {parts}, but {what}; give a size of the axis tensor that divides them: {divisors}.",
+        f"tensor is {parts}, but {what}; give a size of the axis tensor that divides them: {divisors(count)}.",
     )

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from sparse_mla_jax._check import require
 from sparse_mla_jax.ops import context_pages
 from sparse_mla_jax.parallel.axes import Parallel
 
@@ -81,3 +82,21 @@ class PagePart:
     def _index(self) -> Array:
         assert self.axis is not None
         return jax.lax.axis_index(self.axis)
+
+
+def check_windows(page_size: int, ratio: int, context: int) -> None:
+    """Refuses pages smaller than a window of V4's compressor, whose entries would lie on other devices than its tokens.
+
+    Args:
+      page_size: tokens of a page.
+      ratio: tokens of a window; 0 in layers that do not compress.
+      context: devices that share the pages of a request.
+
+    Raises:
+      ValueError: several devices, and pages that do not hold whole windows.
+    """
+    require(
+        context == 1 or not ratio or page_size % ratio == 0,
+        f"page_size is {page_size} in a layer with compress_ratio {ratio}; over the axis context a page must hold whole"
+        f" windows. Use a page_size that is a multiple of {ratio}.",
+    )

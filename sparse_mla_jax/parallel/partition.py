@@ -27,7 +27,7 @@ from jax.sharding import PartitionSpec
 
 from sparse_mla_jax._check import require
 from sparse_mla_jax.config import Config
-from sparse_mla_jax.parallel.axes import AXES, Parallel
+from sparse_mla_jax.parallel.axes import AXES, Parallel, divisors
 
 # The axis that lies over "tensor", by the name of the array.
 _SPLIT = {
@@ -224,7 +224,7 @@ def check_divides(config: Config, specs: Any, parallel: Parallel) -> None:
     sizes = list(_sizes(config, specs, parallel))
     split = [one for one in sizes if not one.is_expert]
     wrong = dict.fromkeys(f"{one.name} is {one.size}" for one in split if one.size % one.devices)
-    fitting = _divisors(math.gcd(*(one.size for one in split)))
+    fitting = divisors(math.gcd(*(one.size for one in split)))
     require(
         not wrong,
         f"tensor={parallel.tensor} does not divide this model: {', '.join(wrong)}. Sizes of tensor that divide it are"
@@ -234,7 +234,7 @@ def check_divides(config: Config, specs: Any, parallel: Parallel) -> None:
         require(
             not one.is_expert or one.size % one.devices == 0,
             f"{one.name} is {one.size}; the experts lie over {one.devices} devices ({_product(parallel)}), which do not"
-            f" divide it. Numbers of devices that do are {_divisors(one.size)}. Choose other sizes, or spread experts"
+            f" divide it. Numbers of devices that do are {divisors(one.size)}. Choose other sizes, or spread experts"
             " over other axes: experts=tensor, or experts= to split the columns of every expert over tensor.",
         )
 
@@ -242,10 +242,6 @@ def check_divides(config: Config, specs: Any, parallel: Parallel) -> None:
 def _product(parallel: Parallel) -> str:
     kinds = [kind for kind in AXES if kind in parallel.experts]
     return " times ".join(f"{kind}={getattr(parallel, kind)}" for kind in kinds)
-
-
-def _divisors(size: int) -> str:
-    return ", ".join(str(n) for n in range(1, size + 1) if size % n == 0)
 
 
 def _sizes(config: Config, specs: Any, parallel: Parallel) -> Iterator[_Size]:

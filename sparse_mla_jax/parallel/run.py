@@ -70,9 +70,9 @@ def place_params(params: Any, where: Where) -> Any:
 
 
 def create_on_mesh(create: Callable[[], Any], where: Where) -> Any:
-    """The caches that `create` makes, each device making its own part.
+    """The caches of a mesh, of which every device makes its own part.
 
-    create: makes caches with the pages of all devices, and the rings of all groups of "data".
+    create: makes the caches of one device: its pages, and the rings of its group of "data". Only these must fit int32.
     """
-    shardings = place(partition_caches(jax.eval_shape(create), where.parallel), where.mesh)
-    return jax.jit(create, out_shardings=shardings)()
+    own = partition_caches(jax.eval_shape(create), where.parallel)
+    return jax.jit(jax.shard_map(create, mesh=where.mesh, in_specs=(), out_specs=own))()

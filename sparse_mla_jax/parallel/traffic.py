@@ -15,11 +15,11 @@ from typing import NamedTuple
 
 from pallas_kernels.targets import NETWORK, PER_HOST, Link
 from sparse_mla_jax import _check
-from sparse_mla_jax._check import require
 from sparse_mla_jax.config import Config, DeepseekV4Config
 from sparse_mla_jax.ops.indexer import MEMORY_LIMIT
 from sparse_mla_jax.parallel.axes import AXES, Parallel
 from sparse_mla_jax.parallel.experts import expert_traffic
+from sparse_mla_jax.parallel.pages import check_windows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -198,11 +198,7 @@ def _sum(what: str, axes: tuple[str, ...], operand: float, parallel: Parallel) -
 def _keys(config: Config, number: int, parallel: Parallel, size: StepSize) -> _Keys:
     if isinstance(config, DeepseekV4Config):
         ratio = config.compress_ratio(number)
-        require(
-            parallel.context == 1 or not ratio or size.page_size % ratio == 0,
-            f"page_size is {size.page_size} in a layer with compress_ratio {ratio}; over the axis context a multiple is"
-            " expected.",
-        )
+        check_windows(size.page_size, ratio, parallel.context)
         columns = size.context // ratio if ratio else 0
         runs = config.has_indexer(number) and columns > config.index_topk
         chosen = config.index_topk if runs else 0

@@ -377,14 +377,13 @@ def _make_groups(sizes: EngineSizes, parallel: Parallel | None) -> Groups:
 
 def _create_caches(config: Config, sizes: EngineSizes, dtype: Any, where: Where | None) -> Any:
     """The caches on the device, or those of all devices on the mesh."""
-    groups, devices = (1, 1) if where is None else (where.parallel.data, where.parallel.context)
 
     def create() -> Any:
         return family_of(config).create_caches(
             config,
-            sizes.num_pages * groups * devices,
+            sizes.num_pages,
             sizes.page_size,
-            num_requests=sizes.max_batch * groups,
+            num_requests=sizes.max_batch,
             max_query_len=sizes.token_budget,
             dtype=dtype,
         )

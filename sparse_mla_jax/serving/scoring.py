@@ -21,6 +21,7 @@ from sparse_mla_jax.ops._dispatch import check_implementation
 from sparse_mla_jax.parallel.axes import Parallel, parallel_of
 from sparse_mla_jax.parallel.run import Where, create_on_mesh, place_params, run_on_mesh
 from sparse_mla_jax.serving.memory import check_memory
+from sparse_mla_jax.serving.sizes import choose_page_size
 
 
 class _ScoreInputs(NamedTuple):
@@ -116,10 +117,7 @@ def check_arguments(
     )
     longest = max(prompt_length, 1)
     chunk = longest if chunk is None else min(_check.size("chunk", chunk), longest)
-    page_size = (
-        family_of(config).default_page_size(config) if page_size is None else _check.size("page_size", page_size)
-    )
-    return tokens, prompt_length, chunk, page_size
+    return tokens, prompt_length, chunk, choose_page_size(config, page_size)
 
 
 class _ScoreSizes(NamedTuple):
@@ -140,13 +138,12 @@ def _place(params: Any, tokens: np.ndarray, plan: _ScoreSizes, where: Where | No
     # Page column p is on device p % parts of the axis "context".
     per_request = -(-width // parts)
 
-    def create(devices: int = groups * parts) -> Any:
-        pages, requests = own * per_request * devices, own * -(-devices // parts)
+    def create() -> Any:
         return family_of(config).create_caches(
-            config, pages, page_size, num_requests=requests, max_query_len=chunk, dtype=dtype
+            config, own * per_request, page_size, num_requests=own, max_query_len=chunk, dtype=dtype
         )
 
-    _check_memory(plan, tokens, jax.eval_shape(lambda: create(1)), where)
+    _check_memory(plan, tokens, jax.eval_shape(create), where)
     row, column = np.arange(batch, dtype=np.int32) % own, np.arange(width, dtype=np.int32)
     page_table = row[:, None] * per_request + column // parts
     if where is None:
@@ -214,6 +211,7 @@ def score(
     )
     batch, length = tokens.shape
     parallel = parallel_of(mesh, parallel)
+    choose_page_size(config, page_size, 1 if parallel is None else parallel.context)
     params, where, groups = check_params(params, config, parallel=parallel), None, 1
     if mesh is not None and parallel is not None:
         where, groups = Where(mesh, parallel, partition_model(params, config, parallel)), parallel.data

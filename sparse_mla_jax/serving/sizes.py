@@ -11,9 +11,10 @@ from jax.sharding import Mesh
 
 from sparse_mla_jax import _check
 from sparse_mla_jax._check import require
-from sparse_mla_jax.config import Config
+from sparse_mla_jax.config import Config, DeepseekV4Config
 from sparse_mla_jax.metadata import buckets
 from sparse_mla_jax.models.family import family_of
+from sparse_mla_jax.parallel.pages import check_windows
 from sparse_mla_jax.serving.memory import check_memory
 
 # Slots of a cache are numbered by int32.
@@ -50,6 +51,21 @@ def default_buckets(max_batch: int, token_budget: int) -> tuple[int, ...]:
     return tuple(sorted({ladder[0], *ladder[::-1][::2]}))
 
 
+def choose_page_size(config: Config, page_size: int | None, context: int = 1) -> int:
+    """Tokens per page: `page_size`, or the family's. `context` is the number of devices that share a request's pages.
+
+    Raises:
+      ValueError: not a size; over several devices, pages smaller than DeepSeek-V4's windows.
+    """
+    if page_size is None:
+        page_size = family_of(config).default_page_size(config)
+    page_size = _check.size("page_size", page_size)
+    if isinstance(config, DeepseekV4Config):
+        for layer in range(config.num_hidden_layers):
+            check_windows(page_size, config.compress_ratio(layer), context)
+    return page_size
+
+
 def choose_sizes(
     config: Config,
     *,
@@ -68,9 +84,7 @@ def choose_sizes(
     Raises:
       ValueError: a size that is not as `Engine` describes it.
     """
-    page_size = (
-        family_of(config).default_page_size(config) if page_size is None else _check.size("page_size", page_size)
-    )
+    page_size = choose_page_size(config, page_size, context)
     max_batch = _check.size("max_batch", max_batch)
     limit = config.max_position_embeddings
     max_context = _check.size("max_context", min(limit, 4096) if max_context is None else max_context, 2)

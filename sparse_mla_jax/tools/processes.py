@@ -49,6 +49,8 @@ def add_mesh_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--distributed",
         action="store_true",
+        # As of the other options: so that a command can tell that it was left out.
+        default=None,
         help="one of several processes; JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID say which, or"
         " Slurm, Open MPI or Kubernetes",
     )

@@ -243,9 +243,9 @@ def test_meshes_that_do_not_fit(fixtures):
         shard_checkpoint(folder, make_mesh(Parallel(tensor=3)), Parallel(tensor=3))
     with pytest.raises(ValueError, match=r"n_routed_experts is 8.*are 1, 2, 4, 8\..*experts=tensor"):
         shard_checkpoint(folder, make_mesh(Parallel(data=3)), Parallel(data=3))
-    with pytest.raises(ValueError, match=r"mesh has the axes .*'tensor': 2.*parallel needs .*'tensor': 4"):
+    with pytest.raises(ValueError, match=r"mesh has the axes .*'tensor': 2.*parallel .*'tensor': 4"):
         shard_checkpoint(folder, make_mesh(Parallel(tensor=2)), Parallel(tensor=4))
-    with pytest.raises(ValueError, match="mesh is NoneType; expected a Mesh"):
+    with pytest.raises(ValueError, match="parallel is given without a mesh"):
         shard_checkpoint(folder, None, Parallel())
     with pytest.raises(ValueError, match="dtype is"):
         shard_checkpoint(folder, make_mesh(Parallel()), Parallel(), dtype=jnp.float16)

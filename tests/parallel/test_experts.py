@@ -64,6 +64,7 @@ MESHES = {
     "data, tensor beside": Parallel(data=4, tensor=2, experts=("data",)),
     "columns": Parallel(tensor=2, experts=()),
     "columns and data": Parallel(data=2, tensor=2, experts=()),
+    "columns, with experts over one device": Parallel(tensor=2, experts=("data",)),
     "one device": Parallel(),
 }
 # Those in which tokens cross between devices.
@@ -95,7 +96,7 @@ def specs(params, parallel):
         }
 
     whole = P(parallel.expert_axes or None)
-    routed = dict.fromkeys(params["experts"], whole) if parallel.experts else columns(None)
+    routed = dict.fromkeys(params["experts"], whole) if parallel.expert_axes else columns(None)
     split = {"gate": jax.tree.map(lambda _: P(), params["gate"]), "experts": routed}
     return split | ({"shared_experts": columns()} if "shared_experts" in params else {})
 
@@ -325,6 +326,17 @@ def test_weights_of_other_devices():
         traced(Parallel(tensor=2, experts=()), spec=P())
     with pytest.raises(ValueError, match=r"shared_experts have 20 columns, and parallel.tensor is 8"):
         traced(Parallel(tensor=8), spec=P())
+
+
+def test_axes_of_another_mesh():
+    rows, four = P(), make_mesh(Parallel(context=4))
+    for parallel, message in (
+        (Parallel(context=2, experts=("context",)), "parallel has context=2; axis 'context' .* has 4 devices"),
+        (Parallel(tensor=2, names=("data", "context", "model")), "no mesh axis of that name is in use here"),
+    ):
+        fn = jax.shard_map(functools.partial(call, SIGMOID, parallel=parallel), mesh=four, in_specs=P(), out_specs=rows)
+        with pytest.raises(ValueError, match=message):
+            jax.eval_shape(fn, layer(SIGMOID), *tokens(SIGMOID, 8))
 
 
 def test_a_sum_of_what_is_the_same():

@@ -18,8 +18,14 @@ MESHES = (
     *("data=8", "tensor=2", "tensor=4", "tensor=8", "context=2", "context=4", "context=8"),
     *("data=4", "data=2,tensor=2,context=2", "tensor=2,experts=", "context=2,tensor=2,experts=context+tensor"),
 )
+# Of other families: gates, sinks, scaled queries, hyper-connections, windows, one embedding for both ends.
+OTHERS = ("axk2", "dots3_note", "hy_v4", "hy_v4_vl", "mistral_large4")
+OTHER_MESHES = ("tensor=2", "context=2", "data=2", "tensor=2,context=2", "data=2,tensor=2,context=2")
 # One mesh of each kind by default; each compiles two programs, in 5 to 10 s.
-OFTEN = (("deepseek_v32", "data=2,tensor=2,context=2"), ("deepseek_v4", "context=4"), ("glm_moe_dsa", "tensor=8"))
+OFTEN = (
+    *(("deepseek_v32", "data=2,tensor=2,context=2"), ("deepseek_v4", "context=4"), ("glm_moe_dsa", "tensor=8")),
+    ("dots3_note", "tensor=2,context=2"),
+)
 
 
 @functools.cache
@@ -31,6 +37,7 @@ def load(folder):
 
 def cases():
     every = [(family, mesh) for family in PAGES for mesh in MESHES]
+    every += [(family, mesh) for family in OTHERS for mesh in OTHER_MESHES]
     return [case if case in OFTEN else slow(*case) for case in every]
 
 
@@ -41,7 +48,7 @@ def on_mesh(fixtures, family, mesh, **options):
     times = max(1, parallel.tensor // getattr(config, "o_groups", config.num_attention_heads))
     config, params = widen(config, params, times)
     rows = np.arange(max(len(ids), parallel.data)) % len(ids)
-    options = {"cache_dtype": "float32", "page_size": PAGES[family], **options}
+    options = {"cache_dtype": "float32", "page_size": PAGES.get(family, 4), **options}
     got = score(params, config, ids[rows], mesh=make_mesh(parallel), parallel=parallel, **options)
     return got, expected[rows]
 

@@ -6,11 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from small_models import SMALL, random_params
 
 from sparse_mla_jax.config import DEEPSEEK_V32, load_config
-from sparse_mla_jax.models.family import family_of
+from sparse_mla_jax.models.family import check_params, family_of
 from sparse_mla_jax.parallel.axes import Parallel, make_mesh
 from sparse_mla_jax.parallel.partition import (
     check_divides,
@@ -144,6 +145,21 @@ def test_fused_and_unknown_weights_are_refused():
     _, family, specs = model_of("deepseek_v32")
     with pytest.raises(ValueError, match="hidden_proj.*partition_fused"):
         partition_params(jax.eval_shape(family.fuse_projections, specs), Parallel(tensor=2))
+
+
+def test_what_other_devices_fused_is_refused():
+    """In this family all fused columns are split, so that every order of them has the same shape."""
+    config, family, specs = model_of("axk2")
+    parallel, four = Parallel(tensor=2), Parallel(tensor=4)
+    mesh = make_mesh(parallel)
+    single = random_params(jax.eval_shape(family.fuse_projections, specs))
+    lies = partition_fused(family.fuse_projections, specs, parallel).partition
+    fused = jax.tree.map(lambda a, spec: jax.device_put(a, NamedSharding(mesh, spec)), single, lies)
+    check_params(fused, config, parallel=parallel)
+    check_params(single, config)
+    for params, there in ((single, parallel), (fused, None), (fused, four)):
+        with pytest.raises(ValueError, match=r"self_attn.q_absorb has parts of shape .* is expected.*fuse_on_mesh"):
+            check_params(params, config, parallel=there)
 
 
 # --- sizes that do not divide ----------------------------------------------------------------------------------------

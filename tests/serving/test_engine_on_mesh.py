@@ -17,13 +17,16 @@ from small_models import SMALL
 from support.compilations import count_compilations
 from support.marks import slow
 
+from sparse_mla_jax.config import DEEPSEEK_V4_FLASH
 from sparse_mla_jax.models import deepseek_v32
+from sparse_mla_jax.ops import cache
 from sparse_mla_jax.parallel.axes import Parallel, make_mesh, parse_parallel
 from sparse_mla_jax.parallel.caches import partition_caches, place
 from sparse_mla_jax.parallel.partition import partition_params
 from sparse_mla_jax.serving import memory
 from sparse_mla_jax.serving import step as step_module
 from sparse_mla_jax.serving.engine import Engine
+from sparse_mla_jax.serving.sizes import choose_page_size, choose_sizes
 
 pytestmark = pytest.mark.xdist_group("engine on a mesh")
 
@@ -209,12 +212,29 @@ def test_refused_meshes():
         Engine(params(), CONFIG, mesh="tensor=2")
 
 
+def test_pages_smaller_than_a_window_are_refused_at_set_up():
+    """Of DeepSeek-V4, whose published windows have up to 128 tokens."""
+    assert choose_page_size(DEEPSEEK_V4_FLASH, 64) == 64 and choose_page_size(DEEPSEEK_V4_FLASH, None, 8) == 256
+    for call in (choose_page_size, lambda *args: choose_sizes(args[0], page_size=args[1], context=args[2])):
+        with pytest.raises(ValueError, match=r"page_size is 64 in a layer with compress_ratio 128.* whole windows"):
+            call(DEEPSEEK_V4_FLASH, 64, 2)
+
+
 def test_memory_is_that_of_all_devices_of_a_process(monkeypatch):
     """One device's caches of 10 000 pages would fit."""
     monkeypatch.setattr(memory, "host_memory", lambda: 24 << 20)
     with pytest.raises(ValueError, match="an engine of 10000 pages of 4 tokens.* on each of 8 devices needs at least"):
         make("context=8", num_pages=10**4, cache_dtype="float8_e4m3fnuz")
     make(num_pages=10**4, cache_dtype="float8_e4m3fnuz")
+
+
+def test_only_the_slots_of_a_device_must_fit_int32(monkeypatch):
+    """The caches of a mesh of many devices have more."""
+    monkeypatch.setattr(cache, "MAX_SLOTS", 64)
+    engine = make(BOTH, max_batch=1, num_pages=16)
+    assert engine.caches[0][0].num_pages == 64
+    with pytest.raises(ValueError, match="slots are int32"):
+        make(BOTH, max_batch=1, num_pages=17)
 
 
 @pytest.mark.parametrize(

@@ -411,6 +411,8 @@ def test_the_readme_table(capsys, document):
         (["topk", "--repeats", 0], "--repeats is 0"),
         (["topk", "--batch", 2], "--batch belongs to `bench MODEL_DIR`"),
         (["--cache-dtype", "float32"], "--cache-dtype belongs to `bench MODEL_DIR`"),
+        (["--distributed"], "--distributed belongs to `bench MODEL_DIR`"),
+        (["--process", "0"], "--process belongs to `bench MODEL_DIR`"),
         (["examples/tiny_python", "--case", "topk"], "--case belongs to `bench [AREA]`"),
         (["examples/tiny_python", "--no-peers"], "--peers belongs to `bench [AREA]`"),
         (["--json", "examples"], "is a folder"),

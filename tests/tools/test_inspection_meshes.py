@@ -78,11 +78,11 @@ def inspect(monkeypatch):
     def command(*options, fault=None):
         asked = []
 
-        def decode_step(**given):
-            asked.append(given)
-            return step_of(given["parallel"], fault)
+        def sharded_decode_step(parallel, **given):
+            asked.append({"parallel": parallel, **given})
+            return step_of(parallel, fault)
 
-        monkeypatch.setattr(steps, "decode_step", decode_step)
+        monkeypatch.setattr(steps, "sharded_decode_step", sharded_decode_step)
         code = __main__.main(["inspect", "--step", "--arch", "gfx942", *options])
         (given,) = asked
         return code, given
@@ -181,7 +181,8 @@ def test_axes_of_groups(groups, axes):
         (["--step", "--most-gathered", "8"], "name the mesh with --mesh"),
         (["--step", "--mesh", "tensor=8", "--most-gathered", "-1"], "--most-gathered is -1"),
         (["--step", "--mesh", "sideways=2"], "sizes of the axes data, context, tensor are expected"),
-        (["--step", "--mesh", "tensor=8"], "run on one device, leave it out"),
+        (["--step", "--mesh", "tensor=3"], "does not divide"),
+        (["--step", "--mesh", "context=3"], "a multiple of 192 is expected"),
     ],
 )
 def test_options_that_do_not_fit(options, message, capsys, monkeypatch):

@@ -166,6 +166,7 @@ def _measure(arguments: argparse.Namespace) -> dict[str, Any]:
     measured = measure_decode(engine, context=arguments.context, steps=arguments.steps)
     device = describe_device()
     return {
+        **({} if mesh is None else {"mesh": arguments.mesh}),
         "batch": arguments.batch,
         "context": arguments.context,
         "steps": arguments.steps,

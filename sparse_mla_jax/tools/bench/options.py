@@ -61,6 +61,6 @@ def check_form(arguments: argparse.Namespace, kernels: bool) -> None:
     here, other = ("[AREA]", "MODEL_DIR") if kernels else ("MODEL_DIR", "[AREA]")
     for name in (*MODEL_BENCH, *MESH_OPTIONS) if kernels else run.OPTIONS:
         require(
-            getattr(arguments, name) in (None, False),
+            getattr(arguments, name) is None,
             f"--{name.replace('_', '-')} belongs to `bench {other}`, not to `bench {here}`; leave it out.",
         )
