@@ -11,6 +11,7 @@ import argparse
 import json
 import os
 import re
+import socket
 import sys
 import threading
 import time
@@ -81,13 +82,13 @@ def join_processes(arguments: argparse.Namespace) -> None:
 
     # Before the others are waited for.
     parse_parallel(arguments.mesh)
-    _check_address(arguments)
     place = {name: _place(arguments, name) for name in _VARIABLES}
     count, number = place["processes"], place["process"]
     require(
         count is None or number is None or 0 <= number < count,
         f"this is process {number} of {count}; numbers from 0 to one less than there are processes are expected.",
     )
+    _check_address(arguments, number)
     import jax
 
     from sparse_mla_jax.tools.info import check_backend
@@ -121,14 +122,25 @@ def _give_up() -> None:
     os._exit(1)
 
 
-def _check_address(arguments: argparse.Namespace) -> None:
-    """Raises ValueError for an address without a port, of which jax makes an IndexError."""
+def _check_address(arguments: argparse.Namespace, number: int | None) -> None:
+    """Raises ValueError for an address without a port, or in process 0 for a port that is taken.
+
+    Of these jax makes an IndexError and a crash.
+    """
     given, variable = arguments.coordinator, "JAX_COORDINATOR_ADDRESS"
     name, address = ("--coordinator", given) if given is not None else (variable, os.environ.get(variable))
+    if address is None:
+        return
+    port = address.rpartition(":")[2]
     require(
-        address is None or re.fullmatch(r".+:\d{1,5}", address) is not None,
+        re.fullmatch(r".+:\d{1,5}", address) is not None and 0 < int(port) < 2**16,
         f"{name} is {address!r}; the address of process 0 and a free port there are expected, as in 10.0.0.1:1234.",
     )
+    if number == 0 and "JAX_COORDINATOR_BIND_ADDRESS" not in os.environ:
+        try:
+            socket.create_server(("", int(port))).close()
+        except OSError as error:
+            raise ValueError(f"{name} is {address!r}, whose port can not be used ({os.strerror(error.errno or 0)}).") from None
 
 
 def _keep_stdout() -> None:

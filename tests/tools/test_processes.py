@@ -292,6 +292,7 @@ def test_a_process_that_stays_alone(model, number):
         ("--distributed", "--distributed is given without --mesh"),
         ("--distributed --mesh tensr=2", "'tensr=2' in it"),
         ("--distributed --mesh tensor=2 --coordinator a", "--coordinator is 'a'; the address of process 0 and a free"),
+        ("--distributed --mesh tensor=2 --coordinator a:99999", "--coordinator is 'a:99999'"),
         ("--distributed --mesh tensor=2 --coordinator a:1 --processes 2 --process 2", "this is process 2 of 2"),
     ],
     ids=str,
@@ -316,8 +317,17 @@ def test_the_environment_is_checked(capsys, model, monkeypatch):
     assert main(command) == 2
     check_one_line(capsys.readouterr().err, "JAX_NUM_PROCESSES is 'two'; a number is expected")
     monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "host")
+    monkeypatch.setenv("JAX_NUM_PROCESSES", "2")
     assert main(command) == 2
     check_one_line(capsys.readouterr().err, "JAX_COORDINATOR_ADDRESS is 'host'")
+
+
+def test_a_port_that_is_taken(capsys, model):
+    """jax would crash."""
+    with socket.create_server(("", 0)) as taken:
+        options = ["--coordinator", f"localhost:{taken.getsockname()[1]}", "--processes", "2", "--process", "0"]
+        assert main(["generate", model[0], "--tokens", "1", *TWO, *options]) == 2
+    check_one_line(capsys.readouterr().err, "whose port can not be used (Address already in use)")
 
 
 def test_a_place_that_nothing_says(capsys, model, monkeypatch):
