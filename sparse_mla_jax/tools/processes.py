@@ -62,7 +62,7 @@ def join_processes(arguments: argparse.Namespace) -> None:
     """Joins the other processes if --distributed is given; call it before anything asks for a device.
 
     Raises:
-      ValueError: options without --distributed, a place that nothing says, a port that is taken, sizes that are no mesh,
+      ValueError: options without --distributed, a place that nothing says, a port that is taken, wrong sizes of a mesh,
         or options that differ between processes.
       RuntimeError: the runtime can not start, or finds no device.
 
