@@ -19,8 +19,7 @@ from collections import Counter
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from sparse_mla_jax._check import require
-
+# `_check` is imported where it is used: it needs jax, and --help is to be quick.
 if TYPE_CHECKING:
     from sparse_mla_jax.config import Config
     from sparse_mla_jax.parallel.axes import Parallel
@@ -63,12 +62,14 @@ def join_processes(arguments: argparse.Namespace) -> None:
     """Joins the other processes if --distributed is given; call it before anything asks for a device.
 
     Raises:
-      ValueError: options without --distributed, a place that nothing says, sizes of a mesh that are not as described,
+      ValueError: options without --distributed, a place that nothing says, a port that is taken, wrong sizes of a mesh,
         or options that differ between processes.
-      RuntimeError: the runtime can not start, as where the port is taken.
+      RuntimeError: the runtime can not start, or finds no device.
 
     If the other processes do not come within 5 minutes, this one ends with one line and exit code 1.
     """
+    from sparse_mla_jax._check import require
+
     given = [name for name in ("coordinator", "processes", "process") if getattr(arguments, name) is not None]
     if not arguments.distributed:
         options = " and ".join(f"--{name}" for name in given)
@@ -127,6 +128,8 @@ def _check_address(arguments: argparse.Namespace, number: int | None) -> None:
 
     Of these jax makes an IndexError and a crash.
     """
+    from sparse_mla_jax._check import require
+
     given, variable = arguments.coordinator, "JAX_COORDINATOR_ADDRESS"
     name, address = ("--coordinator", given) if given is not None else (variable, os.environ.get(variable))
     if address is None:
@@ -140,7 +143,9 @@ def _check_address(arguments: argparse.Namespace, number: int | None) -> None:
         try:
             socket.create_server(("", int(port))).close()
         except OSError as error:
-            raise ValueError(f"{name} is {address!r}, whose port can not be used ({os.strerror(error.errno or 0)}).") from None
+            raise ValueError(
+                f"{name} is {address!r}, whose port can not be used ({os.strerror(error.errno or 0)})."
+            ) from None
 
 
 def _keep_stdout() -> None:
@@ -170,6 +175,8 @@ def _check_alike(arguments: argparse.Namespace) -> None:
     """Raises ValueError in every process if processes differ in their options or numbers of devices."""
     import jax
 
+    from sparse_mla_jax._check import require
+
     # The same in every process. The exchange itself needs as many devices in each.
     counts = Counter(device.process_index for device in jax.devices())
     require(
@@ -183,6 +190,8 @@ def _check_alike(arguments: argparse.Namespace) -> None:
 
 def _check_same(what: str, values: dict[str, str]) -> None:
     """Raises ValueError in every process if a value is not the same in all of them."""
+    from sparse_mla_jax._check import require
+
     everywhere = _exchange(lambda: values)
     for number, other in enumerate(everywhere):
         for name, value in everywhere[0].items():
@@ -195,6 +204,8 @@ def _check_same(what: str, values: dict[str, str]) -> None:
 
 def _place(arguments: argparse.Namespace, name: str) -> int | None:
     """An option, or the number in its environment variable."""
+    from sparse_mla_jax._check import require
+
     given, variable = getattr(arguments, name), _VARIABLES[name]
     text = os.environ.get(variable)
     if given is not None or text is None:
@@ -232,6 +243,8 @@ def chosen_mesh(arguments: argparse.Namespace) -> tuple[Any, Parallel] | tuple[N
     Raises:
       ValueError: sizes that are not as described, too many devices, or devices of a process that would have no work.
     """
+    from sparse_mla_jax._check import require
+
     if arguments.mesh is None:
         return None, None
     import jax

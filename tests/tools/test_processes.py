@@ -51,7 +51,19 @@ LIMIT = 120
 # Seconds in which a process notices that another has ended. It takes a tenth, and process 0 leaves a second later.
 NOTICE = 20
 PROMPT = "1 2 3 4 5"
-GENERATE = ["--tokens", PROMPT, "--ignore-eos", "--page-size", "16", "--cache-dtype", "float32", "--max-tokens", "8000"]
+GENERATE = [
+    "--tokens",
+    PROMPT,
+    "--ignore-eos",
+    "--temperature",
+    "1",
+    "--page-size",
+    "16",
+    "--cache-dtype",
+    "float32",
+    "--max-tokens",
+    "8000",
+]
 TWO = ["--mesh", "tensor=2", "--distributed"]
 
 
@@ -142,7 +154,7 @@ def check_one_line(text, *words):
 def test_two_processes_generate_the_tokens_of_one(model):
     """About 15 s: the tokens, that only process 0 reads stdin and prints, and that Gloo's lines are not among them."""
     engine = Engine(model[1], CONFIG, cache_dtype="float32", page_size=16, max_batch=1, max_context=64)
-    request = engine.submit([int(word) for word in PROMPT.split()], max_tokens=12, ignore_eos=True)
+    request = engine.submit([int(word) for word in PROMPT.split()], max_tokens=12, temperature=1.0, ignore_eos=True)
     engine.run()
     stop = " ".join(map(str, request.tokens[-2:]))
     options = ["--tokens", "-", *GENERATE[2:], *TWO, "--stop-tokens", stop]
