@@ -99,7 +99,9 @@ def check_fp8(got, want):
     check(got.logits, want.logits, FLIPPED if flips else BOUND)
 
 
-CASES = [(family, mesh) for family in PAGES for mesh in ("data=2", "tensor=2", "context=4", "data=2,tensor=2,context=2")]
+CASES = [
+    (family, mesh) for family in PAGES for mesh in ("data=2", "tensor=2", "context=4", "data=2,tensor=2,context=2")
+]
 
 
 @pytest.mark.parametrize("case", [case if case == CASES[3] else slow(case) for case in CASES])

@@ -74,9 +74,7 @@ class OnMesh:
         width, parts = -(-self.length // self.page_size), self.parallel.context if self.parallel else 1
         sizes = {"num_requests": self.batch, "max_query_len": self.chunk, "dtype": self.dtype}
         pages = self.batch * -(-width // parts) * parts
-        create = functools.partial(
-            family_of(self.config).create_caches, self.config, pages, self.page_size, **sizes
-        )
+        create = functools.partial(family_of(self.config).create_caches, self.config, pages, self.page_size, **sizes)
         where = self.where(params)
         return create() if where is None else create_on_mesh(create, where)
 
