@@ -115,7 +115,8 @@ def exported(step, args, platforms):
     return export.deserialize(program.serialize())
 
 
-@pytest.mark.parametrize("mesh", ["context=2", slow("tensor=2"), slow("data=2")])
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", ["context=2", "tensor=2", "data=2"])
 def test_exported_step(fixtures, mesh):
     """Written, read back and run on two CPU devices; the same program holds the kernels of an AMD GPU. 5 s: it lowers a
     model twice and compiles it once."""

@@ -19,10 +19,13 @@ from sparse_mla_jax.layers.mla import attention_step
 from sparse_mla_jax.models.checkpoint import load_checkpoint
 from sparse_mla_jax.parallel.attention import join_selection
 
+# Cases of a family and a mesh share programs.
+pytestmark = pytest.mark.xdist_group("selections on meshes")
+
 PAGES = {"deepseek_v32": 4, "glm_moe_dsa": 4, "deepseek_v4": 8}
 MESHES = ("tensor=2", "context=2", "context=4", "data=2", "data=2,tensor=2,context=2")
-# Each compiles two programs of two or three layers, in 3 s.
-OFTEN = (("deepseek_v32", MESHES[4]), ("glm_moe_dsa", "context=2"), ("deepseek_v4", "context=4"))
+# Each compiles two programs of two or three layers for the mesh and two for one device, in 6 s.
+OFTEN = (("deepseek_v32", MESHES[4]), ("deepseek_v4", "context=4"))
 CASES = [pair if pair in OFTEN else slow(*pair) for pair in ((name, mesh) for name in PAGES for mesh in MESHES)]
 # Tokens of two requests after two chunks and a step; the second chunk of one is short, so that rows are padding.
 CHUNK, LENGTHS = 23, ((23, 23), (46, 30), (47, 31))
@@ -85,6 +88,7 @@ def selections(fixtures, family, mesh, dtype="float32", implementation=None):
         counts, before = np.asarray(lengths) - before, np.asarray(lengths)
         inputs = model.inputs(normed(model.config, seed, counts), lengths, CHUNK if counts.max() > 1 else 1)
         chosen, caches = select(params, caches, inputs, model=model, implementation=implementation)
+        assert chosen.dtype == jnp.int32
         found.append(model.rows(chosen, counts))
     return found
 
@@ -110,6 +114,14 @@ def test_selections_are_those_of_one_device(fixtures, family, mesh):
 @pytest.mark.parametrize(("family", "mesh"), [(name, mesh) for name in PAGES for mesh in (MESHES[0], MESHES[2])])
 def test_selections_by_cache_type(fixtures, family, mesh, dtype):
     check_same(selections(fixtures, family, mesh, dtype), one_device(fixtures, family, dtype=dtype))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", PAGES)
+def test_selections_with_64_bit_types(fixtures, family):
+    want = one_device(fixtures, family)
+    with jax.enable_x64(True):
+        check_same(selections(fixtures, family, MESHES[4]), want)
 
 
 # --- ties
