@@ -265,7 +265,7 @@ def compressed_attention_step(
       parallel: the axes over which the step is spread (static), inside `jax.shard_map`; None on one device. Weights
         are then the device's own, as `parallel.partition_params` splits them, and caches its own pages; rings and
         compressor states are the same on all devices of "context". The selection is the part of it that the device
-        has, see `parallel.join_selection`.
+        has, see `parallel.attention.join_selection`.
 
     Returns:
       (output [T, D] in hidden.dtype, without the residual; caches), and the selection with return_selection. Padding

@@ -359,7 +359,7 @@ def attention_step(
       return_selection: also return the selection (static).
       parallel: the axes over which the step is spread (static), inside `jax.shard_map`; None on one device. Weights
         are then the device's own, as `parallel.partition_params` splits them, and caches its own pages. The selection
-        is the part of it that the device has, see `parallel.join_selection`.
+        is the part of it that the device has, see `parallel.attention.join_selection`.
 
     Returns:
       (output [T, D] in hidden.dtype, without the residual; cache; index_cache). Padding gives 0, or o_proj's bias. With

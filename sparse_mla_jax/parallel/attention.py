@@ -89,17 +89,22 @@ def _own_rows(x: Array, axis: str | None) -> Array:
     return jax.lax.dynamic_slice_in_dim(jnp.pad(x, padding), jax.lax.axis_index(axis) * count, count)
 
 
-def join_selection(chosen: Array, parallel: Parallel | None) -> Array:
-    """The whole selection from the part that each device of "context" has: ascending int32 [T, W], then -1.
+def join_selection(chosen: Array, parallel: Parallel | None, width: int | None = None) -> Array:
+    """The whole selection from the part that each device of "context" has: ascending int32 [T, width], then -1.
 
     Sends W positions a token to every other device; a step does not need it.
+
+    Args:
+      chosen: int32 [T, W], the device's part.
+      parallel: the axes; None on one device.
+      width: of the result, enough for what a token selects: min(k, max_length). None: W from every device.
     """
     axis = None if parallel is None else parallel.axis("context")
     if axis is None:
         return chosen
     parts = jax.lax.all_gather(chosen, axis, axis=1, tiled=True, to="invarying")
     none = jnp.iinfo(jnp.int32).max
-    joined = jnp.sort(jnp.where(parts >= 0, parts, none), axis=1)[:, : chosen.shape[1]]
+    joined = jnp.sort(jnp.where(parts >= 0, parts, none), axis=1)[:, :width]
     return jnp.where(joined == none, -1, joined)
 
 

@@ -116,10 +116,9 @@ def exported(step, args, platforms):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mesh", ["context=2", "tensor=2", "data=2"])
+@pytest.mark.parametrize("mesh", PLATFORMS)
 def test_exported_step(fixtures, mesh):
-    """Written, read back and run on two CPU devices; the same program holds the kernels of an AMD GPU. 5 s: it lowers a
-    model twice and compiles it once."""
+    """Written, read back and run on two CPU devices; the same program, or its sister, holds an AMD GPU's kernels."""
     with np.load(fixtures / "deepseek_v32_tiny" / "expected.npz") as data:
         ids, expected = data["input_ids"].astype(np.int32)[:2, :20], data["logits"][:2, :20]
     model, params = model_of(fixtures, "deepseek_v32", mesh, chunk=20)

@@ -57,7 +57,7 @@ def select_in_layers(params, caches, inputs, *, model, implementation):
             _, *own, chosen = attention_step(*args, *caches[number], meta, config=config, layer=number, **options)
             own = tuple(own)
         caches[number] = own
-        found.append(join_selection(chosen, model.parallel))
+        found.append(join_selection(chosen, model.parallel, config.index_topk))
     return jnp.stack(found, axis=1), tuple(caches)
 
 
