@@ -13,6 +13,7 @@ from deepseek_v32_oracle import random_tensors
 from jax.sharding import AxisType, NamedSharding
 from safetensors.numpy import save_file
 from small_models import SMALL, write_folder
+from support.marks import slow
 
 from sparse_mla_jax.config import DeepseekV4Config
 from sparse_mla_jax.models import sharded_checkpoint
@@ -119,7 +120,7 @@ def fuse_experts(tensors):
     return stored | {prefix + "gate_up_proj": gate_up, prefix + "down_proj": down}
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", [slow(jnp.float32, id="float32"), pytest.param(jnp.bfloat16, id="bfloat16")])
 @pytest.mark.parametrize("fused", [False, True], ids=["single", "fused"])
 def test_fp8(tmp_path, monkeypatch, fused, dtype):
     """Also where the rows are dequantised three at a time, in blocks of four."""

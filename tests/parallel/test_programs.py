@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from jax import export
 from support.compilations import count_compilations
-from support.marks import slow
 from support.meshes import Inputs, OnMesh
 
 import sparse_mla_jax as sm
@@ -80,12 +79,10 @@ def decoded(fixtures, family, mesh):
 
 on_one_device = functools.cache(functools.partial(decoded, mesh=""))
 MESHES = ("data=2,tensor=2,context=2", "context=4", "tensor=2")
-# A loop on the mesh and one on a device compile in 5 s.
-OFTEN = ("deepseek_v32", MESHES[0])
-CASES = [pair if pair == OFTEN else slow(*pair) for pair in ((name, mesh) for name in PAGES for mesh in MESHES)]
 
 
-@pytest.mark.parametrize(("family", "mesh"), CASES)
+@pytest.mark.slow
+@pytest.mark.parametrize(("family", "mesh"), [(name, mesh) for name in PAGES for mesh in MESHES])
 def test_many_steps_in_one_loop(fixtures, family, mesh):
     """The greedy tokens of one device; donated caches; other lengths do not compile again."""
     np.testing.assert_array_equal(decoded(fixtures, family, mesh), on_one_device(fixtures, family))

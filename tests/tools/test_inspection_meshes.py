@@ -101,6 +101,7 @@ def test_report_of_a_mesh(inspect, capsys):
     assert "all-reduce  bfloat16[4, 256]  tensor      1           1      2048       2048        3584" in out
 
 
+@pytest.mark.slow
 def test_numbers_of_eight_machines(inspect, capsys):
     """As long as the one before: what a machine of eight runs, eight times."""
     require_cdna("xla")
