@@ -95,7 +95,7 @@ def test_short_tables_skip_the_indexer_but_keep_its_keys(layer, monkeypatch):
     params, tensors = layer
     hidden = np.random.default_rng(1).normal(size=(4, SMALL.hidden_size)).astype(np.float32)
     asked = []
-    import sparse_mla_jax.layers.mla as module
+    import sparse_mla_jax.parallel.attention as module
 
     real = module.lightning_indexer
     monkeypatch.setattr(module, "lightning_indexer", lambda *a, **kw: asked.append(1) or real(*a, **kw))

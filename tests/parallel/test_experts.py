@@ -169,7 +169,11 @@ def agree(config, name, way, x, token_ids, params=None):
     return got
 
 
-@both_ways(MESHES)
+# 1 s each. By default every kind of axis, and those that only stand beside.
+OFTEN = ["data x tensor", "all three", "context and shared columns", "data, tensor beside", "columns and data"]
+
+
+@pytest.mark.parametrize(("name", "way"), marks.rarely(ways(MESHES), ways(OFTEN)), indirect=["way"])
 def test_as_on_one_device(name, way):
     agree(SIGMOID, name, way, *tokens(SIGMOID, 8 * MESHES[name].data))
 

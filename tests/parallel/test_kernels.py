@@ -104,8 +104,9 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("case", [case if case == CASES[3] else slow(case) for case in CASES])
-@pytest.mark.parametrize("dtype", ["float8_e4m3fnuz", slow("float8_e4m3fn")])
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("dtype", ["float8_e4m3fnuz", "float8_e4m3fn"])
 def test_fp8_caches(fixtures, case, dtype):
     """As one device with such caches. One program on the mesh and one on a device: 5 s."""
     check_fp8(run(fixtures, *case, dtype=dtype), run(fixtures, case[0], "", dtype=dtype))
