@@ -2,6 +2,7 @@
 
 import functools
 
+import jax
 import numpy as np
 import pytest
 from support.marks import slow
@@ -53,6 +54,8 @@ def on_mesh(fixtures, family, mesh, **options):
 @pytest.mark.parametrize(("family", "mesh"), cases())
 def test_logits(fixtures, family, mesh):
     """A prompt in chunks, then single tokens; also the tokens that are most likely."""
+    if family == "mistral_large4" and jax.__version_info__ < (0, 12):
+        pytest.skip("XLA:CPU of jaxlib 0.11.2 ends the process for a sharded array without elements: keys without rope")
     got, expected = on_mesh(fixtures, family, mesh, prompt_length=46, chunk=23)
     error = np.abs(got - expected).max(axis=(0, 2))
     assert error.max() <= BOUND, f"position {error.argmax()}: {error.max()}"
