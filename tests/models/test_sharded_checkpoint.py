@@ -140,6 +140,7 @@ def test_fp8(tmp_path, monkeypatch, fused, dtype):
         check(tmp_path / "fp8", MESHES[mesh], dtype)
 
 
+@pytest.mark.slow
 def test_v4_with_fp4_experts_fp8_and_a_table(tmp_path):
     rng = np.random.default_rng(0)
     tensors = random_tensors(published_shapes(V4), 0)
