@@ -13,8 +13,8 @@ NEWER = 0.12.0.1
 # With 64-bit types, the docs' snippets and the training script make float64 arrays, which operators refuse, and a step has
 # one launch more than the tests of inspection allow.
 FOR_32_BITS = $(addprefix --ignore tests/,test_docs.py models/test_train_tiny.py tools/test_inspection.py)
-# Slices of the long tests: each is to take less than 5 minutes on 2 cores, and all are to be run within 32 commits.
-SLICES = 32
+# Slices of the long tests: each is to take less than 5 minutes on 2 cores, and all are to be run within 48 commits.
+SLICES = 48
 # The offline compilers for AMD GPUs: those of the extra `cdna`, of this release of jax.
 RELEASE = $(shell echo $(JAX) | cut -d. -f1-3)
 CDNA = 'triton==3.6.0' 'cramjam>=2.9' '$(PLUGIN)==$(RELEASE)'
