@@ -211,7 +211,7 @@ def inside(fn):
     return lambda: on_mesh(2, lambda x: (fn(), x)[1], (jnp.zeros(2),), P("x"), P("x"))
 
 
-OUT, LSE = jnp.zeros((2, 3, 4)), jnp.zeros((2, 3))
+OUT, LSE = jnp.zeros((2, 3, 4), jnp.float32), jnp.zeros((2, 3), jnp.float32)
 
 
 @pytest.mark.parametrize(

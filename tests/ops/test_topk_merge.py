@@ -166,11 +166,11 @@ def test_more_candidates_than_registers_hold():
 # --- shapes, types, meshes
 def test_empty():
     nothing = jnp.zeros((2, 3, 0), jnp.int32)
-    positions, scores = top_k_merge(nothing, jnp.zeros((2, 3, 0)), 2, return_scores=True)
+    positions, scores = top_k_merge(nothing, jnp.zeros((2, 3, 0), jnp.float32), 2, return_scores=True)
     assert (positions == -1).all() and jnp.isneginf(scores).all() and positions.shape == (3, 2)
-    out, count = top_k_share(jnp.zeros((2, 0, 4), jnp.int32), jnp.zeros((2, 0, 4)), 0)
+    out, count = top_k_share(jnp.zeros((2, 0, 4), jnp.int32), jnp.zeros((2, 0, 4), jnp.float32), 0)
     assert out.shape == (0, 4) and count.shape == (0,)
-    out, count = top_k_share(nothing, jnp.zeros((2, 3, 0)), 0, 2)
+    out, count = top_k_share(nothing, jnp.zeros((2, 3, 0), jnp.float32), 0, 2)
     assert out.shape == (3, 0) and (count == 0).all()
 
 
