@@ -95,7 +95,7 @@ SELECTIONS = [
     [
         (2, "float32", "xla", SELECTIONS[0]),
         (4, "float32", "xla", SELECTIONS[1]),
-        (8, "float8_e4m3fn", "xla", SELECTIONS[1]),
+        slow(8, "float8_e4m3fn", "xla", SELECTIONS[1]),
         (4, "float32", "xla", SELECTIONS[2]),
         (8, "float32", "xla", SELECTIONS[3]),
         (2, "float8_e4m3fnuz", "triton", SELECTIONS[1]),

@@ -5,7 +5,6 @@ import functools
 import jax
 import numpy as np
 import pytest
-from support.marks import slow
 from support.widened import widen
 
 from sparse_mla_jax.models.checkpoint import load_checkpoint
@@ -22,8 +21,6 @@ MESHES = (
 # Of other families: gates, sinks, scaled queries, hyper-connections, windows, one embedding for both ends.
 OTHERS = ("axk2", "dots3_note", "hy_v4", "hy_v4_vl", "mistral_large4")
 OTHER_MESHES = ("tensor=2", "context=2", "data=2", "tensor=2,context=2", "data=2,tensor=2,context=2")
-# By default all axes at once; test_selection and test_kernels have other families then. Two programs, 5 to 10 s.
-OFTEN = (("deepseek_v32", "data=2,tensor=2,context=2"),)
 
 
 @functools.cache
@@ -36,7 +33,7 @@ def load(folder):
 def cases():
     every = [(family, mesh) for family in PAGES for mesh in MESHES]
     every += [(family, mesh) for family in OTHERS for mesh in OTHER_MESHES]
-    return [case if case in OFTEN else slow(*case) for case in every]
+    return every
 
 
 def on_mesh(fixtures, family, mesh, **options):
@@ -51,6 +48,8 @@ def on_mesh(fixtures, family, mesh, **options):
     return got, expected[rows]
 
 
+# Two programs, 5 to 10 s. By default test_kernels has logits of V3.2 on a mesh, and the engine's tests have tokens.
+@pytest.mark.slow
 @pytest.mark.parametrize(("family", "mesh"), cases())
 def test_logits(fixtures, family, mesh):
     """A prompt in chunks, then single tokens; also the tokens that are most likely."""

@@ -1,5 +1,6 @@
 """Commands on several devices and in several processes: the same tokens, one line for what is wrong, and no hang."""
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -13,38 +14,24 @@ import time
 import jax
 import numpy as np
 import pytest
+from small_models import SMALL
 from support.marks import slow
 
 from sparse_mla_jax.__main__ import main
-from sparse_mla_jax.config import DeepseekV32Config, RopeConfig
 from sparse_mla_jax.models import checkpoint, deepseek_v32
 from sparse_mla_jax.serving.engine import Engine
 
 pytestmark = pytest.mark.xdist_group("command line")
 
 ROOT = pathlib.Path(__file__).parents[2]
-CONFIG = DeepseekV32Config(
+CONFIG = dataclasses.replace(
+    SMALL,
     vocab_size=300,
-    hidden_size=24,
-    intermediate_size=32,
-    moe_intermediate_size=12,
     num_hidden_layers=1,
     num_attention_heads=2,
-    q_lora_rank=20,
-    kv_lora_rank=16,
-    qk_nope_head_dim=10,
-    qk_rope_head_dim=6,
-    v_head_dim=8,
     n_routed_experts=4,
-    num_experts_per_tok=2,
     n_group=2,
-    topk_group=2,
-    first_k_dense_replace=1,
-    index_n_heads=2,
-    index_head_dim=12,
-    index_topk=9,
     max_position_embeddings=8192,
-    rope=RopeConfig(),
 )
 # Seconds after which a process of a test is killed: many times what it takes.
 LIMIT = 120
