@@ -248,7 +248,10 @@ def test_what_one_process_lacks_is_said_by_all(model, tmp_path):
     empty = tmp_path / "model"
     empty.mkdir()
     config = json.loads((pathlib.Path(model[0]) / "config.json").read_text())
-    for changed, message in (({}, "process 1: "), ({"index_topk": 8}, f"the config's index_topk is {CONFIG.index_topk} in process 0")):
+    for changed, message in (
+        ({}, "process 1: "),
+        ({"index_topk": 8}, f"the config's index_topk is {CONFIG.index_topk} in process 0"),
+    ):
         (empty / "config.json").write_text(json.dumps(config | changed))
         options = [*GENERATE, *TWO]
         with Processes("generate", *options, more=((model[0],), (empty,))) as started:
